@@ -1,0 +1,460 @@
+"""The experiment in force: `params.yaml`, read, validated as a whole, and handed on as typed objects.
+
+Everything a user changes is a key here. A wrong key or value raises :class:`UserError` with one line that
+names the file, the key and what is allowed, before any stage has run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SPLITS = ("train", "pool", "validation", "test")
+LOSS_TERMS = ("ce", "kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line: which file, key or row, and what is allowed."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks the exception how it wants to be shown
+        return [f"error: {self}"]
+
+
+class Section(BaseModel):
+    # strict: YAML 1.1 reads `1e-4` as a string; coercing it would hide the difference between tools
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Split(Section):
+    """Share of the groups that goes to each split; the shares add up to 1."""
+
+    train: Fraction
+    pool: Fraction = 0.0
+    validation: Annotated[float, Field(gt=0, lt=1)]
+    test: Annotated[float, Field(gt=0, lt=1)]
+
+    @model_validator(mode="after")
+    def _adds_up(self):
+        total = self.train + self.pool + self.validation + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train + pool + validation + test must add up to 1, not {total:g}")
+        return self
+
+
+class Columns(Section):
+    """Which column of the file holds what."""
+
+    text: str = "text"
+    label: str = "label"
+    id: str = "id"
+    group: str = "group"
+    rationale: str = "rationale"
+
+
+class Source(Section):
+    """One named data set. `source` is a .jsonl, .csv, .tsv or .parquet file, or `hub:owner/name[@revision]`."""
+
+    source: str
+    task: Name
+    split: Split
+    columns: Columns = Columns()
+    hub_split: str = "train"
+    seed: int = 0
+    limit: Annotated[int, Field(gt=0)] | None = None
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.85
+
+
+class Model(Section):
+    """Where a model comes from: exactly one of `wheel` (pinned, with `sha256`), `hub` (with `revision`), `folder`."""
+
+    wheel: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    gguf: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    folder: str | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if self.wheel:
+            if self.hub or not self.sha256 or (self.gguf is None) == (self.folder is None):
+                raise ValueError("a `wheel` needs `sha256` and one of `gguf` or `folder` (a path inside the wheel)")
+        elif (self.hub is None) == (self.folder is None):
+            raise ValueError("needs exactly one of `wheel`, `hub` or `folder`")
+        elif self.hub and not self.revision:
+            raise ValueError("a `hub` model needs a pinned `revision` (a commit hash or a tag)")
+        return self
+
+
+class Lora(Section):
+    r: Annotated[int, Field(gt=0)] = 16
+    alpha: Positive | None = None  # 2 r when not given
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class Adapter(Lora):
+    kind: Literal["none", "lora", "qlora"] = "none"
+
+
+class Training(Section):
+    """What every gradient descent here needs; phases and fine-tuning share it."""
+
+    epochs: Positive | None = None
+    steps: Annotated[int, Field(gt=0)] | None = None
+    learning_rate: Positive
+    batch_size: Annotated[int, Field(gt=0)] = 16
+    accumulate: Annotated[int, Field(gt=0)] = 1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Fraction = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("needs exactly one of `epochs` or `steps`")
+        return self
+
+
+class Finetune(Training):
+    """Fine-tuning of a teacher on gold rows, and `folds` more on parts of them for out-of-fold signals."""
+
+    on: str
+    lora: Lora | None = None
+    folds: Annotated[int, Field(ge=2)] = 2
+
+
+class Teacher(Section):
+    """A model that produces signals. Without `finetune` it is only prompted (label-free)."""
+
+    kind: Literal["lm", "classifier"]
+    model: Name
+    data: list[Name] | None = None  # the sources it labels; all of them when not given
+    finetune: Finetune | None = None
+    prompt: Literal["chat", "plain"] = "chat"
+    few_shot: Count = 0
+    rationales: Count = 0
+    max_new_tokens: Annotated[int, Field(gt=0)] = 48
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: int = 0
+
+
+class Keep(Section):
+    same_label: bool = True
+    max_similarity: Annotated[float, Field(gt=0, le=1)] = 0.9
+    min_similarity: Fraction = 0.2
+
+
+class Augment(Section):
+    """Paraphrases of a source's gold rows; `per_row: 0` turns them off."""
+
+    source: Name
+    teacher: Name
+    per_row: Count = 1
+    temperature: Positive = 0.7
+    max_new_tokens: Annotated[int, Field(gt=0)] = 80
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    keep: Keep = Keep()
+    seed: int = 0
+
+
+class Init(Section):
+    """Which of the model's layers the student keeps: a list of indices, `all`, `first-N`, `last-N` or `every-N`."""
+
+    layers: list[Count] | Annotated[str, Field(pattern=r"^(all|(first|last|every)-[1-9][0-9]*)$")] = "all"
+
+
+class EarlyStopping(Section):
+    metric: Literal["accuracy", "macro_f1", "loss"] = "macro_f1"
+    patience: Annotated[int, Field(gt=0)] = 3
+    every: Annotated[int, Field(gt=0)]  # optimizer steps between two looks at the validation split
+
+
+class Phase(Training):
+    """One leg of a student's training."""
+
+    data: Annotated[list[str], Field(min_length=1)]  # `source/split`
+    teachers: list[Name] = []
+    mix: Literal["uniform", "validation", "confidence"] = "uniform"
+    loss: Annotated[dict[Literal[LOSS_TERMS], Positive], Field(min_length=1)]
+    temperature: Positive = 1.0
+    scale_by_t2: bool = True  # Hinton et al. 2015: keeps the gradient's size independent of the temperature
+    beta: Fraction = 0.5  # of `jsd`
+    alpha: Fraction = 0.1  # of `skew_*`
+    order: Literal["random", "confidence", "length"] = "random"
+    early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="after")
+    def _terms_fit(self):
+        signals = [term for term in self.loss if term != "ce"]
+        if signals and not self.teachers:
+            raise ValueError(f"loss term `{signals[0]}` needs `teachers`")
+        if self.order == "confidence" and not self.teachers:
+            raise ValueError("`order: confidence` needs `teachers`")
+        return self
+
+
+class Student(Section):
+    """A model and a list of phases. `control` names the student that differs from this one in one thing only."""
+
+    model: Name
+    arch: Literal["causal", "classifier"]
+    init: Init = Init()
+    adapter: Adapter = Adapter()
+    phases: list[Phase]
+    control: Name | None = None
+    prompt: Literal["chat", "plain"] = "chat"
+    few_shot: Count = 0
+    max_length: Annotated[int, Field(gt=8)] = 256
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    checkpoint_every: Annotated[int, Field(gt=0)] = 50  # optimizer steps between two checkpoints
+
+
+class Evaluate(Section):
+    headline: Name  # the student that the report's first sentence is about
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    throughput_rows: Annotated[int, Field(gt=0)] = 128
+    samples: Annotated[int, Field(gt=0)] = 12
+    seed: int = 0
+
+
+class Params(Section):
+    seeds: Annotated[list[int], Field(min_length=1)]
+    data: Annotated[dict[Name, Source], Field(min_length=1)]
+    models: Annotated[dict[Name, Model], Field(min_length=1)]
+    teachers: dict[Name, Teacher]
+    augment: Augment
+    students: Annotated[dict[Name, Student], Field(min_length=1)]
+    evaluate: Evaluate
+
+    def sources_of(self, teacher: str) -> list[str]:
+        """The sources that `teacher` labels, in the order of `data`."""
+        return self.teachers[teacher].data or list(self.data)
+
+
+def root(start: Path | str | None = None) -> Path:
+    """The repository root: the nearest folder at or above `start` that holds `dvc.yaml`.
+
+    Raises UserError when there is none. Papermill starts in the root, Jupyter in `notebooks/`.
+    """
+    here = Path(start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").exists():
+            return folder
+    raise UserError(f"{here}: no dvc.yaml here or in any folder above; run from inside the repository")
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file. Raises UserError (file, line) when it is missing or malformed."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def load(path: Path | str | None = None) -> Params:
+    """Read and validate `params.yaml` (of the repository root when no path is given).
+
+    Raises UserError with one line naming the first wrong key and what is allowed there.
+    """
+    path = Path(path) if path else root() / "params.yaml"
+    params = validate(Params, read_yaml(path), path.name)
+    _check_references(params, path.name, path.parent)
+    return params
+
+
+def validate(kind: type[Section], raw: Any, file: str) -> Any:
+    """`raw` as an object of `kind`. Raises UserError with one line naming `file`, the key and what is allowed."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_one_line(error, kind, raw, file)) from None
+
+
+def _one_line(error: ValidationError, kind: type[BaseModel], raw: Any, file: str) -> str:
+    # An unknown key is nearly always the cause of what else is wrong beside it (its right spelling is "missing").
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    path = [p for p in first["loc"] if _present(raw, p) or isinstance(p, (str, int))]
+    keys, node, model = [], raw, kind
+    for part in path:  # pydantic adds the names of union members to `loc`; keep real keys only
+        if isinstance(node, dict) and (part in node or first["type"] in ("missing", "extra_forbidden")):
+            keys.append(str(part))
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            keys.append(str(part))
+            node = node[part]
+    key = ".".join(keys) or "(the whole file)"
+    if first["type"] == "extra_forbidden":
+        model = _model_at(kind, keys[:-1])
+        names = list(model.model_fields) if model else []
+        close = difflib.get_close_matches(keys[-1], names, n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else ""
+        return f"{file}: {key}: unknown key{hint} Allowed: {', '.join(names)}"
+    if first["type"] == "missing":
+        return f"{file}: {key}: missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "literal_error":
+        message = f"must be {first['ctx']['expected']}"
+    shown = "" if isinstance(first["input"], (dict, list)) else f", not {first['input']!r}"
+    if first["type"] in ("float_type", "int_type") and isinstance(first["input"], str):
+        try:
+            shown += f" (YAML reads this as text; write {float(first['input']):.1e})"
+        except ValueError:
+            pass
+    return f"{file}: {key}: {message}{shown}"
+
+
+def _present(raw: Any, part: Any) -> bool:
+    return isinstance(raw, dict) and part in raw
+
+
+def _model_at(kind: Any, keys: Iterable[str]) -> type[BaseModel] | None:
+    """The section class that sits at `keys` below `kind`."""
+    for key in keys:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(key)
+            kind = field.annotation if field else None
+        else:
+            kind = next((a for a in _inner(kind) if a is not str), None)
+        kind = _unwrap(kind)
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _inner(kind: Any) -> list[Any]:
+    return list(get_args(kind))[::-1]
+
+
+def _unwrap(kind: Any) -> Any:
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) in (Union, UnionType):
+        members = [_unwrap(a) for a in get_args(kind) if a is not type(None)]
+        return next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), members[0])
+    return kind
+
+
+def _check_references(params: Params, file: str, folder: Path) -> None:
+    """Names that point at other sections must exist there."""
+
+    def known(key: str, name: str, names: Iterable[str], what: str) -> None:
+        if name not in names:
+            raise UserError(f"{file}: {key}: unknown {what} `{name}`; known: {', '.join(names) or 'none'}")
+
+    def split_of(key: str, where: str, splits: tuple[str, ...]) -> str:
+        source, _, split = where.partition("/")
+        known(key, source, params.data, "source")
+        if split not in splits:
+            raise UserError(f"{file}: {key}: `{where}` must be `source/split` with split one of {', '.join(splits)}")
+        return source
+
+    for name, source in params.data.items():
+        if not (folder / "tasks" / f"{source.task}.yaml").exists():
+            here = sorted(p.stem for p in (folder / "tasks").glob("*.yaml"))
+            known(f"data.{name}.task", source.task, here, "task")
+    for name, teacher in params.teachers.items():
+        known(f"teachers.{name}.model", teacher.model, params.models, "model")
+        for i, source in enumerate(teacher.data or []):
+            known(f"teachers.{name}.data.{i}", source, params.data, "source")
+        sources = params.sources_of(name)
+        tasks = {params.data[s].task for s in sources}
+        if len(tasks) > 1:
+            raise UserError(f"{file}: teachers.{name}.data: sources of one task only, not {', '.join(sorted(tasks))}")
+        if teacher.finetune:
+            source = split_of(f"teachers.{name}.finetune.on", teacher.finetune.on, ("train",))
+            if params.data[source].task not in tasks:
+                raise UserError(f"{file}: teachers.{name}.finetune.on: `{source}` has another task than its data")
+        elif teacher.kind == "classifier":
+            raise UserError(f"{file}: teachers.{name}: a classifier needs `finetune`, its head starts untrained")
+    known("augment.source", params.augment.source, params.data, "source")
+    if params.augment.per_row:
+        known("augment.teacher", params.augment.teacher, params.teachers, "teacher")
+        if params.teachers[params.augment.teacher].kind != "lm":
+            raise UserError(f"{file}: augment.teacher: `{params.augment.teacher}` cannot write; needs `kind: lm`")
+        if params.augment.source not in params.sources_of(params.augment.teacher):
+            raise UserError(f"{file}: augment.teacher: `{params.augment.teacher}` does not label that source")
+    for name, student in params.students.items():
+        known(f"students.{name}.model", student.model, params.models, "model")
+        if student.control:
+            known(f"students.{name}.control", student.control, params.students, "student")
+        if student.adapter.kind == "qlora" and student.arch != "causal":
+            raise UserError(f"{file}: students.{name}.adapter.kind: qlora is for `arch: causal`, not {student.arch}")
+        seen = set()
+        for i, phase in enumerate(student.phases):
+            key = f"students.{name}.phases.{i}"
+            sources = [split_of(f"{key}.data", d, ("train", "pool", "augmented")) for d in phase.data]
+            seen |= {params.data[s].task for s in sources}
+            if "ce" in phase.loss and not phase.teachers and any(d.endswith("/pool") for d in phase.data):
+                raise UserError(f"{file}: {key}.loss: `ce` on a pool needs `teachers`: its rows carry no gold label")
+            for where in phase.data:
+                if where.endswith("/augmented") and where.split("/")[0] != params.augment.source:
+                    raise UserError(f"{file}: {key}.data: `{where}`: only `{params.augment.source}` is augmented")
+            for teacher in phase.teachers:
+                known(f"{key}.teachers", teacher, params.teachers, "teacher")
+                for source in sources:
+                    known(f"{key}.teachers", teacher, _labelling(params, source), f"teacher for `{source}`")
+        if len(seen) > 1:
+            raise UserError(f"{file}: students.{name}.phases: one task only, not {', '.join(sorted(seen))}")
+    known("evaluate.headline", params.evaluate.headline, params.students, "student")
+    if len(set(params.seeds)) != len(params.seeds):
+        raise UserError(f"{file}: seeds: each seed once, not {params.seeds}")
+
+
+def _labelling(params: Params, source: str) -> list[str]:
+    return [t for t in params.teachers if source in params.sources_of(t)]
+
+
+@contextmanager
+def atomic(path: Path | str):
+    """A temporary path beside `path` that takes its place only if the block ends well.
+
+    Raises UserError when the disk is full, naming the file; nothing half-written stays behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"{path}: the disk is full; free some space and run again") from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    try:
+        checked = load()
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}")
+    print(
+        f"params.yaml: {len(checked.data)} source(s), {len(checked.teachers)} teacher(s), "
+        f"{len(checked.students)} student(s) x {len(checked.seeds)} seed(s)"
+    )

@@ -1,0 +1,116 @@
+"""What is predicted: one `tasks/<name>.yaml` per task, and the prompts made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from distillery.params import Section, UserError, read_yaml, root, validate
+
+PLAIN_SEPARATOR = "\n\n"
+
+
+class Prompt(Section):
+    """Texts with `{…}` fields. `template` asks for the label; `rationale` and `paraphrase` ask for free text."""
+
+    system: str = ""
+    instruction: str = ""
+    template: str = "{instruction}\n\nText: {text}\nLabel:"
+    rationale: str = "Explain in one short sentence why the answer is {label}."
+    paraphrase: str = "Rewrite the text in other words. Keep every number and name. Reply with the new text only."
+
+    @model_validator(mode="after")
+    def _fields(self):
+        for name, allowed in (("template", {"instruction", "text"}), ("rationale", {"label"}), ("paraphrase", set())):
+            found = {field for _, field, _, _ in Formatter().parse(getattr(self, name)) if field is not None}
+            if found - allowed:
+                raise ValueError(f"`{name}` knows no field {{{sorted(found - allowed)[0]}}}; allowed: {allowed or 'none'}")
+        if "{text}" not in self.template:
+            raise ValueError("`template` must hold {text}")
+        return self
+
+
+class Shot(Section):
+    text: Annotated[str, Field(min_length=1)]
+    label: str
+    rationale: str = ""
+    paraphrase: str = ""
+
+
+class Task(Section):
+    """A task file. `labels` maps each label to its meaning; their order is the order of probability vectors."""
+
+    kind: Literal["classification"]
+    labels: Annotated[dict[str, str], Field(min_length=2)]
+    prompt: Prompt = Prompt()
+    verbalizer: dict[str, str] = {}
+    few_shot: list[Shot] = []
+
+    @model_validator(mode="after")
+    def _labels_fit(self):
+        for key, names in (("verbalizer", self.verbalizer), ("few_shot", [shot.label for shot in self.few_shot])):
+            for name in names:
+                if name not in self.labels:
+                    raise ValueError(f"`{key}` names the unknown label {name!r}; known: {', '.join(self.labels)}")
+        words = [self.word(label) for label in self.labels]
+        if len(set(words)) < len(words):
+            raise ValueError("two labels have the same word in `verbalizer`")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.labels)
+
+    def word(self, label: str) -> str:
+        """The text that stands for `label` in a prompt or an answer."""
+        return self.verbalizer.get(label, label)
+
+
+def load(name: str, folder: Path | None = None) -> Task:
+    """The task `tasks/<name>.yaml`. Raises UserError naming the file and the key."""
+    path = (folder or root() / "tasks") / f"{name}.yaml"
+    return validate(Task, read_yaml(path), f"tasks/{name}.yaml")
+
+
+def question(task: Task, text: str) -> str:
+    """The user's turn that asks for the label of `text`."""
+    return task.prompt.template.format(instruction=task.prompt.instruction, text=text)
+
+
+def turns(task: Task, text: str, few_shot: int = 0) -> list[dict[str, str]]:
+    """Chat turns that ask for the label of `text`, after `few_shot` solved examples of the task file.
+
+    Raises UserError when the task file holds fewer examples.
+    """
+    if few_shot > len(task.few_shot):
+        raise UserError(f"few_shot: {few_shot} examples asked for, the task file holds {len(task.few_shot)}")
+    out = [{"role": "system", "content": task.prompt.system}] if task.prompt.system else []
+    for shot in task.few_shot[:few_shot]:
+        out += [
+            {"role": "user", "content": question(task, shot.text)},
+            {"role": "assistant", "content": task.word(shot.label)},
+        ]
+    return [*out, {"role": "user", "content": question(task, text)}]
+
+
+def render(messages: list[dict[str, str]], tokenizer: Any, style: str = "chat") -> str:
+    """The prompt text up to where the answer starts.
+
+    style: `chat` uses the tokenizer's chat template (UserError when it has none), `plain` joins the turns.
+    """
+    if style == "chat":
+        if not tokenizer.chat_template:
+            raise UserError(f"{tokenizer.name_or_path}: no chat template; set `prompt: plain`")
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = ""
+    for turn in messages:
+        text += turn["content"] + (PLAIN_SEPARATOR if turn["role"] != "user" else " ")
+    return text.rstrip(" ")
+
+
+def answer(task: Task, label: str, style: str = "chat") -> str:
+    """What follows :func:`render` when the answer is `label`."""
+    return task.word(label) if style == "chat" else f" {task.word(label)}"
