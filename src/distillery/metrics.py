@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special, stats
-from sklearn import metrics as sk
 
 # Probabilities are stored as float32: nothing below its resolution can be told from zero.
 FLOOR = float(np.finfo(np.float32).eps)
+BLOCK = 4_000_000  # draws held in memory at once: 32 MB
 
 
 # ---------------------------------------------------------------- counts
@@ -79,6 +79,16 @@ def macro_f1_of(counts: np.ndarray) -> np.ndarray:
     return np.nanmean(f1_of(counts), axis=-1)
 
 
+def mcc(counts: np.ndarray) -> float:
+    """Matthews correlation of confusion counts [K, K + 1], in [-1, 1]; 0 when either side knows one label only.
+
+    The multi-class form of Gorodkin 2004.
+    """
+    true, answers, rows = np.append(counts.sum(1), 0), counts.sum(0), counts.sum()
+    below = float(rows**2 - (true**2).sum()) * float(rows**2 - (answers**2).sum())
+    return float((np.trace(counts) * rows - (true * answers).sum()) / np.sqrt(below)) if below > 0 else 0.0
+
+
 # ---------------------------------------------------------------- reports
 
 
@@ -110,7 +120,7 @@ def classification_report(
         "balanced_accuracy": float(recall[support > 0].mean()),
         "macro_f1": float(macro_f1_of(counts)),
         "weighted_f1": float((f1 * support).sum() / rows),
-        "mcc": float(sk.matthews_corrcoef(true, codes)),
+        "mcc": mcc(counts),
         "answer_bias": answer_bias(gold, predicted, labels),
         "commonest_answer": float(np.bincount(codes).max() / rows),
     }
@@ -222,9 +232,9 @@ def _draw(units: int, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _resample(per_group: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Sums of [G, F] over groups drawn with replacement -> [n, F]; in blocks, so that memory stays under 100 MB."""
+    """Sums of [G, F] over groups drawn with replacement -> [n, F]; in blocks of `BLOCK` draws."""
     units = len(per_group)
-    block = max(1, 4_000_000 // units)
+    block = max(1, BLOCK // units)
     return np.concatenate([_draw(units, min(block, n - i), rng) @ per_group for i in range(0, n, block)])
 
 
@@ -248,7 +258,7 @@ def cluster_bootstrap(values: ArrayLike, groups: ArrayLike, n: int = 2000, seed:
 
 
 def _over_seeds(samples: np.ndarray, seed: int, stream: int) -> np.ndarray:
-    """Mean of [n, seeds] over seeds drawn with replacement -> [n]: another set of runs would have given other scores."""
+    """Mean of [n, seeds] over seeds drawn with replacement -> [n]: other runs would have scored otherwise."""
     n, seeds = samples.shape
     if seeds == 1:
         return samples[:, 0]

@@ -1,0 +1,295 @@
+"""Every score against scikit-learn, SciPy or a slow computation of the definition, edge cases included."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn import metrics as sk
+
+from distillery import metrics
+
+LABELS = ["positive", "neutral", "negative"]
+
+
+@st.composite
+def cases(draw):
+    """Gold, predicted, probabilities [n, 3]: classes absent, all predictions equal and zero probabilities included."""
+    rows = draw(st.integers(1, 40))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    present = LABELS[: draw(st.integers(1, 3))]
+    answered = LABELS[draw(st.integers(0, 2)) :]
+    p = rng.dirichlet([draw(st.sampled_from([0.02, 0.3, 3.0]))] * 3, rows)
+    if draw(st.booleans()):  # certain predictions
+        p = np.eye(3)[p.argmax(1)]
+    return rng.choice(present, rows), rng.choice(answered, rows), p.astype(np.float32)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # scikit-learn warns of classes that are absent
+def test_report_agrees_with_scikit_learn(case):
+    gold, predicted, p = case
+    report = metrics.classification_report(gold, predicted, p, LABELS)
+    precision, recall, f1, support = sk.precision_recall_fscore_support(gold, predicted, labels=LABELS, zero_division=0)
+    true = metrics.encode(gold, LABELS)
+    expected = {
+        "accuracy": sk.accuracy_score(gold, predicted),
+        "balanced_accuracy": sk.balanced_accuracy_score(gold, predicted),
+        "macro_f1": sk.f1_score(gold, predicted, average="macro", zero_division=0),
+        "weighted_f1": sk.f1_score(gold, predicted, average="weighted", zero_division=0),
+        "mcc": sk.matthews_corrcoef(gold, predicted),
+        "log_loss": sk.log_loss(true, p, labels=[0, 1, 2]),
+        "brier": sk.brier_score_loss(true, p, labels=[0, 1, 2], scale_by_half=False),
+    }
+    for name, value in expected.items():
+        assert report[name] == pytest.approx(value, abs=2e-6), name
+    for i, label in enumerate(LABELS):
+        row = report["labels"][label]
+        got = [row["precision"], row["recall"], row["f1"], row["support"]]
+        assert got == pytest.approx([precision[i], recall[i], f1[i], support[i]])
+        negatives = gold != label
+        specificity = sk.recall_score(negatives, predicted != label, zero_division=0)
+        assert row["specificity"] == pytest.approx(specificity)
+
+
+def test_report_holds_plain_numbers_only():
+    report = metrics.classification_report(["positive"], ["neutral"], [[0.2, 0.5, 0.3]], LABELS)
+    values = [v for k, v in report.items() if k != "labels"] + [
+        v for r in report["labels"].values() for v in r.values()
+    ]
+    assert {type(v) for v in values} == {int, float}
+    without = metrics.classification_report(["positive"], ["neutral"], None, LABELS)
+    assert set(report) - set(without) == {"log_loss", "brier", "ece", "risk_coverage_area"}
+
+
+def test_an_unparsable_answer_is_wrong_and_no_label():
+    gold = ["neutral", "neutral", "positive", "negative"]
+    report = metrics.classification_report(gold, ["neutral", None, "positive", "maybe"], None, LABELS)
+    assert report["accuracy"] == 0.5
+    assert report["labels"]["neutral"]["precision"] == 1 and report["labels"]["neutral"]["recall"] == 0.5
+    assert report["answer_bias"] == 0.5
+    assert metrics.confusion(gold, ["neutral", None, "positive", "maybe"], LABELS)[:, 3].tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "p", "message"),
+    [
+        ([], [], None, "non-empty"),
+        (["neutral"], ["neutral", "neutral"], None, "2 predictions for 1"),
+        (["maybe"], ["neutral"], None, "'maybe'"),
+        (["neutral"], ["neutral"], [[0.5, 0.5]], "shape"),
+        (["neutral"], ["neutral"], [[0.5, 0.5, 0.5]], "add up to 1"),
+        (["neutral"], ["neutral"], [[np.nan, 0.5, 0.5]], "finite"),
+        (["neutral"], ["neutral"], [[-0.5, 0.5, 1.0]], ">= 0"),
+    ],
+)
+def test_wrong_input_is_refused(gold, predicted, p, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.classification_report(gold, predicted, p, LABELS)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_answer_bias_is_half_the_difference_of_shares(case):
+    gold, predicted, _ = case
+    by_hand = sum(abs((gold == label).mean() - (predicted == label).mean()) for label in LABELS) / 2
+    report = metrics.classification_report(gold, predicted, None, LABELS)
+    assert report["answer_bias"] == pytest.approx(by_hand)
+    assert report["commonest_answer"] == pytest.approx(max((predicted == label).mean() for label in LABELS))
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.integers(1, 20))
+def test_calibration_by_its_definition(case, bins):
+    gold, _, p = case
+    true, p = metrics.encode(gold, LABELS), p.astype(np.float64)
+    table = metrics.calibration(true, p, bins)
+    confidence, right = p.max(1), p.argmax(1) == true
+    error = 0.0
+    for i, (low, high) in enumerate(pairwise(np.linspace(0, 1, bins + 1))):
+        inside = (confidence > low) & (confidence <= high)
+        if i == bins - 1:  # float32 sums: 1.0000001 is still certain
+            inside |= confidence > 1
+        assert table["rows"][i] == inside.sum()
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert table["ece"] == pytest.approx(error, abs=1e-9)
+
+
+def test_calibration_of_a_model_that_knows_its_errors():
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet([1, 1, 1], 20_000)
+    true = (rng.random((20_000, 1)) > p.cumsum(1)).sum(1)
+    assert metrics.calibration(true, p)["ece"] < 0.02
+    assert metrics.calibration(true, np.eye(3)[p.argmax(1)])["ece"] > 0.3
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.integers(0, 99))
+def test_risk_coverage_by_its_definition(case, seed):
+    gold, _, p = case
+    true, p = metrics.encode(gold, LABELS), p.astype(np.float64)
+    table = metrics.risk_coverage(true, p)
+    confidence, wrong = p.max(1), p.argmax(1) != true
+    for threshold in np.unique(confidence):
+        inside = confidence >= threshold
+        at = inside.sum() - 1
+        assert table["coverage"][at] == pytest.approx(inside.mean())
+        assert table["risk"][at] == pytest.approx(wrong[inside].mean())
+    order = np.random.default_rng(seed).permutation(len(true))
+    assert metrics.risk_coverage(true[order], p[order])["area"] == pytest.approx(table["area"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.integers(0, 2**32))
+def test_kl_agrees_with_scipy(case, seed):
+    p = case[2].astype(np.float64)
+    q = np.random.default_rng(seed).dirichlet([1.0] * 3, len(p))
+    expected = [stats.entropy(a, b) for a, b in zip(p, q, strict=True)]
+    np.testing.assert_allclose(metrics.kl(p, q), expected, rtol=1e-4, atol=1e-5)
+    assert metrics.kl(p, p).max() < 1e-6
+
+
+def test_kl_to_a_student_that_excludes_the_answer_is_finite():
+    value = metrics.kl([[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]])
+    assert value[0] == pytest.approx(-np.log(metrics.FLOOR), rel=1e-6)
+    with pytest.raises(ValueError, match="shape"):
+        metrics.kl([[1.0, 0.0]], [[0.5, 0.2, 0.3]])
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def slow_resamples(values, groups, n, seed):
+    """The definition: draw groups, take all their rows, average."""
+    rng = np.random.default_rng([seed, 0])
+    names = np.unique(groups)
+    for row in rng.integers(0, len(names), (n, len(names))):
+        yield np.concatenate([np.flatnonzero(groups == names[g]) for g in row])
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(), st.integers(0, 99), st.integers(1, 12))
+def test_bootstrap_is_what_a_loop_over_groups_gives(case, seed, kinds):
+    gold, predicted, p = case
+    groups = np.random.default_rng(seed).integers(0, kinds, len(gold)).astype(str)
+    drawn = metrics.bootstrap_scores(gold, predicted, LABELS, groups, 20, seed)
+    means = metrics.cluster_bootstrap(p[:, 0], groups, 20, seed)
+    for i, rows in enumerate(slow_resamples(None, groups, 20, seed)):
+        assert drawn["accuracy"][i] == pytest.approx(sk.accuracy_score(gold[rows], predicted[rows]))
+        f1 = sk.f1_score(gold[rows], predicted[rows], average="macro", zero_division=0)
+        assert drawn["macro_f1"][i] == pytest.approx(f1)
+        assert means[i] == pytest.approx(p[rows, 0].mean(), rel=1e-5, abs=1e-7)
+
+
+def test_bootstrap_of_single_rows_agrees_with_scipy():
+    values = np.random.default_rng(1).exponential(size=200)
+    ours = metrics.interval(metrics.cluster_bootstrap(values, np.arange(200), 4000))
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=0).confidence_interval
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.02)
+
+
+def test_blocks_of_resamples_change_nothing(monkeypatch):
+    values, groups = np.random.default_rng(1).random((2, 30)), np.arange(30) // 2
+    whole = metrics.cluster_bootstrap(values, groups, 50, 3)
+    monkeypatch.setattr(metrics, "BLOCK", 40)
+    np.testing.assert_array_equal(metrics.cluster_bootstrap(values, groups, 50, 3), whole)
+
+
+def test_copies_of_a_row_do_not_narrow_the_interval():
+    rng = np.random.default_rng(0)
+    values = (rng.random(100) < 0.7).astype(float)
+    once = metrics.cluster_bootstrap(values, np.arange(100), 4000)
+    copied = metrics.cluster_bootstrap(np.repeat(values, 5), np.repeat(np.arange(100), 5), 4000)
+    as_rows = metrics.cluster_bootstrap(np.repeat(values, 5), np.arange(500), 4000)
+    assert copied.std() == pytest.approx(once.std(), rel=0.1)
+    assert as_rows.std() < 0.6 * once.std()
+
+
+def test_seeds_that_differ_widen_the_interval():
+    rows, groups = np.ones(50), np.arange(50)
+    assert metrics.cluster_bootstrap([rows, rows], groups, 200).std() == 0
+    assert metrics.cluster_bootstrap([rows, 0 * rows], groups, 200).std() == pytest.approx(np.sqrt(1 / 8), rel=0.1)
+
+
+def planted(rng, rows, right):
+    """Gold labels and predictions that are right for about the share `right` of the rows."""
+    gold = rng.choice(LABELS, rows)
+    wrong = np.array(LABELS)[(metrics.encode(gold, LABELS) + rng.integers(1, 3, rows)) % 3]
+    return gold, lambda share=right: np.where(rng.random(rows) < share, gold, wrong)
+
+
+def test_paired_difference_of_a_model_with_itself_is_nothing():
+    gold, predict = planted(np.random.default_rng(0), 100, 0.6)
+    predicted = predict()
+    for score in metrics.paired_difference(gold, predicted, predicted, LABELS, np.arange(100), 200).values():
+        assert (score["mean"], score["low"], score["high"], score["p"], score["detectable"]) == (0, 0, 0, 1, 0)
+
+
+def test_paired_difference_by_hand():
+    gold = ["positive"] * 4
+    a, b = gold, ["positive", "positive", "neutral", "neutral"]
+    got = metrics.paired_difference(gold, [a, b], b, LABELS, list("wxyz"), 500)["accuracy"]
+    assert got["mean"] == pytest.approx(0.25)  # (1 + 0.5) / 2 - 0.5
+    assert got["low"] == 0 and got["high"] >= 0.5
+
+
+def test_paired_difference_tells_a_gain_from_noise():
+    rng = np.random.default_rng(0)
+    gold, predict = planted(rng, 600, 0.6)
+    groups = np.arange(600) // 2
+    base = [predict(), predict()]
+    gain = metrics.paired_difference(gold, [predict(0.75), predict(0.75)], base, LABELS, groups, 500)
+    none = metrics.paired_difference(gold, [predict(), predict()], base, LABELS, groups, 500)
+    for score in metrics.SCORES:
+        assert gain[score]["low"] > 0.05 and gain[score]["p"] < 0.01
+        assert none[score]["low"] < 0 < none[score]["high"] and none[score]["p"] > 0.05
+        assert 0.02 < none[score]["detectable"] < 0.15
+
+
+def test_paired_interval_holds_what_it_promises():
+    """Under no difference, about 5 % of the 95 % intervals may leave out 0, groups of three copied rows included."""
+    rng = np.random.default_rng(0)
+    misses = 0
+    for trial in range(300):
+        gold, predict = planted(rng, 80, 0.6)
+        rows = np.repeat(np.arange(80), 3)
+        a, b = predict()[rows], predict()[rows]
+        score = metrics.paired_difference(gold[rows], a, b, LABELS, rows, 300, seed=trial)["accuracy"]
+        misses += score["low"] > 0 or score["high"] < 0
+    assert 4 <= misses <= 30
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_mcnemar_is_the_binomial_test_of_the_discordant_rows(pairs):
+    a, b = np.array(pairs).T
+    only_a, only_b = sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
+    k, m = min(only_a, only_b), only_a + only_b
+    assert metrics.mcnemar(a, b) == pytest.approx(min(1.0, 2 * stats.binom.cdf(k, m, 0.5)))
+    assert metrics.mcnemar(a, b) == metrics.mcnemar(b, a)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_by_its_definition(p):
+    adjusted = metrics.holm(p)
+    order = np.argsort(p, kind="stable")
+    for level in (0.01, 0.05, 0.2):  # step down: stop at the first p above level / (m - i)
+        rejected = set()
+        for i, at in enumerate(order):
+            if p[at] * (len(p) - i) > level:
+                break
+            rejected.add(at)
+        assert set(np.flatnonzero(adjusted <= level)) == rejected
+
+
+def test_smallest_detectable_difference_is_found_four_times_in_five():
+    se = 0.02
+    effect = metrics.smallest_detectable_difference(se)
+    assert effect == pytest.approx(2.8016 * se, rel=1e-3)
+    seen = np.random.default_rng(0).normal(effect, se, 20_000)
+    assert (seen > 1.959964 * se).mean() == pytest.approx(0.8, abs=0.01)
