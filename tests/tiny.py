@@ -1,0 +1,104 @@
+"""Tiny models with random weights and a small experiment on them: everything real but the size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("dvc.yaml", "notebooks", "src", "tasks", ".dvcignore", ".gitignore")  # what an experiment needs of the repo
+ROLES = "<|im_start|>", "<|im_end|>"
+CHAT = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def texts(root: Path = ROOT) -> list[str]:
+    """Every text a tiny model may meet: the finance corpus with its rationales, and the task files."""
+    lines = (root / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    prompts = [path.read_text(encoding="utf-8") for path in sorted((root / "tasks").glob("*.yaml"))]
+    return [row[key] for row in rows for key in ("text", "rationale")] + prompts
+
+
+def word_tokenizer(corpus: list[str], kind: str):
+    """A word-level tokenizer of `corpus`: `bert` adds [CLS] and [SEP], `llama` has a chat template and adds nothing."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"] if kind == "bert" else ["[UNK]", "[PAD]", *ROLES]
+    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator([*corpus, "system user assistant"], trainers.WordLevelTrainer(special_tokens=special))
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "model_max_length": 512}
+    if kind == "bert":
+        ends = [(name, words.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+        words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    else:
+        names |= {"bos_token": ROLES[0], "eos_token": ROLES[1]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
+    if kind == "llama":
+        tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def build_models(folder: Path) -> None:
+    """Write `tiny-llama` and `tiny-bert` (hidden 32, 4 layers, fixed random weights) and tokenizers to `folder`."""
+    import torch
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+    corpus = texts()
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for kind in ("llama", "bert"):
+            tokenizer = word_tokenizer(corpus, kind)
+            common = shape | {
+                "vocab_size": len(tokenizer),
+                "pad_token_id": tokenizer.pad_token_id,
+                "max_position_embeddings": 512,
+            }
+            if kind == "llama":
+                ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+                model = LlamaForCausalLM(LlamaConfig(**common, **ends, tie_word_embeddings=True))
+            else:
+                model = BertModel(BertConfig(**common))
+            model.save_pretrained(folder / f"tiny-{kind}")
+            tokenizer.save_pretrained(folder / f"tiny-{kind}")
+
+
+def experiment(folder: Path, models: Path | None = None) -> Path:
+    """A git repository with DVC in `folder` that runs `tests/smoke.yaml`; returns `folder`.
+
+    models: a folder that :func:`build_models` wrote; empty model folders stand in when nothing shall be trained.
+    """
+    import subprocess
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        elif source.exists():
+            shutil.copy(source, folder / name)
+    (folder / "data/corpora").mkdir(parents=True)
+    shutil.copy(ROOT / "data/corpora/finance.jsonl", folder / "data/corpora/finance.jsonl")
+    shutil.copy(ROOT / "tests/smoke.yaml", folder / "params.yaml")
+    for kind in ("llama", "bert"):
+        target = folder / f"models/tiny-{kind}"
+        if models:
+            shutil.copytree(models / f"tiny-{kind}", target)
+        else:
+            target.mkdir(parents=True)
+            (target / "config.json").write_text("{}\n")
+    for command in (
+        ["git", "init", "-q"],
+        ["dvc", "init", "-q"],
+        ["git", "add", "-A"],
+        ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-q", "-m", "start"],
+    ):
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
