@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -428,10 +429,17 @@ def _labelling(params: Params, source: str) -> list[str]:
     return [t for t in params.teachers if source in params.sources_of(t)]
 
 
+def raise_if_disk_full(error: OSError, path: Path) -> None:
+    """Turn the operating system's "no space" errors into a UserError that names the file."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise UserError(f"{path}: the disk is full; free some space and run again") from None
+
+
 @contextmanager
 def atomic(path: Path | str):
     """A temporary path beside `path` that takes its place only if the block ends well.
 
+    The block writes a file there or makes a folder; a folder replaces the old one as a whole.
     Raises UserError when the disk is full, naming the file; nothing half-written stays behind.
     """
     path = Path(path)
@@ -439,13 +447,24 @@ def atomic(path: Path | str):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if temporary.is_dir() and path.is_dir():
+            shutil.rmtree(path)  # os.replace takes the place of an empty folder only
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        if _disk_full(error):
             raise UserError(f"{path}: the disk is full; free some space and run again") from None
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _disk_full(error: Exception) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # Libraries written in Rust or C++ tell it in their message only.
+    return getattr(error, "errno", None) in full or any(os.strerror(code) in str(error) for code in full)
 
 
 if __name__ == "__main__":

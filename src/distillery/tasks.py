@@ -27,7 +27,8 @@ class Prompt(Section):
         for name, allowed in (("template", {"instruction", "text"}), ("rationale", {"label"}), ("paraphrase", set())):
             found = {field for _, field, _, _ in Formatter().parse(getattr(self, name)) if field is not None}
             if found - allowed:
-                raise ValueError(f"`{name}` knows no field {{{sorted(found - allowed)[0]}}}; allowed: {allowed or 'none'}")
+                known = ", ".join(f"{{{field}}}" for field in sorted(allowed)) or "none"
+                raise ValueError(f"`{name}` knows no field {{{min(found - allowed)}}}; allowed: {known}")
         if "{text}" not in self.template:
             raise ValueError("`template` must hold {text}")
         return self
