@@ -110,7 +110,7 @@ def skew_kl(student_logits: Tensor, teacher_logprobs: Tensor, temperature: float
     Returns: [n] nats, in [0, -log alpha]. Denominator: none, one value per row.
     Space: labels or vocabulary.
     Raises: as :func:`kl`; ValueError for `alpha` outside [0, 1).
-    Source: Ko et al. 2024, "DistiLLM: Towards Streamlined Distillation for Large Language Models", eq. 4.
+    Source: Ko et al. 2024, "DistiLLM: Towards Streamlined Distillation for Large Language Models", section 3.1 (SKL).
     """
     return _skew_kl(*_tempered(student_logits, teacher_logprobs, temperature), alpha)
 
@@ -135,7 +135,8 @@ def tvd(student_logits: Tensor, teacher_logprobs: Tensor, temperature: float = 1
     Args, Raises: as for :func:`kl`.
     Returns: [n], dimensionless, in [0, 1]. Denominator: none, one value per row.
     Space: labels or vocabulary.
-    Source: Wen et al. 2023, "f-Divergence Minimization for Sequence-Level Knowledge Distillation", eq. 8 (per step).
+    Source: Wen et al. 2023, "f-Divergence Minimization for Sequence-Level Knowledge Distillation", the TVD
+        loss, per step.
     """
     return _tvd(*_tempered(student_logits, teacher_logprobs, temperature))
 
@@ -542,7 +543,8 @@ def universal_logit_distance(student_logits: Tensor, teacher_logprobs: Tensor) -
     Returns: [n], dimensionless, in [0, 2). Denominator: none, one value per row.
     Space: vocabulary; the two may differ.
     Raises: ValueError for other than [n, K_s] and [n, K_t], naming both.
-    Source: Boizard et al. 2024, "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss", eq. 6.
+    Source: Boizard et al. 2024, "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss",
+        the closed form of the Wasserstein distance, at one step, without the weight lambda.
     """
     if student_logits.dim() != 2 or teacher_logprobs.dim() != 2 or len(student_logits) != len(teacher_logprobs):
         raise ValueError(
@@ -586,7 +588,7 @@ def multitask(label_loss: Tensor, rationale_loss: Tensor, weight: float = 1.0) -
         weight: >= 0; 1 in the paper.
     Returns: a scalar in nats. Space: vocabulary.
     Raises: ValueError for a negative weight, or losses that are not scalars, naming both shapes.
-    Source: Hsieh et al. 2023, "Distilling Step-by-Step!", eq. 3.
+    Source: Hsieh et al. 2023, "Distilling Step-by-Step!", the multi-task objective of section 3.2.
     """
     if label_loss.dim() or rationale_loss.dim():
         raise ValueError(f"two scalars, not {_shape(label_loss)} and {_shape(rationale_loss)}")

@@ -1,0 +1,695 @@
+"""The loss terms: against independent references, by property, at the edges of float, and beside TRL's faults."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+from distillery import losses
+from distillery.losses import DISTRIBUTION_TERMS
+from distillery.params import LOSS_TERMS
+from references import CHECKS, largest_error
+
+NAMES = list(DISTRIBUTION_TERMS)
+seeds = st.integers(0, 2**31)
+by_term = pytest.mark.parametrize("name", NAMES)
+
+
+def pair(seed: int = 0, n: int = 4, k: int = 7, scale: float = 2.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(2, n, k, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return student, teacher.log_softmax(-1)
+
+
+def log(probabilities):
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+# ---------------------------------------------------------------------------------------------- values and references
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.term)
+def test_agrees_with_an_independent_reference(check):
+    assert largest_error(check, cases=40) < 1e-9
+    assert largest_error(check, cases=20, dtype=torch.float32) < 2e-5
+
+
+def test_the_terms_are_those_of_params():
+    assert set(NAMES) == set(LOSS_TERMS) - {"ce"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # p = (1/2, 1/2), s = (1/4, 3/4); m = (3/8, 5/8) for jsd; alpha = 1/2 makes the skewed mixture the same m.
+        ("kl", math.log(2 / math.sqrt(3))),
+        ("reverse_kl", 0.25 * math.log(0.5) + 0.75 * math.log(1.5)),
+        ("jsd", 0.5 * 0.5 * math.log(16 / 15) + 0.5 * (0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5))),
+        ("skew_kl", 0.5 * math.log(16 / 15)),
+        ("skew_reverse_kl", 0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5)),
+        ("tvd", 0.25),
+    ],
+)
+def test_value_computed_by_hand(name, expected):
+    value = DISTRIBUTION_TERMS[name](log([[0.25, 0.75]]), log([[0.5, 0.5]]), alpha=0.5)
+    assert value.tolist() == pytest.approx([expected], abs=1e-12)
+
+
+def test_temperature_by_hand():
+    # Logits (0, 2 ln 3) at T = 2 are (1/4, 3/4); the teacher's (1/10, 9/10) at T = 2 is (1/4, 3/4) too.
+    student = torch.tensor([[0, 2 * math.log(3)]], dtype=torch.float64)
+    assert losses.kl(student, log([[0.1, 0.9]]), 2.0).item() == pytest.approx(0, abs=1e-12)
+    assert losses.kl(student, log([[0.1, 0.9]]), 1.0).item() == pytest.approx(0, abs=1e-12)
+    assert losses.kl(student, log([[0.5, 0.5]]), 2.0).item() == pytest.approx(math.log(2 / math.sqrt(3)), abs=1e-12)
+
+
+def test_cross_entropy_by_hand():
+    logits = log([[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]])
+    hard = losses.cross_entropy(logits, torch.tensor([0, 1, -100]))
+    assert hard.tolist() == pytest.approx([math.log(4), math.log(2), 0.0])
+    soft = losses.cross_entropy(logits[:1], torch.tensor([[0.5, 0.5]], dtype=torch.float64))
+    assert soft.tolist() == pytest.approx([0.5 * math.log(4) + 0.5 * math.log(4 / 3)])
+
+
+def test_representation_terms_by_hand():
+    one, other = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
+    assert losses.hidden_mse(one, other).tolist() == [1.0]
+    assert losses.cosine_embedding(one, other).item() == pytest.approx(1 - 24 / 25)
+    assert losses.pkd(one[:, None], other[:, None]).item() == pytest.approx(2 * (1 / 25))
+    # Two positions with activations 1 and 0 against 0 and 1: maps (1, 0) and (0, 1), half of sqrt(2).
+    states = torch.tensor([[[[1.0], [0.0]]]])
+    assert losses.attention_transfer(states, states.flip(2)).item() == pytest.approx(math.sqrt(2) / 2)
+
+
+def test_universal_logit_distance_by_hand():
+    student = log([[0.25, 0.75]])
+    assert losses.universal_logit_distance(student, log([[0.5, 0.3, 0.2]])).item() == pytest.approx(0.25 + 0.05 + 0.2)
+    assert losses.universal_logit_distance(student, log([[0.75, 0.25]])).item() == pytest.approx(0)
+
+
+def test_shortcut_penalty_sees_the_batch_and_not_the_row():
+    one_sided = torch.tensor([[5.0, -5.0], [-5.0, 5.0]])
+    prior = torch.tensor([0.5, 0.5])
+    assert losses.shortcut_penalty(one_sided, prior).item() == pytest.approx(0, abs=1e-6)
+    assert losses.shortcut_penalty(one_sided[:1], prior).item() == pytest.approx(math.log(2), abs=1e-3)
+    assert losses.shortcut_penalty(one_sided, torch.tensor([1.0, 0.0])).isfinite()
+
+
+def test_layer_map_as_in_the_paper():
+    assert [t for _, t in losses.layer_map(6, 12, "skip")] == [2, 4, 6, 8, 10]
+    assert [t for _, t in losses.layer_map(6, 12, "last")] == [7, 8, 9, 10, 11]
+    assert [t for _, t in losses.layer_map(3, 12, "skip")] == [4, 8]
+    assert [t for _, t in losses.layer_map(3, 12, "last")] == [10, 11]
+    assert losses.layer_map(3, 6, [2, 4, 6]) == [(1, 2), (2, 4), (3, 6)]
+    assert losses.layer_map(3, 6, [(0, 0), (3, 6)]) == [(0, 0), (3, 6)]
+
+
+# ------------------------------------------------------------------------------------------------------- properties
+
+
+@by_term
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=seeds,
+    scale=st.sampled_from([1e-3, 1.0, 20.0]),
+    temperature=st.floats(0.3, 10),
+    beta=st.floats(0.01, 0.99),
+    alpha=st.floats(0, 0.99),
+)
+def test_never_negative_and_zero_only_where_equal(name, seed, scale, temperature, beta, alpha):
+    def term(s, p):
+        return DISTRIBUTION_TERMS[name](s, p, temperature=temperature, beta=beta, alpha=alpha)
+
+    student, teacher = pair(seed, scale=scale, dtype=torch.float32)
+    assert (term(student, teacher) >= -1e-6).all()
+    student, teacher = pair(seed, scale=min(scale, 5))
+    assert (term(student, teacher) > 0).all()
+    assert term(teacher + 3, teacher).abs().max() < 1e-13
+
+
+@by_term
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, shift=st.floats(-100, 100))
+def test_shifted_logits_and_permuted_outcomes_change_nothing(name, seed, shift):
+    student, teacher = pair(seed)
+    value = DISTRIBUTION_TERMS[name](student, teacher, temperature=2.0)
+    torch.testing.assert_close(DISTRIBUTION_TERMS[name](student + shift, teacher, temperature=2.0), value)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(seed))
+    permuted = DISTRIBUTION_TERMS[name](student[:, order], teacher[:, order], temperature=2.0)
+    torch.testing.assert_close(permuted, value)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, beta=st.floats(0.01, 0.99))
+def test_jsd_swaps_sides_with_beta_and_is_bounded(seed, beta):
+    student, teacher = pair(seed, scale=5.0)
+    forth = losses.jsd(student, teacher, beta=beta)
+    torch.testing.assert_close(forth, losses.jsd(teacher, student.log_softmax(-1), beta=1 - beta))
+    torch.testing.assert_close(
+        losses.jsd(student, teacher, beta=0.5), losses.jsd(teacher, student.log_softmax(-1), beta=0.5)
+    )
+    assert (forth <= -beta * math.log(beta) - (1 - beta) * math.log(1 - beta) + 1e-12).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, alpha=st.floats(0.01, 0.99))
+def test_skewed_terms_and_tvd_are_bounded(seed, alpha):
+    student, teacher = pair(seed, scale=50.0)
+    teacher[:, 0] = -torch.inf
+    for term in (losses.skew_kl, losses.skew_reverse_kl):
+        assert (term(student, teacher, alpha=alpha) <= -math.log(alpha) + 1e-9).all()
+    assert (losses.tvd(student, teacher) <= 1 + 1e-12).all()
+
+
+def test_skewed_terms_begin_at_the_unskewed():
+    student, teacher = pair()
+    for skewed, plain in ((losses.skew_kl, losses.kl), (losses.skew_reverse_kl, losses.reverse_kl)):
+        assert torch.equal(skewed(student, teacher, alpha=0.0), plain(student, teacher))
+        torch.testing.assert_close(skewed(student, teacher, alpha=1e-9), plain(student, teacher), rtol=1e-5, atol=1e-7)
+
+
+@by_term
+def test_limits_of_temperature(name):
+    # Hot: everything is uniform. Cold: each side is its likeliest outcome, so agreement on that is all that counts.
+    student, teacher = pair(scale=1.0)
+    assert (DISTRIBUTION_TERMS[name](student, teacher, temperature=1e6) < 1e-5).all()
+    agreeing = teacher * 3
+    assert (DISTRIBUTION_TERMS[name](agreeing, teacher, temperature=1e-3) < 1e-6).all()
+    apart = (student.argmax(-1) != teacher.argmax(-1)).double()
+    assert apart.any()
+    torch.testing.assert_close(losses.tvd(student, teacher, 1e-3), apart)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "ce"])
+def test_temperature_factor_keeps_the_size_of_the_gradient(name):
+    student, teacher = pair(scale=1.0)
+    sizes = []
+    for temperature in (50.0, 100.0):
+        logits = student.clone().requires_grad_()
+        total, _ = losses.mixed(
+            {name: 1.0},
+            logits,
+            targets=torch.tensor([0, 1, 2, 3]),
+            teacher_logprobs=teacher,
+            temperature=temperature,
+            denominator=4,
+        )
+        total.backward()
+        sizes.append(logits.grad.norm().item())
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.03)
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+@by_term
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_gradient(name, temperature, zeros):
+    student, teacher = pair(n=3, k=5)
+    if zeros:
+        teacher[:, 1] = -torch.inf
+    assert torch.autograd.gradcheck(
+        lambda s: DISTRIBUTION_TERMS[name](s, teacher, temperature=temperature, beta=0.3, alpha=0.2),
+        student.requires_grad_(),
+    )
+
+
+def test_gradient_of_the_other_terms():
+    student, teacher = pair(n=3, k=5)
+    student.requires_grad_()
+    targets = torch.tensor([0, -100, 4])
+    kept = losses.to_top_k(teacher, 2)
+    projection = nn.Linear(5, 5, dtype=torch.float64)
+    hidden, other = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    hidden.requires_grad_()
+    checks = [
+        (lambda s: losses.cross_entropy(s, targets), student),
+        (lambda s: losses.cross_entropy(s, teacher.exp()), student),
+        (lambda s: losses.jsd(s, teacher, 2.0, 0.1, scaled=True), student),
+        (lambda s: losses.kl_top_k(s, *kept), student),
+        (lambda s: losses.universal_logit_distance(s, teacher[:, :3].log_softmax(-1)), student),
+        (lambda s: losses.shortcut_penalty(s, torch.full((5,), 0.2, dtype=torch.float64)), student),
+        (lambda s: losses.hidden_mse(s, teacher, projection), student),
+        (lambda s: losses.cosine_embedding(s, teacher), student),
+        (lambda h: losses.pkd(h[:, :, 0], other[:, :, 0]), hidden),
+        (lambda h: losses.attention_transfer(h, other), hidden),
+    ]
+    for function, argument in checks:
+        assert torch.autograd.gradcheck(function, argument)
+
+
+def test_gradient_of_kl_is_the_difference_of_probabilities():
+    student, teacher = pair()
+    student.requires_grad_()
+    losses.kl(student, teacher, 2.0).sum().backward()
+    expected = ((student / 2).softmax(-1) - (teacher / 2).softmax(-1)) / 2
+    torch.testing.assert_close(student.grad, expected.detach())
+
+
+def test_agreement_has_a_finite_gradient():
+    # A norm has no derivative at 0, where a student that is its teacher's copy begins.
+    states = torch.randn(2, 3, 4, 5)
+    student = states.clone().requires_grad_()
+    losses.attention_transfer(student, states).sum().backward()
+    assert student.grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------- edges of float, zeros, masks
+
+
+@by_term
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [(torch.float16, 65504.0), (torch.bfloat16, 1e30), (torch.float32, 1e30)]
+)
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_finite_with_extreme_logits_in_half_precision(name, dtype, largest, temperature):
+    student = torch.tensor([[largest, -largest, 0.0], [-largest, largest, 1.0], [0.0, 0.0, 0.0]], dtype=dtype)
+    teacher = torch.tensor([[-torch.inf, 0.0, -torch.inf], [0.0, -1e4, -1e4], [-1.0, -1.0, -1.0]], dtype=dtype)
+    student.requires_grad_()
+    value = DISTRIBUTION_TERMS[name](student, teacher, temperature=temperature)
+    assert value.dtype == torch.float32 and value.isfinite().all() and (value >= -1e-6).all()
+    value.sum().backward()
+    assert student.grad.dtype == dtype and student.grad.isfinite().all()
+
+
+@by_term
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_lose_nothing_more_in_the_loss(name, dtype):
+    student, teacher = pair(dtype=dtype)
+    ours = DISTRIBUTION_TERMS[name](student, teacher, temperature=2.0)
+    exact = DISTRIBUTION_TERMS[name](student.double(), teacher.double(), temperature=2.0)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_zero_probabilities_weigh_nothing_and_cost_at_most_the_floor():
+    student = log([[0.5, 0.25, 0.25]])
+    teacher = log([[0.5, 0.5, 0.0]])
+    assert losses.kl(student, teacher).item() == pytest.approx(0.5 * math.log(2))
+    expected = 0.25 * math.log(0.5) + 0.25 * (math.log(0.25) - losses.LOG_FLOOR)
+    assert losses.reverse_kl(student, teacher).item() == pytest.approx(expected)
+    for name in NAMES:  # re-tempering leaves a zero a zero
+        hot = DISTRIBUTION_TERMS[name](student, teacher, temperature=5.0)
+        assert hot.isfinite().all() and hot.item() > 1e-3
+
+
+def test_masked_rows_may_hold_anything():
+    student, teacher = pair(dtype=torch.float32)
+    bad_student, bad_teacher = student.clone(), teacher.clone()
+    bad_student[1], bad_teacher[1] = torch.nan, torch.nan
+    bad_student.requires_grad_()
+    arguments = {"targets": torch.tensor([0, 1, 2, 3]), "temperature": 2.0, "denominator": 3}
+    mask = torch.tensor([True, False, True, True])
+    loss = dict.fromkeys(LOSS_TERMS, 1.0)
+    total, values = losses.mixed(loss, bad_student, teacher_logprobs=bad_teacher, mask=mask, **arguments)
+    arguments["targets"] = arguments["targets"][mask]
+    expected, parts = losses.mixed(loss, student[mask], teacher_logprobs=teacher[mask], **arguments)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(values, parts)
+    total.backward()
+    assert bad_student.grad.isfinite().all() and (bad_student.grad[1] == 0).all()
+
+
+def test_reduce_by_hand():
+    values = torch.tensor([1.0, 2.0, torch.inf])
+    assert losses.reduce(values[:2], None, 4).item() == 0.75
+    assert losses.reduce(values, torch.tensor([1, 1, 0]), torch.tensor(2)).item() == 1.5
+    assert losses.reduce(values, torch.tensor([0.5, 2.0, 0.0]), 1).item() == 4.5
+    assert losses.reduce(values[:0], None, 3).item() == 0.0
+
+
+def test_mixed_is_the_weighted_sum_of_its_terms():
+    student, teacher = pair()
+    targets = torch.tensor([0, 1, 2, 3])
+    weights = {"ce": 0.5, "kl": 0.3, "tvd": 2.0}
+    total, values = losses.mixed(
+        weights, student, targets=targets, teacher_logprobs=teacher, temperature=3.0, denominator=8
+    )
+    assert values["ce"].item() == pytest.approx(losses.cross_entropy(student, targets).sum().item() / 8)
+    assert values["kl"].item() == pytest.approx(9 * losses.kl(student, teacher, 3.0).sum().item() / 8)
+    assert values["tvd"].item() == pytest.approx(3 * losses.tvd(student, teacher, 3.0).sum().item() / 8)
+    assert total.item() == pytest.approx(sum(weights[t] * values[t].item() for t in weights))
+    _, plain = losses.mixed(
+        {"kl": 1.0}, student, teacher_logprobs=teacher, temperature=3.0, scale_by_t2=False, denominator=8
+    )
+    assert plain["kl"].item() * 9 == pytest.approx(values["kl"].item())
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, cuts=st.lists(st.integers(1, 11), max_size=4, unique=True), masked=st.booleans())
+def test_uneven_micro_batches_add_up_to_the_gradient_of_the_big_batch(seed, cuts, masked):
+    torch.manual_seed(seed)
+    model = nn.Linear(6, 5, dtype=torch.float64)
+    inputs, teacher = torch.randn(12, 6, dtype=torch.float64), torch.randn(12, 5, dtype=torch.float64).log_softmax(-1)
+    targets = torch.randint(5, (12,))
+    mask = torch.rand(12) < 0.6 if masked else torch.ones(12, dtype=torch.bool)
+    mask[0] = True
+
+    def gradient(edges):
+        model.zero_grad()
+        for start, stop in zip(edges, edges[1:], strict=False):
+            part = slice(start, stop)
+            total, _ = losses.mixed(
+                {"ce": 0.5, "kl": 1.0, "jsd": 1.0},
+                model(inputs[part]),
+                targets=targets[part],
+                teacher_logprobs=teacher[part],
+                temperature=2.0,
+                denominator=mask.sum(),
+                mask=mask[part],
+            )
+            total.backward()
+        return model.weight.grad.clone()
+
+    torch.testing.assert_close(gradient([0, *sorted(cuts), 12]), gradient([0, 12]))
+
+
+# ---------------------------------------------------------------------------------------------------- several teachers
+
+
+def test_mix_of_teachers():
+    student, one = pair()
+    two = one.roll(1, -1)
+    two[0, 0] = -torch.inf
+    both = torch.stack([one, two])
+    torch.testing.assert_close(losses.mix_teachers(both, torch.tensor([1.0, 0.0])), one)
+    mean = losses.mix_teachers(both, torch.ones(2))
+    torch.testing.assert_close(mean.exp(), (one.exp() + two.log_softmax(-1).exp()) / 2)
+    torch.testing.assert_close(losses.mix_teachers(both, torch.tensor([3.0, 3.0])), mean)
+    torch.testing.assert_close(losses.mix_teachers(both, torch.ones(2, 4)), mean)
+    torch.testing.assert_close(mean.logsumexp(-1), torch.zeros(4, dtype=torch.float64))
+    nowhere = torch.full((2, 1, 3), -torch.inf)
+    nowhere[:, :, 0] = 0
+    assert losses.mix_teachers(nowhere, torch.ones(2))[0].tolist() == [0, -math.inf, -math.inf]
+
+
+def test_confidence_goes_to_the_teacher_that_is_right():
+    sure, wrong, unsure = ([0.9, 0.1], [0.1, 0.9], [0.5, 0.5])
+    teachers = log([[sure], [wrong], [unsure]])
+    with_gold = losses.confidence_weights(teachers, torch.tensor([0])).squeeze(1)
+    assert with_gold[0] > with_gold[2] > with_gold[1]
+    # By hand, exp(cross-entropy) = 1/p: 10/9, 10 and 2.
+    total = 10 / 9 + 10 + 2
+    assert with_gold.tolist() == pytest.approx([(1 - u / total) / 2 for u in (10 / 9, 10, 2)])
+    without = losses.confidence_weights(teachers).squeeze(1)
+    assert without[0] == pytest.approx(without[1].item()) and without[0] > without[2]
+    torch.testing.assert_close(losses.confidence_weights(teachers, torch.tensor([-100])).squeeze(1), without)
+    assert losses.confidence_weights(teachers[:1]).tolist() == [[1.0]]
+    certain = losses.confidence_weights(log([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([0]))
+    assert certain.flatten().tolist() == pytest.approx([1.0, 0.0])
+
+
+# --------------------------------------------------------------------------------------------- vocabularies and top k
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(151_936, 152_064), (152_064, 151_936), (50_257, 50_304), (120, 128)])
+def test_shared_vocabulary_cuts_padding(ours, theirs):
+    student, teacher = torch.randn(2, ours), torch.randn(2, theirs).log_softmax(-1)
+    cut, mass = losses.shared_vocabulary(student, teacher)
+    assert cut.shape == mass.shape == (2, min(ours, theirs))
+    assert torch.equal(cut, student[:, : cut.shape[1]])
+    torch.testing.assert_close(mass.exp().sum(-1), torch.ones(2))
+    assert losses.kl(cut, mass).isfinite().all()
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(32_000, 32_768), (49_152, 50_257), (3, 4), (100, 64), (50_257, 50_300)])
+def test_shared_vocabulary_refuses_another_tokenizer(ours, theirs):
+    with pytest.raises(ValueError, match=f"{ours} .student. and {theirs} .teacher."):
+        losses.shared_vocabulary(torch.randn(1, ours), torch.randn(1, theirs).log_softmax(-1))
+
+
+def test_top_k_of_everything_is_exact():
+    student, teacher = pair()
+    values, indices, tail = losses.to_top_k(teacher, 7)
+    assert torch.isneginf(tail).all()
+    torch.testing.assert_close(losses.kl_top_k(student, values, indices, tail), losses.kl(student, teacher))
+    assert losses.top_k_error(student, teacher, 7).max() < 1e-12
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, k=st.integers(1, 49))
+def test_top_k_is_a_lower_bound_that_grows_with_k(seed, k):
+    student, teacher = pair(seed, k=50)
+    full = losses.kl(student, teacher)
+    part = losses.kl_top_k(student, *losses.to_top_k(teacher, k))
+    more = losses.kl_top_k(student, *losses.to_top_k(teacher, k + 1))
+    assert (part >= -1e-12).all() and (part <= more + 1e-12).all() and (more <= full + 1e-12).all()
+    torch.testing.assert_close(losses.top_k_error(student, teacher, k), (full - part) / full)
+
+
+def test_top_k_tail_is_right_where_the_top_holds_nearly_all():
+    # 1 - top would be 0 in float32, its logarithm -inf, and the student's gradient there infinite.
+    teacher = torch.tensor([[30.0, 0.0, 0.0, 0.0]]).log_softmax(-1)
+    _, _, tail = losses.to_top_k(teacher, 1)
+    assert tail.item() == pytest.approx(math.log(3) - 30, abs=1e-4)
+    student = torch.tensor([[40.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    losses.kl_top_k(student, *losses.to_top_k(teacher, 1)).sum().backward()
+    assert student.grad.isfinite().all()
+
+
+def test_top_k_is_refused_at_another_temperature_and_the_error_says_why():
+    student, teacher = pair(k=2000)
+    kept = losses.to_top_k(teacher, 64)
+    with pytest.raises(ValueError, match="temperature 1 only, not 2"):
+        losses.kl_top_k(student, *kept, temperature=2.0)
+    errors = [losses.top_k_error(student, teacher, 64, temperature).mean().item() for temperature in (1.0, 2.0, 5.0)]
+    assert errors[0] < errors[1] < errors[2] and errors[2] > 0.8
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+A, B = torch.zeros(2, 3), torch.zeros(2, 4)
+H = torch.zeros(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "shapes"),
+    [
+        *[(lambda name=name: DISTRIBUTION_TERMS[name](A, B), ("[2, 3]", "[2, 4]")) for name in NAMES],
+        (lambda: losses.kl(H, H), ("[2, 3, 4]",)),
+        (lambda: losses.cross_entropy(A, torch.zeros(3).long()), ("[2, 3]", "[3]")),
+        (lambda: losses.cross_entropy(A, B), ("[2, 3]", "[2, 4]")),
+        (lambda: losses.cross_entropy(A, torch.zeros(2)), ("[2, 3]", "[2]")),
+        (lambda: losses.reduce(torch.ones(2), torch.ones(3), 1), ("[2]", "[3]")),
+        (lambda: losses.mixed({"kl": 1.0}, A, teacher_logprobs=B, denominator=1), ("[2, 3]", "[2, 4]")),
+        (
+            lambda: losses.mixed({"kl": 1.0}, A, teacher_logprobs=A, denominator=1, mask=torch.ones(3)),
+            ("[2, 3]", "[3]"),
+        ),
+        (
+            lambda: losses.mixed({"kl": 1.0}, A, teacher_logprobs=A[:1], denominator=1, mask=torch.ones(2)),
+            ("[2, 3]", "[1, 3]"),
+        ),
+        (lambda: losses.mix_teachers(H, torch.ones(3)), ("[2, 3, 4]", "[3]")),
+        (lambda: losses.confidence_weights(H, torch.zeros(2).long()), ("[2, 3, 4]", "[2]")),
+        (lambda: losses.hidden_mse(A, B), ("[2, 3]", "[2, 4]")),
+        (lambda: losses.hidden_mse(A, B, nn.Linear(3, 5)), ("[2, 3]", "[2, 4]", "[2, 5]")),
+        (lambda: losses.pkd(H, H[:, :2]), ("[2, 3, 4]", "[2, 2, 4]")),
+        (lambda: losses.attention_transfer(H[None], H[None, :, :2]), ("[1, 2, 3, 4]", "[1, 2, 2, 4]")),
+        (lambda: losses.attention_transfer(H[None], H[None], torch.ones(2, 3)), ("[1, 2, 3, 4]", "[2, 3]")),
+        (lambda: losses.cosine_embedding(A, B), ("[2, 3]", "[2, 4]")),
+        (lambda: losses.universal_logit_distance(A, B[:1]), ("[2, 3]", "[1, 4]")),
+        (lambda: losses.shortcut_penalty(A, torch.ones(4)), ("[2, 3]", "[4]")),
+        (lambda: losses.multitask(torch.ones(()), torch.ones(2)), ("[]", "[2]")),
+        (lambda: losses.shared_vocabulary(A, B[:1]), ("[2, 3]", "[1, 4]")),
+        (lambda: losses.to_top_k(H, 1), ("[2, 3, 4]",)),
+        (lambda: losses.kl_top_k(A, B, B.long(), torch.ones(2)), ("[2, 3]", "[2, 4]")),
+        (lambda: losses.kl_top_k(A, A, A.long(), torch.ones(3)), ("[2, 3]", "[3]")),
+    ],
+)
+def test_wrong_shapes_are_named(call, shapes):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert all(shape in str(error.value) for shape in shapes), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: losses.kl(A, A, 0.0), "temperature must be above 0"),
+        (lambda: losses.kl(A, A, math.nan), "temperature must be above 0"),
+        (lambda: losses.skew_kl(A, A, alpha=1.0), r"alpha must be in \[0, 1\)"),
+        (lambda: losses.skew_reverse_kl(A, A, alpha=-0.1), r"alpha must be in \[0, 1\)"),
+        (lambda: losses.jsd(A, A, beta=1.5, scaled=True), r"beta must be in \[0, 1\]"),
+        (lambda: losses.cross_entropy(A, torch.tensor([0, 3])), r"targets must be in 0..2 \(or -100\), not 3"),
+        (lambda: losses.reduce(torch.ones(2), None, 0), "denominator must be above 0"),
+        (lambda: losses.reduce(torch.ones(2), None, torch.tensor(0)), "denominator must be above 0"),
+        (
+            lambda: losses.mixed({"kld": 1.0}, A, teacher_logprobs=A, denominator=1),
+            "unknown loss term 'kld'; known: ce",
+        ),
+        (lambda: losses.mixed({}, A, denominator=1), "known: ce"),
+        (lambda: losses.mixed({"ce": 1.0}, A, denominator=1), "'ce' needs targets"),
+        (lambda: losses.mixed({"tvd": 1.0}, A, denominator=1), "'tvd' needs teacher_logprobs"),
+        (lambda: losses.temperature_factor("l2", 2.0), "unknown loss term 'l2'"),
+        (lambda: losses.mix_teachers(H, torch.tensor([1.0, -1.0])), "must not be negative"),
+        (lambda: losses.mix_teachers(H, torch.zeros(2)), "positive sum"),
+        (lambda: losses.shortcut_penalty(A, torch.zeros(3)), "positive sum"),
+        (lambda: losses.multitask(torch.ones(()), torch.ones(()), -1.0), "weight must not be negative"),
+        (lambda: losses.layer_map(6, 3, "skip"), "student 6, teacher 3"),
+        (lambda: losses.layer_map(3, 6, "first"), "'skip', 'last' or a list"),
+        (lambda: losses.layer_map(3, 6, [7]), r"\(1, 7\) outside"),
+        (lambda: losses.to_top_k(A, 4), "k = 4"),
+    ],
+)
+def test_wrong_values_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ---------------------------------------------------------------------------------- TRL's faults, each beside our term
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = {word: i for i, word in enumerate(["<pad>", "user", "assistant", *"abcdefghijklm"])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    result = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<pad>")
+    turns = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    result.chat_template = turns + "{% if add_generation_prompt %}assistant {% endif %}"
+    return result
+
+
+def llama(seed: int, vocabulary: int = 16) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        initializer_range=1.0,  # far from uniform, so that temperature and divergence matter
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def trainer(tokenizer, tmp_path):
+    """A function that builds TRL's own trainer around two tiny models."""
+
+    def build(teacher=None, **options):
+        turns = [("a b c", "d e"), ("f g", "h i j"), ("k", "l"), ("a c e", "m")]
+        messages = [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns
+        ]
+        defaults = {"lmbda": 0.0, "beta": 0.5, "temperature": 1.0, "max_length": 64, "per_device_train_batch_size": 4}
+        arguments = GKDConfig(
+            output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
+            disable_dropout=True, save_strategy="no", **{**defaults, **options},
+        )  # fmt: skip
+        return GKDTrainer(
+            model=llama(0), teacher_model=teacher or llama(1), args=arguments,
+            train_dataset=Dataset.from_list(messages), processing_class=tokenizer,
+        )  # fmt: skip
+
+    return build
+
+
+def batch_of(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def supervised(trainer, batch):
+    """Student logits, teacher log-probabilities and targets at the supervised positions, as rows."""
+    with torch.no_grad():
+        both = [
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
+            for model in (trainer.model, trainer.teacher_model)
+        ]
+    targets = batch["labels"][:, 1:]
+    at = targets != -100
+    return both[0][at], both[1][at].log_softmax(-1), targets[at]
+
+
+def test_trl_fault_temperature_never_reaches_the_loss(trainer):
+    theirs, ours = [], []
+    for temperature in (1.0, 5.0):
+        trl = trainer(temperature=temperature)
+        batch = batch_of(trl)
+        student, teacher, targets = supervised(trl, batch)
+        theirs.append(trl.compute_loss(trl.model, batch).item())
+        ours.append(losses.reduce(losses.jsd(student, teacher, temperature, 0.5), None, len(targets)).item())
+        exact = GKDTrainer.generalized_jsd_loss(student, teacher, torch.zeros(len(targets)), 0.5, temperature)
+        assert ours[-1] == pytest.approx(exact.item(), abs=1e-12)  # the static function does take a temperature
+    assert theirs[0] == theirs[1]  # the trainer's loss does not change at all
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert ours[1] < 0.6 * ours[0]
+
+
+def test_trl_fault_beta_jumps_at_its_ends():
+    student, teacher = pair(k=50)
+
+    def trl(beta):
+        return GKDTrainer.generalized_jsd_loss(student, teacher, torch.zeros(4), beta).item()
+
+    def ours(beta):
+        return losses.jsd(student, teacher, beta=beta, scaled=True).mean().item()
+
+    assert trl(0) / trl(0.01) > 50 and trl(1) / trl(0.99) > 50
+    for end, near in ((0, 0.01), (1, 0.99)):
+        assert ours(near) == pytest.approx(ours(end), rel=0.15)
+        assert ours(near + (end - near) * 0.99) == pytest.approx(ours(end), rel=0.01)
+    assert ours(0) == pytest.approx(losses.kl(student, teacher).mean().item())
+    assert ours(1) == pytest.approx(losses.reverse_kl(student, teacher).mean().item())
+    # The plain divergence is TRL's inside, and refuses the ends, where its own limit is a loss that trains nothing.
+    assert losses.jsd(student, teacher, beta=0.01).mean().item() == pytest.approx(trl(0.01), abs=1e-12)
+    for end, instead in ((0.0, "kl"), (1.0, "reverse_kl")):
+        with pytest.raises(ValueError, match=f"at {end:g} use {instead}"):
+            losses.jsd(student, teacher, beta=end)
+
+
+def test_trl_fault_on_policy_loss_is_divided_by_the_datasets_label_count(trainer):
+    theirs, ours = [], []
+    for length in (4, 16, 64):
+        trl = trainer(lmbda=1.0, max_new_tokens=length, max_steps=1)
+        trl.create_optimizer_and_scheduler(1)
+        batches, count = trl.get_batch_samples(iter(trl.get_train_dataloader()), 1, torch.device("cpu"))
+        torch.manual_seed(0)
+        inputs = dict(batches[0])
+        theirs.append(trl.training_step(trl.model, inputs, count).item())
+        student, teacher, targets = supervised(trl, inputs)  # training_step leaves what it generated in `inputs`
+        assert len(targets) == 4 * length and int(count) < 4 * length
+        ours.append(losses.reduce(losses.jsd(student, teacher), None, len(targets)).item())
+        assert theirs[-1] == pytest.approx(ours[-1] * len(targets) / int(count), rel=1e-4)
+    assert theirs[1] / theirs[0] > 3 and theirs[2] / theirs[1] > 3  # the same model, only longer answers
+    assert max(ours) / min(ours) < 1.3
+
+
+def test_trl_fault_no_cross_entropy_term(trainer):
+    trl = trainer()
+    batch = batch_of(trl)
+    wrong = {**batch, "labels": torch.where(batch["labels"] == -100, -100, 5)}
+    assert trl.compute_loss(trl.model, wrong).item() == trl.compute_loss(trl.model, batch).item()
+    totals = []
+    for labels in (batch, wrong):
+        student, teacher, targets = supervised(trl, labels)
+        loss = {"ce": 0.5, "jsd": 0.5}
+        totals.append(losses.mixed(loss, student, targets=targets, teacher_logprobs=teacher, denominator=9)[0].item())
+    assert abs(totals[0] - totals[1]) > 0.01
+
+
+def test_trl_fault_padded_vocabularies_are_refused(trainer):
+    student, teacher = torch.randn(2, 120), torch.randn(2, 128).log_softmax(-1)
+    with pytest.raises(ValueError, match="vocab_size"):
+        trainer(teacher=llama(1, vocabulary=24))
+    with pytest.raises(RuntimeError, match="size"):
+        GKDTrainer.generalized_jsd_loss(student, teacher)
+    assert losses.jsd(*losses.shared_vocabulary(student, teacher)).shape == (2,)
+
+
+def test_trl_fault_a_zero_probability_gives_nan():
+    student, teacher = pair()
+    teacher[:, 0] = -torch.inf
+    assert GKDTrainer.generalized_jsd_loss(student, teacher).isnan()
+    assert losses.jsd(student, teacher).isfinite().all()
