@@ -34,17 +34,28 @@ class UserError(Exception):
 
 class Section(BaseModel):
     # strict: a number in quotes is a slip, and coercing it here would hide it from the tools that do not
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+WHEEL = r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$"
+SHA256 = r"^[0-9a-f]{64}$"
+LAYERS = r"^(all|(first|last|every)-[1-9][0-9]*)$"
+PATTERNS = {
+    NAME: "a name of letters, digits, `_`, `.` and `-` that starts with a letter or digit",
+    WHEEL: "name==version",
+    SHA256: "64 digits of 0-9 and a-f",
+    LAYERS: "`all`, `first-N`, `last-N` or `every-N`",
+}
+
+Name = Annotated[str, Field(pattern=NAME)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 
 
 class Split(Section):
-    """Share of the groups that goes to each split; the shares add up to 1."""
+    """Share of the rows of every label that goes to each split, by whole groups; the shares add up to 1."""
 
     train: Fraction
     pool: Fraction = 0.0
@@ -85,8 +96,8 @@ class Source(Section):
 class Model(Section):
     """Where a model comes from: exactly one of `wheel` (pinned, with `sha256`), `hub` (with `revision`), `folder`."""
 
-    wheel: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")] | None = None
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    wheel: Annotated[str, Field(pattern=WHEEL)] | None = None
+    sha256: Annotated[str, Field(pattern=SHA256)] | None = None
     gguf: str | None = None
     hub: str | None = None
     revision: str | None = None
@@ -182,7 +193,7 @@ class Augment(Section):
 class Init(Section):
     """Which of the model's layers the student keeps: a list of indices, `all`, `first-N`, `last-N` or `every-N`."""
 
-    layers: list[Count] | Annotated[str, Field(pattern=r"^(all|(first|last|every)-[1-9][0-9]*)$")] = "all"
+    layers: Annotated[list[Count], Field(min_length=1)] | Annotated[str, Field(pattern=LAYERS)] = "all"
 
 
 class EarlyStopping(Section):
@@ -275,6 +286,8 @@ def read_yaml(path: Path) -> Any:
         return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except YAMLError as error:
@@ -302,36 +315,62 @@ def validate(kind: type[Section], raw: Any, file: str) -> Any:
         raise UserError(_one_line(error, kind, raw, file)) from None
 
 
+WORDS = {  # what pydantic's kinds of error mean to somebody who edits YAML
+    "model_type": "must be a section of keys and values",
+    "model_attributes_type": "must be a section of keys and values",
+    "dict_type": "must be a section of keys and values",
+    "list_type": "must be a list",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "finite_number": "must be a finite number",
+    "too_short": "must not be empty",
+    "missing": "missing",
+}
+
+
 def _one_line(error: ValidationError, kind: type[BaseModel], raw: Any, file: str) -> str:
+    located = [(_keys(found, raw), found) for found in error.errors()]
     # An unknown key is nearly always the cause of what else is wrong beside it (its right spelling is "missing").
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    path = [p for p in first["loc"] if _present(raw, p) or isinstance(p, (str, int))]
-    keys, node, model = [], raw, kind
-    for part in path:  # pydantic adds the names of union members to `loc`; keep real keys only
-        if isinstance(node, dict) and (part in node or first["type"] in ("missing", "extra_forbidden")):
-            keys.append(str(part))
-            node = node.get(part)
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-            keys.append(str(part))
-            node = node[part]
+    top, first = min(located, key=lambda item: item[1]["type"] != "extra_forbidden")
+    # A value of several allowed kinds gives an error for each: the one that got furthest says what was meant.
+    below = [item for item in located if item[0][: len(top)] == top]
+    keys = top
+    if first["type"] != "extra_forbidden" and first["loc"][-1:] != ("[key]",):
+        keys, first = max(below, key=lambda item: len(item[0]))
     key = ".".join(keys) or "(the whole file)"
     if first["type"] == "extra_forbidden":
         model = _model_at(kind, keys[:-1])
         names = list(model.model_fields) if model else []
         close = difflib.get_close_matches(keys[-1], names, n=1)
-        hint = f"; did you mean `{close[0]}`?" if close else ""
-        return f"{file}: {key}: unknown key{hint} Allowed: {', '.join(names)}"
-    if first["type"] == "missing":
-        return f"{file}: {key}: missing"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "literal_error":
-        message = f"must be {first['ctx']['expected']}"
-    shown = "" if isinstance(first["input"], (dict, list)) else f", not {first['input']!r}"
-    return f"{file}: {key}: {message}{shown}"
+        hint = f"; did you mean `{close[0]}`?" if close else ";"
+        return f"{file}: {key}: unknown key{hint} allowed: {', '.join(names)}"
+    here = [found for at, found in below if at == keys]
+    said = list(dict.fromkeys(_in_words(found) for found in here if found["type"] != "string_type")) or ["must be text"]
+    message = " or ".join([said[0], *(more.removeprefix("must be ") for more in said[1:])])
+    silent = first["type"] == "missing" or isinstance(first["input"], (dict, list))
+    return f"{file}: {key}: {message}" + ("" if silent else f", not {first['input']!r}")
 
 
-def _present(raw: Any, part: Any) -> bool:
-    return isinstance(raw, dict) and part in raw
+def _keys(found: Any, raw: Any) -> list[str]:
+    """The keys from the top of `raw` to the error; pydantic puts the names of union members among them."""
+    keys, node = [], raw
+    for part in found["loc"]:
+        if isinstance(node, dict) and (part in node or found["type"] in ("missing", "extra_forbidden")):
+            keys.append(str(part))
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            keys.append(str(part))
+            node = node[part]
+    return keys
+
+
+def _in_words(found: Any) -> str:
+    if found["type"] == "literal_error":
+        return f"must be {found['ctx']['expected']}"
+    if found["type"] == "string_pattern_mismatch":
+        return f"must be {PATTERNS[found['ctx']['pattern']]}"
+    return WORDS.get(found["type"]) or found["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 def _model_at(kind: Any, keys: Iterable[str]) -> type[BaseModel] | None:
@@ -371,6 +410,8 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
         known(key, source, params.data, "source")
         if split not in splits:
             raise UserError(f"{file}: {key}: `{where}` must be `source/split` with split one of {', '.join(splits)}")
+        if split in SPLITS and not getattr(params.data[source].split, split):
+            raise UserError(f"{file}: {key}: `{where}` is empty: data.{source}.split.{split} is 0")
         return source
 
     for name, source in params.data.items():
@@ -393,6 +434,7 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
             raise UserError(f"{file}: teachers.{name}: a classifier needs `finetune`, its head starts untrained")
     known("augment.source", params.augment.source, params.data, "source")
     if params.augment.per_row:
+        split_of("augment.source", f"{params.augment.source}/train", ("train",))
         known("augment.teacher", params.augment.teacher, params.teachers, "teacher")
         if params.teachers[params.augment.teacher].kind != "lm":
             raise UserError(f"{file}: augment.teacher: `{params.augment.teacher}` cannot write; needs `kind: lm`")
@@ -401,7 +443,9 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
     for name, student in params.students.items():
         known(f"students.{name}.model", student.model, params.models, "model")
         if student.control:
-            known(f"students.{name}.control", student.control, params.students, "student")
+            known(
+                f"students.{name}.control", student.control, [n for n in params.students if n != name], "other student"
+            )
         if student.adapter.kind == "qlora" and student.arch != "causal":
             raise UserError(f"{file}: students.{name}.adapter.kind: qlora is for `arch: causal`, not {student.arch}")
         seen = set()

