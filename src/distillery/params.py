@@ -41,7 +41,9 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 WHEEL = r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$"
 SHA256 = r"^[0-9a-f]{64}$"
 LAYERS = r"^(all|(first|last|every)-[1-9][0-9]*)$"
+WORD = r"^\S(.*\S)?$"
 PATTERNS = {
+    WORD: "text without white space around it",
     NAME: "a name of letters, digits, `_`, `.` and `-` that starts with a letter or digit",
     WHEEL: "name==version",
     SHA256: "64 digits of 0-9 and a-f",
@@ -324,7 +326,7 @@ WORDS = {  # what pydantic's kinds of error mean to somebody who edits YAML
     "float_type": "must be a number",
     "bool_type": "must be true or false",
     "finite_number": "must be a finite number",
-    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
     "missing": "missing",
 }
 
@@ -368,6 +370,9 @@ def _keys(found: Any, raw: Any) -> list[str]:
 def _in_words(found: Any) -> str:
     if found["type"] == "literal_error":
         return f"must be {found['ctx']['expected']}"
+    if found["type"] == "too_short":
+        least = found["ctx"]["min_length"]
+        return "must not be empty" if least == 1 else f"needs at least {least}"
     if found["type"] == "string_pattern_mismatch":
         return f"must be {PATTERNS[found['ctx']['pattern']]}"
     return WORDS.get(found["type"]) or found["msg"].removeprefix("Value error, ").replace("Input should be", "must be")

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from distillery.params import Section, UserError, read_yaml, root, validate
+from distillery.params import WORD, Section, UserError, read_yaml, root, validate
 
+Word = Annotated[str, Field(pattern=WORD)]
 PLAIN_SEPARATOR = "\n\n"
 
 
@@ -45,9 +46,9 @@ class Task(Section):
     """A task file. `labels` maps each label to its meaning; their order is the order of probability vectors."""
 
     kind: Literal["classification"]
-    labels: Annotated[dict[str, str], Field(min_length=2)]
+    labels: Annotated[dict[Word, str], Field(min_length=2)]
     prompt: Prompt = Prompt()
-    verbalizer: dict[str, str] = {}
+    verbalizer: dict[str, Word] = {}
     few_shot: list[Shot] = []
 
     @model_validator(mode="after")

@@ -1,0 +1,377 @@
+"""The configuration file: what is wrong in it is told in one line, with the key and what is allowed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from distillery import params
+from distillery.params import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = """
+seeds: [0]
+data:
+  news: {source: news.csv, task: mood, split: {train: 0.2, pool: 0.4, validation: 0.1, test: 0.3}}
+  bare: {source: bare.csv, task: mood, split: {train: 0.5, validation: 0.25, test: 0.25}}
+  other: {source: other.csv, task: topic, split: {train: 0.5, validation: 0.25, test: 0.25}}
+models:
+  llm: {wheel: a-b==1.0, sha256: "%s", gguf: a/b.gguf}
+  encoder: {folder: models/encoder}
+teachers:
+  llm:
+    {kind: lm, model: llm, data: [news, bare], finetune: {on: news/train, epochs: 2, learning_rate: 1e-3, lora: {r: 4}}}
+  encoder: {kind: classifier, model: encoder, data: [news], finetune: {on: news/train, steps: 9, learning_rate: 1.0e-4}}
+augment: {source: news, teacher: llm}
+students:
+  kd:
+    model: encoder
+    arch: classifier
+    control: gold
+    init: {layers: [0, 2]}
+    phases:
+      - {data: [news/pool, news/augmented], teachers: [llm], loss: {kl: 1.0}, epochs: 1, learning_rate: 1.0e-4}
+      - {data: [news/train], teachers: [llm], loss: {ce: 0.5, kl: 0.5}, steps: 3, learning_rate: 1.0e-4}
+  gold:
+    model: encoder
+    arch: classifier
+    phases: [{data: [news/train], loss: {ce: 1.0}, steps: 4, learning_rate: 1.0e-4}]
+evaluate: {headline: kd}
+""" % ("0f" * 32)
+DELETE = object()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    for task in ("mood", "topic"):
+        (tmp_path / "tasks" / f"{task}.yaml").write_text("kind: classification\nlabels: {a: one, b: two}\n")
+    (tmp_path / "dvc.yaml").touch()
+    return tmp_path
+
+
+def changed(key: str, value):
+    """BASE as plain objects with the value at the dotted `key` replaced."""
+    raw = YAML(typ="safe", pure=True).load(BASE)
+    *path, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+    node = raw
+    for part in path:
+        node = node[part]
+    if value is DELETE:
+        del node[last]
+    else:
+        node[last] = value
+    return raw
+
+
+def load(folder: Path, raw) -> params.Params:
+    path = folder / "params.yaml"
+    with open(path, "w") as file:
+        YAML().dump(raw, file)  # the safe one sorts keys
+    return params.load(path)
+
+
+def test_the_experiments_in_the_repository_are_valid():
+    checked = params.load(ROOT / "params.yaml")
+    assert checked.evaluate.headline in checked.students
+    assert checked.data["finance"].split.pool == 0.45
+
+
+def test_base_is_valid_and_typed(folder):
+    path = folder / "params.yaml"
+    path.write_text(BASE)
+    checked = params.load(path)
+    # the key `on` and a number without a point: YAML 1.1 would read them as True and as text
+    assert checked.teachers["llm"].finetune.on == "news/train"
+    assert checked.teachers["llm"].finetune.learning_rate == 1e-3
+    assert checked.sources_of("llm") == ["news", "bare"]
+    assert checked.students["kd"].init.layers == [0, 2]
+
+
+# key, value, what the line says after "params.yaml: "
+MISTAKES = [
+    ("seedz", [1], "seedz: unknown key; did you mean `seeds`? allowed: seeds, data, models, teachers, augment, "),
+    ("seeds", DELETE, "seeds: missing"),
+    ("seeds", [], "seeds: must not be empty"),
+    ("seeds", 0, "seeds: must be a list, not 0"),
+    ("seeds", ["a"], "seeds.0: must be a whole number, not 'a'"),
+    ("seeds", [True], "seeds.0: must be a whole number, not True"),
+    ("seeds", [1, 1], "seeds: each seed once, not [1, 1]"),
+    ("evaluate", DELETE, "evaluate: missing"),
+    # sources
+    ("data", {}, "data: must not be empty"),
+    ("data", None, "data: must be a section of keys and values, not None"),
+    ("data.news", "news.csv", "data.news: must be a section of keys and values, not 'news.csv'"),
+    ("data.my news", {}, "data.my news: must be a name of letters, digits, `_`, `.` and `-` that starts with"),
+    ("data.news.source", 3, "data.news.source: must be text, not 3"),
+    ("data.news.task", "moood", "data.news.task: unknown task `moood`; known: mood, topic"),
+    ("data.news.colums", {}, "data.news.colums: unknown key; did you mean `columns`? allowed: source, task, split"),
+    ("data.news.columns", {"txt": "x"}, "data.news.columns.txt: unknown key; did you mean `text`? allowed: text"),
+    ("data.news.split.train", "0.2", "data.news.split.train: must be a number, not '0.2'"),
+    ("data.news.split.train", 0.5, "data.news.split: train + pool + validation + test must add up to 1, not 1.3"),
+    ("data.news.split.test", 0, "data.news.split.test: must be greater than 0, not 0"),
+    ("data.news.limit", 0, "data.news.limit: must be greater than 0, not 0"),
+    ("data.news.near_duplicate", 85, "data.news.near_duplicate: must be less than or equal to 1, not 85"),
+    # models
+    ("models.llm.sha256", "x", "models.llm.sha256: must be 64 digits of 0-9 and a-f, not 'x'"),
+    ("models.llm.sha256", DELETE, "models.llm: a `wheel` needs `sha256` and one of `gguf` or `folder`"),
+    ("models.llm.wheel", "a-b", "models.llm.wheel: must be name==version, not 'a-b'"),
+    ("models.encoder", {}, "models.encoder: needs exactly one of `wheel`, `hub` or `folder`"),
+    ("models.encoder.hub", "a/b", "models.encoder: needs exactly one of `wheel`, `hub` or `folder`"),
+    ("models.encoder", {"hub": "a/b"}, "models.encoder: a `hub` model needs a pinned `revision`"),
+    # teachers
+    ("teachers.llm.model", "lm", "teachers.llm.model: unknown model `lm`; known: llm, encoder"),
+    ("teachers.llm.kind", "llm", "teachers.llm.kind: must be 'lm' or 'classifier', not 'llm'"),
+    ("teachers.llm.data", ["x"], "teachers.llm.data.0: unknown source `x`; known: news, bare, other"),
+    ("teachers.llm.data", ["news", "other"], "teachers.llm.data: sources of one task only, not mood, topic"),
+    ("teachers.llm.finetune.on", "news/test", "teachers.llm.finetune.on: `news/test` must be `source/split` with"),
+    ("teachers.llm.finetune.on", "x/train", "teachers.llm.finetune.on: unknown source `x`; known: news, bare, other"),
+    ("teachers.llm.finetune.on", "other/train", "teachers.llm.finetune.on: `other` has another task than its data"),
+    ("teachers.llm.finetune.steps", 3, "teachers.llm.finetune: needs exactly one of `epochs` or `steps`"),
+    (
+        "teachers.llm.finetune.learning_rate",
+        "1e-4",
+        "teachers.llm.finetune.learning_rate: must be a number, not '1e-4'",
+    ),
+    (
+        "teachers.llm.finetune.learning_rate",
+        float("inf"),
+        "teachers.llm.finetune.learning_rate: must be a finite number",
+    ),
+    ("teachers.llm.finetune.lora.rank", 3, "teachers.llm.finetune.lora.rank: unknown key; allowed: r, alpha, dropout"),
+    (
+        "teachers.llm.finetune.lora.targets",
+        3,
+        "teachers.llm.finetune.lora.targets: must be 'all-linear' or a list, not",
+    ),
+    ("teachers.encoder.finetune", DELETE, "teachers.encoder: a classifier needs `finetune`, its head starts untrained"),
+    # augment
+    ("augment.source", "x", "augment.source: unknown source `x`; known: news, bare, other"),
+    ("augment.teacher", "x", "augment.teacher: unknown teacher `x`; known: llm, encoder"),
+    ("augment.teacher", "encoder", "augment.teacher: `encoder` cannot write; needs `kind: lm`"),
+    ("augment.source", "other", "augment.teacher: `llm` does not label that source"),
+    ("augment.keep", {"same_labels": True}, "augment.keep.same_labels: unknown key; did you mean `same_label`?"),
+    # students
+    ("students.kd.model", "x", "students.kd.model: unknown model `x`; known: llm, encoder"),
+    ("students.kd.control", "x", "students.kd.control: unknown other student `x`; known: gold"),
+    ("students.kd.control", "kd", "students.kd.control: unknown other student `kd`; known: gold"),
+    ("students.kd.arch", "bert", "students.kd.arch: must be 'causal' or 'classifier', not 'bert'"),
+    ("students.kd.adapter", {"kind": "qlora"}, "students.kd.adapter.kind: qlora is for `arch: causal`, not classifier"),
+    ("students.kd.init.layers", "frist-3", "students.kd.init.layers: must be a list or `all`, `first-N`, `last-N` or"),
+    ("students.kd.init.layers", [0, -1], "students.kd.init.layers.1: must be greater than or equal to 0, not -1"),
+    ("students.kd.init.layers", [], "students.kd.init.layers: must not be empty"),
+    ("students.kd.phases", {}, "students.kd.phases: must be a list"),
+    (
+        "students.kd.phases.0.temprature",
+        2.0,
+        "students.kd.phases.0.temprature: unknown key; did you mean `temperature`?",
+    ),
+    ("students.kd.phases.0.loss", {"kld": 1.0}, "students.kd.phases.0.loss.kld: must be 'ce', 'kl', 'reverse_kl', "),
+    ("students.kd.phases.0.loss", {"kl": 0}, "students.kd.phases.0.loss.kl: must be greater than 0, not 0"),
+    ("students.kd.phases.0.loss", {}, "students.kd.phases.0.loss: must not be empty"),
+    ("students.kd.phases.0.teachers", [], "students.kd.phases.0: loss term `kl` needs `teachers`"),
+    ("students.kd.phases.0.teachers", ["x"], "students.kd.phases.0.teachers: unknown teacher `x`; known: llm, encoder"),
+    ("students.kd.phases.0.data", [], "students.kd.phases.0.data: must not be empty"),
+    (
+        "students.kd.phases.0.data",
+        ["news"],
+        "students.kd.phases.0.data: `news` must be `source/split` with split one of",
+    ),
+    ("students.kd.phases.0.data", ["news/test"], "students.kd.phases.0.data: `news/test` must be `source/split` with"),
+    ("students.kd.phases.0.data", ["x/pool"], "students.kd.phases.0.data: unknown source `x`; known: news, bare"),
+    (
+        "students.kd.phases.0.data",
+        ["bare/pool"],
+        "students.kd.phases.0.data: `bare/pool` is empty: data.bare.split.pool",
+    ),
+    ("students.kd.phases.0.data", ["bare/augmented"], "students.kd.phases.0.data: `bare/augmented`: only `news` is"),
+    ("students.kd.phases.0.data", ["other/train"], "students.kd.phases.0.teachers: unknown teacher for `other` `llm`;"),
+    ("students.gold.phases.0.data", ["news/pool"], "students.gold.phases.0.loss: `ce` on a pool needs `teachers`"),
+    ("students.gold.phases.0.order", "confidence", "students.gold.phases.0: `order: confidence` needs `teachers`"),
+    ("students.gold.phases.0.early_stopping", {"evry": 1}, "students.gold.phases.0.early_stopping.evry: unknown key;"),
+    ("evaluate.headline", "x", "evaluate.headline: unknown student `x`; known: kd, gold"),
+    ("evaluate.confidence", 95, "evaluate.confidence: must be less than 1, not 95"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "line"), MISTAKES, ids=[f"{key}={value!r:.20}" for key, value, _ in MISTAKES])
+def test_mistakes_are_told_in_one_line(folder, key, value, line):
+    with pytest.raises(UserError) as caught:
+        load(folder, changed(key, value))
+    message = str(caught.value)
+    assert message.startswith(f"params.yaml: {line}")
+    assert "\n" not in message
+
+
+def test_two_tasks_in_one_student(folder):
+    raw = changed("students.gold.phases.0.data", ["news/train"])
+    second = copy.deepcopy(raw["students"]["gold"]["phases"][0]) | {"data": ["other/train"]}
+    raw["students"]["gold"]["phases"].append(second)
+    with pytest.raises(UserError, match="students.gold.phases: one task only, not mood, topic"):
+        load(folder, raw)
+
+
+def test_no_gold_rows_to_fine_tune_on_or_to_paraphrase(folder):
+    raw = changed("data.news.split", {"train": 0, "pool": 0.5, "validation": 0.25, "test": 0.25})
+    with pytest.raises(UserError, match=r"teachers.llm.finetune.on: `news/train` is empty: data.news.split.train is 0"):
+        load(folder, raw)
+    raw["teachers"]["llm"]["finetune"] = None
+    raw["teachers"].pop("encoder")
+    raw["students"]["kd"]["phases"].pop()
+    with pytest.raises(UserError, match=r"augment.source: `news/train` is empty"):
+        load(folder, raw)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "params.yaml: (the whole file): must be a section of keys and values, not None"),
+        (b"- 1\n", "params.yaml: (the whole file): must be a section of keys and values"),
+        (b"seeds: [1\ndata: 2\n", "params.yaml, line 2: not valid YAML: "),
+        (b"seeds: [1]\nseeds: [2]\n", "params.yaml, line 2: not valid YAML: found duplicate key"),
+        (b"seeds: [1]\n\tdata: 2\n", "params.yaml, line 2: not valid YAML: "),
+        (b"seeds: [1] # caf\xe9\n", "params.yaml: byte 16 is not UTF-8; save the file as UTF-8"),
+    ],
+)
+def test_files_that_are_no_configuration(folder, content, line):
+    path = folder / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        params.load(path)
+    message = str(caught.value).replace(f"{folder}/", "")
+    assert message.startswith(line)
+    assert "\n" not in message
+
+
+def test_missing_file_and_folder_in_its_place(folder):
+    with pytest.raises(UserError, match=r"params.yaml: no such file"):
+        params.load(folder / "params.yaml")
+    (folder / "params.yaml").mkdir()
+    with pytest.raises(UserError, match=r"params.yaml: cannot be read: Is a directory"):
+        params.load(folder / "params.yaml")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), st.lists, max_leaves=4)
+)
+def test_any_value_anywhere_is_accepted_or_told(value):
+    """A wrong value never ends in another error than UserError, and never in several lines."""
+    for key in ("seeds", "data", "data.news.split", "models.llm", "teachers.llm.finetune", "students.kd.phases.0.loss"):
+        try:
+            params.validate(params.Params, changed(key, value), "params.yaml")
+        except UserError as error:
+            assert re.match(rf"params\.yaml: {re.escape(key)}", str(error))
+            assert "\n" not in str(error)
+
+
+def test_root_is_found_from_below(folder):
+    (folder / "notebooks" / "deep").mkdir(parents=True)
+    assert params.root(folder / "notebooks" / "deep") == folder.resolve()
+
+
+def test_root_outside_of_a_repository(tmp_path):
+    with pytest.raises(UserError, match=r"no dvc.yaml here or in any folder above"):
+        params.root(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- atomic
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_atomic_writes_and_replaces_a_file(tmp_path):
+    for text in ("first", "second"):
+        with params.atomic(tmp_path / "a" / "b.txt") as new:
+            new.write_text(text)
+    assert (tmp_path / "a" / "b.txt").read_text() == "second"
+    assert names(tmp_path) == ["a", "a/b.txt"]
+
+
+def test_atomic_replaces_a_folder_as_a_whole(tmp_path):
+    for name in ("first", "second"):
+        with params.atomic(tmp_path / "out") as new:
+            new.mkdir()
+            (new / name).touch()
+    assert names(tmp_path) == ["out", "out/second"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_atomic_leaves_the_old_when_the_block_fails(tmp_path, kind):
+    with params.atomic(tmp_path / "out") as new:
+        new.write_text("old")
+    with pytest.raises(KeyError), params.atomic(tmp_path / "out") as new:
+        if kind == "file":
+            new.write_text("half")
+        else:
+            new.mkdir()
+            (new / "half").touch()
+        raise KeyError
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out").read_text() == "old"
+
+
+WRITERS = {
+    "text": "new.write_text('x' * 100_000)",
+    "parquet": "pd.DataFrame({'x': [str(i) for i in range(50_000)]}).to_parquet(new)",
+    "safetensors": "save_file({'x': np.zeros(100_000)}, new)",
+    "folder": "new.mkdir(); (new / 'one').touch(); (new / 'two').write_text('x' * 100_000)",
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, writer):
+    """A limit on the size of files stands in for a full disk; both reach the writer as a failed write."""
+    code = f"""
+import resource, sys
+import numpy as np, pandas as pd
+from safetensors.numpy import save_file
+from distillery.params import UserError, atomic
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    with atomic("out.bin") as new:
+        {WRITERS[writer]}
+except UserError as error:
+    sys.exit(str(error))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stderr == "out.bin: the disk is full; free some space and run again\n"
+    assert done.returncode == 1
+    assert names(tmp_path) == []
+
+
+# --------------------------------------------------------------------------------------- python -m distillery.params
+
+
+def main(folder: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "distillery.params"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_main_counts_what_it_found(folder):
+    (folder / "params.yaml").write_text(BASE)
+    done = main(folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "params.yaml: 3 source(s), 2 teacher(s), 2 student(s) x 1 seed(s)\n"
+
+
+def test_main_tells_a_mistake_without_a_traceback(folder):
+    (folder / "params.yaml").write_text(BASE.replace("seeds:", "seedz:"))
+    done = main(folder)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: params.yaml: seedz: unknown key; did you mean `seeds`?")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,149 @@
+"""Task files: what they may hold, and the prompts made from them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from distillery import tasks
+from distillery.params import UserError
+
+MOOD = """
+kind: classification
+labels: {good: it went well, bad: it went badly}
+prompt: {system: Judge., instruction: Good or bad?, template: "{instruction} {text} Mood:"}
+verbalizer: {good: "+"}
+few_shot:
+  - {text: we won, label: good}
+  - {text: we lost, label: bad}
+"""
+LABELS = "kind: classification\nlabels: {a: one, b: two}\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def of(content: str) -> tasks.Task:
+        (tmp_path / "mood.yaml").write_text(content, encoding="utf-8")
+        return tasks.load("mood", tmp_path)
+
+    return of
+
+
+def test_words_and_the_order_of_labels(load):
+    task = load(MOOD)
+    assert task.names == ["good", "bad"]
+    assert [task.word(label) for label in task.names] == ["+", "bad"]
+    assert tasks.answer(task, "good") == "+"
+    assert tasks.answer(task, "good", "plain") == " +"
+
+
+def test_labels_that_yaml_1_1_would_take_for_booleans(load):
+    assert load("kind: classification\nlabels: {yes: it is, no: it is not}").names == ["yes", "no"]
+
+
+def test_turns_with_and_without_examples(load):
+    task = load(MOOD)
+    asked = {"role": "user", "content": "Good or bad? we drew Mood:"}
+    system = {"role": "system", "content": "Judge."}
+    shots = [
+        {"role": "user", "content": "Good or bad? we won Mood:"},
+        {"role": "assistant", "content": "+"},
+        {"role": "user", "content": "Good or bad? we lost Mood:"},
+        {"role": "assistant", "content": "bad"},
+    ]
+    assert tasks.turns(task, "we drew") == [system, asked]
+    assert tasks.turns(task, "we drew", 1) == [system, *shots[:2], asked]
+    assert tasks.turns(task, "we drew", 2) == [system, *shots, asked]
+    with pytest.raises(UserError, match="few_shot: 3 examples asked for, the task file holds 2"):
+        tasks.turns(task, "we drew", 3)
+
+
+def test_no_system_turn_without_a_system_prompt(load):
+    assert [turn["role"] for turn in tasks.turns(load(LABELS), "x")] == ["user"]
+
+
+def test_plain_rendering(load):
+    task = load(MOOD)
+    prompt = tasks.render(tasks.turns(task, "we drew", 1), None, "plain")
+    assert prompt == "Judge.\n\nGood or bad? we won Mood: +\n\nGood or bad? we drew Mood:"
+    # an example in the prompt looks just like the prompt with its answer
+    assert f"{tasks.question(task, 'we won')}{tasks.answer(task, 'good', 'plain')}" in prompt
+
+
+def test_chat_rendering_ends_where_the_answer_starts(load):
+    tokenizer = tiny.word_tokenizer(["Judge Good or bad we drew Mood"], "llama")
+    prompt = tasks.render(tasks.turns(load(MOOD), "we drew"), tokenizer)
+    assert prompt == (
+        "<|im_start|>system\nJudge.<|im_end|>\n<|im_start|>user\nGood or bad? we drew Mood:<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_chat_rendering_needs_a_chat_template(load):
+    tokenizer = tiny.word_tokenizer(["we drew"], "bert")
+    with pytest.raises(UserError, match="no chat template; set `prompt: plain`"):
+        tasks.render(tasks.turns(load(MOOD), "we drew"), tokenizer)
+
+
+@given(st.text())
+def test_any_text_goes_into_the_prompt_unchanged(text):
+    """Braces and percent signs in a text are not fields."""
+    task = tasks.Task(kind="classification", labels={"a": "", "b": ""})
+    assert tasks.question(task, text) == f"\n\nText: {text}\nLabel:"
+
+
+def test_the_task_in_the_repository():
+    task = tasks.load("finance-sentiment", tiny.ROOT / "tasks")
+    assert task.names == ["positive", "neutral", "negative"]
+    assert {shot.label for shot in task.few_shot} == set(task.names)
+    assert "{" not in tasks.question(task, "Sales rose.")
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("", "(the whole file): must be a section of keys and values, not None"),
+        ("kind: clasification\nlabels: {a: x, b: y}", "kind: must be 'classification', not 'clasification'"),
+        ("kind: classification", "labels: missing"),
+        ("kind: classification\nlabels: {a: one}", "labels: needs at least 2"),
+        ("kind: classification\nlabels: [a, b]", "labels: must be a section of keys and values"),
+        ("kind: classification\nlabels: {1: x, 2: y}", "labels.1: must be text, not 1"),
+        ("kind: classification\nlabels: {a: , b: y}", "labels.a: must be text, not None"),
+        ('kind: classification\nlabels: {" a": x, b: y}', "labels. a: must be text without white space around it"),
+        (LABELS + "promt: {}", "promt: unknown key; did you mean `prompt`? allowed: kind, labels, prompt,"),
+        (LABELS + "prompt: {sytem: x}", "prompt.sytem: unknown key; did you mean `system`? allowed: system,"),
+        (LABELS + 'prompt: {template: "x"}', "prompt: `template` must hold {text}"),
+        (
+            LABELS + 'prompt: {template: "{txt}"}',
+            "prompt: `template` knows no field {txt}; allowed: {instruction}, {text}",
+        ),
+        (
+            LABELS + 'prompt: {template: "{text} {}"}',
+            "prompt: `template` knows no field {}; allowed: {instruction}, {text}",
+        ),
+        (LABELS + 'prompt: {template: "{text"}', "prompt: expected '}' before end of string"),
+        (LABELS + 'prompt: {rationale: "{text}"}', "prompt: `rationale` knows no field {text}; allowed: {label}"),
+        (LABELS + 'prompt: {paraphrase: "{text}"}', "prompt: `paraphrase` knows no field {text}; allowed: none"),
+        (LABELS + "verbalizer: {c: x}", "(the whole file): `verbalizer` names the unknown label 'c'; known: a, b"),
+        (LABELS + "verbalizer: {a: b}", "(the whole file): two labels have the same word in `verbalizer`"),
+        (LABELS + 'verbalizer: {a: ""}', "verbalizer.a: must be text without white space around it, not ''"),
+        (LABELS + "few_shot: [{text: x, label: c}]", "(the whole file): `few_shot` names the unknown label 'c'; known"),
+        (LABELS + 'few_shot: [{text: "", label: a}]', "few_shot.0.text: must not be empty, not ''"),
+        (LABELS + "few_shot: [{label: a}]", "few_shot.0.text: missing"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(load, content, line):
+    with pytest.raises(UserError) as caught:
+        load(content)
+    assert str(caught.value).startswith(f"tasks/mood.yaml: {line}")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_malformed_files(tmp_path):
+    with pytest.raises(UserError, match=r"mood\.yaml: no such file"):
+        tasks.load("mood", tmp_path)
+    (tmp_path / "mood.yaml").write_text("kind: [")
+    with pytest.raises(UserError, match=r"mood\.yaml, line 1: not valid YAML"):
+        tasks.load("mood", tmp_path)
