@@ -1,0 +1,97 @@
+"""The first stage: check the experiment, and note what the others depend on in a form that changes only when it must.
+
+``build/notebooks/``           every notebook without outputs, ids and editor metadata: running one in Jupyter and
+                               saving it changes nothing here
+``build/sources/<name>.json``  what a source's file holds, wherever the file lies
+``build/models/<name>.json``   what a model's local folder holds
+
+It runs at every `dvc repro` and takes a second; the stages behind it look at what it wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    from distillery import params, tasks
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"error: {sys.executable} has no package `{missing.name}`; "
+        "run `make repro`, or activate the environment first: source .venv/bin/activate"
+    )
+from distillery.params import UserError
+
+
+def stripped(notebook: Path) -> dict[str, Any]:
+    """The notebook's sources and tags, and nothing that Jupyter or another Python version would change.
+
+    Raises UserError when the file is no notebook (after a merge conflict, say).
+    """
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        out = []
+        for i, cell in enumerate(cells):
+            source = cell["source"]
+            kept = {"cell_type": cell["cell_type"], "id": f"cell-{i}"}
+            kept["source"] = source if isinstance(source, str) else "".join(source)
+            kept["metadata"] = {"tags": tags} if (tags := cell.get("metadata", {}).get("tags")) else {}
+            if kept["cell_type"] == "code":
+                kept |= {"execution_count": None, "outputs": []}
+            out.append(kept)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{notebook.parent.name}/{notebook.name}: not a notebook that can be read: {error}") from None
+    return {"cells": out, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, or of a folder's file names and contents (hidden files left out)."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    lines = "".join(f"{p.relative_to(path).as_posix()} {digest(p)}\n" for p in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    with params.atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Check params.yaml and the task files it names, then write `build/`. Raises UserError."""
+    root = params.root()
+    experiment = params.load()
+    for task in {source.task for source in experiment.data.values()}:
+        tasks.load(task)
+    build = root / "build"
+    for name in ("notebooks", "sources", "models"):
+        shutil.rmtree(build / name, ignore_errors=True)
+        (build / name).mkdir(parents=True)
+    for notebook in sorted((root / "notebooks").glob("*.ipynb")):
+        write_json(build / "notebooks" / notebook.name, stripped(notebook))
+    for name, source in experiment.data.items():
+        file = root / source.source  # an absolute path stays what it is
+        if source.source.startswith("hub:"):
+            note = {"source": source.source}
+        elif file.is_file():
+            note = {"source": source.source, "sha256": digest(file)}
+        else:
+            raise UserError(f"params.yaml: data.{name}.source: {source.source}: no such file")
+        write_json(build / "sources" / f"{name}.json", note)
+    for name, model in experiment.models.items():
+        # a missing folder is told of by the stage that needs it: an experiment may name models that it does not use
+        local = root / model.folder if model.folder and not model.wheel else None
+        write_json(build / "models" / f"{name}.json", {"sha256": digest(local)} if local else {"pinned": "params.yaml"})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}")
