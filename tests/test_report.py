@@ -1,0 +1,450 @@
+"""The whole report on a made-up project whose right answers are known."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn import metrics as sk
+
+from distillery import data, metrics, params, report, tasks
+
+LABELS = ["up", "flat", "down"]
+TASK = "kind: classification\nlabels: {up: it rises, flat: it stays, down: it falls}\n"
+WORDS = ["profit", "revenue", "ship", "bank", "steel", "order", "plant", "paper", "note", "price", "loan", "fleet"]
+
+
+def experiment(**changes) -> dict:
+    """A params.yaml as a dict: a distilled student, its control, and a second student without one."""
+    phase = {"data": ["demo/train"], "loss": {"ce": 1.0}, "steps": 4, "learning_rate": 1e-3}
+    taught = phase | {"teachers": ["big"], "loss": {"kl": 1.0}}
+    student = {"model": "small", "arch": "classifier", "init": {"layers": [0, 2]}}
+    return {
+        "seeds": [0, 1],
+        "data": {
+            "demo": {
+                "source": "data/demo.jsonl",
+                "task": "demo",
+                "split": {"train": 0.2, "pool": 0.2, "validation": 0.1, "test": 0.5},
+            }
+        },
+        "models": {"small": {"folder": "models/small"}, "large": {"folder": "models/large"}},
+        "teachers": {"big": {"kind": "lm", "model": "large"}},
+        "augment": {"source": "demo", "teacher": "big", "per_row": 1},
+        "students": {
+            "tiny-kd": student | {"phases": [taught, phase], "control": "tiny-gold"},
+            "tiny-gold": student | {"phases": [phase]},
+            "other": student | {"phases": [taught], "init": {"layers": "all"}},
+        },
+        "evaluate": {"headline": "tiny-kd", "bootstrap": 300, "throughput_rows": 8},
+    } | changes
+
+
+RIGHT = {"tiny-kd": 0.75, "tiny-gold": 0.55, "other": 0.7, "big": 0.9, "untrained": 0.33}
+
+
+def predictions(rng, gold, right: float, labels: list[str]) -> tuple[list[str], list[np.ndarray]]:
+    """Labels that are right for a share `right` of the rows, and probabilities whose largest is that label's."""
+    codes = metrics.encode(gold, labels)
+    codes = np.where(rng.random(len(gold)) < right, codes, (codes + rng.integers(1, 3, len(gold))) % 3)
+    p = rng.dirichlet([1, 1, 1], len(gold))
+    p = 0.4 * p + 0.6 * np.eye(3)[codes]
+    return [labels[c] for c in codes], list(p.astype(np.float32))
+
+
+def table(rng, rows: pd.DataFrame, right: float, labels: list[str], **columns) -> pd.DataFrame:
+    label, p = predictions(rng, rows["label"], right, labels)
+    return pd.DataFrame({"id": rows["id"], "prediction": label, "probabilities": p}).assign(**columns)
+
+
+def put(path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(value, pd.DataFrame):
+        value.to_parquet(path)
+    else:
+        path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+
+
+def project(root, spec: dict | None = None, right: dict | None = None, corpus: list[dict] | None = None, task=TASK):
+    """Write a finished project to `root`: real splits, made-up runs; returns its params."""
+    spec, right = spec or experiment(), RIGHT | (right or {})
+    rng = np.random.default_rng(0)
+    if corpus is None:
+        corpus = [
+            {"id": f"r{i}", "text": " ".join(rng.choice(WORDS, 9)), "label": str(rng.choice(LABELS)), "rationale": "so"}
+            for i in range(600)
+        ]
+    put(root / "dvc.yaml", "")
+    put(root / "tasks/demo.yaml", task)
+    put(root / "params.yaml", json.dumps(spec))  # JSON is YAML
+    put(root / "data/demo.jsonl", "".join(json.dumps(row) + "\n" for row in corpus))
+    P = params.load(root / "params.yaml")
+    made = tasks.load("demo", root / "tasks")
+    prepared = data.prepare("demo", P.data["demo"], made, root)
+    data.write(prepared, root / "data/processed/demo")
+    test = data.read(root / "data/processed/demo", "test")
+    for teacher in P.teachers:
+        signals = table(rng, test, right[teacher], made.names, source="demo", split="test", fold=-1, rationale=None)
+        signals = signals.rename(columns={"prediction": "label"})
+        signals.loc[0, "rationale"] = "teacher's words"
+        put(root / f"data/teacher/{teacher}/signals.parquet", signals)
+        put(root / f"data/teacher/{teacher}/metrics.json", {"parameters": 134_500_000, "bytes_on_disk": 269_000_000})
+    put(root / "data/augmented/demo/counts.json", {"kept": 40, "label changed": 9})
+    for name in P.students:
+        for seed in P.seeds:
+            run = root / f"runs/{name}-{seed}"
+            common = {"split": "test", "label": test["label"]}
+            put(run / "predictions.parquet", table(rng, test, right[name], made.names, **common))
+            before = table(rng, test, right["untrained"], made.names, phase=0, **common)
+            after = table(rng, test, right[name], made.names, phase=1, **common)
+            put(run / "phases.parquet", pd.concat([before, after]))
+            put(run / "metrics.json", {"parameters": 17_000_000, "bytes_on_disk": 34_000_000})
+            steps = pd.DataFrame({"phase": [1, 1, 2, 2], "step": [1, 2, 1, 2], "loss": [1.0, 0.8, 0.6, 0.5]})
+            (run / "history.csv").write_text(steps.to_csv(index=False))
+    return P
+
+
+SPEEDS = {"tiny-kd": 500.0, "tiny-gold": 500.0, "other": 100.0, "big": 40.0}
+
+
+def run(root, P, speeds=None):
+    results = report.gather(root, P)
+    board = report.leaderboard(results, speeds)
+    report.write(root, results, board, speeds)
+    return results, board.set_index("model")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("project")
+    P = project(root)
+    return root, P, *run(root, P, SPEEDS)
+
+
+def test_scores_are_those_of_the_runs(finished):
+    root, P, _, board = finished
+    test = data.read(root / "data/processed/demo", "test").set_index("id")["label"]
+    teacher = pd.read_parquet(root / "data/teacher/big/signals.parquet").set_index("id").loc[test.index]
+    for name in P.students:
+        runs = [pd.read_parquet(root / f"runs/{name}-{seed}/predictions.parquet") for seed in P.seeds]
+        runs = [r.set_index("id").loc[test.index] for r in runs]
+        row = board.loc[name]
+        expected = {
+            "accuracy": np.mean([sk.accuracy_score(test, r["prediction"]) for r in runs]),
+            "macro_f1": np.mean([sk.f1_score(test, r["prediction"], average="macro") for r in runs]),
+            "recall_down": np.mean([sk.recall_score(test == "down", r["prediction"] == "down") for r in runs]),
+            "agreement_with_teacher": np.mean([(r["prediction"] == teacher["label"]).mean() for r in runs]),
+            "kl_to_teacher": np.mean(
+                [metrics.kl(np.stack(teacher["probabilities"]), np.stack(r["probabilities"])).mean() for r in runs]
+            ),
+        }
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value), (name, key)
+        assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
+        assert (row["parameters"], row["megabytes"], row["seeds"]) == (17_000_000, 34.0, 2)
+    assert board.loc["big", "accuracy"] == pytest.approx(sk.accuracy_score(test, teacher["label"]))
+
+
+def test_every_role_has_its_line(finished):
+    _, _, _, board = finished
+    # tiny-kd and tiny-gold start from one model: one untrained line for both
+    roles = {"tiny-kd": "student", "tiny-gold": "control", "other": "student", "big": "teacher"}
+    roles |= {"tiny-kd, untrained": "untrained", "other, untrained": "untrained"}
+    majority = [m for m in board.index if m.startswith("always ")]
+    assert len(majority) == 1
+    assert board["role"].to_dict() == roles | {majority[0]: "majority"}
+    assert board["accuracy"].is_monotonic_decreasing
+
+
+def test_verdict_of_a_real_gain(finished):
+    _, _, _, board = finished
+    row = board.loc["tiny-kd"]
+    assert row["versus"] == "tiny-gold" and row["verdict"] == "better" and row["p"] < 0.05
+    assert 0 < row["difference_low"] < row["difference"] < row["difference_high"]
+    assert row["difference"] == pytest.approx(row["accuracy"] - board.loc["tiny-gold", "accuracy"])
+    assert board["verdict"].notna().sum() == 1
+
+
+@pytest.mark.parametrize(("right", "verdict"), [(0.55, "no evidence"), (0.33, "worse")])
+def test_verdict_can_say_no(tmp_path, right, verdict):
+    P = project(tmp_path, right={"tiny-kd": right})
+    results, board = run(tmp_path, P)
+    assert board.loc["tiny-kd", "verdict"] == verdict
+    text = " ".join(report.answer(results, board.reset_index())["sentences"])
+    assert ("no evidence of a gain or a loss" if verdict == "no evidence" else "points worse, and that is no") in text
+    assert "is real" not in text
+
+
+def test_shuffled_predictions_are_not_better(tmp_path):
+    P = project(tmp_path)
+    for seed in P.seeds:
+        path = tmp_path / f"runs/tiny-kd-{seed}/predictions.parquet"
+        rows = pd.read_parquet(path)
+        order = np.random.default_rng(seed).permutation(len(rows))
+        rows[["prediction", "probabilities"]] = rows[["prediction", "probabilities"]].iloc[order].to_numpy()
+        rows.to_parquet(path)
+    results, board = run(tmp_path, P)
+    assert board.loc["tiny-kd", "verdict"] == "worse"
+    assert board.loc["tiny-kd", "accuracy_low"] < 1 / 3 < board.loc["tiny-kd", "accuracy_high"]
+
+
+def test_many_comparisons_need_more(tmp_path):
+    """Each of ten copies of the control is compared with it: chance gains do not become verdicts."""
+    spec = experiment()
+    gold = spec["students"]["tiny-gold"]
+    spec["students"] |= {f"copy-{i}": gold | {"control": "tiny-gold"} for i in range(10)}
+    spec["evaluate"]["bootstrap"] = 2000  # p cannot fall below 2 / 2001, and eleven comparisons multiply it
+    P = project(tmp_path, spec, right={f"copy-{i}": 0.55 for i in range(10)})
+    board = report.leaderboard(report.gather(tmp_path, P)).set_index("model")
+    verdicts = board.loc[[f"copy-{i}" for i in range(10)], "verdict"]
+    assert set(verdicts) == {"no evidence"}
+    assert board.loc["tiny-kd", "verdict"] == "better"
+
+
+def test_a_removed_student_vanishes(finished, tmp_path):
+    P = project(tmp_path)
+    spec = experiment()
+    del spec["students"]["other"]
+    put(tmp_path / "params.yaml", json.dumps(spec))
+    assert (tmp_path / "runs/other-0").exists()
+    _, board = run(tmp_path, params.load(tmp_path / "params.yaml"))
+    assert not [m for m in board.index if "other" in m]
+    assert "other" in P.students and "other" in finished[3].index
+
+
+def test_metrics_are_the_same_bytes_on_a_second_run(finished):
+    root, P, results, _ = finished
+    names = ["metrics.json", "leaderboard.csv", "index.html", *(f"figures/{n}.svg" for n in ("cost", "confusion"))]
+    before = [(root / "reports" / name).read_bytes() for name in names]
+    run(root, P, SPEEDS)
+    assert [(root / "reports" / name).read_bytes() for name in names] == before
+    metrics_json = before[0]
+    run(root, P, {name: 2 * speed for name, speed in SPEEDS.items()})
+    assert (root / "reports/metrics.json").read_bytes() == metrics_json
+    assert (root / "reports/leaderboard.csv").read_bytes() != before[1]
+    run(root, P, SPEEDS)
+
+
+def test_files_for_dvc(finished):
+    root, _, _, board = finished
+    summary = json.loads((root / "reports/metrics.json").read_text())
+    assert set(summary) == {"headline", "accuracy", "macro_f1"}
+    assert summary["accuracy"] == {
+        m: round(float(v), 6) for m, v in board["accuracy"].items() if m in {"tiny-kd", "tiny-gold", "other", "big"}
+    }
+    assert summary["headline"]["difference_low"] == pytest.approx(board.loc["tiny-kd", "difference_low"], abs=1e-6)
+    assert "second" not in (root / "reports/metrics.json").read_text()
+    timing = json.loads((root / "reports/timing.json").read_text())
+    assert timing["sentences_per_second"] == SPEEDS
+    history = pd.read_csv(root / "reports/plots/history.csv")
+    assert list(history) == ["model", "seed", "phase", "step", "loss"]
+    one = history[(history["model"] == "tiny-kd") & (history["seed"] == 0)]
+    assert one["step"].tolist() == [1, 2, 3, 4]  # counted through the phases
+    shown = pd.read_csv(root / "reports/plots/predictions.csv")
+    assert list(shown) == ["actual", "predicted"] and set(shown["actual"]) == set(LABELS)
+    for name in ("leaderboard", "cost", "confusion", "labels", "history"):
+        assert (root / f"reports/figures/{name}.svg").read_text().startswith("<?xml")
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, the ids and the text; notes tags that are closed in the wrong order."""
+
+    VOID = {"meta", "link", "br", "input", "img", "hr", "path", "use", "rect"}
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.wrong, self.loads, self.ids, self.tags, self.words = [], [], [], [], [], []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for key, value in attributes:
+            if key in ("src", "href", "action", "data", "xlink:href") and not value.startswith("#"):
+                self.loads.append(value)
+            if key == "id":
+                self.ids.append(value)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID and (not self.open or self.open.pop() != tag):
+            self.wrong.append(tag)
+
+    def handle_data(self, text):
+        self.words.append(text)
+
+
+def test_page_stands_alone(finished):
+    html = (finished[0] / "reports/index.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert not page.wrong and not page.open
+    assert not page.loads and not re.search(r"https?://|url\((?!#)|@import", html)
+    assert len(page.ids) == len(set(page.ids))
+    used = set(re.findall(r"""(?:href="#|url\(#)([^")]+)""", html))
+    assert used <= set(page.ids)
+    assert len(html.encode()) < 1_000_000
+
+
+def test_page_says_what_came_out(finished):
+    root, _, results, board = finished
+    said = report.answer(results, board.reset_index())
+    text = " ".join(said["sentences"])
+    assert "7.9 times smaller" in text and "12.5 times as fast (500 against 40 sentences a second)" in text
+    assert "it gives up" in text and "is real" in text and "means of 2 training runs" in text
+    assert said["title"].startswith("tiny-kd: 7.9 times smaller, 12.5 times as fast, ")
+    html = (root / "reports/index.html").read_text(encoding="utf-8")
+    for tile in said["tiles"]:
+        assert tile["value"] in html
+    assert "teacher&#39;s words" in html and "label changed" in html
+
+
+EVIL = "<script>alert('pwned')</script> & \"quoted\" $x_1$ </script>"
+
+
+def test_everything_is_escaped(tmp_path):
+    words = np.random.default_rng(1)
+    labels = ["up", "<b>flat</b>", "down$"]
+    corpus = [
+        {
+            "id": f"<i>{i}",
+            "text": f"{EVIL} {' '.join(words.choice(WORDS, 9))}",
+            "label": labels[i % 3],
+            "rationale": f"{EVIL} why",
+        }
+        for i in range(200)
+    ]
+    task = "kind: classification\nlabels: {up: a, <b>flat</b>: b, down$: c}\n"
+    spec = experiment()
+    spec["data"]["demo"]["near_duplicate"] = 1.0
+    P = project(tmp_path, spec, corpus=corpus, task=task)
+    signals = tmp_path / "data/teacher/big/signals.parquet"
+    pd.read_parquet(signals).assign(rationale=EVIL).to_parquet(signals)
+    run(tmp_path, P)
+    html = (tmp_path / "reports/index.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert not page.wrong and not page.open
+    assert page.tags.count("script") == 1 and "b" in page.tags and "<b>flat" not in html and "<i>0" not in html
+    assert sum("alert('pwned')" in words for words in page.words) > 50  # shown as text
+
+
+def test_a_leak_is_told(tmp_path):
+    P = project(tmp_path)
+    assert report.gather(tmp_path, P).warnings == []
+    folder = tmp_path / "data/processed/demo"
+    planted = data.read(folder, "test").head(7).assign(id=[f"leak{i}" for i in range(7)], group="another")
+    pd.concat([data.read(folder, "train"), planted]).to_parquet(folder / "train.parquet")
+    results, _ = run(tmp_path, P)
+    assert results.warnings == [
+        "7 of the test rows of demo are also in demo/train: every score below is too good to be true."
+    ]
+    assert results.warnings[0] in (tmp_path / "reports/index.html").read_text()
+
+
+def test_one_seed_no_teacher_no_control_no_augmentation(tmp_path):
+    spec = experiment(seeds=[3], teachers={}, augment={"source": "demo", "teacher": "none", "per_row": 0})
+    spec["students"] = {"alone": spec["students"]["tiny-gold"]}
+    spec["evaluate"]["headline"] = "alone"
+    P = project(tmp_path, spec, right={"alone": 0.2})
+    results, board = run(tmp_path, P)
+    text = " ".join(report.answer(results, board.reset_index())["sentences"])
+    assert "was trained without a teacher" in text and "names no control" in text and "trained once" in text
+    assert "nothing that beats the commonest answer" in text and "teacher:" not in text
+    assert board["verdict"].isna().all() and board["kl_to_teacher"].isna().all()
+    html = (tmp_path / "reports/index.html").read_text()
+    assert "nothing was augmented" in html and "None" not in re.sub(r"<p>None: nothing", "", html)
+    assert set(report.disagreements(results)["kind"]) == {"right", "wrong"}
+
+
+def test_a_student_that_beats_its_teacher(tmp_path):
+    P = project(tmp_path, right={"big": 0.4})
+    results, board = run(tmp_path, P, SPEEDS | {"tiny-kd": 20.0})
+    said = report.answer(results, board.reset_index())
+    assert "points better than its teacher" in said["sentences"][1]
+    assert "2.0 times slower" in said["sentences"][0]
+    assert "less accurate" not in said["title"]
+
+
+def test_teacher_that_bears_a_students_name(tmp_path):
+    spec = experiment()
+    spec["teachers"] = {"other": spec["teachers"]["big"]}
+    spec["augment"]["teacher"] = "other"
+    for name in ("tiny-kd", "other"):
+        spec["students"][name]["phases"][0]["teachers"] = ["other"]
+    _, board = run(tmp_path, project(tmp_path, spec))
+    assert board.index.is_unique
+    assert board.loc["other", "role"] == "student" and board.loc["other, teacher", "role"] == "teacher"
+
+
+def test_rows_where_they_differ_come_first(finished):
+    root, _, results, _ = finished
+    rows = report.disagreements(results)
+    test = data.read(root / "data/processed/demo", "test")
+    assert set(rows["id"]) == set(test["id"])
+    number = int(rows["differs"].sum())
+    assert 0 < number < len(rows) and rows["differs"].head(number).all()
+    assert (rows.loc[rows["differs"], "student"] != rows.loc[rows["differs"], "teacher"]).all()
+    assert rows["student_probability"].head(number).is_monotonic_decreasing
+    assert (rows.loc[rows["kind"] == "only the teacher is right", "teacher"] == rows["gold"].loc[
+        rows["kind"] == "only the teacher is right"
+    ]).all()  # fmt: skip
+
+
+def test_a_missing_or_stale_run_is_an_error_of_one_line(tmp_path):
+    P = project(tmp_path)
+    path = tmp_path / "runs/other-1/predictions.parquet"
+    rows = pd.read_parquet(path)
+    rows.head(5).to_parquet(path)
+    with pytest.raises(params.UserError, match=r"^runs/other-1/predictions.parquet: not the test rows of now"):
+        report.gather(tmp_path, P)
+    path.unlink()
+    with pytest.raises(params.UserError, match=r"^runs/other-1/predictions.parquet: no such file"):
+        report.gather(tmp_path, P)
+
+
+def test_long_texts_and_many_rows_keep_the_page_small(tmp_path):
+    rng = np.random.default_rng(0)
+    corpus = [
+        {"id": f"r{i}", "text": " ".join(rng.choice(WORDS, 150)), "label": LABELS[i % 3], "rationale": "so " * 300}
+        for i in range(2600)
+    ]
+    spec = experiment(seeds=[0])
+    spec["data"]["demo"]["split"] = {"train": 0.05, "pool": 0.05, "validation": 0.05, "test": 0.85}
+    spec["data"]["demo"]["near_duplicate"] = 1.0
+    P = project(tmp_path, spec, corpus=corpus)
+    run(tmp_path, P)
+    html = (tmp_path / "reports/index.html").read_bytes()
+    assert len(html) < 3_000_000 and html.count(b'<article class="row"') == report.MAX_ROWS
+    assert b"further rows are left out" in html
+
+
+def test_throughput_lets_the_models_take_turns():
+    calls = []
+    scorers = {name: (lambda texts, name=name: calls.append((name, len(texts)))) for name in "ab"}
+    speeds = report.throughput(scorers, ["text"] * 8, rounds=2)
+    assert calls == [("a", 4), ("b", 4), ("a", 8), ("b", 8), ("a", 8), ("b", 8)]
+    assert set(speeds) == {"a", "b"} and min(speeds.values()) > 0
+
+
+def test_throughput_stops_when_its_time_is_spent(monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr(report.time, "perf_counter", lambda: next(now))
+    calls = []
+    report.throughput({"a": lambda texts: calls.append(len(texts))}, ["text"] * 8, rounds=50, budget=12)
+    assert 2 <= len(calls) < 12
+
+
+def test_pictures_are_deterministic_and_follow_the_theme(finished):
+    _, _, results, board = finished
+    board = board.reset_index()
+    one, two = (report.svg(report.figure_cost(results, board)) for _ in range(2))
+    assert one == two
+    page = str(report.inline("cost", one))
+    assert "var(--ink)" in page and report.INK not in page and "<metadata" not in page and "xmlns" not in page
