@@ -180,7 +180,7 @@ def _parquet(name: str, content: bytes) -> Raw:
 
 
 def _hub(source: str, split: str, label: str) -> Raw:
-    found = re.fullmatch(r"hub:([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", source)
+    found = re.fullmatch(r"hub:(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w./-]+))?", source)
     if not found:
         raise UserError(f"{source}: not a hub data set; write hub:owner/name or hub:owner/name@revision")
     import datasets  # slow to import, and only needed here
@@ -193,10 +193,9 @@ def _hub(source: str, split: str, label: str) -> Raw:
         for logger in chatter:  # its retries and hints would bury the one line that matters
             logger.setLevel(logging.CRITICAL)
         rows = datasets.load_dataset(found[1], revision=found[2], split=split)
-    except OSError:  # no network, offline mode, unknown or gated data set: the library tells them apart in prose only
-        raise UserError(
-            f"{source}: no network (or HF_HUB_OFFLINE is set), unknown data set or revision, or no right to read it"
-        ) from None
+    except OSError as error:  # the library tells no network, offline mode, unknown and gated apart in prose only
+        unreachable = "no network (or HF_HUB_OFFLINE is set), unknown data set or revision, or no right to read it"
+        raise UserError(f"{source}: {error.strerror or unreachable}") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{source}: cannot be read: {reason[:300]}") from None
@@ -639,7 +638,7 @@ def prepare(name: str, spec: Source, task: Task, base: Path) -> Prepared:
         "few_shot_near_duplicates": _few_shot(rows, split, task, spec.near_duplicate),
         "lengths": {
             "all": _lengths(rows["text"]),
-            **{label: _lengths(rows["text"][rows["label"] == label]) for label in task.names},
+            "by_label": {label: _lengths(rows["text"][rows["label"] == label]) for label in task.names},
         },
     }
     return Prepared(rows, split, cluster, task, audit)
@@ -648,13 +647,10 @@ def prepare(name: str, spec: Source, task: Task, base: Path) -> Prepared:
 # ---------------------------------------------------------------------------------------- writing, reading
 
 
-def _write_parquet(frame: pd.DataFrame, path: Path) -> None:
-    # Texts are declared as such, or a column without any rationale would have no type at all.
-    columns = {
-        column: pa.array(frame[column].tolist(), pa.string() if column in COLUMNS else None) for column in frame.columns
-    }
+def _write_parquet(frame: pd.DataFrame, schema: pa.Schema, path: Path) -> None:
+    table = pa.table({column: frame[column].tolist() for column in frame}, pa.schema([schema.field(c) for c in frame]))
     with open(path, "wb") as file:
-        pq.write_table(pa.table(columns), file)
+        pq.write_table(table, file)
 
 
 def write(prepared: Prepared, folder: Path) -> None:
@@ -665,12 +661,15 @@ def write(prepared: Prepared, folder: Path) -> None:
     """
     rows, split = prepared.rows, prepared.split
     hidden = ["label", "rationale", *prepared.audit["columns_left_out_of_pool"]]
+    # Types come from the whole column: a split may be empty, or without any rationale.
+    types = {c: pa.string() if c in COLUMNS else pa.array(rows[c].tolist()).type for c in rows}
+    schema = pa.schema(list(types.items()))
     with atomic(folder) as new:
         new.mkdir()
         for part in SPLITS:
             frame = rows[split == part]
-            _write_parquet(frame.drop(columns=hidden) if part == "pool" else frame, new / f"{part}.parquet")
-        _write_parquet(rows.loc[split == "pool", ["id", "label", "rationale"]], new / "pool_labels.parquet")
+            _write_parquet(frame.drop(columns=hidden) if part == "pool" else frame, schema, new / f"{part}.parquet")
+        _write_parquet(rows.loc[split == "pool", ["id", "label", "rationale"]], schema, new / "pool_labels.parquet")
         # The order of the labels is the order of probability vectors: keys stay as they are.
         task = json.dumps(prepared.task.model_dump(), ensure_ascii=False, indent=2)
         (new / "task.json").write_text(task + "\n", encoding="utf-8")

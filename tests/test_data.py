@@ -1,0 +1,613 @@
+"""Sources: what is read, what is refused and how it is told, and splits that do not leak."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distillery import data, params, tasks
+from distillery.params import SPLITS, Columns, Source, Split, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+TASK = tasks.Task(kind="classification", labels={"up": "rises", "down": "falls"})
+QUARTERS = Split(train=0.25, pool=0.25, validation=0.25, test=0.25)
+FILES = {f"{name}.parquet" for name in (*SPLITS, "pool_labels")} | {"task.json", "audit.json"}
+
+
+def texts(n: int) -> list[str]:
+    """n texts of random words, so that no two are alike."""
+    rng = np.random.default_rng(0)
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    return [" ".join("".join(rng.choice(letters, 7)) for _ in range(4)) for _ in range(n)]
+
+
+def records(n: int = 24) -> list[dict]:
+    return [{"id": f"x{i}", "text": text, "label": ("up", "down")[i % 2]} for i, text in enumerate(texts(n))]
+
+
+def source(file: str, **more) -> Source:
+    return Source(**{"source": file, "task": "mood", "split": QUARTERS} | more)
+
+
+def jsonl(folder: Path, rows: list) -> str:
+    """Write rows (objects, or lines as they are) and return the file's name."""
+    lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "a.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return "a.jsonl"
+
+
+def prepare(folder: Path, rows: list, task: tasks.Task = TASK, **more) -> data.Prepared:
+    return data.prepare("a", source(jsonl(folder, rows), **more), task, folder)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def test_the_four_kinds_of_file_read_alike(tmp_path):
+    rows = [
+        {"id": "1", "text": 'He said "up", twice\nand left', "label": "up", "note": "ä"},
+        {"id": "2", "text": "Down;\tdown\u2028, down", "label": "down", "note": "b"},
+    ]
+    frame = pd.DataFrame(rows)
+    jsonl(tmp_path, rows)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_csv(tmp_path / "a.TSV", index=False, sep="\t")
+    frame.to_parquet(tmp_path / "a.parquet")
+    read = {name: data.load(source(name), tmp_path) for name in ("a.jsonl", "a.csv", "a.TSV", "a.parquet")}
+    assert all(raw.rows == rows for raw in read.values())
+    # where the records start: the first of the CSV file is two lines long, below the header
+    assert {name: raw.numbers for name, raw in read.items()} == {
+        "a.jsonl": [1, 2],
+        "a.csv": [2, 4],
+        "a.TSV": [2, 4],
+        "a.parquet": [1, 2],
+    }
+
+
+def test_byte_order_mark_line_ends_of_windows_and_blank_lines(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,label\r\n\r\nrose,up\r\n,\r\n , \r\nfell,down\r\n")
+    raw = data.load(source("a.csv"), tmp_path)
+    assert raw.rows == [{"text": "rose", "label": "up"}, {"text": "fell", "label": "down"}]
+    assert (raw.numbers, raw.blank) == ([3, 6], 3)
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "rose"}\r\n\r\n{"text": "fell"}')
+    raw = data.load(source("a.jsonl"), tmp_path)
+    assert (raw.rows, raw.numbers, raw.blank) == ([{"text": "rose"}, {"text": "fell"}], [1, 3], 1)
+
+
+CSV = b"text,label\n"
+UNREADABLE = [  # file, content, the line
+    ("a.jsonl", None, "a.jsonl: no such file"),
+    (
+        "a.xlsx",
+        b"x",
+        "a.xlsx: cannot read `.xlsx`; allowed: .jsonl, .csv, .tsv, .parquet, or hub:owner/name[@revision]",
+    ),
+    ("a", b"x", "a: cannot read `a name without suffix`; allowed: .jsonl"),
+    ("a.jsonl", b"", "a.jsonl: empty, there are no rows in it"),
+    ("a.jsonl", b"\n\n", "a.jsonl: empty, there are no rows in it"),
+    ("a.csv", b"", "a.csv: empty, there are no rows in it"),
+    ("a.csv", CSV, "a.csv: empty, there are no rows in it"),
+    ("a.parquet", b"", "a.parquet: empty, there are no rows in it"),
+    ("a.parquet", b"PAR1 not really PAR1", "a.parquet: not a Parquet file, or damaged"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2, column 10: not valid JSON: Expecting value"),
+    ("a.jsonl", b'{"text": "a"} {}\n', "a.jsonl, line 1, column 15: not valid JSON: Extra data"),
+    ("a.jsonl", b'\n["a"]\n', 'a.jsonl, line 2: must be a JSON object like {"text": …}, not a list'),
+    ("a.jsonl", b"3\n", 'a.jsonl, line 1: must be a JSON object like {"text": …}, not a number'),
+    ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not valid JSON: a number too long or brackets too deep"),
+    ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl, line 1: half of a surrogate pair"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "a.jsonl, line 2: byte 0xe9 at offset 27 is not UTF-8;"),
+    ("a.csv", b"\xef\xbb\xbftext,label\ncaf\xe9,up\n", "a.csv, line 2: byte 0xe9 at offset 17 is not UTF-8;"),
+    ("a.csv", "text,label\n".encode("utf-16"), "a.csv, line 1: byte 0xff at offset 0 is not UTF-8;"),
+    ("a.csv", CSV + b"a,up\nb,up,c\n", "a.csv, line 3: 3 fields, but the header has 2"),
+    ("a.csv", CSV + b'"a\nb",up\nc\n', "a.csv, line 4: 1 fields, but the header has 2"),
+    (
+        "a.csv",
+        CSV + b'a,up\n"b,up\nc,up\n',
+        "a.csv, line 3: not a valid table: unexpected end of data (is a quote left open?)",
+    ),
+    ("a.csv", b"text,label,text\na,up,b\n", "a.csv, line 1: the column `text` is there twice"),
+    ("a.tsv", b"text\tlabel\na,up\n", "a.tsv, line 2: 1 fields, but the header has 2"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "line"), UNREADABLE, ids=[line[:60] for *_, line in UNREADABLE])
+def test_unreadable_files_are_told_in_one_line(tmp_path, file, content, line):
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        data.load(source(file), tmp_path)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_place_of_a_file(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"^a.jsonl: cannot be read: Is a directory$"):
+        data.load(source("a.jsonl"), tmp_path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([".jsonl", ".csv", ".tsv", ".parquet"]), st.binary(max_size=60))
+def test_any_bytes_are_read_or_told(tmp_path_factory, suffix, content):
+    folder = tmp_path_factory.getbasetemp()
+    (folder / f"any{suffix}").write_bytes(content)
+    try:
+        assert data.load(source(f"any{suffix}"), folder).rows
+    except UserError as error:
+        assert str(error).startswith(f"any{suffix}")
+        assert len(str(error).splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------- the hub
+
+
+def run_hub(folder: Path, name: str) -> subprocess.CompletedProcess:
+    """Load a hub data set in a process of its own, offline and with an empty cache."""
+    code = f"""
+import sys
+from pathlib import Path
+from distillery import data, params
+split = params.Split(train=0.5, validation=0.25, test=0.25)
+try:
+    print(data.load(params.Source(source={name!r}, task="mood", split=split), Path(".")))
+except params.UserError as error:
+    sys.exit(f"error: {{error}}")
+"""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT / "src"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "cache"),
+    }
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_hub_out_of_reach_is_one_line(tmp_path):
+    done = run_hub(tmp_path, "hub:owner/name@main")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error: hub:owner/name@main: no network (or HF_HUB_OFFLINE is set), unknown data set or revision, "
+        "or no right to read it\n"
+    )
+
+
+def test_hub_labels_get_their_names(tmp_path):
+    """A folder called like the data set is what `datasets` takes before it asks the hub."""
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["up", "down"])})
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    made = datasets.Dataset.from_dict({"text": ["rose", "fell"], "label": [0, 1]}, features=features)
+    made.to_parquet(tmp_path / "owner" / "name" / "train.parquet")
+    done = run_hub(tmp_path, "hub:owner/name")
+    assert "labels=['up', 'down']" in done.stdout, done.stderr
+    assert "{'text': 'fell', 'label': 1}" in done.stdout
+
+
+def test_names_of_the_hub_replace_integers():
+    raw = data.Raw(
+        "hub:a/b", "row", [{"text": "rose", "label": 0}, {"text": "fell", "label": 1}], [1, 2], 0, ["up", "down"]
+    )
+    frame, _, _ = data.tidy(raw, source("hub:a/b"), TASK)
+    assert list(frame["label"]) == ["up", "down"]
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:a/b/c", "hub:a/b@", "hub:../a"])
+def test_malformed_hub_names(tmp_path, name):
+    with pytest.raises(UserError, match=r"not a hub data set; write hub:owner/name or hub:owner/name@revision"):
+        data.load(source(name), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ cleaning
+
+
+def test_clean_by_hand():
+    assert data.clean("  Cafe\u0301\u00a0opened \n\t today ") == "Café opened today"
+
+
+@given(st.text())
+def test_clean_twice_is_clean_once(text):
+    once = data.clean(text)
+    assert data.clean(once) == once
+    assert once == once.strip()
+
+
+def change(index: int, **values) -> list[dict]:
+    """Good rows with one of them changed; `...` takes a key away."""
+    rows = records()
+    rows[index] = {k: v for k, v in (rows[index] | values).items() if v is not ...}
+    return rows
+
+
+WRONG_ROWS = [  # rows, what the line says after the file
+    (change(4, label="sideways"), ", line 5: unknown label 'sideways'; allowed: up, down"),
+    (change(4, label=2), ", line 5: unknown label '2'; allowed: up, down"),
+    (change(4, label=None), ", line 5: `label` is empty; allowed: up, down"),
+    (change(4, label=...), ", line 5: `label` is empty; allowed: up, down"),
+    (change(4, label=["up"]), ", line 5: `label` must be text or a whole number, not a list (['up'])"),
+    (change(4, label=True), ", line 5: `label` must be text or a whole number, not true/false (True)"),
+    (change(0, text=""), ", line 1: `text` is empty; every row needs a text"),
+    (change(0, text=" \u200b\n"), ", line 1: `text` is empty; every row needs a text"),
+    (change(0, text=None), ", line 1: `text` is empty; every row needs a text"),
+    (change(0, text=...), ", line 1: `text` is empty; every row needs a text"),
+    (change(0, text=12.5), ", line 1: `text` must be text, not a number (12.5)"),
+    (change(0, text={"en": "a"}), ", line 1: `text` must be text, not an object ({'en': 'a'})"),
+    (change(3, rationale=7), ", line 4: `rationale` must be text, not a number (7)"),
+    (change(3, id="x1"), ", line 4: the id 'x1' is already that of line 2"),
+    (change(3, id=None), ", line 4: `id` is empty; every row needs an id of its own (or none has one)"),
+    (change(3, id=0.5), ", line 4: `id` must be text or a whole number, not a number (0.5)"),
+    (change(3, group=[1]), ", line 4: `group` must be text or a whole number, not a list ([1])"),
+    ([{"sentence": "a", "label": "up"}], ": no column `text` for the text; there are: `sentence`, `label`"),
+    ([{"text;label": "a;up"}], ": no column `text` for the text; there are: `text;label`"),
+    ([{"text": "a", "labels": "up"}], ": no column `label` for the label; there are: `text`, `labels`"),
+    (
+        [row | {"label": "up"} for row in records()] + change(0, id="y", text="one more", label="down")[:1],
+        ": label `down` has 1 group(s) of rows (rows that belong together count once), too few to split: needs 3, "
+        "one each for train, validation, test",
+    ),
+    ([row | {"label": "up"} for row in records()], ": label `down` has 0 group(s) of rows"),
+    ([row | {"group": "one"} for row in records()], ": label `up` has 1 group(s) of rows"),
+]
+
+
+@pytest.mark.parametrize(("rows", "line"), WRONG_ROWS, ids=[line[:60] for _, line in WRONG_ROWS])
+def test_wrong_rows_are_told_in_one_line(tmp_path, rows, line):
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path, rows)
+    assert str(caught.value).startswith(f"a.jsonl{line}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("role", ["id", "group", "rationale"])
+def test_a_column_that_was_asked_for_must_be_there(tmp_path, role):
+    with pytest.raises(UserError, match=rf"^a.jsonl: no column `no` for the {role}; there are: `id`, `text`, `label`$"):
+        prepare(tmp_path, records(), columns=Columns(**{role: "no"}))
+
+
+def test_column_names_whole_numbers_and_other_columns(tmp_path):
+    task = tasks.Task(kind="classification", labels={"1": "rises", "0": "falls"})
+    rows = [
+        {"key": i, "sentence": text, "y": i % 2, "topic": {"a": i}, "code": ["zero", "one"][i % 2], "label": "secret"}
+        for i, text in enumerate(texts(24))
+    ]
+    made = prepare(tmp_path, rows, task, columns=Columns(id="key", text="sentence", label="y"))
+    assert list(made.rows["label"][:2]) == ["0", "1"]
+    assert list(made.rows["id"][:2]) == ["0", "1"]
+    assert made.rows["topic"][1] == '{"a": 1}'
+    # a second column named `label` is dropped; one that tells the label is kept from the pool
+    assert made.audit["columns_left_out"] == ["label"]
+    assert made.audit["columns_left_out_of_pool"] == ["code"]
+    data.write(made, tmp_path / "out")
+    assert list(data.read(tmp_path / "out", "pool")) == ["id", "text", "group", "topic"]
+    assert list(data.read(tmp_path / "out", "train")) == [*data.COLUMNS, "topic", "code"]
+
+
+def test_duplicates_are_dropped_and_counted_and_ids_are_made(tmp_path):
+    rows = [{"text": row["text"], "label": row["label"]} for row in records()]
+    copied = {"text": f"  {rows[0]['text'].replace(' ', '  ')}\n", "label": rows[0]["label"]}
+    other_label = {"text": rows[0]["text"], "label": "down"}
+    made = prepare(tmp_path, [*rows, copied, "", other_label])
+    assert made.audit["dropped"] == {"blank": 1, "duplicates": 1, "over_limit": 0}
+    assert list(made.rows["id"]) == [*(f"r{i:06d}" for i in range(1, 25)), "r000027"]  # the number of the line
+    assert made.rows["group"].iloc[-1] == made.rows["group"].iloc[0]
+    assert made.audit["label_conflicts"]["pairs"] == made.audit["label_conflicts"]["identical_texts"] == 1
+
+
+def test_a_dropped_duplicate_leaves_its_group_behind(tmp_path):
+    """Rows 0 and 1 are of one event, rows 2 and 3 of another; a copy of row 0 is said to be of the second."""
+    rows = [row | {"group": None} for row in records()]
+    for i, group in enumerate(["one", "one", "two", "two"]):
+        rows[i]["group"] = group
+    groups = prepare(tmp_path, rows).rows["group"]
+    assert [len(set(groups[:2])), len(set(groups[:4]))] == [1, 2]
+    groups = prepare(tmp_path, [*rows, rows[0] | {"id": "copy", "group": "two"}]).rows["group"]
+    assert set(groups[:4]) == {"one"}
+
+
+def test_a_group_may_be_called_like_an_id(tmp_path):
+    rows = records()
+    rows[0]["group"] = "x5"
+    groups = prepare(tmp_path, rows).rows["group"]
+    assert groups[0] == "x5"
+    assert groups.nunique() == len(rows)
+
+
+# ---------------------------------------------------------------------------------------------- similarity
+
+
+def test_similarity_by_hand():
+    # " up " and " on " are one run of four characters each; "up" and "up on" share one of one and two: 1/sqrt(2)
+    best, where = data.nearest(["up", "up on", "xx"], ["down", "up on"])
+    assert best == pytest.approx([1 / math.sqrt(2), 1, 0], abs=1e-6)
+    assert list(where[:2]) == [1, 1]
+    # " abc" and "abc " against " abc" and "abcd", "bcd ": one in common, norms sqrt(2) and sqrt(3)
+    assert data.nearest(["abc"], ["abcd"])[0] == pytest.approx([1 / math.sqrt(6)], abs=1e-6)
+
+
+def test_similarity_with_and_without_digits():
+    left, right = ["Sales of 1,204.5 units"], ["Sales of 87 units"]
+    assert data.mask_digits(left[0]) == data.mask_digits(right[0]) == "Sales of 0 units"
+    assert data.nearest(left, right)[0] == pytest.approx([1], abs=1e-6)
+    assert data.nearest(left, right, masked=False)[0][0] < 0.85
+
+
+def test_nothing_to_compare_to():
+    assert [list(part) for part in data.nearest(["a"], [])] == [[0], [-1]]
+    assert [list(part) for part in data.nearest([], ["a"])] == [[], []]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text("ab 1", min_size=1).filter(str.strip), min_size=1, max_size=12), st.floats(0.3, 1))
+def test_blocks_do_not_change_the_result(lines, threshold):
+    """Pairs found block by block are those of the whole matrix, and clusters are its connected parts."""
+    vectors = data._vectors(lines, True).toarray().astype(float)
+    whole = vectors @ vectors.T
+    n = len(lines)
+    expected = {(i, j) for i in range(n) for j in range(i + 1, n) if whole[i, j] >= threshold - data.SLACK}
+    margin = np.abs(whole - (threshold - data.SLACK)).min()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "CELLS", 2 * n)  # two rows at a time
+        found = [(int(a), int(b)) for i, j, _ in data.near_pairs(lines, threshold) for a, b in zip(i, j, strict=True)]
+        cluster = data.near_duplicates(lines, threshold)
+    if margin > 1e-6:  # else float32 may fall on either side
+        assert set(found) == expected
+    assert len(found) == len(set(found))
+    unmasked = {
+        (int(a), int(b)) for i, j, _ in data.near_pairs(lines, threshold, False) for a, b in zip(i, j, strict=True)
+    }
+    part = list(range(n))
+    for _ in range(n):  # the smallest number of a neighbour, until nothing changes any more
+        for i, j in (*found, *unmasked):
+            part[i] = part[j] = min(part[i], part[j])
+    assert [list(cluster).index(c) for c in cluster] == part
+
+
+def test_planted_twins_stay_together(tmp_path):
+    """Rows that differ in numbers, in case or in one short word get one group, and so does a chain of them."""
+    a = "Operating profit of the Talvikoski group rose to EUR 12.4 mn in the first quarter of the financial year"
+    twins = [a, a.replace("12.4", "9"), a.upper(), a.replace(" in the", " during"), a.replace("rose", "fell")]
+    other = "Operating profit is what remains of sales once running costs have been paid"
+    rows = records() + [
+        {"id": f"twin{i}", "text": text, "label": "up" if i < 4 else "down"} for i, text in enumerate([*twins, other])
+    ]
+    made = prepare(tmp_path, rows)
+    groups = made.rows.set_index("id")["group"]
+    assert len({groups[f"twin{i}"] for i in range(5)}) == 1
+    assert groups["twin5"] == "twin5"
+    assert made.audit["clusters"]["near_duplicate_clusters"] == 1
+    assert made.audit["clusters"]["largest_cluster"] == 5
+    assert made.audit["label_conflicts"]["pairs"] == 4
+    assert {row["id"] for found in made.audit["label_conflicts"]["examples"] for row in found["rows"]} == {
+        f"twin{i}" for i in range(5)
+    }
+
+
+# ----------------------------------------------------------------------------------------------- splitting
+
+
+@st.composite
+def grouped(draw):
+    """Groups and labels per row, with groups of several rows and labels, and shares."""
+    sizes = draw(st.lists(st.integers(1, 4), min_size=30, max_size=60))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    groups = np.repeat([f"g{i}" for i in range(len(sizes))], sizes)
+    labels = rng.choice(["up", "down", "rest"], len(groups), p=[0.5, 0.3, 0.2])
+    raw = draw(st.lists(st.integers(1, 5), min_size=4, max_size=4)) if draw(st.booleans()) else [4, 0, 1, 2]
+    train, pool, validation, test = (value / sum(raw) for value in raw)
+    return list(groups), list(labels), Split(train=train, pool=pool, validation=validation, test=test)
+
+
+@settings(max_examples=60, deadline=None)
+@given(grouped(), st.integers(0, 5))
+def test_split_properties(case, seed):
+    groups, labels, shares = case
+    names = ["up", "down", "rest"]
+    split = data.split_groups(groups, labels, names, shares, seed)
+    assert list(split) == list(data.split_groups(groups, labels, names, shares, seed))
+    frame = pd.DataFrame({"group": groups, "label": labels, "split": split})
+    assert set(split) <= set(SPLITS)
+    assert (frame.groupby("group")["split"].nunique() == 1).all()
+    for part in ("train", "validation", "test"):
+        assert set(frame["label"][frame["split"] == part]) == set(names)
+    for part in SPLITS:
+        if getattr(shares, part) == 0:
+            assert part not in set(split)
+        for label, total in Counter(labels).items():
+            got = ((frame["split"] == part) & (frame["label"] == label)).sum()
+            assert abs(got - getattr(shares, part) * total) <= 6, (part, label)  # a group and a half of rows
+
+
+def test_exact_shares_when_rows_stand_alone():
+    labels = ["up"] * 200 + ["down"] * 100
+    shares = Split(train=0.15, pool=0.45, validation=0.10, test=0.30)
+    split = data.split_groups(list(map(str, range(300))), labels, ["up", "down"], shares, 0)
+    assert Counter(split[:200]) == {"train": 30, "pool": 90, "validation": 20, "test": 60}
+    assert Counter(split[200:]) == {"train": 15, "pool": 45, "validation": 10, "test": 30}
+
+
+def test_large_groups_are_spread_in_proportion():
+    """100 pairs and 200 single rows: every split has its share of the pairs, not only of the rows."""
+    groups = [f"pair{i // 2}" for i in range(200)] + [f"one{i}" for i in range(200)]
+    labels = ["up", "down"] * 200
+    shares = Split(train=0.2, pool=0.4, validation=0.1, test=0.3)
+    split = data.split_groups(groups, labels, ["up", "down"], shares, 0)
+    pairs = Counter(split[:200:2])
+    assert all(abs(pairs[part] - 100 * getattr(shares, part)) <= 1 for part in SPLITS)
+
+
+def test_another_seed_is_another_split():
+    labels = ["up", "down"] * 50
+    splits = [tuple(data.split_groups(list(map(str, range(100))), labels, ["up", "down"], QUARTERS, s)) for s in (0, 1)]
+    assert splits[0] != splits[1]
+
+
+def test_labels_that_share_their_groups():
+    """`rest` is only found beside `up`: whichever way the groups are drawn, all three labels must be everywhere."""
+    groups = ["a", "a", "b", "b", "c", "c", "d", "e", "f"]
+    labels = ["up", "rest"] * 3 + ["down"] * 3
+    for seed in range(10):
+        split = data.split_groups(groups, labels, ["up", "down", "rest"], QUARTERS, seed)
+        for part in ("train", "validation", "test"):
+            assert {label for label, s in zip(labels, split, strict=True) if s == part} == {"up", "down", "rest"}
+
+
+def test_limit_takes_whole_groups(tmp_path):
+    rows = [row | {"group": f"g{i // 3}"} for i, row in enumerate(records(90))]
+    made = prepare(tmp_path, rows, limit=12)
+    assert made.rows["group"].nunique() == 12
+    assert (made.rows["group"].value_counts() == 3).all()
+    assert made.audit["dropped"]["over_limit"] == 90 - 36
+    assert list(prepare(tmp_path, rows, limit=12).rows["id"]) == list(made.rows["id"])
+    assert list(prepare(tmp_path, rows, limit=12, seed=1).rows["id"]) != list(made.rows["id"])
+
+
+# ------------------------------------------------------------------------------------------- audit and files
+
+
+def test_the_audit_finds_planted_leaks(tmp_path):
+    """Twins that were torn apart after the fact are found with digits masked, and named."""
+    made = prepare(tmp_path, records())
+    assert made.audit["across_splits"]["digits_masked"]["pairs_above"] == 0
+    rows, split = made.rows.copy(), made.split
+    in_train, in_test = np.flatnonzero(split == "train")[0], np.flatnonzero(split == "test")[0]
+    rows.loc[in_train, "text"] = "Net sales of the third quarter amounted to 412,500 euros after 398,100"
+    rows.loc[in_test, "text"] = "Net sales of the third quarter amounted to 77 euros after 1,200,345"
+    masked = data._leaks(rows, split, 0.85, masked=True)
+    assert masked["pairs_above"] == 1
+    assert masked["pairs_above_by_splits"] == {"train-test": 1}
+    assert masked["worst"][0]["similarity"] == masked["nearest"]["highest"] == 1
+    assert {row["id"] for row in masked["worst"][0]["rows"]} == {rows["id"][in_train], rows["id"][in_test]}
+    written = data._leaks(rows, split, 0.85, masked=False)
+    assert written["pairs_above"] == 0
+    assert 0.5 < written["nearest"]["highest"] < 0.85
+
+
+def test_few_shot_examples_that_stand_in_the_data_are_named(tmp_path):
+    made = prepare(tmp_path, records())
+    shown = {part: made.rows["text"][made.split == part].iloc[0] for part in ("test", "pool")}
+    shots = [{"text": text, "label": "up"} for text in ("Nothing like it stands anywhere", *shown.values())]
+    task = tasks.Task.model_validate(TASK.model_dump() | {"few_shot": shots})
+    found = prepare(tmp_path, records(), task).audit["few_shot_near_duplicates"]
+    assert [(f["few_shot"], f["split"], f["row"]["text"]) for f in found] == [
+        (2, "pool", shown["pool"]),
+        (1, "test", shown["test"]),
+    ]
+
+
+def test_what_is_written(tmp_path):
+    rows = [row | {"rationale": "because" if i % 3 else None, "n": i} for i, row in enumerate(records())]
+    made = prepare(tmp_path, rows)
+    data.write(made, tmp_path / "out")
+    assert set(bytes_of(tmp_path / "out")) == FILES
+    frames = {part: data.read(tmp_path / "out", part) for part in (*SPLITS, "pool_labels")}
+    assert list(frames["pool"]) == ["id", "text", "group", "n"]
+    assert list(frames["pool_labels"]) == ["id", "label", "rationale"]
+    assert list(frames["pool_labels"]["id"]) == list(frames["pool"]["id"])
+    for part in ("train", "validation", "test"):
+        assert list(frames[part]) == [*data.COLUMNS, "n"]
+    whole = pd.concat([frames[part] for part in SPLITS])
+    assert sorted(whole["id"]) == sorted(row["id"] for row in rows)
+    given_rows = {row["id"]: row for row in rows}
+    for part in ("train", "validation", "test", "pool_labels"):
+        for row in frames[part].to_dict("records"):
+            assert (row["label"], row["rationale"]) == tuple(given_rows[row["id"]][k] for k in ("label", "rationale"))
+    assert data.read_task(tmp_path / "out") == TASK
+    assert list(json.loads((tmp_path / "out" / "task.json").read_text())["labels"]) == ["up", "down"]
+    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert {part: counts["rows"] for part, counts in audit["splits"].items()} == {p: len(frames[p]) for p in SPLITS}
+    assert audit["lengths"]["all"]["words"] == {"mean": 4, "p5": 4, "p50": 4, "p95": 4, "max": 4}
+
+
+def test_an_empty_pool_is_a_file_with_the_same_columns(tmp_path):
+    made = prepare(tmp_path, records(), split=Split(train=0.5, validation=0.25, test=0.25))
+    data.write(made, tmp_path / "out")
+    assert list(data.read(tmp_path / "out", "pool")) == ["id", "text", "group"]
+    assert len(data.read(tmp_path / "out", "pool_labels")) == 0
+
+
+def test_same_seed_same_bytes(tmp_path):
+    for seed, name in ((0, "one"), (0, "two"), (1, "three")):
+        data.write(prepare(tmp_path, records(), seed=seed), tmp_path / name)
+    one, two, three = (bytes_of(tmp_path / name) for name in ("one", "two", "three"))
+    assert one == two
+    assert one["train.parquet"] != three["train.parquet"]
+
+
+def test_writing_replaces_the_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stale.parquet").touch()
+    data.write(prepare(tmp_path, records()), tmp_path / "out")
+    assert set(bytes_of(tmp_path / "out")) == FILES
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    rows = [row | {"n": "x" * i} for i, row in enumerate(records(200))]
+    data.write(prepare(tmp_path, rows), tmp_path / "out")
+    before = bytes_of(tmp_path / "out")
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_data import TASK, Path, data, source
+from distillery.params import UserError
+made = data.prepare("a", source("a.jsonl", seed=1), TASK, Path("."))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    data.write(made, Path("out"))
+except UserError as error:
+    sys.exit(str(error))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "out: the disk is full; free some space and run again\n")
+    assert bytes_of(tmp_path / "out") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+def test_reading_what_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="train.parquet: not there yet; run `dvc repro` first"):
+        data.read(tmp_path, "train")
+
+
+@pytest.fixture(scope="module")
+def finance() -> data.Prepared:
+    spec = params.load(ROOT / "params.yaml").data["finance"]
+    return data.prepare("finance", spec, tasks.load(spec.task, ROOT / "tasks"), ROOT)
+
+
+def test_the_real_corpus_is_split_without_leaks(finance):
+    assert {part: counts["rows"] for part, counts in finance.audit["splits"].items()} == {
+        "train": 303,
+        "pool": 909,
+        "validation": 202,
+        "test": 606,
+    }
+    frame = finance.rows.assign(split=finance.split)
+    assert (frame.groupby("group")["split"].nunique() == 1).all()
+    lines = (ROOT / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()
+    own = frame["id"].map({row["id"]: row["group"] for row in map(json.loads, lines)})
+    assert (frame.groupby(own)["split"].nunique() == 1).all()
+    assert frame["style"].notna().all()
+    for way in finance.audit["across_splits"].values():
+        assert way["pairs_above"] == 0
+        assert way["nearest"]["highest"] < 0.85
+    assert finance.audit["few_shot_near_duplicates"] == []
+
+
+def test_the_real_corpus_split_by_row_would_leak(finance):
+    """The control of the test above: the same rows dealt out one by one do have twins across splits."""
+    split = np.random.default_rng(0).permutation(finance.split)
+    assert data._leaks(finance.rows, split, 0.85, masked=True)["pairs_above"] > 20
