@@ -611,3 +611,16 @@ def test_the_real_corpus_split_by_row_would_leak(finance):
     """The control of the test above: the same rows dealt out one by one do have twins across splits."""
     split = np.random.default_rng(0).permutation(finance.split)
     assert data._leaks(finance.rows, split, 0.85, masked=True)["pairs_above"] > 20
+
+
+def test_the_corpora_are_as_their_page_says():
+    page = (ROOT / "data/corpora/README.md").read_text(encoding="utf-8")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if ".jsonl |" in line]
+    assert sorted(file for file, *_ in table) == sorted(p.name for p in (ROOT / "data/corpora").glob("*.jsonl"))
+    for file, count, groups, columns in table:
+        raw = data.load(source(f"data/corpora/{file}"), ROOT)
+        assert len(raw.rows) == len({row["id"] for row in raw.rows}) == int(count)
+        assert len({row.get("group", row["id"]) for row in raw.rows}) == int(groups)
+        assert all(list(row) == columns.split(", ") for row in raw.rows)
+        for label, n in Counter(row.get("label") for row in raw.rows).items():
+            assert label is None or f"| {label} | {n} |" in page
