@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -9,11 +10,13 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from distillery import data, metrics, params, report, tasks
+from distillery import data, metrics, models, params, report, tasks, training
 
 LABELS = ["up", "flat", "down"]
 TASK = "kind: classification\nlabels: {up: it rises, flat: it stays, down: it falls}\n"
-WORDS = ["profit", "revenue", "ship", "bank", "steel", "order", "plant", "paper", "note", "price", "loan", "fleet"]
+WORDS = [
+    a + b for a in ("pro", "ship", "order", "paper", "loan", "steel") for b in ("fit", "ment", "yard", "ing", "ers")
+]
 
 
 def experiment(**changes) -> dict:
@@ -438,7 +441,23 @@ def test_throughput_stops_when_its_time_is_spent(monkeypatch):
     monkeypatch.setattr(report.time, "perf_counter", lambda: next(now))
     calls = []
     report.throughput({"a": lambda texts: calls.append(len(texts))}, ["text"] * 8, rounds=50, budget=12)
-    assert 2 <= len(calls) < 12
+    assert len(calls) == 1 + 12  # the warm-up, then rounds that take a second each
+
+
+def test_speeds_of_real_models(tmp_path, tiny_models):
+    spec = experiment(models={"small": {"folder": "small"}, "large": {"folder": "large"}})
+    tuned = {"on": "demo/train", "steps": 1, "learning_rate": 1e-3}
+    spec["teachers"]["big"]["finetune"] = tuned
+    P = project(tmp_path, spec)
+    task = data.read_task(tmp_path / "data/processed/demo")
+    for name, student in P.students.items():
+        if name != "tiny-gold":  # of the shape of tiny-kd: is not loaded
+            model = training.build(student, tiny_models / "tiny-bert", task, seed=0)
+            models.save(model.model, model.tokenizer, tmp_path / f"runs/{name}-0/model")
+    shutil.copytree(tiny_models / "tiny-llama", tmp_path / "data/teacher/big/model")
+    speeds = report.speeds(tmp_path, report.gather(tmp_path, P))
+    assert set(speeds) == {"tiny-kd", "tiny-gold", "other", "big"} and min(speeds.values()) > 0
+    assert speeds["tiny-kd"] == speeds["tiny-gold"]
 
 
 def test_pictures_are_deterministic_and_follow_the_theme(finished):

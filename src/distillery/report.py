@@ -27,7 +27,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
-from distillery import data, metrics, params
+from distillery import data, metrics, params, teachers, training
 
 KINDS = (
     "only the teacher is right",
@@ -244,35 +244,46 @@ def leaks(root: Path, P: params.Params, source: str, test: pd.DataFrame) -> list
 
 
 def throughput(
-    scorers: dict[str, Callable[[list[str]], Any]], texts: list[str], rounds: int = 3, budget: float = 12.0
+    scorers: dict[str, Callable[[list[str]], Any]], texts: list[str], rounds: int = 5, budget: float = 10.0
 ) -> dict[str, float]:
-    """Sentences a second of each scorer on the same texts, side by side: name -> median over the rounds.
+    """Sentences a second of each scorer on the same texts, side by side: name -> median over its rounds.
 
-    The models take turns, so that whatever else the machine does meets all of them. Each is warmed up on a few texts
-    first. Rounds after the first are left out once `budget` seconds are spent.
+    Each is warmed up on a few texts first. Then they take turns, so that whatever else the machine does meets all of
+    them; one that has spent its share of `budget` seconds, or had all its rounds, sits out. One round is had by all.
     """
     for score in scorers.values():
         score(texts[:4])
     seconds: dict[str, list[float]] = {name: [] for name in scorers}
-    begun = time.perf_counter()
-    for i in range(rounds):
-        if i and (time.perf_counter() - begun) * (i + 1) / i > budget:
-            break
+    for _ in range(rounds):
         for name, score in scorers.items():
-            start = time.perf_counter()
-            score(texts)
-            seconds[name].append(time.perf_counter() - start)
+            if sum(seconds[name]) < budget / len(scorers):
+                start = time.perf_counter()
+                score(texts)
+                seconds[name].append(time.perf_counter() - start)
     return {name: len(texts) / float(np.median(taken)) for name, taken in seconds.items()}
 
 
-def alike(P: params.Params) -> dict[str, str]:
-    """Student -> the first student of the same shape: those two are equally fast, one measurement is enough."""
-    first: dict[tuple, str] = {}
-    out = {}
-    for name, spec in P.students.items():
-        shape = (spec.model, spec.arch, str(spec.init), spec.prompt, spec.few_shot, spec.dtype, spec.max_length)
-        out[name] = first.setdefault(shape, name)
-    return out
+def speeds(root: Path, results: Results) -> dict[str, float]:
+    """Sentences a second, on test rows of the headline's source, of every trained model that is tested there.
+
+    Students of one shape (a student and its control) are equally fast: the first of them is measured for all.
+    """
+    P, source = results.params, results.find(results.params.evaluate.headline).source
+    task, scorers, measured = data.read_task(root / f"data/processed/{source}"), {}, {}
+    for line in (s for s in results.scored if s.source == source):
+        if line.role == "teacher":
+            folder, tuned = root / f"data/teacher/{line.key}/model", P.teachers[line.key].finetune is not None
+            scorers[line.name] = teachers.open_teacher(line.key, P, task, tuned=tuned, folder=folder).predict
+            measured[line.name] = line.name
+        elif line.role in ("student", "control"):
+            spec = P.students[line.key]
+            shape = str([spec.model, spec.arch, spec.init, spec.prompt, spec.few_shot, spec.dtype, spec.max_length])
+            if shape not in measured.values():
+                folder = root / f"runs/{line.key}-{P.seeds[0]}/model"
+                scorers[shape] = training.reopen(spec, folder, task).predict
+            measured[line.name] = shape
+    rate = throughput(scorers, results.tests[source]["text"].head(P.evaluate.throughput_rows).tolist())
+    return {name: rate[key] for name, key in measured.items()}
 
 
 # ---------------------------------------------------------------- scoring
@@ -387,6 +398,19 @@ def disagreements(results: Results) -> pd.DataFrame:
     rank = np.where(rows["differs"], 0, np.where(right, 2, 1))
     rows = rows.assign(_rank=rank).sort_values(["_rank", "student_probability", "id"], ascending=[True, False, True])
     return rows.drop(columns="_rank").reset_index(drop=True)
+
+
+def samples(results: Results) -> pd.DataFrame:
+    """Some test rows of the headline's source, drawn at random: text, gold, and each trained model's label."""
+    e = results.params.evaluate
+    source = results.find(e.headline).source
+    test = results.tests[source]
+    some = np.sort(np.random.default_rng(e.seed).permutation(len(test))[: e.samples])
+    rows = test.iloc[some][["text", "label"]].rename(columns={"label": "gold"})
+    for line in results.scored:
+        if line.source == source and line.role in ("student", "control", "teacher"):
+            rows[line.name] = line.predicted[0][some]
+    return rows.reset_index(drop=True)
 
 
 # ---------------------------------------------------------------- words
@@ -652,9 +676,9 @@ def figure_confusion(results: Results) -> Figure:
     with _drawing():
         lines = shown(results)
         labels, gold = results.labels[lines[0].source], results.tests[lines[0].source]["label"]
-        k, width = len(labels), 1.9
-        figure, many = plt.subplots(1, len(lines), figsize=(0.9 + width * len(lines), 2.6), layout="constrained",
-                                    sharey=True, squeeze=False)  # fmt: skip
+        k, width = len(labels), max(1.6, min(4.0, 0.35 * len(labels)))
+        size = (0.8 + width * len(lines), 0.7 + width)
+        figure, many = plt.subplots(1, len(lines), figsize=size, layout="constrained", sharey=True, squeeze=False)
         for axes, line in zip(many[0], lines, strict=True):
             counts = np.mean([metrics.confusion(gold, p, labels)[:, :-1] for p in line.predicted], axis=0)
             share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -668,9 +692,9 @@ def figure_confusion(results: Results) -> Figure:
             axes.set(xlim=(-0.5, k - 0.5), ylim=(k - 0.5, -0.5), aspect="equal")
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
-            size = 8 if k <= 10 else 4
-            axes.set_xticks(range(k), labels, rotation=30 if k <= 4 else 90, ha="right", fontsize=size, color=INK)
-            axes.set_yticks(range(k), labels, fontsize=size)
+            small = 8 if k <= 10 else 4
+            axes.set_xticks(range(k), labels, rotation=30 if k <= 4 else 90, ha="right", fontsize=small, color=INK)
+            axes.set_yticks(range(k), labels, fontsize=small)
             axes.set_title(line.name, loc="center")
         many[0][0].set_ylabel("gold label")
         figure.supxlabel("predicted; each row of cells adds up to 100 %", fontsize=8, color=MUTED)
