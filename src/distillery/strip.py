@@ -60,7 +60,7 @@ def digest(path: Path) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     with params.atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -1,0 +1,188 @@
+"""What each teacher and each student learns from, written out, so that nothing else makes it learn again.
+
+``python -m distillery.inputs teachers`` writes ``build/teachers/<teacher>.json``: its section of params.yaml with
+defaults filled in, its model, its task, and the sha256 of the data files it reads.
+
+``python -m distillery.inputs students`` writes ``data/inputs/<student>/``:
+``experiment.json``      student, spec, models, source, task, teachers (validation scores); see :func:`experiment`
+``rows.parquet``         where (`source/split`), id, text, label (None in a pool), group, and for every teacher
+                         `p_<teacher>`: probabilities in the order of the task's labels, None on rows it does not teach
+``validation.parquet``, ``test.parquet``   where, id, text, label, group of the source that the student is scored on
+
+The same inputs give the same bytes. An option of params.yaml that decides nothing here (a student's `control`, a
+default that is spelt out) changes nothing here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from distillery import params
+from distillery.params import Params, UserError
+from distillery.strip import digest, write_json
+from distillery.tasks import Task
+
+ROW = ("where", "id", "text", "label", "group")
+
+
+def _read_json(path: Path) -> Any:
+    if not path.exists():
+        raise UserError(f"{path}: not there yet; run `dvc repro` first")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def task_for(root: Path, source: str, whole: bool) -> dict[str, Any]:
+    """The task of `source` as it was prepared; if not `whole`, without meanings and prompts: a classifier sees none.
+
+    The order of `labels` is that of probability vectors.
+    """
+    task = Task.model_validate(_read_json(root / f"data/processed/{source}/task.json"))
+    return (task if whole else Task(kind=task.kind, labels=dict.fromkeys(task.names, ""))).model_dump()
+
+
+def model_for(root: Path, P: Params, name: str) -> dict[str, Any]:
+    """Where the model comes from and, if it is a local folder, what that holds."""
+    return P.models[name].model_dump() | {"content": _read_json(root / f"build/models/{name}.json")}
+
+
+def teacher(root: Path, P: Params, name: str) -> dict[str, Any]:
+    """Everything that decides what teacher `name` learns and says."""
+    spec, sources = P.teachers[name], P.sources_of(name)
+    read = sources if spec.finetune is None else [*sources, spec.finetune.on.split("/")[0]]
+    files = sorted({file for source in read for file in (root / f"data/processed/{source}").glob("*.parquet")})
+    return {
+        "teacher": name,
+        "spec": spec.model_dump() | {"data": sources},
+        "model": model_for(root, P, spec.model),
+        "task": task_for(root, sources[0], whole=spec.kind == "lm"),
+        "files": {file.relative_to(root).as_posix(): digest(file) for file in files},
+    }
+
+
+def tested_on(P: Params, name: str) -> str:
+    """The source that student `name` is scored on: the last that it learns from (without phases: the headline's)."""
+    phases = P.students[name].phases or P.students[P.evaluate.headline].phases
+    return phases[-1].data[-1].split("/")[0] if phases else next(iter(P.data))
+
+
+def experiment(root: Path, P: Params, name: str) -> dict[str, Any]:
+    """Everything but rows that decides what student `name` learns.
+
+    spec: its section of params.yaml with defaults filled in.  model: as :func:`model_for`.  source: what it is scored
+    on.  task: a :class:`Task` (with empty meanings and default prompts for a classifier).  teachers: for each one that
+    a phase names, accuracy and macro_f1 on validation rows.
+    """
+    spec, source = P.students[name], tested_on(P, name)
+    scores = {}
+    for who in sorted({who for phase in spec.phases for who in phase.teachers}):
+        found = _read_json(root / f"data/teacher/{who}/metrics.json")["validation"]
+        scores[who] = {key: found[key] for key in ("accuracy", "macro_f1")}
+    return {
+        "student": name,
+        "spec": {key: value for key, value in spec.model_dump().items() if key not in ("control", "checkpoint_every")},
+        "model": model_for(root, P, spec.model),
+        "source": source,
+        "task": task_for(root, source, whole=spec.arch == "causal"),
+        "teachers": scores,
+    }
+
+
+class Tables:
+    """The parquet files of the stages before, each read once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.read: dict[str, list[dict[str, Any]]] = {}
+
+    def __call__(self, path: str) -> list[dict[str, Any]]:
+        if path not in self.read:
+            import pyarrow.parquet
+
+            if not (self.root / path).exists():
+                raise UserError(f"{path}: not there yet; run `dvc repro` first")
+            self.read[path] = pyarrow.parquet.read_table(self.root / path).to_pylist()
+        return self.read[path]
+
+    def rows(self, where: str) -> list[dict[str, Any]]:
+        """The rows of `source/split`: where, id, text, label, group."""
+        source, split = where.split("/")
+        path = f"data/augmented/{source}/rows" if split == "augmented" else f"data/processed/{source}/{split}"
+        return [{key: row.get(key) for key in ROW} | {"where": where} for row in self(f"{path}.parquet")]
+
+    def signals(self, who: str, where: str) -> dict[str, list[float]]:
+        """What teacher `who` says of the rows of `source/split`: id -> probabilities."""
+        source, split = where.split("/")
+        if split == "augmented":
+            rows = [row for row in self(f"data/augmented/{source}/signals.parquet") if row["teacher"] == who]
+        else:
+            rows = [row for row in self(f"data/teacher/{who}/signals.parquet") if row["split"] == split]
+        return {row["id"]: row["probabilities"] for row in rows if row["source"] == source}
+
+
+def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows that student `name` learns from, with its teachers' probabilities, and the names of those teachers.
+
+    Raises UserError when a teacher has no signal for a row it should teach.
+    """
+    phases = P.students[name].phases
+    teachers = sorted({who for phase in phases for who in phase.teachers})
+    teaches = {(where, who) for phase in phases for where in phase.data for who in phase.teachers}
+    out = []
+    for where in dict.fromkeys(where for phase in phases for where in phase.data):
+        rows = tables.rows(where)
+        for who in teachers:
+            said = tables.signals(who, where) if (where, who) in teaches else {}
+            missing = [row["id"] for row in rows if row["id"] not in said] if (where, who) in teaches else []
+            if missing:
+                raise UserError(
+                    f"students.{name}: teacher `{who}` has no signal for {len(missing)} of {len(rows)} rows of "
+                    f"{where} (first: {missing[0]})"
+                )
+            for row in rows:
+                row[f"p_{who}"] = said.get(row["id"])
+        out += rows
+    return out, teachers
+
+
+def write_table(path: Path, rows: list[dict[str, Any]], teachers: list[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    fields = [pa.field(key, pa.string()) for key in ROW]
+    fields += [pa.field(f"p_{who}", pa.list_(pa.float32())) for who in teachers]
+    with params.atomic(path) as temporary, open(temporary, "wb") as file:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), file)
+
+
+def write_teachers(root: Path, P: Params) -> None:
+    """Write `build/teachers/`. Raises UserError when a file of the stages before is missing."""
+    shutil.rmtree(root / "build/teachers", ignore_errors=True)
+    (root / "build/teachers").mkdir(parents=True)
+    for name in P.teachers:
+        write_json(root / f"build/teachers/{name}.json", teacher(root, P, name))
+
+
+def write_students(root: Path, P: Params) -> None:
+    """Write `data/inputs/`. Raises UserError when a file or a teacher's signal is missing."""
+    shutil.rmtree(root / "data/inputs", ignore_errors=True)
+    tables = Tables(root)
+    for name in P.students:
+        folder, source = root / f"data/inputs/{name}", tested_on(P, name)
+        write_json(folder / "experiment.json", experiment(root, P, name))
+        write_table(folder / "rows.parquet", *rows_for(tables, P, name))
+        for split in ("validation", "test"):
+            write_table(folder / f"{split}.parquet", tables.rows(f"{source}/{split}"), [])
+
+
+if __name__ == "__main__":
+    writers = {"teachers": write_teachers, "students": write_students}
+    if len(sys.argv) != 2 or sys.argv[1] not in writers:
+        sys.exit(f"error: python -m distillery.inputs needs one of: {', '.join(writers)}")
+    try:
+        writers[sys.argv[1]](params.root(), params.load())
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}")
