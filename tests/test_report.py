@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -256,10 +258,10 @@ class Page(HTMLParser):
 
     VOID = {"meta", "link", "br", "input", "img", "hr", "path", "use", "rect"}
 
-    def __init__(self, html):
+    def __init__(self, text):
         super().__init__()
         self.open, self.wrong, self.loads, self.ids, self.tags, self.words = [], [], [], [], [], []
-        self.feed(html)
+        self.feed(text)
         self.close()
 
     def handle_starttag(self, tag, attributes):
@@ -302,11 +304,51 @@ def test_page_says_what_came_out(finished):
     text = " ".join(said["sentences"])
     assert "7.9 times smaller" in text and "12.5 times as fast (500 against 40 sentences a second)" in text
     assert "it gives up" in text and "is real" in text and "means of 2 training runs" in text
-    assert said["title"].startswith("tiny-kd: 7.9 times smaller, 12.5 times as fast, ")
+    assert said["title"].startswith("tiny-kd beside big: 7.9 times smaller, 12.5 times as fast, ")
     html = (root / "reports/index.html").read_text(encoding="utf-8")
     for tile in said["tiles"]:
         assert tile["value"] in html
     assert "teacher&#39;s words" in html and "label changed" in html
+
+
+CLICKS = """<script>
+const cells = (rows, column) => [...document.querySelectorAll(rows)].map(row => row.cells[column].dataset.value);
+const heading = document.querySelectorAll("table.sortable th button")[1], out = {};
+for (const way of ["descending", "ascending"]) {
+  heading.click();
+  out[way] = cells("table.sortable:not(details table) tbody tr", 1).map(Number);
+}
+const shown = () => [...document.querySelectorAll("#browser .row")].filter(row => row.checkVisibility());
+const set = (id, value) => {
+  document.getElementById(id).value = value;
+  document.getElementById(id).dispatchEvent(new Event("input"));
+};
+out.differ = shown().map(row => "differs" in row.dataset);
+set("kind", "both right"); set("gold", "down");
+out.kinds = shown().map(row => row.dataset.kind + ", " + row.dataset.gold);
+set("kind", ""); set("gold", ""); document.querySelector(".more").click();
+out.more = shown().length;
+set("find", "teacher's words");
+out.found = shown().length;
+out.wide = document.documentElement.scrollWidth - innerWidth;
+document.title = JSON.stringify(out);
+</script></body>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+def test_page_in_a_browser(finished, tmp_path):
+    page = (finished[0] / "reports/index.html").read_text(encoding="utf-8").replace("</body>", CLICKS)
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,800"]
+    got = subprocess.run(["chromium", *options, "page.html"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    out = json.loads(unescape(re.search(r"<title>(.*?)</title>", got.stdout).group(1)))
+    assert len(out["descending"]) == len(finished[3]) and out["descending"] == sorted(out["descending"], reverse=True)
+    assert out["ascending"] == out["descending"][::-1]
+    assert len(out["differ"]) == 20 and all(out["differ"])
+    assert out["kinds"] and set(out["kinds"]) == {"both right, down"}
+    assert out["more"] == 40 and out["found"] == 1
+    assert out["wide"] <= 0  # a phone scrolls down, never sideways
 
 
 EVIL = "<script>alert('pwned')</script> & \"quoted\" $x_1$ </script>"
@@ -416,7 +458,7 @@ def test_long_texts_and_many_rows_keep_the_page_small(tmp_path):
     rng = np.random.default_rng(0)
     corpus = [
         {"id": f"r{i}", "text": " ".join(rng.choice(WORDS, 150)), "label": LABELS[i % 3], "rationale": "so " * 300}
-        for i in range(2600)
+        for i in range(1300)
     ]
     spec = experiment(seeds=[0])
     spec["data"]["demo"]["split"] = {"train": 0.05, "pool": 0.05, "validation": 0.05, "test": 0.85}

@@ -549,7 +549,7 @@ def answer(results: Results, board: pd.DataFrame) -> dict[str, Any]:
         text += ": the student has learned nothing that beats the commonest answer"
     sentences.append(text + ".")
     keys = ("value", "label", "note", "tone")
-    title = f"{name}: {', '.join(claims)}" if claims else f"{name}: {percent(row['accuracy'])} accuracy"
+    title = f"{name} beside {teacher.name}: {', '.join(claims)}" if teacher else f"{name}: {accuracy}"
     return {"title": title, "sentences": sentences, "tiles": [dict(zip(keys, t, strict=True)) for t in tiles]}
 
 
@@ -850,6 +850,7 @@ def page(root: Path, results: Results, board: pd.DataFrame, pictures: dict[str, 
         control=head.control,
         teacher=results.teacher_of(head),
         labels=results.labels[head.source],
+        names=results.labels,
         level=f"{100 * results.params.evaluate.confidence:g} %",
         comparisons=int(board["p"].notna().sum()),
         pictures={name: inline(name, text) for name, text in pictures.items()},
