@@ -119,6 +119,11 @@ def test_calibration_by_its_definition(case, bins):
     assert table["ece"] == pytest.approx(error, abs=1e-9)
 
 
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below():
+    table = metrics.calibration(np.array([0, 0]), np.array([[0.5, 0.5], [1.0, 0.0]]), bins=2)
+    assert table["rows"].tolist() == [1, 1]
+
+
 def test_calibration_of_a_model_that_knows_its_errors():
     rng = np.random.default_rng(0)
     p = rng.dirichlet([1, 1, 1], 20_000)
@@ -229,6 +234,14 @@ def test_paired_difference_of_a_model_with_itself_is_nothing():
         assert (score["mean"], score["low"], score["high"], score["p"], score["detectable"]) == (0, 0, 0, 1, 0)
 
 
+def test_runs_of_two_models_are_drawn_apart():
+    """Seed 0 of one model has nothing to do with seed 0 of another: their luck does not cancel."""
+    gold = ["positive"] * 8
+    runs = [gold, ["neutral"] * 8]
+    score = metrics.paired_difference(gold, runs, runs, LABELS, list("abcdefgh"), 500)["accuracy"]
+    assert (score["mean"], score["low"], score["high"]) == (0, -1, 1)
+
+
 def test_paired_difference_by_hand():
     gold = ["positive"] * 4
     a, b = gold, ["positive", "positive", "neutral", "neutral"]
@@ -245,7 +258,7 @@ def test_paired_difference_tells_a_gain_from_noise():
     gain = metrics.paired_difference(gold, [predict(0.75), predict(0.75)], base, LABELS, groups, 500)
     none = metrics.paired_difference(gold, [predict(), predict()], base, LABELS, groups, 500)
     for score in metrics.SCORES:
-        assert gain[score]["low"] > 0.05 and gain[score]["p"] < 0.01
+        assert gain[score]["low"] > 0.05 and 0 < gain[score]["p"] < 0.01
         assert none[score]["low"] < 0 < none[score]["high"] and none[score]["p"] > 0.05
         assert 0.02 < none[score]["detectable"] < 0.15
 

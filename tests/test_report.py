@@ -202,7 +202,16 @@ def test_many_comparisons_need_more(tmp_path):
     spec["students"] |= {f"copy-{i}": gold | {"control": "tiny-gold"} for i in range(10)}
     spec["evaluate"]["bootstrap"] = 2000  # p cannot fall below 2 / 2001, and eleven comparisons multiply it
     P = project(tmp_path, spec, right={f"copy-{i}": 0.55 for i in range(10)})
-    board = report.leaderboard(report.gather(tmp_path, P)).set_index("model")
+    results = report.gather(tmp_path, P)
+    board = report.leaderboard(results).set_index("model")
+    compared = board[board["verdict"].notna()]
+    test = results.tests["demo"]
+    gold, predicted = test["label"], {name: results.find(name).predicted for name in P.students}
+    alone = [
+        metrics.paired_difference(gold, predicted[name], predicted["tiny-gold"], LABELS, test["group"])["accuracy"]["p"]
+        for name in compared.index
+    ]
+    assert len(alone) == 11 and compared["p"].tolist() == pytest.approx(metrics.holm(alone).tolist())
     verdicts = board.loc[[f"copy-{i}" for i in range(10)], "verdict"]
     assert set(verdicts) == {"no evidence"}
     assert board.loc["tiny-kd", "verdict"] == "better"
@@ -356,7 +365,7 @@ EVIL = "<script>alert('pwned')</script> & \"quoted\" $x_1$ </script>"
 
 def test_everything_is_escaped(tmp_path):
     words = np.random.default_rng(1)
-    labels = ["up", "<b>flat</b>", "down$"]
+    labels = ["up", "<b>flat</b>", "$down$"]
     corpus = [
         {
             "id": f"<i>{i}",
@@ -366,7 +375,7 @@ def test_everything_is_escaped(tmp_path):
         }
         for i in range(200)
     ]
-    task = "kind: classification\nlabels: {up: a, <b>flat</b>: b, down$: c}\n"
+    task = "kind: classification\nlabels: {up: a, <b>flat</b>: b, $down$: c}\n"
     spec = experiment()
     spec["data"]["demo"]["near_duplicate"] = 1.0
     P = project(tmp_path, spec, corpus=corpus, task=task)
@@ -377,6 +386,7 @@ def test_everything_is_escaped(tmp_path):
     page = Page(html)
     assert not page.wrong and not page.open
     assert page.tags.count("script") == 1 and "b" in page.tags and "<b>flat" not in html and "<i>0" not in html
+    assert ">$down$<" in (tmp_path / "reports/figures/confusion.svg").read_text()  # not taken for a formula
     assert sum("alert('pwned')" in words for words in page.words) > 50  # shown as text
 
 
