@@ -565,9 +565,8 @@ class LabelModel:
                     return Forward(logits)
                 target = torch.as_tensor(gold, device=self.device)
                 return Forward(logits, nn.functional.cross_entropy(logits, target, reduction="sum"), len(ids))
-            end = [self.tokenizer.eos_token_id]
             completions = [
-                self.labels if gold is None else [*self.labels, self._answer(gold[i], end)] for i in range(len(ids))
+                self.labels if gold is None else [*self.labels, self._answer(gold[i])] for i in range(len(ids))
             ]
             hidden, index, target, branch = states(self.model, ids, completions)
             logprobs = head(self.model)(hidden).float().log_softmax(-1)[index, target]
@@ -577,8 +576,12 @@ class LabelModel:
             return Forward(scores)
         return Forward(scores[:, :-1], -scores[:, -1].sum(), sum(len(row[-1]) for row in completions))
 
-    def _answer(self, label: int, end: list[int]) -> list[int]:
-        tokens = self.labels[label]
+    def answer_tokens(self, label: int) -> int:
+        """Supervised tokens of the answer `label`: 1 for a classifier, its tokens and the end token otherwise."""
+        return len(self._answer(label)) if self.arch == "causal" else 1
+
+    def _answer(self, label: int) -> list[int]:
+        tokens, end = self.labels[label], [self.tokenizer.eos_token_id]
         return tokens if tokens[-1:] == end else tokens + end
 
     @torch.no_grad()

@@ -1,0 +1,471 @@
+"""A student's training: phases of gradient descent on cached signals, resumable to the bit.
+
+One engine for all of it: a classifier runs through `transformers.Trainer`, a causal model through TRL's `SFTTrainer`,
+both with the loss replaced. A teacher's fine-tuning is a phase too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, load_model, save_file, save_model
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from distillery import losses, metrics, models, params, tasks
+from distillery.models import LabelModel
+from distillery.params import UserError
+
+torch.use_deterministic_algorithms(True)  # same inputs, same seed, same machine: same result, to the bit
+torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
+
+LOG_EVERY = 10
+LENGTH_POOL = 16  # batches drawn together and sorted by length, so that rows of one batch need little padding
+
+
+@dataclass
+class Rows:
+    """What a phase learns from. targets [n]: label indices (gold, or the teachers' where there is no gold).
+
+    logprobs [n, labels]: the teachers' mixed distribution at T = 1, None when the phase has no teacher.
+    """
+
+    texts: list[str]
+    targets: np.ndarray
+    logprobs: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def phase_rows(
+    frame: pd.DataFrame, phase: params.Phase, labels: Sequence[str], scores: dict[str, float] | None = None
+) -> Rows:
+    """The rows of `phase` out of a student's `rows.parquet`, with its teachers' distributions mixed.
+
+    frame: columns where, text, label and `p_<teacher>` (probabilities over `labels`).
+    scores: each teacher's validation accuracy, for `mix: validation`.
+    Raises UserError when a phase finds no row.
+    """
+    rows = frame[frame["where"].isin(phase.data)].reset_index(drop=True)
+    if rows.empty:
+        raise UserError(f"phases: no row in {', '.join(phase.data)}")
+    index = {label: i for i, label in enumerate(labels)}
+    targets = np.array([index.get(label, -1) for label in rows["label"]])
+    if not phase.teachers:
+        return Rows(rows["text"].tolist(), targets)
+    stack = np.stack([np.stack(rows[f"p_{teacher}"].to_list()) for teacher in phase.teachers])
+    logprobs = torch.from_numpy(stack).double().log()
+    if phase.mix == "confidence":
+        gold = torch.from_numpy(targets)
+        weights = torch.where(
+            gold >= 0,
+            losses.confidence_weights(logprobs, gold.clamp_min(0)),
+            losses.confidence_weights(logprobs),
+        )
+    elif phase.mix == "validation":
+        weights = torch.tensor([scores[teacher] for teacher in phase.teachers], dtype=torch.double)
+    else:
+        weights = torch.ones(len(phase.teachers), dtype=torch.double)
+    mixed = losses.mix_teachers(logprobs, weights).float()
+    return Rows(rows["text"].tolist(), np.where(targets < 0, mixed.argmax(-1).numpy(), targets), mixed)
+
+
+class Batches(torch.utils.data.Sampler):
+    """Row order of an epoch, a pure function of (seed, epoch), so that a resumed run sees the rows it would have seen.
+
+    order: `random` draws batches of similar length; `length` goes from short to long; `confidence` from the rows the
+    teachers are sure of to those they are not.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, order: str = "random", entropy: Any = None):
+        self.lengths, self.batch, self.seed, self.order, self.entropy = lengths, batch, seed, order, entropy
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.order != "random":
+            key = self.lengths if self.order == "length" else self.entropy
+            return iter(sorted(range(len(self)), key=lambda i: (key[i], i)))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        rows = rng.permutation(len(self)).tolist()
+        pool = self.batch * LENGTH_POOL
+        rows = [i for a in range(0, len(rows), pool) for i in sorted(rows[a : a + pool], key=self.lengths.__getitem__)]
+        full = len(rows) // self.batch
+        batches = [rows[k * self.batch : (k + 1) * self.batch] for k in range(full)]
+        return iter([i for k in rng.permutation(full) for i in batches[k]] + rows[full * self.batch :])
+
+
+class _Phase:
+    """What this repository changes in a trainer: which rows make a batch, and the loss."""
+
+    # Trainer would divide by the micro-batches once more; our denominators span the whole optimizer step.
+    loss_is_scaled_for_ga = True
+
+    def prepare(
+        self, student: LabelModel, rows: Rows, spec: params.Training, seed: int, validation: Rows | None
+    ) -> None:
+        self.student, self.rows, self.spec, self.seed, self.validation = student, rows, spec, seed, validation
+        self.ids = student.encode(rows.texts)
+        self.terms: dict[str, list[float]] = {}
+        self.supervised = (0, 0)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Batches:
+        entropy = None
+        if self.rows.logprobs is not None:
+            entropy = (-(self.rows.logprobs.exp() * self.rows.logprobs.clamp_min(-100)).sum(-1)).tolist()
+        order = getattr(self.spec, "order", "random")
+        return Batches([len(ids) for ids in self.ids], self.spec.batch_size, self.seed, order, entropy)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        rows = [i for batch in batches for i in batch["index"].tolist()]
+        self.supervised = (len(rows), sum(self.student.answer_tokens(self.rows.targets[i]) for i in rows))
+        return batches, None
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The phase's weighted terms. Label-space terms are means over the rows of the optimizer step, a causal
+        model's cross-entropy a mean over its answer tokens; no term ever sees a prompt's logits."""
+        picked = inputs["index"].tolist()
+        weights = getattr(self.spec, "loss", {"ce": 1.0})
+        gold = self.rows.targets[picked] if "ce" in weights else None
+        out = self.student.forward([self.ids[i] for i in picked], gold)
+        total, values = torch.zeros((), device=out.logits.device), {}
+        if "ce" in weights:
+            values["ce"] = out.nll / self.supervised[1]
+            total = total + weights["ce"] * values["ce"]
+        others = {term: weight for term, weight in weights.items() if term != "ce"}
+        if others:
+            phase = self.spec
+            loss, more = losses.mixed(
+                others,
+                out.logits,
+                teacher_logprobs=self.rows.logprobs[picked].to(out.logits.device),
+                temperature=phase.temperature,
+                scale_by_t2=phase.scale_by_t2,
+                beta=phase.beta,
+                alpha=phase.alpha,
+                denominator=self.supervised[0],
+            )
+            total, values = total + loss, values | more
+        for term, value in values.items():
+            self.terms.setdefault(term, []).append(value.item())
+        return (total, out) if return_outputs else total
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            steps = max(1, self.state.global_step - getattr(self, "_logged", 0))
+            logs |= {f"term_{term}": sum(values) / steps for term, values in self.terms.items()}
+            self._logged, self.terms = self.state.global_step, {}
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Scores on the validation split, for early stopping."""
+        rows = self.validation
+        probabilities = self.student.predict(rows.texts)
+        names = self.student.task.names
+        gold = [names[i] for i in rows.targets]
+        report = metrics.classification_report(gold, [names[i] for i in probabilities.argmax(-1)], probabilities, names)
+        scores = {f"eval_{k}": report[k] for k in ("accuracy", "macro_f1")} | {"eval_loss": report["log_loss"]}
+        self.log(scores)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+        return scores
+
+
+class ClassifierTrainer(_Phase, Trainer):
+    """Label-space distillation of an encoder."""
+
+
+class CausalTrainer(_Phase, SFTTrainer):
+    """Supervised and distilled fine-tuning of a causal model.
+
+    `compute_loss` replaces TRL's: its SFT loss knows no teacher; its GKD loss drops the temperature, divides by the
+    data set's label count and runs both models over every position of prompt and answer.
+    """
+
+
+class Progress(TrainerCallback):
+    """A line now and then: under papermill every redraw of a bar would become a line of the notebook."""
+
+    def __init__(self, title: str):
+        self.title = title
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs and state.global_step % max(LOG_EVERY, state.max_steps // 80 * 10) == 0:
+            print(f"{self.title}: step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}", flush=True)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; one that a kill left half-written is removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    while found:
+        state = found[-1] / "trainer_state.json"  # the trainer writes this file last
+        try:
+            json.loads(state.read_text())
+            return str(found[-1])
+        except (OSError, ValueError):
+            shutil.rmtree(found.pop())
+    return None
+
+
+def optimizer_steps(rows: int, spec: params.Training) -> int:
+    """Optimizer steps of a phase on `rows` rows; the last, smaller batch of an epoch counts."""
+    if spec.steps:
+        return spec.steps
+    return max(1, math.ceil(spec.epochs * math.ceil(math.ceil(rows / spec.batch_size) / spec.accumulate)))
+
+
+def run_phase(
+    student: LabelModel,
+    rows: Rows,
+    spec: params.Training,
+    *,
+    folder: Path,
+    seed: int,
+    title: str = "training",
+    checkpoint_every: int = 50,
+    validation: Rows | None = None,
+) -> list[dict[str, float]]:
+    """Train `student` in place on `rows` as `spec` says; continue from the last checkpoint in `folder`, if any.
+
+    Returns the history: one dict per logged step with step, epoch, loss, learning_rate and the terms' values.
+    Raises UserError when the disk is full.
+    """
+    stopping = getattr(spec, "early_stopping", None)
+    steps = optimizer_steps(len(rows), spec)
+    every = stopping.every if stopping else checkpoint_every
+    common: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": spec.batch_size,
+        "gradient_accumulation_steps": spec.accumulate,
+        "learning_rate": spec.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if spec.schedule == "constant" else spec.schedule,
+        "warmup_steps": int(spec.warmup * steps),
+        "weight_decay": spec.weight_decay,
+        "max_grad_norm": spec.max_grad_norm,
+        "seed": seed,
+        "data_seed": seed,
+        "logging_steps": LOG_EVERY,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 2,
+        "eval_strategy": "steps" if stopping else "no",
+        "eval_steps": every if stopping else None,
+        "load_best_model_at_end": bool(stopping),
+        "metric_for_best_model": stopping.metric if stopping else None,
+        "greater_is_better": stopping.metric != "loss" if stopping else None,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "bf16": False,  # LabelModel.autocast decides
+        "gradient_checkpointing": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+    }
+    data = Dataset.from_dict({"index": list(range(len(rows)))})
+    wiring: dict[str, Any] = {
+        "model": student.model,
+        "train_dataset": data,
+        "eval_dataset": data if stopping else None,
+        "data_collator": lambda batch: {"index": torch.tensor([row["index"] for row in batch])},
+        "callbacks": [Progress(title)] + ([EarlyStoppingCallback(stopping.patience)] if stopping else []),
+    }
+    if student.arch == "causal":
+        arguments = SFTConfig(**common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
+        trainer = CausalTrainer(args=arguments, processing_class=student.tokenizer, **wiring)
+    else:
+        trainer = ClassifierTrainer(args=TrainingArguments(**common), **wiring)
+    trainer.remove_callback(PrinterCallback)
+    trainer.prepare(student, rows, spec, seed, validation)
+    try:
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    except OSError as error:
+        params.raise_if_disk_full(error, folder)
+        raise
+    keep = ("step", "epoch", "loss", "learning_rate")
+    return [
+        {k.removeprefix("term_"): v for k, v in entry.items() if k in keep or k.startswith("term_")}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def attach(model: Any, lora: params.Lora | None, arch: str, seed: int) -> Any:
+    """`model` with LoRA adapters in its linear layers (Hu et al. 2022), or as it is when `lora` is None."""
+    if lora is None:
+        return model
+    torch.manual_seed(seed)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha or 2 * lora.r,
+            lora_dropout=lora.dropout,
+            target_modules=lora.targets,
+            task_type="CAUSAL_LM" if arch == "causal" else "SEQ_CLS",
+        ),
+    )
+
+
+def build(spec: params.Student, folder: Path, task: tasks.Task, seed: int, remote_code: bool = False) -> LabelModel:
+    """The student before its first step: the wanted layers of the model in `folder`, with its adapter, if any.
+
+    Weights that are trained are kept in float32 whatever `spec.dtype` says; that is the precision of the products.
+    """
+    adapted = spec.adapter.kind != "none"
+    model = models.load(
+        folder,
+        spec.arch,
+        labels=task.names,
+        layers=spec.init.layers,
+        dtype=spec.dtype if adapted and spec.arch == "causal" else "float32",
+        seed=seed,
+        quantize=spec.adapter.kind == "qlora",
+        trust_remote_code=remote_code,
+    )
+    model = attach(model, spec.adapter if adapted else None, spec.arch, seed)
+    return LabelModel(
+        model,
+        models.load_tokenizer(folder, remote_code),
+        task,
+        spec.arch,
+        prompt=spec.prompt,
+        few_shot=spec.few_shot,
+        max_length=spec.max_length,
+        dtype=spec.dtype,
+    )
+
+
+def reopen(spec: params.Student, folder: Path, task: tasks.Task) -> LabelModel:
+    """A finished student from its folder, in float32: what anyone who loads the folder computes, row by row or not."""
+    model = models.load(folder, spec.arch, labels=task.names)
+    tokenizer = models.load_tokenizer(folder)
+    extras = {"prompt": spec.prompt, "few_shot": spec.few_shot, "max_length": spec.max_length}
+    return LabelModel(model, tokenizer, task, spec.arch, **extras)
+
+
+def run_key(*parts: Any) -> str:
+    """A name for a run's checkpoints: a hash of `parts` and of the code and libraries that compute the run."""
+    digest = hashlib.sha256()
+    for module in (losses, metrics, models, params, tasks):
+        digest.update(Path(module.__file__).read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")}
+    digest.update(json.dumps([versions, torch.get_num_threads()]).encode())
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def run_phases(
+    student: LabelModel,
+    frame: pd.DataFrame,
+    spec: params.Student,
+    *,
+    folder: Path,
+    seed: int,
+    validation: pd.DataFrame,
+    watch: pd.DataFrame,
+    scores: dict[str, float] | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train `student` in place through all phases of `spec`, continuing where an earlier, killed run stood.
+
+    frame: the rows of `rows.parquet`. validation: for early stopping. watch: rows (id, text, label) predicted before
+    the first phase and after each.
+    Returns the history (phase, step, epoch, loss, learning_rate, one column per loss term) and the watched
+    predictions (phase, id, label, prediction, probabilities).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = student.task.names
+    held_out = Rows(validation["text"].tolist(), np.array([names.index(label) for label in validation["label"]]))
+    histories, watched = [], []
+    for k in range(len(spec.phases) + 1):
+        done = folder / f"phase-{k}"
+        if not (done / "history.csv").exists():  # written last
+            history: list[dict[str, float]] = []
+            if k:
+                phase = spec.phases[k - 1]
+                rows = phase_rows(frame, phase, names, scores)
+                history = run_phase(
+                    student,
+                    rows,
+                    phase,
+                    folder=folder / f"checkpoints-{k}",
+                    seed=1000 * seed + k,
+                    title=f"phase {k} of {len(spec.phases)}",
+                    checkpoint_every=spec.checkpoint_every,
+                    validation=held_out,
+                )
+            _keep(student.model, done / "weights.safetensors")
+            predicted(student, watch).to_parquet(done / "watched.parquet")
+            with params.atomic(done / "history.csv") as path:
+                pd.DataFrame(history, columns=_columns(history)).to_csv(path, index=False)
+            shutil.rmtree(folder / f"checkpoints-{k}", ignore_errors=True)
+        elif not (folder / f"phase-{k + 1}" / "history.csv").exists():
+            _restore(student.model, done / "weights.safetensors")
+        histories.append(pd.read_csv(done / "history.csv").assign(phase=k))
+        watched.append(pd.read_parquet(done / "watched.parquet").assign(phase=k))
+    history = pd.concat([h for h in histories if len(h)] or histories, ignore_index=True)
+    return history[["phase", *history.columns.drop("phase")]], pd.concat(watched, ignore_index=True)
+
+
+def _columns(history: list[dict[str, float]]) -> list[str]:
+    return list(dict.fromkeys(["step", "epoch", "loss", "learning_rate", *(k for entry in history for k in entry)]))
+
+
+def _keep(model: Any, path: Path) -> None:
+    with params.atomic(path) as scratch:
+        if hasattr(model, "peft_config"):
+            save_file({k: v.contiguous() for k, v in get_peft_model_state_dict(model).items()}, scratch)
+        else:
+            save_model(model, str(scratch))
+
+
+def _restore(model: Any, path: Path) -> None:
+    if hasattr(model, "peft_config"):
+        set_peft_model_state_dict(model, load_file(path))
+    else:
+        load_model(model, str(path))
+
+
+def predicted(student: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` (id, text, label) with what `student` says of them: id, label, prediction, probabilities."""
+    probabilities = student.predict(rows["text"].tolist())
+    names = student.task.names
+    return pd.DataFrame(
+        {
+            "id": rows["id"].tolist(),
+            "label": rows["label"].tolist(),
+            "prediction": [names[i] for i in probabilities.argmax(-1)],
+            "probabilities": list(probabilities),
+        }
+    )
+
+
+def scores(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
+    """Every score of the predictions in `rows` (label, prediction, probabilities)."""
+    return metrics.classification_report(
+        rows["label"].tolist(), rows["prediction"].tolist(), np.stack(rows["probabilities"].to_list()), names
+    )
