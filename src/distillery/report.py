@@ -518,7 +518,9 @@ def answer(results: Results, board: pd.DataFrame) -> dict[str, Any]:
         text = f"Its control {control.name}{'' if taught else ', which had no teacher,'} reaches "
         text += f"{percent(lines.loc[control.name, 'accuracy'])}. "
         number = int(board["p"].notna().sum())
-        p = f"p = {row['p']:.3f}" + (f" after Holm's correction for {number} comparisons" if number > 1 else "")
+        p = f"p {'= ' + format(row['p'], '.3f') if row['p'] >= 0.0005 else '< 0.001'}" + (
+            f" after Holm's correction for {number} comparisons" if number > 1 else ""
+        )
         interval = f"{level} interval {_range(d)}; {p}"
         tone = {"better": "good", "worse": "bad"}.get(verdict, "")
         if verdict == "better":
