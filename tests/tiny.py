@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("dvc.yaml", "notebooks", "src", "tasks", ".dvcignore", ".gitignore")  # what an experiment needs of the repo
+# what an experiment needs of the repository
+COPIED = (
+    "dvc.yaml",
+    "notebooks",
+    "src",
+    "tasks",
+    ".dvcignore",
+    ".gitignore",
+    ".dvc/config",
+    ".dvc/.gitignore",
+    ".dvc/plots",
+)
 ROLES = "<|im_start|>", "<|im_end|>"
 CHAT = (
     "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
@@ -75,15 +87,14 @@ def experiment(folder: Path, models: Path | None = None) -> Path:
 
     models: a folder that :func:`build_models` wrote; empty model folders stand in when nothing shall be trained.
     """
-    import subprocess
-
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
-        source = ROOT / name
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-        elif source.exists():
-            shutil.copy(source, folder / name)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        else:
+            shutil.copy(source, target)
     (folder / "data/corpora").mkdir(parents=True)
     shutil.copy(ROOT / "data/corpora/finance.jsonl", folder / "data/corpora/finance.jsonl")
     shutil.copy(ROOT / "tests/smoke.yaml", folder / "params.yaml")
@@ -96,7 +107,6 @@ def experiment(folder: Path, models: Path | None = None) -> Path:
             (target / "config.json").write_text("{}\n")
     for command in (
         ["git", "init", "-q"],
-        ["dvc", "init", "-q"],
         ["git", "add", "-A"],
         ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-q", "-m", "start"],
     ):

@@ -1,0 +1,117 @@
+"""Stands in for `distillery/stage.py` where only the graph is asked: writes at once what a notebook would write.
+
+Every output is a function of what the stage reads, as with the real notebooks, and of nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distillery import params, tasks
+
+P, ROOT = params.load(), params.root()
+
+
+def key(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def score(text: str) -> float:
+    return int(text[:4], 16) / 0xFFFF
+
+
+def get(path: str) -> list[dict]:
+    return pq.read_table(ROOT / path).to_pylist()
+
+
+def put(path: str, value: object) -> None:
+    """Rows as parquet, a text as it is, anything else as JSON."""
+    file = ROOT / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(value), file)
+    else:
+        file.write_text(value if isinstance(value, str) else json.dumps(value, indent=2), encoding="utf-8")
+
+
+def said(learned: str, rows: list[dict], **more: str) -> list[dict]:
+    """A signal for each row, which hangs on `learned` and the row's id."""
+    return [
+        {"id": row["id"], "probabilities": [score(key(learned, i, row["id"])) for i in range(3)], **more}
+        for row in rows
+    ]
+
+
+def model_of(teacher: str) -> str:
+    return (ROOT / f"data/teacher/{teacher}/model/weights").read_text()
+
+
+def data(source: str) -> None:
+    spec = P.data[source]
+    lines = (ROOT / spec.source).read_text(encoding="utf-8").splitlines()[: spec.limit]
+    for i, split in enumerate(params.SPLITS):
+        keys = [k for k in ("id", "text", "label", "group") if (split, k) != ("pool", "label")]
+        put(
+            f"data/processed/{source}/{split}.parquet", [{k: json.loads(line)[k] for k in keys} for line in lines[i::4]]
+        )
+    put(f"data/processed/{source}/task.json", tasks.load(spec.task).model_dump())
+
+
+def teach(teacher: str) -> None:
+    folder = f"data/teacher/{teacher}"
+    learned = key((ROOT / f"build/teachers/{teacher}.json").read_text())
+    signals = []
+    for source, split in itertools.product(P.sources_of(teacher), params.SPLITS):
+        signals += said(learned, get(f"data/processed/{source}/{split}.parquet"), source=source, split=split)
+    put(f"{folder}/model/weights", learned)
+    put(f"{folder}/signals.parquet", signals)
+    put(f"{folder}/metrics.json", {"validation": {"accuracy": score(learned), "macro_f1": 0.5}})
+
+
+def augment() -> None:
+    source = P.augment.source
+    style = key(P.augment.model_dump(), model_of(P.augment.teacher))
+    rows = get(f"data/processed/{source}/train.parquet")
+    rows = [row | {"id": row["id"] + "#0", "text": row["text"] + style, "source_id": row["id"]} for row in rows]
+    signals = []
+    for who in [who for who in P.teachers if source in P.sources_of(who)]:
+        signals += said(model_of(who) + style, rows, teacher=who, source=source, split="augmented")
+    put(f"data/augmented/{source}/rows.parquet", rows)
+    put(f"data/augmented/{source}/signals.parquet", signals)
+
+
+def distill(student: str, seed: str) -> None:
+    files = sorted((ROOT / f"data/inputs/{student}").iterdir())
+    learned, run = key(seed, *(file.read_bytes() for file in files)), f"runs/{student}-{seed}"
+    put(f"{run}/model/weights", learned)
+    put(f"{run}/history.csv", f"phase,step,loss\n1,1,{score(learned)}\n")
+    put(f"{run}/metrics.json", {"test": {"accuracy": score(learned)}})
+
+
+def evaluate() -> None:
+    found = {s: json.loads((ROOT / f"runs/{s}-{P.seeds[0]}/metrics.json").read_text()) for s in P.students}
+    accuracy = {student: metrics["test"]["accuracy"] for student, metrics in found.items()}
+    board = "model,accuracy\n" + "".join(f"{student},{value}\n" for student, value in accuracy.items())
+    history = "model,seed,phase,step,loss\n" + "".join(
+        f"{s},0,1,{i},{v}\n" for s, v in accuracy.items() for i in (1, 2)
+    )
+    put("reports/leaderboard.csv", board)
+    put("reports/metrics.json", {"accuracy": accuracy})
+    put("reports/plots/accuracy.csv", board)
+    put("reports/plots/history.csv", history)
+    put("reports/plots/predictions.csv", "actual,predicted\nneutral,neutral\npositive,neutral\n")
+    put("reports/figures/leaderboard.svg", "<svg/>")
+    put("reports/index.html", key(P.model_dump()))
+    put("reports/timing.json", {})
+
+
+notebook, values = sys.argv[1], sys.argv[4::3]
+{"01": data, "02": teach, "03": augment, "04": distill, "05": evaluate}[notebook[:2]](*values)
+executed = (ROOT / f"build/notebooks/{notebook}.ipynb").read_text(encoding="utf-8")
+put(f"reports/notebooks/{'-'.join([notebook, *values])}.ipynb", executed)

@@ -1,0 +1,403 @@
+"""What depends on what: dvc.yaml against the real imports, and every kind of change against the stages it reruns."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from ruamel.yaml import YAML
+
+import tiny
+from distillery import params, stage, tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src/distillery"
+NOTEBOOKS = ("01_data", "02_teach", "03_augment", "04_distill", "05_evaluate")
+
+
+def pipeline() -> dict[str, dict[str, Any]]:
+    """The stages of dvc.yaml as they are written: name -> cmd, deps, outs, ..."""
+    stages = params.read_yaml(ROOT / "dvc.yaml")["stages"]
+    return {name: body.get("do", body) for name, body in stages.items()}
+
+
+# ------------------------------------------------------------------------------- modules
+
+
+def imported(code: str) -> set[str]:
+    """The modules of ours that `code` names in its imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    names = {name.split(".")[1] for name in found if name.startswith("distillery.")}
+    return {name for name in names if (PACKAGE / f"{name}.py").exists()}
+
+
+def with_their_imports(modules: set[str]) -> set[str]:
+    todo, done = set(modules), set()
+    while todo:
+        done.add(module := todo.pop())
+        todo |= imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8")) - done
+    return done
+
+
+def code_of(notebook: str) -> str:
+    cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return re.sub(r"^[ \t]*[%!].*$", "", code, flags=re.M)  # IPython's own lines
+
+
+def test_the_imports_are_found_wherever_they_stand():
+    code = (
+        "import distillery.tasks as t\nfrom distillery import params, root\ndef f():\n    from distillery.data import x"
+    )
+    assert imported(code) == {"tasks", "params", "data"}
+
+
+@pytest.mark.parametrize("name", [name for name in pipeline() if name != "strip"])
+def test_a_stage_depends_on_exactly_the_modules_it_imports(name):
+    body = pipeline()[name]
+    entry = re.search(r"-m distillery\.(\w+)(?: (0\w+))?", body["cmd"])
+    needed = with_their_imports(imported(code_of(entry[2])) if entry[2] else {entry[1]})
+    expected = {f"src/distillery/{module}.py" for module in needed}
+    expected |= {"src/distillery/templates"} if "report" in needed else set()
+    listed = [dep for dep in body["deps"] if dep.startswith("src/")]
+    assert sorted(listed) == sorted(expected), f"dvc.yaml, stage {name}: these are the modules it imports"
+    assert not entry[2] or f"build/notebooks/{entry[2]}.ipynb" in body["deps"]
+
+
+def test_the_package_itself_imports_nothing():
+    # `src/distillery/__init__.py` is no dependency of any stage, so nothing may hang on it
+    assert not imported((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+
+
+def test_modules_import_only_what_stands_left_of_them():
+    order = ("params", "tasks", "data", "models", "training", "teachers", "report")
+    for i, module in enumerate(order):
+        below = {"losses", "metrics", *order[:i]}
+        assert imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8")) <= below, module
+    for module in ("losses", "metrics"):
+        assert not imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8")), module
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_every_selector_in_dvc_yaml_is_a_parameter_of_its_notebook(notebook):
+    commands = [body["cmd"] for body in pipeline().values() if f" {notebook}" in body["cmd"]]
+    assert len(commands) == 1
+    given = re.findall(r"-p (\w+) ", commands[0])
+    assert list(stage.notebook_parameters(ROOT / f"notebooks/{notebook}.ipynb")) == given
+
+
+# ------------------------------------------------------------------------------- what a change reruns
+
+
+def dvc(repo: Path, *arguments: str) -> str:
+    """What `dvc` prints. Fails with it when dvc fails."""
+    done = subprocess.run(["dvc", *arguments], cwd=repo, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def rerun(repo: Path) -> set[str]:
+    """Run `dvc repro`; the stages that ran, but for `strip`, which always does."""
+    return set(re.findall(r"^Running stage '(.*)':", dvc(repo, "repro"), flags=re.M)) - {"strip"}
+
+
+def toy_notebook(path: Path, text: str) -> None:
+    """A notebook with one code cell, as it stands in git."""
+    path.parent.mkdir(exist_ok=True)
+    cell = {"cell_type": "code", "id": "a", "source": text, "metadata": {}, "outputs": [], "execution_count": None}
+    path.write_text(json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A repository in which everything is up to date: the real graph, with tests/quick_stage.py for the notebooks."""
+    repo = tiny.experiment(tmp_path_factory.mktemp("base") / "repo")
+    shutil.copy(ROOT / "tests/quick_stage.py", repo / "src/distillery/stage.py")
+    for name in NOTEBOOKS:
+        toy_notebook(repo / f"notebooks/{name}.ipynb", f"'{name}'")
+    ran = rerun(repo)
+    assert ran == {
+        *("data@finance", "teacher-inputs", "teach@lm", "teach@encoder", "augment", "inputs"),
+        *("distill@tiny-kd-0", "distill@tiny-gold-0", "distill@half-gkd-0", "evaluate"),
+    }
+    return repo
+
+
+Change = Callable[[Path], None]
+
+
+def setting(*keys: str | int, value: Any) -> Change:
+    """params.yaml with another value at `keys` (None: the key is removed)."""
+
+    def change(repo: Path) -> None:
+        yaml, file = YAML(), repo / "params.yaml"
+        tree = node = yaml.load(file.read_text(encoding="utf-8"))
+        for key in keys[:-1]:
+            node = node[key]
+        if value is None:
+            del node[keys[-1]]
+        else:
+            node[keys[-1]] = value
+        with file.open("w", encoding="utf-8") as out:
+            yaml.dump(tree, out)
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    return lambda repo: [change(repo) for change in changes] and None
+
+
+def replacing(file: str, old: str, new: str) -> Change:
+    def change(repo: Path) -> None:
+        text = (repo / file).read_text(encoding="utf-8")
+        assert old in text
+        (repo / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    return change
+
+
+def appending(file: str, text: str) -> Change:
+    def change(repo: Path) -> None:
+        with (repo / file).open("a", encoding="utf-8") as out:
+            out.write(text)
+
+    return change
+
+
+def saved_by_jupyter(repo: Path) -> None:
+    for path in (repo / "notebooks").glob("*.ipynb"):
+        book = json.loads(path.read_text(encoding="utf-8"))
+        book["metadata"] = {"language_info": {"name": "python", "version": "3.99"}}
+        output = {"output_type": "stream", "name": "stdout", "text": ["ran\n"]}
+        book["cells"][0] |= {"execution_count": 3, "outputs": [output], "id": "b", "metadata": {"scrolled": True}}
+        path.write_text(json.dumps(book, indent=1))
+
+
+def own_data(repo: Path) -> None:
+    """A second source with a task and a teacher of its own, which no student learns from."""
+    (repo / "elsewhere").mkdir()
+    rows = [{"id": f"m{i}", "text": f"row {i}", "label": "yes", "group": f"m{i}"} for i in range(8)]
+    (repo / "elsewhere/mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (repo / "tasks/mine.yaml").write_text("kind: classification\nlabels: {'yes': good, 'no': bad}\n")
+    tree = YAML().load((repo / "params.yaml").read_text(encoding="utf-8"))
+    tree["data"]["mine"] = tree["data"]["finance"] | {"source": "elsewhere/mine.jsonl", "task": "mine"}
+    for teacher in tree["teachers"].values():
+        teacher["data"] = ["finance"]
+    encoder = tree["teachers"]["encoder"]
+    tree["teachers"]["mine"] = encoder | {"data": ["mine"], "finetune": encoder["finetune"] | {"on": "mine/train"}}
+    with (repo / "params.yaml").open("w", encoding="utf-8") as out:
+        YAML().dump(json.loads(json.dumps(tree)), out)
+
+
+SMOKE = params.read_yaml(ROOT / "tests/smoke.yaml")
+NEW_STUDENT = SMOKE["students"]["tiny-gold"] | {"init": {"layers": [0]}}
+NEW_TEACHER = SMOKE["teachers"]["encoder"] | {"seed": 1}
+ONE_TEACHER = SMOKE["students"]["half-gkd"]["phases"][0] | {"teachers": ["lm"]}
+FIRST_PHASE = ("students", "tiny-kd", "phases", 0)
+AFTER_DATA = ["teacher-inputs", "teach@lm", "augment", "inputs", "distill@tiny-kd-0", "distill@half-gkd-0", "evaluate"]
+DISTILL = ["distill@tiny-kd-0", "distill@tiny-gold-0", "distill@half-gkd-0"]
+
+# what is changed, how, and the stages that run again (strip runs always; teacher-inputs and inputs take a second)
+CHANGES: dict[str, tuple[Change, list[str]]] = {
+    "nothing": (lambda repo: None, []),
+    "an option of the evaluation, and notebooks run and saved in Jupyter": (
+        both(setting("evaluate", "bootstrap", value=200), saved_by_jupyter),
+        ["evaluate"],
+    ),
+    "a student's learning rate": (
+        setting(*FIRST_PHASE, "learning_rate", value=2.0e-3),
+        ["inputs", "distill@tiny-kd-0", "evaluate"],
+    ),
+    "a student's control, and a default spelt out": (
+        both(setting("students", "tiny-kd", "control", value=None), setting(*FIRST_PHASE, "schedule", value="linear")),
+        ["inputs", "evaluate"],
+    ),
+    "a student more, another less": (
+        both(setting("students", "new.one", value=NEW_STUDENT), setting("students", "half-gkd", value=None)),
+        ["inputs", "distill@new.one-0", "evaluate"],
+    ),
+    "a seed more": (
+        setting("seeds", value=[0, 1]),
+        ["distill@tiny-kd-1", "distill@tiny-gold-1", "distill@half-gkd-1", "evaluate"],
+    ),
+    "a teacher's learning rate": (
+        setting("teachers", "encoder", "finetune", "learning_rate", value=2.0e-3),
+        ["teacher-inputs", "teach@encoder", "augment", "inputs", "distill@half-gkd-0", "evaluate"],
+    ),
+    "a teacher more, whom no student has": (
+        setting("teachers", "new", value=NEW_TEACHER),
+        ["teacher-inputs", "teach@new", "augment", "inputs", "evaluate"],
+    ),
+    "a teacher less": (
+        both(
+            setting("teachers", "encoder", value=None), setting("students", "half-gkd", "phases", 0, value=ONE_TEACHER)
+        ),
+        ["teacher-inputs", "inputs", "distill@half-gkd-0", "evaluate"],
+    ),
+    "where a model comes from": (
+        setting("models", "tiny-llama", value={"hub": "owner/name", "revision": "abc"}),
+        AFTER_DATA,
+    ),
+    "what a model's folder holds": (
+        appending("models/tiny-bert/config.json", "\n"),
+        ["teacher-inputs", "teach@encoder", "augment", "inputs", *DISTILL, "evaluate"],
+    ),
+    "a task's prompt, which classifiers never see": (
+        replacing("tasks/finance-sentiment.yaml", "You are", "You were"),
+        ["data@finance", *AFTER_DATA],
+    ),
+    "a row of the corpus": (
+        replacing("data/corpora/finance.jsonl", '"text": "', '"text": "Today, '),
+        ["data@finance", *AFTER_DATA, "teach@encoder", "distill@tiny-gold-0"],
+    ),
+    "a source more, with its own task and teacher": (
+        own_data,
+        ["data@mine", "teacher-inputs", "teach@mine", "augment", "inputs", "evaluate"],
+    ),
+    "how paraphrases are drawn": (
+        setting("augment", "temperature", value=0.5),
+        ["augment", "inputs", "distill@tiny-kd-0", "evaluate"],
+    ),
+    "a comment in a task, and the report's page": (
+        both(
+            appending("tasks/finance-sentiment.yaml", "# more\n"),
+            appending("src/distillery/templates/report.html", "\n"),
+        ),
+        ["data@finance", "evaluate"],
+    ),
+    "a cell of 04_distill": (lambda repo: toy_notebook(repo / "notebooks/04_distill.ipynb", "'other'"), DISTILL),
+    "the losses": (
+        appending("src/distillery/losses.py", "# more\n"),
+        ["teach@lm", "teach@encoder", "augment", *DISTILL, "evaluate"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_reruns_what_depends_on_it_and_nothing_else(base, tmp_path, what):
+    repo = shutil.copytree(base, tmp_path / "repo", symlinks=True)
+    change, expected = CHANGES[what]
+    change(repo)
+    assert rerun(repo) == set(expected)
+
+
+def test_an_unchanged_repro_takes_five_seconds_at_most(base):
+    def seconds() -> float:
+        start = time.monotonic()
+        assert rerun(base) == set()
+        return time.monotonic() - start
+
+    assert min(seconds(), seconds()) <= 5
+
+
+def test_an_experiment_by_command_line_and_what_it_shows(base, tmp_path):
+    repo = shutil.copytree(base, tmp_path / "repo", symlinks=True)
+    for command in (["config", "user.name", "test"], ["config", "user.email", "test@localhost"], ["add", "-A"]):
+        subprocess.run(["git", *command], cwd=repo, check=True)
+    subprocess.run(["git", "commit", "-q", "-m", "ran"], cwd=repo, check=True)
+    out = dvc(repo, "exp", "run", "-S", "students.tiny-kd.phases.0.temperature=4")
+    assert set(re.findall(r"Running stage 'distill@(.*)'", out)) == {"tiny-kd-0"}
+    assert "tiny-kd" in dvc(repo, "metrics", "diff")
+    assert "students.tiny-kd.phases" in dvc(repo, "params", "diff")
+    plots = json.loads(dvc(repo, "plots", "diff", "--json", "-o", "plots"))
+    assert set(plots["data"]) == {"training", "accuracy", "confusion"} and not plots.get("errors")
+
+
+def test_outputs_are_ignored_by_git_but_for_the_reports(base):
+    done = subprocess.run(["git", "status", "--porcelain"], cwd=base, capture_output=True, text=True, check=True)
+    new = {line[3:] for line in done.stdout.splitlines() if line.startswith("??")}
+    assert {path.split("/")[0] for path in new} <= {"dvc.lock", "notebooks", "reports"}
+
+
+# ------------------------------------------------------------------------------- what a student learns from
+
+
+def table(path: Path) -> pd.DataFrame:
+    return pd.read_parquet(path)
+
+
+def test_a_student_finds_exactly_what_its_phases_name(base):
+    rows = table(base / "data/inputs/tiny-kd/rows.parquet")
+    finance = base / "data/processed/finance"
+    sizes = {f"finance/{split}": len(table(finance / f"{split}.parquet")) for split in ("pool", "train")}
+    assert rows["where"].value_counts(sort=False).to_dict() == {
+        "finance/pool": sizes["finance/pool"],
+        "finance/augmented": sizes["finance/train"],  # one paraphrase a row
+        "finance/train": sizes["finance/train"],
+    }
+    assert rows.columns.tolist() == ["where", "id", "text", "label", "group", "p_lm"]
+    assert (rows["label"].isna() == (rows["where"] == "finance/pool")).all()
+    signals = table(base / "data/teacher/lm/signals.parquet")
+    signals["where"] = signals["source"] + "/" + signals["split"]
+    augmented = table(base / "data/augmented/finance/signals.parquet").query("teacher == 'lm'")
+    said = pd.concat([signals, augmented.assign(where="finance/augmented")]).set_index(["where", "id"])["probabilities"]
+    for where, name, given in zip(rows["where"], rows["id"], rows["p_lm"], strict=True):
+        assert given == pytest.approx(said[where, name], abs=1e-7)
+
+    mixed = table(base / "data/inputs/half-gkd/rows.parquet")
+    assert mixed["p_lm"].notna().all()
+    assert (
+        mixed["p_encoder"].notna() == (mixed["where"] == "finance/pool")
+    ).all()  # it teaches in the first phase only
+    assert table(base / "data/inputs/tiny-gold/rows.parquet").columns.tolist() == list(rows.columns[:5])
+    for split in ("validation", "test"):
+        scored = table(base / f"data/inputs/tiny-kd/{split}.parquet")
+        assert scored["id"].tolist() == table(finance / f"{split}.parquet")["id"].tolist()
+        assert set(scored["where"]) == {f"finance/{split}"} and scored["label"].notna().all()
+
+
+def test_an_experiment_file_says_all_that_decides_a_student(base):
+    found = {name: json.loads((base / f"data/inputs/{name}/experiment.json").read_text()) for name in SMOKE["students"]}
+    for name, facts in found.items():
+        spec = params.Student.model_validate(facts["spec"])
+        assert spec.phases == params.Student.model_validate(SMOKE["students"][name]).phases
+        task = tasks.Task.model_validate(facts["task"])
+        assert task.names == ["positive", "neutral", "negative"]  # the order of probability vectors
+        assert (task == tasks.load("finance-sentiment")) == (spec.arch == "causal")
+        assert facts["model"]["folder"] == f"models/{spec.model}" and len(facts["model"]["content"]["sha256"]) == 64
+        assert facts["source"] == "finance"
+    validation = json.loads((base / "data/teacher/encoder/metrics.json").read_text())["validation"]
+    assert found["half-gkd"]["teachers"]["encoder"] == validation
+    assert found["tiny-gold"]["teachers"] == {}
+
+
+def write_inputs(repo: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "distillery.inputs", "students"]
+    env = os.environ | {"PYTHONPATH": "src"}
+    return subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_inputs_are_the_same_bytes_and_name_a_row_without_a_signal(base, tmp_path):
+    repo = shutil.copytree(base, tmp_path / "repo", symlinks=True)
+    before = {path: path.read_bytes() for path in (repo / "data/inputs").rglob("*") if path.is_file()}
+    start = time.monotonic()
+    assert write_inputs(repo).returncode == 0
+    assert time.monotonic() - start < 3
+    assert before == {path: path.read_bytes() for path in (repo / "data/inputs").rglob("*") if path.is_file()}
+    file = repo / "data/teacher/lm/signals.parquet"
+    signals = table(file)
+    lost = signals[signals["split"] == "pool"].index[3]
+    signals.drop(index=lost).to_parquet(file)
+    done = write_inputs(repo)
+    name, rows = signals["id"][lost], (signals["split"] == "pool").sum()
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: students.tiny-kd: teacher `lm` has no signal for 1 of {rows} rows of finance/pool (first: {name})\n",
+    )
