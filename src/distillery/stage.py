@@ -129,6 +129,16 @@ def end_with_dvc() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def publish(running: Path, output: Path) -> None:
+    """Move an executed notebook to its place, without the folders of this machine: it is committed."""
+    text = running.read_text(encoding="utf-8")
+    for folder in (Path.cwd(), Path(sys.prefix)):
+        text = text.replace(f"{folder}{os.sep}", "")
+    text = text.replace(running.as_posix(), output.as_posix())
+    with params.atomic(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def execute(notebook: Path, output: Path, values: dict[str, Any], failed: Path) -> None:
     """Run `notebook` (paths relative to the working folder) and move its executed copy to `output`.
 
@@ -156,7 +166,7 @@ def execute(notebook: Path, output: Path, values: dict[str, Any], failed: Path) 
             iopub_timeout=60,  # seconds that a busy machine may need to hand over a cell's last output
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else every kernel warns of plain TCP
         )
-        os.replace(running, output)
+        publish(running, output)
     except PapermillExecutionError as error:
         if error.ename == "UserError":
             raise UserError(" ".join(str(error.evalue).split())) from None
