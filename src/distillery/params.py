@@ -213,8 +213,8 @@ class Phase(Training):
     loss: Annotated[dict[Literal[LOSS_TERMS], Positive], Field(min_length=1)]
     temperature: Positive = 1.0
     scale_by_t2: bool = True  # Hinton et al. 2015: keeps the gradient's size independent of the temperature
-    beta: Fraction = 0.5  # of `jsd`
-    alpha: Fraction = 0.1  # of `skew_*`
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of `jsd`; its ends are `kl` and `reverse_kl`
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of `skew_*`
     order: Literal["random", "confidence", "length"] = "random"
     early_stopping: EarlyStopping | None = None
 
@@ -478,9 +478,12 @@ def _labelling(params: Params, source: str) -> list[str]:
     return [t for t in params.teachers if source in params.sources_of(t)]
 
 
-def raise_if_disk_full(error: OSError, path: Path) -> None:
-    """Turn the operating system's "no space" errors into a UserError that names the file."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+def raise_if_disk_full(error: Exception, path: Path) -> None:
+    """Raise a UserError that names the file if `error` is some library's way to say that there is no space left."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # Libraries written in Rust or C++ tell it in their message only, torch just that a write failed.
+    told = (*(os.strerror(code) for code in full), "PytorchStreamWriter failed writing")
+    if getattr(error, "errno", None) in full or any(words in str(error) for words in told):
         raise UserError(f"{path}: the disk is full; free some space and run again") from None
 
 
@@ -500,20 +503,13 @@ def atomic(path: Path | str):
             shutil.rmtree(path)  # os.replace takes the place of an empty folder only
         os.replace(temporary, path)
     except Exception as error:
-        if _disk_full(error):
-            raise UserError(f"{path}: the disk is full; free some space and run again") from None
+        raise_if_disk_full(error, path)
         raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
-
-
-def _disk_full(error: Exception) -> bool:
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # Libraries written in Rust or C++ tell it in their message only.
-    return getattr(error, "errno", None) in full or any(os.strerror(code) in str(error) for code in full)
 
 
 if __name__ == "__main__":

@@ -272,15 +272,15 @@ def speeds(root: Path, results: Results) -> dict[str, float]:
     task, scorers, measured = data.read_task(root / f"data/processed/{source}"), {}, {}
     for line in (s for s in results.scored if s.source == source):
         if line.role == "teacher":
-            folder, tuned = root / f"data/teacher/{line.key}/model", P.teachers[line.key].finetune is not None
-            scorers[line.name] = teachers.open_teacher(line.key, P, task, tuned=tuned, folder=folder).predict
+            tuned = root / f"data/teacher/{line.key}/model" if P.teachers[line.key].finetune else None
+            scorers[line.name] = teachers.open_teacher(line.key, P, task, tuned=tuned).predict
             measured[line.name] = line.name
         elif line.role in ("student", "control"):
             spec = P.students[line.key]
             shape = str([spec.model, spec.arch, spec.init, spec.prompt, spec.few_shot, spec.dtype, spec.max_length])
             if shape not in measured.values():
                 folder = root / f"runs/{line.key}-{P.seeds[0]}/model"
-                scorers[shape] = training.reopen(spec, folder, task).predict
+                scorers[shape] = training.reopen(spec, folder, task, spec.dtype).predict
             measured[line.name] = shape
     rate = throughput(scorers, results.tests[source]["text"].head(P.evaluate.throughput_rows).tolist())
     return {name: rate[key] for name, key in measured.items()}

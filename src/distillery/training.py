@@ -301,7 +301,7 @@ def run_phase(
     trainer.prepare(student, rows, spec, seed, validation)
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    except OSError as error:
+    except Exception as error:  # torch and safetensors have error classes of their own
         params.raise_if_disk_full(error, folder)
         raise
     keep = ("step", "epoch", "loss", "learning_rate")
@@ -358,12 +358,13 @@ def build(spec: params.Student, folder: Path, task: tasks.Task, seed: int, remot
     )
 
 
-def reopen(spec: params.Student, folder: Path, task: tasks.Task) -> LabelModel:
-    """A finished student from its folder, in float32: what anyone who loads the folder computes, row by row or not."""
-    model = models.load(folder, spec.arch, labels=task.names)
+def reopen(spec: params.Student, folder: Path, task: tasks.Task, dtype: str = "float32") -> LabelModel:
+    """A finished student from its folder. In float32 it says what anyone who loads the folder computes, row by row or
+    in batches; half precision is faster, and its roundings depend on the batch."""
+    model = models.load(folder, spec.arch, labels=task.names, dtype=dtype)
     tokenizer = models.load_tokenizer(folder)
     extras = {"prompt": spec.prompt, "few_shot": spec.few_shot, "max_length": spec.max_length}
-    return LabelModel(model, tokenizer, task, spec.arch, **extras)
+    return LabelModel(model, tokenizer, task, spec.arch, dtype=dtype, **extras)
 
 
 def run_key(*parts: Any) -> str:
@@ -469,3 +470,73 @@ def scores(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
     return metrics.classification_report(
         rows["label"].tolist(), rows["prediction"].tolist(), np.stack(rows["probabilities"].to_list()), names
     )
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: {pipeline}
+---
+# {student}
+
+{what} for the labels {labels}, distilled from {teachers}. {parameters:,} parameters, {megabytes:.0f} MB.
+
+Test accuracy {accuracy:.3f}, macro-F1 {macro_f1:.3f} on {rows} rows that it never saw (seed {seed}).
+
+```python
+{snippet}
+```
+"""
+CLASSIFIER_SNIPPET = """from transformers import pipeline
+
+classify = pipeline("text-classification", model=".")
+print(classify("Operating profit rose to EUR 13.1 mn from EUR 8.7 mn."))"""
+CAUSAL_SNIPPET = """import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".", dtype=torch.float32).eval()
+
+
+def classify(text, before={before!r}, after={after!r}, answers={answers!r}):
+    prompt = tokenizer(before + text + after, add_special_tokens={special})["input_ids"]
+    scores = []
+    for answer in answers:  # the log-probability of every answer after the prompt
+        tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        scores.append(logits.log_softmax(-1)[range(len(tokens)), tokens].sum())
+    return dict(zip({labels!r}, torch.stack(scores).softmax(-1).tolist()))
+
+
+print(classify("Operating profit rose to EUR 13.1 mn from EUR 8.7 mn."))"""
+
+
+def write_card(folder: Path, spec: params.Student, task: tasks.Task, about: dict[str, Any]) -> None:
+    """The model folder's README.md: what it is, how good, and code that uses it with `transformers` alone."""
+    snippet = CLASSIFIER_SNIPPET
+    if spec.arch == "causal":
+        mark = "\x00"
+        rendered = tasks.render(tasks.turns(task, mark, spec.few_shot), models.load_tokenizer(folder), spec.prompt)
+        before, _, after = rendered.partition(mark)
+        answers = [tasks.answer(task, name, spec.prompt) for name in task.names]
+        snippet = CAUSAL_SNIPPET.format(
+            before=before, after=after, answers=answers, labels=task.names, special=spec.prompt == "plain"
+        )
+    teachers = dict.fromkeys(name for phase in spec.phases for name in phase.teachers)
+    test = about["test"]
+    text = CARD.format(
+        pipeline="text-generation" if spec.arch == "causal" else "text-classification",
+        student=about["student"],
+        what="A causal language model" if spec.arch == "causal" else "A classifier",
+        labels=", ".join(task.names),
+        teachers=", ".join(teachers) or "nobody: it learned from gold labels alone",
+        parameters=about["parameters"],
+        megabytes=about["bytes_on_disk"] / 1e6,
+        accuracy=test["accuracy"],
+        macro_f1=test["macro_f1"],
+        rows=test["rows"],
+        seed=about["seed"],
+        snippet=snippet,
+    )
+    with params.atomic(folder / "README.md") as path:
+        path.write_text(text, encoding="utf-8")
