@@ -19,12 +19,14 @@ from distillery.params import UserError
 
 # A paraphrase that trades one of these families for the other says the opposite.
 DIRECTIONS = {
-    "up": "up rise rises rose risen rising increase increases increased increasing grow grows grew grown growing growth "
-    "gain gains gained climb climbs climbed climbing jump jumps jumped higher above exceed exceeds exceeded beat beats "
-    "improve improves improved improving improvement more raise raises raised profit profits surge surged soar",
-    "down": "down fall falls fell fallen falling decrease decreases decreased decreasing decline declines declined drop "
-    "declining drops dropped dropping shrink shrinks shrank lower below miss missed misses worsen worsened reduce less "
-    "reduces reduced reduction cut cuts loss losses slump slumped slide slid sliding plunge plunged",
+    "up": "up rise rises rose risen rising increase increases increased increasing grow grows grew grown "
+    "growing growth gain gains gained climb climbs climbed climbing jump jumps jumped higher above "
+    "exceed exceeds exceeded beat beats improve improves improved improving improvement more raise "
+    "raises raised profit profits surge surged soar soared",
+    "down": "down fall falls fell fallen falling decrease decreases decreased decreasing decline declines "
+    "declined drop declining drops dropped dropping shrink shrinks shrank lower below miss missed "
+    "misses worsen worsened reduce less reduces reduced reduction cut cuts loss losses slump slumped "
+    "slide slid sliding plunge plunged",
 }
 _FAMILY = {word: family for family, words in DIRECTIONS.items() for word in words.split()}
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
