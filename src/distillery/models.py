@@ -189,6 +189,11 @@ def load(
         raise UserError(f"{folder.name}: cannot be loaded as {arch}: {str(error).splitlines()[0]}") from None
     if layers != "all":
         keep_layers(model, layers)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50.2 repacks weights for a CPU at the first pass without gradients; training, merging and
+            # generating after that fail, and so does any layer narrower than one block
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -1,4 +1,4 @@
-"""Teachers: models that produce signals - label probabilities, rationales, paraphrases - for a student to learn from."""
+"""Teachers: models that give signals - label probabilities, rationales, paraphrases - for a student to learn from."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def finetune(
         seed=spec.seed,
         title=f"{name} on {part}",
     )
-    return teacher, pd.DataFrame(history)
+    return teacher, history
 
 
 def folds(rows: pd.DataFrame, k: int, seed: int) -> np.ndarray:

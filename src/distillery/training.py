@@ -32,7 +32,8 @@ from distillery.params import UserError
 torch.use_deterministic_algorithms(True)  # same inputs, same seed, same machine: same result, to the bit
 torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
 
-LOG_EVERY = 10
+LOG_EVERY = 10  # optimizer steps
+HISTORY = ("step", "epoch", "loss", "learning_rate")
 LENGTH_POOL = 16  # batches drawn together and sorted by length, so that rows of one batch need little padding
 
 
@@ -245,10 +246,10 @@ def run_phase(
     title: str = "training",
     checkpoint_every: int = 50,
     validation: Rows | None = None,
-) -> list[dict[str, float]]:
+) -> pd.DataFrame:
     """Train `student` in place on `rows` as `spec` says; continue from the last checkpoint in `folder`, if any.
 
-    Returns the history: one dict per logged step with step, epoch, loss, learning_rate and the terms' values.
+    Returns the history, a row a logged step: step, epoch, loss, learning_rate and the terms' values.
     Raises UserError when the disk is full.
     """
     stopping = getattr(spec, "early_stopping", None)
@@ -266,7 +267,7 @@ def run_phase(
         "max_grad_norm": spec.max_grad_norm,
         "seed": seed,
         "data_seed": seed,
-        "logging_steps": LOG_EVERY,
+        "logging_steps": min(LOG_EVERY, steps),
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": every,
@@ -304,12 +305,10 @@ def run_phase(
     except Exception as error:  # torch and safetensors have error classes of their own
         params.raise_if_disk_full(error, folder)
         raise
-    keep = ("step", "epoch", "loss", "learning_rate")
-    return [
-        {k.removeprefix("term_"): v for k, v in entry.items() if k in keep or k.startswith("term_")}
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    ]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    history = pd.DataFrame(logged, columns=list(dict.fromkeys([*HISTORY, *(k for entry in logged for k in entry)])))
+    terms = [k for k in history if k.startswith("term_")]
+    return history[[*HISTORY, *terms]].rename(columns=lambda k: k.removeprefix("term_"))
 
 
 def attach(model: Any, lora: params.Lora | None, arch: str, seed: int) -> Any:
@@ -405,7 +404,7 @@ def run_phases(
     for k in range(len(spec.phases) + 1):
         done = folder / f"phase-{k}"
         if not (done / "history.csv").exists():  # written last
-            history: list[dict[str, float]] = []
+            history = pd.DataFrame(columns=list(HISTORY))
             if k:
                 phase = spec.phases[k - 1]
                 rows = phase_rows(frame, phase, names, scores)
@@ -422,7 +421,7 @@ def run_phases(
             _keep(student.model, done / "weights.safetensors")
             predicted(student, watch).to_parquet(done / "watched.parquet")
             with params.atomic(done / "history.csv") as path:
-                pd.DataFrame(history, columns=_columns(history)).to_csv(path, index=False)
+                history.to_csv(path, index=False)
             shutil.rmtree(folder / f"checkpoints-{k}", ignore_errors=True)
         elif not (folder / f"phase-{k + 1}" / "history.csv").exists():
             _restore(student.model, done / "weights.safetensors")
@@ -430,10 +429,6 @@ def run_phases(
         watched.append(pd.read_parquet(done / "watched.parquet").assign(phase=k))
     history = pd.concat([h for h in histories if len(h)] or histories, ignore_index=True)
     return history[["phase", *history.columns.drop("phase")]], pd.concat(watched, ignore_index=True)
-
-
-def _columns(history: list[dict[str, float]]) -> list[str]:
-    return list(dict.fromkeys(["step", "epoch", "loss", "learning_rate", *(k for entry in history for k in entry)]))
 
 
 def _keep(model: Any, path: Path) -> None:
