@@ -13,7 +13,7 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lab report lock clean python
+.PHONY: help repro test lab report lock clean git
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,18 +51,20 @@ clean: ## remove the environment, caches and what the stages wrote; committed re
 	rm -rf $(VENV) .cache build data/processed data/teacher data/augmented data/inputs runs
 	rm -rf .pytest_cache .ruff_cache .hypothesis src/distillery.egg-info
 
-python:
+git:
 	@command -v git >/dev/null || { echo "error: git is not installed" >&2; exit 1; }
+
+$(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "error: $(PYTHON) cannot make environments; install its venv package (Debian: python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
 
 # torch goes first: pip then takes its build for this machine, and the rest fits around it.
-$(VENV)/.installed: requirements.lock pyproject.toml | python
+$(VENV)/.installed: requirements.lock pyproject.toml | git $(VENV)/bin/python
 	@echo "installing the pins of requirements.lock into $(VENV) (minutes, the first time)"
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q "$$(grep '^torch==' requirements.lock)" -c requirements.lock
 	@$(BIN)/python -m pip install -q -r requirements.lock
 	@$(BIN)/python -m pip install -q --no-deps -e .

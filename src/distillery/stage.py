@@ -148,7 +148,6 @@ def execute(notebook: Path, output: Path, values: dict[str, Any], failed: Path) 
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
-    from traitlets.config import Config
 
     running = Path(".cache/running") / output.name
     for folder in (running.parent, failed.parent, output.parent):
@@ -164,7 +163,7 @@ def execute(notebook: Path, output: Path, values: dict[str, Any], failed: Path) 
             stdout_file=sys.stdout,
             start_timeout=180,
             iopub_timeout=60,  # seconds that a busy machine may need to hand over a cell's last output
-            config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # else every kernel warns of plain TCP
+            extra_arguments=["--log-level=50"],  # the kernel's own remarks, on its transport and on being ended
         )
         publish(running, output)
     except PapermillExecutionError as error:
