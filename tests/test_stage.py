@@ -145,6 +145,8 @@ def test_any_other_exception_keeps_its_traceback_and_the_notebook(repo):
     assert "ZeroDivisionError" in done.stderr and "return x / 0" in done.stderr and "\x1b" not in done.stderr
     assert done.stderr.splitlines()[-1].endswith(f".cache/failed/{NAME}.ipynb")
     assert (repo / f".cache/failed/{NAME}.ipynb").exists() and not executed(repo).exists()
+    assert run_toy(repo, "seed").returncode == 0
+    assert not (repo / f".cache/failed/{NAME}.ipynb").exists() and executed(repo).exists()
 
 
 def test_a_killed_kernel_is_told_in_one_line(repo):

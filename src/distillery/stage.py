@@ -166,6 +166,7 @@ def execute(notebook: Path, output: Path, values: dict[str, Any], failed: Path) 
             extra_arguments=["--log-level=50"],  # the kernel's own remarks, on its transport and on being ended
         )
         publish(running, output)
+        failed.unlink(missing_ok=True)  # an earlier attempt's
     except PapermillExecutionError as error:
         if error.ename == "UserError":
             raise UserError(" ".join(str(error.evalue).split())) from None
