@@ -27,7 +27,7 @@ repro: $(VENV)/.installed ## run every stage that is out of date, up to reports/
 test: $(VENV)/.installed ## every check: style, clean notebooks, tests
 	@ruff check
 	@ruff format --check
-	@git ls-files -z 'notebooks/*.ipynb' | xargs -0 -r nbstripout --verify --keep-id --extra-keys metadata.language_info
+	@git ls-files -z 'notebooks/*.ipynb' | xargs -0 -r nbstripout --verify --keep-id --extra-keys metadata.language_info.version
 	@python -m pytest
 
 lab: $(VENV)/.installed ## open the notebooks in JupyterLab
