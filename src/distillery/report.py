@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -876,3 +877,32 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return out
+
+
+def markdown(board: pd.DataFrame) -> str:
+    """The leaderboard as the table of a README."""
+    lines = [
+        "| model | role | parameters | accuracy | macro-F1 | sentences/s | gain in accuracy over its control, points |",
+        "|---|---|--:|--:|--:|--:|---|",
+    ]
+    for row in board.to_dict("records"):
+        speed = row["sentences_per_second"]
+        cells = [row["model"], row["role"], count(row["parameters"])]
+        cells += [
+            f"{percent(row[s])} ({100 * row[f'{s}_low']:.1f}–{100 * row[f'{s}_high']:.1f})" for s in metrics.SCORES
+        ]
+        cells += ["–" if pd.isna(speed) else f"{speed:.0f}"]
+        if pd.isna(row["p"]):
+            cells.append("")
+        else:
+            low, high = points(row["difference_low"]), points(row["difference_high"])
+            cells.append(f"{points(row['difference'])} ({low} to {high}) over {row['versus']}: {row['verdict']}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    written = params.root() / "reports/leaderboard.csv"
+    if not written.exists():
+        sys.exit("error: reports/leaderboard.csv: not there yet; run `make repro` first")
+    print(markdown(pd.read_csv(written)))

@@ -1,0 +1,138 @@
+"""What README.md tells a newcomer to do, done: from a table of one's own to the finished model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from ruamel.yaml import YAML
+
+import tiny
+from distillery import params, report
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.M | re.S)
+
+
+def block(start: str) -> str:
+    """The one code block of the README that starts with `start`."""
+    (found,) = [text for _, text in BLOCKS if text.startswith(start)]
+    return found
+
+
+def messages() -> str:
+    """A table like the README's, long enough to be split: columns text and label."""
+    openings = {
+        "question": ("Where can I see", "When do you send", "Who signs for"),
+        "complaint": ("Nobody has replaced", "I still miss", "You broke"),
+        "praise": ("Lovely,", "Thank you for", "I am glad about"),
+    }
+    things = ("my invoice", "the red parcel", "a refund for two chairs", "the lamp of last week", "order 1234, again")
+    file = io.StringIO()
+    writer = csv.writer(file)
+    for row in csv.reader(io.StringIO(block("text,label\n"))):
+        writer.writerow(row)
+    for (label, starts), thing in itertools.product(openings.items(), things):
+        writer.writerows([f"{start} {thing}", label] for start in starts)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory, tiny_models) -> Path:
+    """The README's own-data example, run to its end with tiny models in place of the real ones."""
+    repo = tiny.experiment(tmp_path_factory.mktemp("mine") / "repo", tiny_models)
+    (repo / "data/mine.csv").write_text(messages(), encoding="utf-8")
+    (repo / "tasks/mine.yaml").write_text(block("# tasks/mine.yaml\n"), encoding="utf-8")
+    yaml = YAML()
+    content = yaml.load(block("# params.yaml\n"))
+    content["models"] = {"smollm2": {"folder": "models/tiny-llama"}, "minilm-l6": {"folder": "models/tiny-bert"}}
+    for phase in (content["teachers"]["smollm2"]["finetune"], *content["students"]["small"]["phases"]):
+        phase["epochs"] = 1
+    content["students"]["small-gold"]["phases"][0]["epochs"] = 2
+    for student in content["students"].values():
+        student["init"]["layers"] = [0, 1, 3]  # the tiny model has four
+    yaml.dump(content, repo / "params.yaml")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "dvc", "repro"]
+    done = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return repo
+
+
+def test_the_experiments_in_the_readme_are_valid(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/mine.yaml").write_text(block("# tasks/mine.yaml\n"), encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(block("# params.yaml\n"), encoding="utf-8")
+    found = params.load(tmp_path / "params.yaml")
+    ours = params.load(ROOT / "params.yaml")
+    assert found.models == {name: ours.models[name] for name in found.models}  # pins do not fall behind
+    hub = YAML(typ="safe").load(block("models:\n  distilbert").replace("<commit>", "abc"))
+    assert params.Model.model_validate(hub["models"]["distilbert"]).hub
+
+
+def test_a_table_of_ones_own_becomes_a_model(mine):
+    board = pd.read_csv(mine / "reports/leaderboard.csv")
+    assert {"small", "small-gold", "smollm2"} <= set(board["model"])
+    assert (mine / "reports/index.html").exists()
+
+
+def test_the_model_loads_where_this_package_is_not(mine, tmp_path):
+    """The README's snippet, in a process of its own, says of the test rows what `predictions.parquet` says."""
+    snippet = block("from transformers import pipeline\n").replace(
+        "runs/tiny-kd-0/model", str(mine / "runs/small-0/model")
+    )
+    rows = pd.read_parquet(mine / "data/processed/mine/test.parquet")
+    said = pd.read_parquet(mine / "runs/small-0/predictions.parquet").query("split == 'test'").set_index("id")
+    (tmp_path / "texts.json").write_text(json.dumps(rows["text"].tolist()), encoding="utf-8")
+    code = snippet + (
+        "import json, sys\n"
+        "print(json.dumps([found['label'] for found in classify(json.load(open('texts.json')))]))\n"
+        "assert not any(name.startswith('distillery') for name in sys.modules)\n"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == said.loc[rows["id"], "prediction"].tolist()
+
+
+def test_every_file_that_the_readme_links_is_there():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+    written = ("reports/notebooks",) if not (ROOT / "reports").exists() else ()
+    assert links and [link for link in links if link not in written and not (ROOT / link).exists()] == []
+
+
+@pytest.mark.skipif(not (ROOT / "reports/leaderboard.csv").exists(), reason="no committed run yet")
+def test_the_leaderboard_in_the_readme_is_that_of_the_committed_run():
+    table = re.search(r"<!-- leaderboard -->\n(.*?)\n<!-- /leaderboard -->", README, flags=re.S)[1]
+    assert table == report.markdown(pd.read_csv(ROOT / "reports/leaderboard.csv"))
+
+
+def test_the_printed_leaderboard_says_what_the_table_holds():
+    scores = {"accuracy": 0.661, "accuracy_low": 0.63, "accuracy_high": 0.694}
+    scores |= {key.replace("accuracy", "macro_f1"): value for key, value in scores.items()}
+    against = {"versus": "gold", "difference": 0.08, "difference_low": 0.04, "difference_high": 0.12, "p": 0.01}
+    alone = dict.fromkeys(against) | {"verdict": None, "sentences_per_second": None}
+    rows = [
+        {"model": "kd", "role": "student", "parameters": 17.1e6, "sentences_per_second": 312.4, "verdict": "better"}
+        | scores
+        | against,
+        {"model": "majority", "role": "majority", "parameters": None} | scores | alone,
+    ]
+    lines = report.markdown(pd.DataFrame(rows)).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2] == (
+        "| kd | student | 17.1 M | 66.1 % (63.0–69.4) | 66.1 % (63.0–69.4) | 312 "
+        "| +8.0 (+4.0 to +12.0) over gold: better |"
+    )
+    assert lines[3] == "| majority | majority | – | 66.1 % (63.0–69.4) | 66.1 % (63.0–69.4) | – |  |"
