@@ -63,12 +63,6 @@ def teacher(root: Path, P: Params, name: str) -> dict[str, Any]:
     }
 
 
-def tested_on(P: Params, name: str) -> str:
-    """The source that student `name` is scored on: the last that it learns from (without phases: the headline's)."""
-    phases = P.students[name].phases or P.students[P.evaluate.headline].phases
-    return phases[-1].data[-1].split("/")[0] if phases else next(iter(P.data))
-
-
 def experiment(root: Path, P: Params, name: str) -> dict[str, Any]:
     """Everything but rows that decides what student `name` learns.
 
@@ -76,7 +70,7 @@ def experiment(root: Path, P: Params, name: str) -> dict[str, Any]:
     on.  task: a :class:`Task` (with empty meanings and default prompts for a classifier).  teachers: for each one that
     a phase names, accuracy and macro_f1 on validation rows.
     """
-    spec, source = P.students[name], tested_on(P, name)
+    spec, source = P.students[name], P.tested_on(name)
     scores = {}
     for who in sorted({who for phase in spec.phases for who in phase.teachers}):
         found = _read_json(root / f"data/teacher/{who}/metrics.json")["validation"]
@@ -171,7 +165,7 @@ def write_students(root: Path, P: Params) -> None:
     shutil.rmtree(root / "data/inputs", ignore_errors=True)
     tables = Tables(root)
     for name in P.students:
-        folder, source = root / f"data/inputs/{name}", tested_on(P, name)
+        folder, source = root / f"data/inputs/{name}", P.tested_on(name)
         write_json(folder / "experiment.json", experiment(root, P, name))
         write_table(folder / "rows.parquet", *rows_for(tables, P, name))
         for split in ("validation", "test"):

@@ -452,7 +452,6 @@ def states(
     id and its branch (completions counted through the rows). The gather comes before the output head, which then
     sees one contiguous matrix of wanted rows.
     """
-    global _planted
     body = inner(model)
     device = next(model.parameters()).device
     tree = plant(prompts, completions).to(device)

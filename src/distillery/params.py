@@ -193,9 +193,13 @@ class Augment(Section):
 
 
 class Init(Section):
-    """Which of the model's layers the student keeps: a list of indices, `all`, `first-N`, `last-N` or `every-N`."""
+    """Which of the model's layers the student keeps: a list of indices, `all`, `first-N`, `last-N` or `every-N`.
+
+    freeze: `embeddings` leaves the token vectors as they are, most of a small encoder's parameters.
+    """
 
     layers: Annotated[list[Count], Field(min_length=1)] | Annotated[str, Field(pattern=LAYERS)] = "all"
+    freeze: Literal["nothing", "embeddings"] = "nothing"
 
 
 class EarlyStopping(Section):
@@ -261,6 +265,11 @@ class Params(Section):
     augment: Augment
     students: Annotated[dict[Name, Student], Field(min_length=1)]
     evaluate: Evaluate
+
+    def tested_on(self, student: str) -> str:
+        """The source `student` is scored on: the last that it learns from (without phases: the headline's)."""
+        phases = self.students[student].phases or self.students[self.evaluate.headline].phases
+        return phases[-1].data[-1].split("/")[0] if phases else next(iter(self.data))
 
     def sources_of(self, teacher: str) -> list[str]:
         """The sources that `teacher` labels, in the order of `data`."""

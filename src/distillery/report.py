@@ -99,12 +99,10 @@ class Results:
         return next(same, None)
 
 
-def source_of(P: params.Params, student: str) -> str:
-    """The source that `student` is tested on: the one its last phase learns from."""
-    phases = P.students[student].phases
-    headline = P.students[P.evaluate.headline].phases
-    last = (phases or headline)[-1:]
-    return last[0].data[-1].split("/")[0] if last else next(iter(P.data))
+def teacher_of(self, line: Scored) -> Scored | None:
+    """The line of the teacher that `line` is compared with."""
+    same = (s for s in self.scored if s.role == "teacher" and (s.key, s.source) == (line.teacher, line.source))
+    return next(same, None)
 
 
 def teacher_of(P: params.Params, student: str) -> str | None:
@@ -146,7 +144,7 @@ def gather(root: Path, P: params.Params) -> Results:
 
     Raises UserError when a run's files are missing or belong to other test rows.
     """
-    students = {name: source_of(P, name) for name in P.students}
+    students = {name: P.tested_on(name) for name in P.students}
     sources = [s for s in P.data if s in students.values()]
     labels = {s: data.read_task(root / f"data/processed/{s}").names for s in sources}
     tests = {s: data.read(root / f"data/processed/{s}", "test") for s in sources}

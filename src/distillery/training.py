@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -127,6 +128,7 @@ class _Phase:
         self.student, self.rows, self.spec, self.seed, self.validation = student, rows, spec, seed, validation
         self.ids = student.encode(rows.texts)
         self.terms: dict[str, list[float]] = {}
+        self.logged: int | None = None
         self.supervised = (0, 0)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Batches:
@@ -137,6 +139,8 @@ class _Phase:
         return Batches([len(ids) for ids in self.ids], self.spec.batch_size, self.seed, order, entropy)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        if self.logged is None:
+            self.logged = self.state.global_step  # not 0 in a run that continues from a checkpoint
         batches, _ = super().get_batch_samples(*args, **kwargs)
         rows = [i for batch in batches for i in batch["index"].tolist()]
         self.supervised = (len(rows), sum(self.student.answer_tokens(self.rows.targets[i]) for i in rows))
@@ -175,9 +179,9 @@ class _Phase:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            steps = max(1, self.state.global_step - getattr(self, "_logged", 0))
+            steps = max(1, self.state.global_step - (self.logged or 0))
             logs |= {f"term_{term}": sum(values) / steps for term, values in self.terms.items()}
-            self._logged, self.terms = self.state.global_step, {}
+            self.logged, self.terms = self.state.global_step, {}
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -267,7 +271,8 @@ def run_phase(
         "max_grad_norm": spec.max_grad_norm,
         "seed": seed,
         "data_seed": seed,
-        "logging_steps": min(LOG_EVERY, steps),
+        # a checkpoint falls on a logged step, or a resumed run would average the loss over fewer steps
+        "logging_steps": math.gcd(min(LOG_EVERY, steps), every),
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": every,
@@ -296,6 +301,10 @@ def run_phase(
     if student.arch == "causal":
         arguments = SFTConfig(**common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
         trainer = CausalTrainer(args=arguments, processing_class=student.tokenizer, **wiring)
+        for weight in trainer.model.parameters():
+            if weight.requires_grad:
+                # TRL narrows the adapters of a 4-bit model to bfloat16, where a small update rounds to none
+                weight.data = weight.data.float()
     else:
         trainer = ClassifierTrainer(args=TrainingArguments(**common), **wiring)
     trainer.remove_callback(PrinterCallback)
@@ -316,16 +325,19 @@ def attach(model: Any, lora: params.Lora | None, arch: str, seed: int) -> Any:
     if lora is None:
         return model
     torch.manual_seed(seed)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha or 2 * lora.r,
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets,
-            task_type="CAUSAL_LM" if arch == "causal" else "SEQ_CLS",
-        ),
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha or 2 * lora.r,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM" if arch == "causal" else "SEQ_CLS",
     )
+    model = get_peft_model(model, config)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            # peft would widen every input to the adapter's float32, for autocast to narrow it again
+            module.cast_input_dtype_enabled = False
+    return model
 
 
 def build(spec: params.Student, folder: Path, task: tasks.Task, seed: int, remote_code: bool = False) -> LabelModel:
@@ -345,6 +357,8 @@ def build(spec: params.Student, folder: Path, task: tasks.Task, seed: int, remot
         trust_remote_code=remote_code,
     )
     model = attach(model, spec.adapter if adapted else None, spec.arch, seed)
+    if spec.init.freeze == "embeddings":
+        model.get_input_embeddings().requires_grad_(False)
     return LabelModel(
         model,
         models.load_tokenizer(folder, remote_code),
