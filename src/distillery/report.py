@@ -99,12 +99,6 @@ class Results:
         return next(same, None)
 
 
-def teacher_of(self, line: Scored) -> Scored | None:
-    """The line of the teacher that `line` is compared with."""
-    same = (s for s in self.scored if s.role == "teacher" and (s.key, s.source) == (line.teacher, line.source))
-    return next(same, None)
-
-
 def teacher_of(P: params.Params, student: str) -> str | None:
     """The first teacher of `student`; a control is compared with the teacher of the student it is the control of."""
     named = [t for phase in P.students[student].phases for t in phase.teachers]
