@@ -525,9 +525,12 @@ def write_card(folder: Path, spec: params.Student, task: tasks.Task, about: dict
     snippet = CLASSIFIER_SNIPPET
     if spec.arch == "causal":
         mark = "\x00"
-        rendered = tasks.render(tasks.turns(task, mark, spec.few_shot), models.load_tokenizer(folder), spec.prompt)
+        tokenizer = models.load_tokenizer(folder)
+        rendered = tasks.render(tasks.turns(task, mark, spec.few_shot), tokenizer, spec.prompt)
         before, _, after = rendered.partition(mark)
         answers = [tasks.answer(task, name, spec.prompt) for name in task.names]
+        if all(ids[-1] == tokenizer.eos_token_id for ids in models.label_tokens(tokenizer, answers)):
+            answers = [answer + tokenizer.eos_token for answer in answers]
         snippet = CAUSAL_SNIPPET.format(
             before=before, after=after, answers=answers, labels=task.names, special=spec.prompt == "plain"
         )
