@@ -1,0 +1,317 @@
+"""Teachers: what may be kept of a paraphrase, folds that hide a row from its judge, and texts written once."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from distillery import models, params, tasks, teachers
+from distillery.params import UserError
+
+TASK = tasks.load("finance-sentiment", tiny.ROOT / "tasks")
+LABELS = TASK.names
+KEEP = params.Keep()
+
+# ------------------------------------------------------------------------------- what a program can see
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("EUR 1,234.5 mn, up 48% from 12", ["12", "1234.5", "48"]),
+        ("1,234 and 1234", ["1234", "1234"]),
+        ("12,34 is a decimal comma", ["12,34"]),
+        ("in 2010, 3.5.", ["2010", "3.5"]),
+        ("no number", []),
+    ],
+)
+def test_numbers(text, found):
+    assert teachers.numbers(text) == sorted(found)
+
+
+def test_tickers_are_words_in_capitals():
+    assert teachers.tickers("$aapl and EUR beat IBM, but I and Nokia did not") == {"$aapl", "EUR", "IBM"}
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("Profit ROSE.", {"up"}),
+        ("Sales fell", {"down"}),
+        ("Sales fell less than profit rose", {"down", "up"}),
+        ("An update on the downtown office", set()),
+        ("It will be held in May", set()),
+    ],
+)
+def test_directions(text, found):
+    assert teachers.directions(text) == found
+
+
+def test_a_direction_word_belongs_to_one_family():
+    up, down = (set(teachers.DIRECTIONS[family].split()) for family in ("up", "down"))
+    assert not up & down and {"up", "rose"} <= up and {"down", "fell"} <= down
+
+
+SOME = ["the", "profit", "of", "Nokia", "rose", "to", "EUR", "12", "mn", "in", "2010", "sales", "fell", "by", "3.5%"]
+WORDS = st.lists(st.sampled_from(SOME), max_size=9)
+
+
+@given(WORDS, WORDS)
+def test_similarity_is_a_share_and_whole_for_the_same_text(a, b):
+    a, b = " ".join(a), " ".join(b)
+    assert 0 <= teachers.similarity(a, b) <= 1
+    assert teachers.similarity(a, a.upper()) == 1
+
+
+@given(WORDS.filter(bool))
+def test_a_copy_is_dropped_whatever_its_case(words):
+    text = " ".join(words)
+    assert teachers.why_dropped(text, text, keep=KEEP) == "copy"
+    assert teachers.why_dropped(text, text.upper(), keep=KEEP) == "copy"
+
+
+SOURCE = "Net sales of IBM went up 48% to EUR 1,200 mn in 2010 as demand for its servers came back."
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "empty"),
+        (SOURCE + ".", "copy"),
+        ("zzz qqq", "off topic"),
+        ("In 2010 the net sales of IBM were up 49% and came to EUR 1,200 mn as servers sold.", "numbers changed"),
+        ("In 2010 the net sales of IBM were up and came to EUR 1,200 mn as servers sold.", "numbers changed"),
+        ("In 2010 the company's net sales were up 48% and came to EUR 1200 mn as servers sold.", "tickers lost"),
+        ("In 2010 the net sales of IBM were down 48% and came to EUR 1,200 mn as servers sold.", "direction changed"),
+        ("In 2010 the net sales of IBM moved 48% and came to EUR 1,200 mn as servers sold.", "direction changed"),
+        ("In 2010 the net sales of IBM rose by 48% and came to EUR 1200 mn as servers sold.", "kept"),
+    ],
+)
+def test_why_a_paraphrase_is_dropped(text, reason):
+    assert teachers.why_dropped(SOURCE, text, keep=KEEP) == reason
+
+
+def test_a_good_paraphrase_near_a_held_out_row_is_dropped_and_thresholds_are_those_of_params():
+    good = "In 2010 the net sales of IBM rose by 48% and came to EUR 1200 mn as servers sold."
+    assert "held-out" in teachers.why_dropped(SOURCE, good, keep=KEEP, overlap=True)
+    assert teachers.why_dropped(SOURCE, good, keep=params.Keep(max_similarity=0.3)) == "copy"
+    assert teachers.why_dropped(SOURCE, good, keep=params.Keep(min_similarity=0.9)) == "off topic"
+
+
+@given(st.integers(0, 999), st.sampled_from(["up", "rose", "higher"]), st.sampled_from(["down", "fell", "lower"]))
+def test_a_turned_direction_is_never_kept(number, up, down):
+    source = f"Quarterly profit of the company moved {up} {number}% from a year ago"
+    turned = f"The profit that the company made in the quarter went {down} {number}% against a year ago"
+    assert teachers.why_dropped(source, turned, keep=KEEP) != "kept"
+
+
+def test_a_sentence_ends_at_a_full_stop_not_within_a_number():
+    assert teachers.first_sentence("Profit rose to 1.5 mn. More follows.") == "Profit rose to 1.5 mn."
+    assert teachers.first_sentence("It said: no end") == "It said: no end"
+
+
+# ------------------------------------------------------------------------------- folds
+
+
+@given(st.lists(st.integers(0, 8), min_size=12, max_size=40), st.integers(2, 3), st.integers(0, 5))
+def test_folds_hold_whole_groups(groups, k, seed):
+    rows = pd.DataFrame({"group": [f"g{g}" for g in groups], "label": [LABELS[g % 3] for g in groups]})
+    if rows["group"].nunique() < k:
+        with pytest.raises(UserError, match=rf"finetune.folds: {k} folds need {k} groups, there are 1"):
+            teachers.folds(rows, k, seed)
+        return
+    fold = teachers.folds(rows, k, seed)
+    assert set(fold) <= set(range(k)) and rows.assign(fold=fold).groupby("group")["fold"].nunique().max() == 1
+    assert fold.tolist() == teachers.folds(rows, k, seed).tolist()
+
+
+def test_folds_spread_labels_evenly():
+    rows = pd.DataFrame({"group": [f"g{i}" for i in range(60)], "label": [LABELS[i % 3] for i in range(60)]})
+    fold = teachers.folds(rows, 3, 0)
+    counts = pd.crosstab(fold, rows["label"]).to_numpy()
+    assert counts.max() - counts.min() <= 2
+    assert fold.tolist() != teachers.folds(rows, 3, 1).tolist()
+
+
+# ------------------------------------------------------------------------------- models that did not see the row
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny_models, tmp_path_factory) -> tuple[Path, params.Params]:
+    """A root folder with gold rows, and for teacher `encoder` a kept model and two fold models that differ."""
+    root = tmp_path_factory.mktemp("experiment")
+    (root / "dvc.yaml").touch()
+    raw = json.loads(json.dumps(params.read_yaml(tiny.ROOT / "tests/smoke.yaml")))
+    for name in ("tiny-llama", "tiny-bert"):
+        raw["models"][name]["folder"] = str(tiny_models / name)
+    P = params.validate(params.Params, raw, "params.yaml")
+    for k, where in enumerate(("model", "folds/0", "folds/1")):
+        model = models.load(tiny_models / "tiny-bert", "classifier", labels=LABELS, seed=k)
+        with torch.no_grad():
+            model.classifier.bias.copy_(torch.tensor([1.0, 2.0, 3.0]).roll(k))  # each prefers another label
+        models.save(model, models.load_tokenizer(tiny_models / "tiny-bert"), root / "data/teacher/encoder" / where)
+    return root, P
+
+
+def gold_rows(n: int) -> pd.DataFrame:
+    rows = [json.loads(line) for line in (tiny.ROOT / "data/corpora/finance.jsonl").read_text().splitlines()[:n]]
+    frame = pd.DataFrame(rows)[["id", "text", "label", "group"]]
+    return frame.assign(source="finance", split="train")
+
+
+def answers(root: Path, where: str, P: params.Params, texts: list[str]) -> np.ndarray:
+    return teachers.open_teacher("encoder", P, TASK, tuned=root / "data/teacher/encoder" / where).predict(texts)
+
+
+def test_gold_rows_are_answered_by_the_model_that_did_not_see_them(experiment):
+    root, P = experiment
+    gold, other = gold_rows(6), gold_rows(9)[6:].assign(split="pool")
+    rows = pd.concat([other, gold], ignore_index=True)
+    memorised = teachers.signals(rows, answers(root, "model", P, rows["text"].tolist()), LABELS, -1)
+    fold = np.array([0, 1, 1, 0, 1, 0])
+    said = teachers.cross_fit("encoder", P, TASK, gold, fold, root / "data/teacher/encoder/folds", memorised)
+    assert said["id"].tolist() == rows["id"].tolist() and said["split"].tolist() == rows["split"].tolist()
+    assert said["fold"].tolist() == [-1, -1, -1, *fold]
+    for i, k in enumerate(said["fold"]):
+        where = "model" if k < 0 else f"folds/{k}"
+        expected = answers(root, where, P, [rows["text"][i]])[0]
+        assert np.abs(said["probabilities"][i] - expected).max() < 1e-5
+        assert said["label"][i] == LABELS[expected.argmax()]
+    changed = [
+        not np.allclose(a, b, atol=0.05) for a, b in zip(said.probabilities, memorised.probabilities, strict=True)
+    ]
+    assert changed == [False] * 3 + [True] * 6
+
+
+def test_a_paraphrase_is_answered_by_the_fold_of_its_row(experiment):
+    root, P = experiment
+    P = P.model_copy(update={"teachers": {"encoder": P.teachers["encoder"]}})
+    gold = gold_rows(4)
+    known = teachers.signals(gold, np.full((4, 3), 1 / 3), LABELS, np.array([0, 1, 0, 1]))
+    known.to_parquet(root / "data/teacher/encoder/signals.parquet")
+    kept = pd.DataFrame(
+        {
+            "id": ["b#1", "a#0", "b#0"],
+            "text": gold["text"].iloc[[1, 0, 1]].str.replace("the", "that").tolist(),
+            "label": "neutral",
+            "group": "g",
+            "source_id": gold["id"].iloc[[1, 0, 1]].tolist(),
+        }
+    )
+    said = teachers.label_paraphrases(root, P, TASK, kept, gold)
+    assert said.columns.tolist() == [
+        *("teacher", "source", "split", "id", "label", "probabilities", "fold", "rationale")
+    ]
+    assert said["id"].tolist() == ["b#1", "a#0", "b#0"] and said["fold"].tolist() == [1, 0, 1]
+    assert set(said["split"]) == {"augmented"} and set(said["teacher"]) == {"encoder"}
+    for i, k in enumerate(said["fold"]):
+        assert np.abs(said["probabilities"][i] - answers(root, f"folds/{k}", P, [kept["text"][i]])[0]).max() < 1e-5
+    nothing = teachers.label_paraphrases(root, P, TASK, kept[:0], gold)
+    assert nothing.empty and nothing.columns.tolist() == said.columns.tolist()
+
+
+def test_tuning_continues_in_a_folder_of_its_own_rows(experiment, tmp_path):
+    _, P = experiment
+    gold, texts = gold_rows(8), gold_rows(12)["text"].tolist()
+    one, history = teachers.finetune("encoder", P, TASK, gold, folder=tmp_path)
+    again, _ = teachers.finetune("encoder", P, TASK, gold, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1 and history["step"].max() == 2
+    assert np.array_equal(one.predict(texts), again.predict(texts))
+    part, _ = teachers.finetune("encoder", P, TASK, gold[:4], folder=tmp_path, part="without fold 0")
+    assert len(list(tmp_path.iterdir())) == 2 and not np.allclose(one.predict(texts), part.predict(texts), atol=1e-6)
+
+
+def test_adapters_alone_are_kept_of_a_fold_and_say_the_same(experiment, tmp_path):
+    _, P = experiment
+    gold = gold_rows(6)
+    tuned, _ = teachers.finetune("lm", P, TASK, gold, folder=tmp_path / "work")
+    expected = tuned.predict(gold["text"].tolist())
+    models.save_trained(tuned.model, tuned.tokenizer, tmp_path / "fold")
+    assert (tmp_path / "fold/adapter_config.json").exists() and not (tmp_path / "fold/model.safetensors").exists()
+    again = teachers.open_teacher("lm", P, TASK, tuned=tmp_path / "fold")
+    assert np.abs(again.predict(gold["text"].tolist()) - expected).max() < 1e-5
+    untuned = teachers.open_teacher("lm", P, TASK)
+    assert np.abs(untuned.predict(gold["text"].tolist()) - expected).max() > 1e-5
+
+
+def test_scores_are_those_of_each_split(experiment):
+    gold = gold_rows(6)
+    rows = pd.concat([gold.assign(split=split) for split in ("train", "test")], ignore_index=True)
+    right = np.array([[0.8 if name == label else 0.1 for name in LABELS] for label in rows["label"]])
+    wrong = np.roll(right, 1, axis=1)
+    said = teachers.signals(rows, np.where((rows["split"] == "train").to_numpy()[:, None], right, wrong), LABELS, -1)
+    found = teachers.evaluate(rows, said.sample(frac=1, random_state=0), LABELS)
+    assert found["train"]["accuracy"] == 1 and found["test"]["accuracy"] == 0
+    assert found["train"]["log_loss"] == pytest.approx(-np.log(0.8), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------- texts
+
+
+def test_paraphrases_are_written_once_and_hang_on_the_seed(experiment):
+    root, P = experiment
+    augment = P.augment.model_copy(update={"per_row": 2})
+    P, gold = P.model_copy(update={"augment": augment}), gold_rows(3)
+    folder = root / ".cache/paraphrases"
+    rows = teachers.write_paraphrases(root, P, TASK, gold)
+    assert rows["id"].tolist() == [*(gold["id"] + "#0"), *(gold["id"] + "#1")]
+    assert rows["source_id"].tolist() == gold["id"].tolist() * 2
+    assert rows["label"].tolist() == gold["label"].tolist() * 2 and rows["group"].tolist() == gold["group"].tolist() * 2
+    assert rows["source_text"].tolist() == gold["text"].tolist() * 2
+    assert rows["text"][:3].tolist() != rows["text"][3:].tolist()  # another seed
+    written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(written) == 2
+    pd.testing.assert_frame_equal(teachers.write_paraphrases(root, P, TASK, gold), rows)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+    for path in written:
+        os.unlink(path)
+    pd.testing.assert_frame_equal(teachers.write_paraphrases(root, P, TASK, gold), rows)
+    other = P.model_copy(update={"augment": augment.model_copy(update={"seed": 5})})
+    assert teachers.write_paraphrases(root, other, TASK, gold)["text"].tolist() != rows["text"].tolist()
+    nothing = P.model_copy(update={"augment": augment.model_copy(update={"per_row": 0})})
+    assert teachers.write_paraphrases(root, nothing, TASK, gold).columns.tolist() == rows.columns.tolist()
+
+
+def test_the_judge_gives_every_candidate_one_reason(experiment, tiny_models):
+    root, P = experiment
+    lm = root / "data/teacher/lm/model"
+    if not lm.exists():
+        models.save(
+            models.load(tiny_models / "tiny-llama", "causal"), models.load_tokenizer(tiny_models / "tiny-llama"), lm
+        )
+    good = "In 2010 the net sales of IBM rose by 48% and came to EUR 1200 mn as servers sold."
+    better = "The net sales of IBM, 48% higher in 2010, were EUR 1,200 mn when demand for servers came."
+    held_out = "Demand for servers came back in 2010 and drove up net sales at IBM by 48% to EUR 1,200 mn."
+    texts = [SOURCE, good, good, better, held_out]
+    candidates = pd.DataFrame({"id": list("abcde"), "text": texts, "source_text": SOURCE, "label": "positive"})
+    keep = P.augment.keep.model_copy(update={"same_label": False})
+    open_ended = P.model_copy(update={"augment": P.augment.model_copy(update={"keep": keep})})
+    judged = teachers.judge(root, open_ended, TASK, candidates, [held_out], 0.85)
+    reasons = ["copy", "kept", "written twice", "kept", "near-duplicate of a held-out row"]
+    assert judged["reason"].tolist() == reasons
+    read = teachers.open_teacher("lm", P, TASK, tuned=lm).predict([better])[0].argmax()
+    for label in LABELS:
+        strict = teachers.judge(root, P, TASK, candidates.assign(label=label), [held_out], 0.85)
+        assert strict["reason"][3] == ("kept" if label == LABELS[read] else "label changed")
+    assert teachers.judge(root, P, TASK, candidates[:0], [held_out], 0.85)["reason"].tolist() == []
+
+
+def test_rationales_are_for_the_gold_label_and_the_same_each_time(experiment):
+    _, P = experiment
+    gold = gold_rows(6)
+    rows = pd.concat([gold, gold_rows(10)[6:].assign(split="test")], ignore_index=True)
+    said = teachers.signals(rows, np.full((10, 3), 1 / 3), LABELS, -1)
+    told = teachers.add_rationales("lm", P, TASK, rows, said)
+    assert told["rationale"].notna().sum() == P.teachers["lm"].rationales == 2
+    assert not told.loc[rows["split"] == "test", "rationale"].notna().any()
+    assert said["rationale"].isna().all()  # the frame that was given stays as it was
+    pd.testing.assert_frame_equal(told, teachers.add_rationales("lm", P, TASK, rows, said))
