@@ -228,7 +228,7 @@ CASES = [
         ),
     ),
     Case(
-        "a number written as `1e-4`, which YAML 1.2 readers and DVC take for text",
+        "a number in quotes",
         setting("students/tiny-kd/phases/0/learning_rate", "1e-4"),
         STRIP,
         said("params.yaml: students.tiny-kd.phases.0.learning_rate: must be a number, not '1e-4'"),
