@@ -526,11 +526,12 @@ def ended(request, tiny_models, tmp_path_factory) -> Iterator[dict[str, Future]]
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_users_mistake_ends_in_one_line_and_no_output(case, ended):
     result = ended[str(case)].result()
-    assert result.code != 0
+    assert result.code > 0  # ended by itself, not by a signal
     assert len(result.lines) == 1 and re.fullmatch("error: " + case.line, result.lines[0]), result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     if case.command != REPRO:  # DVC adds which stage it was
-        assert result.stderr == result.lines[0] + "\n"
+        # libzmq remarks now and then on a kernel that is ended while the machine is busy
+        assert re.sub(r"(?m)^Assertion failed: .*\.cpp:.*\n", "", result.stderr) == result.lines[0] + "\n"
     new = {name: content for name, content in result.after.items() if result.before.get(name) != content}
     assert not new, "what looks like a result was written"
 
