@@ -288,6 +288,7 @@ def test_four_bits_train_merge_and_are_saved_dense(tiny_models, tmp_path):
     models.save(model, models.load_tokenizer(tiny_models / "tiny-llama"), tmp_path / "large")
     student = label_model(tmp_path / "large", "causal", layers="first-2", quantize=True, lora=params.Lora(r=4))
     assert models.count_parameters(student.model.get_base_model())[0] > models.count_parameters(student.model)[1] > 0
+    assert student.model.peft_config["default"].base_model_name_or_path == str(tmp_path / "large")
     texts = tiny.texts()[:6]
     before = student.predict(texts)
     ids = student.encode(texts)

@@ -189,7 +189,9 @@ def load(
         if layers != "all":  # bitsandbytes quantizes while it loads, so the layers have to go before
             with tempfile.TemporaryDirectory() as scratch:
                 load(folder, arch, layers=layers, dtype=dtype).save_pretrained(scratch)
-                return load(Path(scratch), arch, dtype=dtype, seed=seed, quantize=True)
+                model = load(Path(scratch), arch, dtype=dtype, seed=seed, quantize=True)
+            model.name_or_path = model.config.name_or_path = str(folder)  # not where it lay for a moment
+            return model
     try:
         if arch == "causal":
             model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)

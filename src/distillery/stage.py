@@ -34,6 +34,8 @@ ENVIRONMENT = {
     "MKL_DYNAMIC": "FALSE",
     "OMP_DYNAMIC": "FALSE",
     "PYTHONHASHSEED": "0",
+    # the libraries' own remarks, with the folders of this machine in them
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning,ignore:IProgress not found",
     "TOKENIZERS_PARALLELISM": "false",
 }
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}

@@ -1,0 +1,226 @@
+"""The five notebooks: how they stand in git, and one small experiment through all of them, killed on the way."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+import tiny
+from distillery import params
+
+NAMES = ("01_data", "02_teach", "03_augment", "04_distill", "05_evaluate")
+LABELS = ["positive", "neutral", "negative"]
+
+# ------------------------------------------------------------------------------- as they stand in git
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_short_clean_and_tells_what_it_does(name):
+    book = json.loads((tiny.ROOT / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))
+    cells = book["cells"]
+    assert len(cells) <= 24
+    assert book["metadata"].get("kernelspec", {}).get("name", "python3") == "python3"
+    opening = "".join(cells[0]["source"])
+    assert opening.startswith("# ") and "?" in opening.splitlines()[0]
+    assert "**Reads**" in opening and "**Writes**" in opening
+    assert ["parameters" in cell["metadata"].get("tags", []) for cell in cells] == [i == 1 for i in range(len(cells))]
+    for before, cell in zip(cells[1:], cells[2:], strict=False):
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            assert before["cell_type"] == "markdown", "a line of prose stands above every code cell"
+            tree = ast.parse("".join(cell["source"]))
+            assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree))
+            functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+            assert all(node.end_lineno - node.lineno < 12 for node in functions)
+
+
+# ------------------------------------------------------------------------------- run
+
+
+def dvc(repo: Path, *arguments: str) -> list[str]:
+    """Run `dvc`; the stages that ran. Fails with what it printed when it fails."""
+    done = subprocess.run(["dvc", *arguments], cwd=repo, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.findall(r"^Running stage '(.*)':", done.stdout, flags=re.M)
+
+
+def edit(repo: Path, change) -> None:
+    """Let `change` alter the tree of params.yaml."""
+    tree = json.loads(json.dumps(params.read_yaml(repo / "params.yaml")))
+    change(tree)
+    with (repo / "params.yaml").open("w", encoding="utf-8") as file:
+        YAML().dump(tree, file)
+
+
+def killed_while_it_distils(repo: Path) -> None:
+    """Start `dvc repro` and kill it, and nothing else, once `tiny-kd` has a checkpoint in its first phase."""
+    with (repo / ".cache.log").open("w") as log:
+        process = subprocess.Popen(["dvc", "repro"], cwd=repo, stdout=log, stderr=log)
+    deadline = time.monotonic() + 600
+    while not list(repo.glob(".cache/checkpoints/tiny-kd-0-*/checkpoints-1/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < deadline, (repo / ".cache.log").read_text()
+        time.sleep(0.02)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not psutil.wait_procs(started, timeout=30)[1], "what a killed `dvc repro` started has to end with it"
+    (repo / ".cache.log").unlink()
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_models, tmp_path_factory) -> Path:
+    """A repository in which the whole small experiment was run, but `dvc repro` was killed once while it distilled."""
+    repo = tiny.experiment(tmp_path_factory.mktemp("ran") / "repo", tiny_models)
+
+    def longer(tree):
+        student = tree["students"]["tiny-kd"]
+        student["checkpoint_every"], student["phases"][0]["steps"] = 10, 120
+
+    edit(repo, longer)
+    killed_while_it_distils(repo)
+    assert not (repo / "runs/tiny-kd-0/metrics.json").exists()
+    assert not (repo / "reports/notebooks/04_distill-tiny-kd-0.ipynb").exists()
+    again = dvc(repo, "repro")
+    assert "distill@tiny-kd-0" in again and "teach@lm" not in again
+    return repo
+
+
+def test_a_second_run_has_nothing_to_do(ran):
+    assert dvc(ran, "repro") == ["strip"]
+
+
+def test_the_killed_student_is_the_one_of_an_unbroken_run(ran, tmp_path):
+    repo = shutil.copytree(ran, tmp_path / "repo", symlinks=True)
+    assert not list((repo / ".cache/checkpoints").glob("tiny-kd-0-*"))
+    before = {p.relative_to(repo): p.read_bytes() for p in (repo / "runs/tiny-kd-0").rglob("*") if p.is_file()}
+    assert dvc(repo, "repro", "--force", "--single-item", "distill@tiny-kd-0") == ["distill@tiny-kd-0"]
+    after = {p.relative_to(repo): p.read_bytes() for p in (repo / "runs/tiny-kd-0").rglob("*") if p.is_file()}
+    differing = [path.name for path in before if before[path] != after.get(path)]
+    assert before.keys() == after.keys() and set(differing) <= {"timing.json"}
+
+
+def test_executed_notebooks_ran_to_their_end(ran):
+    found = sorted((ran / "reports/notebooks").glob("*.ipynb"))
+    assert [path.stem for path in found] == [
+        *("01_data-finance", "02_teach-encoder", "02_teach-lm", "03_augment"),
+        *("04_distill-half-gkd-0", "04_distill-tiny-gold-0", "04_distill-tiny-kd-0", "05_evaluate"),
+    ]
+    for path in found:
+        code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert all(cell["execution_count"] for cell in code if "".join(cell["source"]).strip()), path.stem
+        kinds = [output["output_type"] for cell in code for output in cell["outputs"]]
+        assert "error" not in kinds and "display_data" in kinds, path.stem
+        assert any("image/png" in output.get("data", {}) for cell in code for output in cell["outputs"]), path.stem
+        told = [o for cell in code for o in cell["outputs"] if o.get("name") == "stderr"]
+        assert not told, (path.stem, told)
+
+
+def read(repo: Path, path: str, columns: str, least: int = 1) -> pd.DataFrame:
+    frame = pd.read_parquet(repo / path)
+    assert frame.columns.tolist() == columns.split() and len(frame) >= least, path
+    return frame
+
+
+def sums_to_one(frame: pd.DataFrame) -> None:
+    probabilities = np.stack(frame["probabilities"].to_list())
+    assert probabilities.shape[1] == 3 and np.abs(probabilities.sum(1) - 1).max() < 1e-5
+
+
+def test_the_data_stage_writes_splits_and_hides_the_pools_labels(ran):
+    folder = "data/processed/finance"
+    for split in ("train", "validation", "test"):
+        frame = pd.read_parquet(ran / f"{folder}/{split}.parquet")
+        assert frame.columns.tolist()[:5] == ["id", "text", "label", "rationale", "group"] and len(frame)
+    pool = pd.read_parquet(ran / f"{folder}/pool.parquet")
+    assert not {"label", "rationale"} & set(pool.columns)
+    assert read(ran, f"{folder}/pool_labels.parquet", "id label rationale")["id"].tolist() == pool["id"].tolist()
+    assert json.loads((ran / f"{folder}/task.json").read_text())["kind"] == "classification"
+
+
+@pytest.mark.parametrize("teacher", ["lm", "encoder"])
+def test_a_teacher_signals_every_row_and_gold_rows_out_of_fold(ran, teacher):
+    folder = f"data/teacher/{teacher}"
+    said = read(ran, f"{folder}/signals.parquet", "source split id label probabilities fold rationale")
+    sums_to_one(said)
+    for split in params.SPLITS:
+        part, rows = said[said["split"] == split], pd.read_parquet(ran / f"data/processed/finance/{split}.parquet")
+        assert part["id"].tolist() == rows["id"].tolist()
+        assert set(part["fold"]) == ({0, 1} if split == "train" else {-1})
+    assert all(row.label == LABELS[int(np.argmax(row.probabilities))] for row in said.itertuples())
+    assert said["rationale"].notna().sum() == (2 if teacher == "lm" else 0)
+    found = json.loads((ran / folder / "metrics.json").read_text())
+    assert {"train", "pool", "validation", "test", "memorised", "parameters", "bytes_on_disk"} <= set(found)
+    gold = pd.read_parquet(ran / "data/processed/finance/train.parquet").set_index("id")["label"]
+    train = said[said["split"] == "train"]
+    assert found["train"]["accuracy"] == pytest.approx((train["label"] == train["id"].map(gold)).mean())
+    assert list((ran / folder / "model").glob("*.safetensors")) and (ran / folder / "timing.json").exists()
+
+
+def test_paraphrases_are_kept_or_dropped_for_a_reason_and_signalled(ran):
+    folder = "data/augmented/finance"
+    gold = pd.read_parquet(ran / "data/processed/finance/train.parquet").set_index("id")
+    candidates = read(ran, f"{folder}/candidates.parquet", "id text label group source_id source_text reason")
+    assert candidates["source_id"].tolist() == gold.index.tolist()  # one of each
+    rows = read(ran, f"{folder}/rows.parquet", "id text label group source_id", least=0)
+    assert rows["id"].tolist() == candidates.loc[candidates["reason"] == "kept", "id"].tolist()
+    assert rows["group"].tolist() == gold.loc[rows["source_id"], "group"].tolist()
+    said = read(ran, f"{folder}/signals.parquet", "teacher source split id label probabilities fold rationale", least=0)
+    for teacher in ("lm", "encoder"):
+        part = said[said["teacher"] == teacher]
+        known = pd.read_parquet(ran / f"data/teacher/{teacher}/signals.parquet").set_index("id")["fold"]
+        assert part["id"].tolist() == rows["id"].tolist()
+        assert part["fold"].tolist() == known[rows["source_id"]].tolist()
+    counts = json.loads((ran / folder / "counts.json").read_text())
+    assert counts == {"candidates": len(candidates), "reasons": candidates["reason"].value_counts().to_dict()}
+
+
+@pytest.mark.parametrize("student", ["tiny-kd", "tiny-gold", "half-gkd"])
+def test_a_student_leaves_its_model_predictions_history_and_scores(ran, student):
+    folder = f"runs/{student}-0"
+    predictions = read(ran, f"{folder}/predictions.parquet", "split id label prediction probabilities")
+    phases = read(ran, f"{folder}/phases.parquet", "id label prediction probabilities phase split")
+    sums_to_one(predictions)
+    test = pd.read_parquet(ran / "data/processed/finance/test.parquet")
+    for part in (predictions[predictions["split"] == "test"], *(part for _, part in phases.groupby("phase"))):
+        assert part["id"].tolist() == test["id"].tolist() and part["label"].tolist() == test["label"].tolist()
+    spec = params.load(ran / "params.yaml").students[student]
+    assert sorted(set(phases["phase"])) == list(range(len(spec.phases) + 1))
+    history = pd.read_csv(ran / folder / "history.csv")
+    terms = list(dict.fromkeys(term for phase in spec.phases for term in phase.loss))
+    assert history.columns.tolist() == ["phase", "step", "epoch", "loss", "learning_rate", *terms]
+    found = json.loads((ran / folder / "metrics.json").read_text())
+    assert (found["student"], found["seed"]) == (student, 0)
+    assert found["steps"] == sum(phase.steps for phase in spec.phases)
+    part = predictions[predictions["split"] == "test"]
+    assert found["test"]["accuracy"] == pytest.approx((part["label"] == part["prediction"]).mean())
+    model = ran / folder / "model"
+    assert found["bytes_on_disk"] == (model / "model.safetensors").stat().st_size
+    assert (model / "README.md").exists() and {"train_seconds", "peak_memory_mb"} <= set(
+        json.loads((ran / folder / "timing.json").read_text())
+    )
+
+
+def test_a_student_that_params_no_longer_name_leaves_the_leaderboard(ran, tmp_path):
+    assert set(models_in(ran)) >= {"tiny-kd", "tiny-gold", "half-gkd"}
+    assert {"index.html", "metrics.json", "timing.json"} <= {path.name for path in (ran / "reports").iterdir()}
+    repo = shutil.copytree(ran, tmp_path / "repo", symlinks=True)
+    edit(repo, lambda tree: tree["students"].pop("half-gkd"))
+    assert dvc(repo, "repro") == ["strip", "inputs", "evaluate"]
+    assert "half-gkd" not in models_in(repo) and {"tiny-kd", "tiny-gold"} <= set(models_in(repo))
+    assert "half-gkd" not in (repo / "reports/index.html").read_text()
+
+
+def models_in(repo: Path) -> list[str]:
+    return pd.read_csv(repo / "reports/leaderboard.csv")["model"].tolist()
