@@ -295,7 +295,7 @@ def run(arch: str, folder: str, out: str) -> None:
     spec = params.Student(**SPECS[arch], phases=phases, checkpoint_every=10)
     student = training.build(spec, Path(folder) / f"tiny-{'bert' if arch == 'classifier' else 'llama'}", SHORT, 0)
     history, watched = training.run_phases(
-        student, toy(22), spec, folder=Path(out), seed=3, validation=toy(6, 1), watch=toy(6, 2)
+        student, toy(22), spec, folder=Path(out), seed=3, validation=toy(6, 1), test=toy(6, 2)
     )
     models.save(student.model, student.tokenizer, Path(out) / "model")
     history.to_csv(Path(out) / "history.csv", index=False)

@@ -401,20 +401,20 @@ def run_phases(
     folder: Path,
     seed: int,
     validation: pd.DataFrame,
-    watch: pd.DataFrame,
+    test: pd.DataFrame,
     scores: dict[str, float] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train `student` in place through all phases of `spec`, continuing where an earlier, killed run stood.
 
-    frame: the rows of `rows.parquet`. validation: for early stopping. watch: rows (id, text, label) predicted before
-    the first phase and after each.
-    Returns the history (phase, step, epoch, loss, learning_rate, one column per loss term) and the watched
-    predictions (phase, id, label, prediction, probabilities).
+    frame: the rows of `rows.parquet`. validation: rows (id, text, label) for early stopping, predicted before the
+    first phase and after each but the last. test: predicted before the first phase.
+    Returns the history (phase, step, epoch, loss, learning_rate, one column per loss term) and these predictions
+    (phase, split, id, label, prediction, probabilities), phase 0 being the untrained student.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = student.task.names
     held_out = Rows(validation["text"].tolist(), np.array([names.index(label) for label in validation["label"]]))
-    histories, watched = [], []
+    histories, said = [], []
     for k in range(len(spec.phases) + 1):
         done = folder / f"phase-{k}"
         if not (done / "history.csv").exists():  # written last
@@ -433,16 +433,18 @@ def run_phases(
                     validation=held_out,
                 )
             _keep(student.model, done / "weights.safetensors")
-            predicted(student, watch).to_parquet(done / "watched.parquet")
+            asked = {"validation": validation, "test": test} if k == 0 else {"validation": validation}
+            answers(student, asked if k == 0 or k < len(spec.phases) else {}).to_parquet(done / "answers.parquet")
             with params.atomic(done / "history.csv") as path:
                 history.to_csv(path, index=False)
             shutil.rmtree(folder / f"checkpoints-{k}", ignore_errors=True)
         elif not (folder / f"phase-{k + 1}" / "history.csv").exists():
             _restore(student.model, done / "weights.safetensors")
         histories.append(pd.read_csv(done / "history.csv").assign(phase=k))
-        watched.append(pd.read_parquet(done / "watched.parquet").assign(phase=k))
+        said.append(pd.read_parquet(done / "answers.parquet").assign(phase=k))
     history = pd.concat([h for h in histories if len(h)] or histories, ignore_index=True)
-    return history[["phase", *history.columns.drop("phase")]], pd.concat(watched, ignore_index=True)
+    told = pd.concat([part for part in said if len(part)], ignore_index=True)
+    return history[["phase", *history.columns.drop("phase")]], told[["phase", *told.columns.drop("phase")]]
 
 
 def _keep(model: Any, path: Path) -> None:
@@ -472,6 +474,13 @@ def predicted(student: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
             "probabilities": list(probabilities),
         }
     )
+
+
+def answers(student: LabelModel, asked: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """What `student` says of the rows of every split in `asked`: split, id, label, prediction, probabilities."""
+    columns = ["split", "id", "label", "prediction", "probabilities"]
+    parts = [predicted(student, rows).assign(split=split) for split, rows in asked.items()]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
 def scores(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
