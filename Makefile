@@ -28,7 +28,7 @@ test: $(VENV)/.installed ## every check: style, clean notebooks, tests
 	@ruff check
 	@ruff format --check
 	@git ls-files -z 'notebooks/*.ipynb' | xargs -0 -r nbstripout --verify --keep-id --extra-keys metadata.language_info.version
-	@python -m pytest
+	@OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
 
 lab: $(VENV)/.installed ## open the notebooks in JupyterLab
 	@jupyter lab notebooks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -375,3 +376,12 @@ def test_main_tells_a_mistake_without_a_traceback(folder):
     assert done.stdout == ""
     assert done.stderr.startswith("error: params.yaml: seedz: unknown key; did you mean `seeds`?")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_whole_experiment(recipe, tmp_path):
+    """`cp recipes/<name>.yaml params.yaml` must leave a params.yaml that passes every check."""
+    shutil.copytree(ROOT / "tasks", tmp_path / "tasks")
+    shutil.copy(recipe, tmp_path / "params.yaml")
+    loaded = params.load(tmp_path / "params.yaml")
+    assert all((ROOT / source.source).exists() for source in loaded.data.values())
