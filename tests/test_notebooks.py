@@ -190,13 +190,22 @@ def test_paraphrases_are_kept_or_dropped_for_a_reason_and_signalled(ran):
 def test_a_student_leaves_its_model_predictions_history_and_scores(ran, student):
     folder = f"runs/{student}-0"
     predictions = read(ran, f"{folder}/predictions.parquet", "split id label prediction probabilities")
-    phases = read(ran, f"{folder}/phases.parquet", "id label prediction probabilities phase split")
+    phases = read(ran, f"{folder}/phases.parquet", "phase split id label prediction probabilities")
     sums_to_one(predictions)
-    test = pd.read_parquet(ran / "data/processed/finance/test.parquet")
-    for part in (predictions[predictions["split"] == "test"], *(part for _, part in phases.groupby("phase"))):
-        assert part["id"].tolist() == test["id"].tolist() and part["label"].tolist() == test["label"].tolist()
+    asked = {
+        split: pd.read_parquet(ran / f"data/processed/finance/{split}.parquet") for split in ("validation", "test")
+    }
+    for part in (predictions, *(part for _, part in phases.groupby("phase"))):
+        for split, rows in part.groupby("split"):
+            assert rows[["id", "label"]].to_numpy().tolist() == asked[split][["id", "label"]].to_numpy().tolist()
     spec = params.load(ran / "params.yaml").students[student]
-    assert sorted(set(phases["phase"])) == list(range(len(spec.phases) + 1))
+    last = len(spec.phases)
+    assert set(predictions["split"]) == {"validation", "test"}
+    # in between, nobody looks at test rows
+    assert set(zip(phases["phase"], phases["split"], strict=True)) == {
+        *((k, "validation") for k in range(last + 1)),
+        *((k, "test") for k in (0, last)),
+    }
     history = pd.read_csv(ran / folder / "history.csv")
     terms = list(dict.fromkeys(term for phase in spec.phases for term in phase.loss))
     assert history.columns.tolist() == ["phase", "step", "epoch", "loss", "learning_rate", *terms]
