@@ -384,13 +384,16 @@ def test_the_gold_answer_is_told_token_by_token_with_its_end(tiny_models):
     assert torch.allclose(out.logits, alone.logits, atol=1e-5)
 
 
-def test_texts_are_generated_the_same_whatever_the_batch(tiny_models):
+def test_texts_are_generated_the_same_whatever_the_batch(tiny_models, monkeypatch):
     student = label_model(tiny_models / "tiny-llama", "causal")
     for parameter in student.model.parameters():
         parameter.data.mul_(5)
-    prompts = [tasks.render(tasks.turns(TASK, text), student.tokenizer) for text in tiny.texts()[:6:2]]
+    prompts = [tasks.turns(TASK, text) for text in tiny.texts()[:6:2]]
     texts = student.generate(prompts, max_new_tokens=6)
     assert len(set(texts)) > 1
+    with monkeypatch.context() as patch:  # nothing shared: every prompt is read whole
+        patch.setattr(models, "takes_trees", lambda model: False)
+        assert texts == student.generate(prompts, max_new_tokens=6)
     assert texts == student.generate(prompts, max_new_tokens=6, batch_size=1)
     sampled = student.generate(prompts, max_new_tokens=6, temperature=1.0, seed=1)
     assert sampled == student.generate(prompts, max_new_tokens=6, temperature=1.0, seed=1) != texts

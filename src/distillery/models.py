@@ -8,6 +8,7 @@ nowhere else.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -664,32 +665,50 @@ class LabelModel:
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[str],
+        conversations: Sequence[list[dict[str, str]]],
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 32,
     ) -> list[str]:
-        """Continuations of rendered prompts, cut at the end token; greedy when `temperature` is 0."""
+        """What the model says next in each conversation (turns as in a chat); greedy when `temperature` is 0.
+
+        Whatever the style of its label prompt, a model with a chat template is talked to in it: it then knows when to
+        stop. Without one the answer ends at the first empty line. What all prompts begin with is read once.
+        """
         torch.manual_seed(seed)
         self.model.eval()
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        out = [""] * len(prompts)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        style = "chat" if self.tokenizer.chat_template else "plain"
+        prompts = [tasks.render(turns, self.tokenizer, style) for turns in conversations]
+        ids = [self.tokenizer(text, add_special_tokens=style == "plain")["input_ids"] for text in prompts]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        out = [""] * len(ids)
+        settings = {"max_new_tokens": max_new_tokens, "pad_token_id": self.tokenizer.pad_token_id}
+        settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        shared = common_prefix(ids) if ids and takes_trees(self.model) else 0
+        if shared:
+            prefix = torch.tensor([ids[0][:shared]], device=self.device)
+            read = self.model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = self.tokenizer(
-                [prompts[i] for i in rows],
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-                add_special_tokens=self.prompt == "plain",
-            ).to(self.device)
+            own = [ids[i][shared:] for i in rows]
+            width = max(map(len, own))
+            pad = [width - len(row) for row in own]  # between the shared tokens and the row's own
+            tokens = [
+                ids[i][:shared] + [settings["pad_token_id"]] * n + row for i, n, row in zip(rows, pad, own, strict=True)
+            ]
+            seen = [[1] * shared + [0] * n + [1] * len(row) for n, row in zip(pad, own, strict=True)]
+            if shared:
+                settings["past_key_values"] = copy.deepcopy(read)
+                settings["past_key_values"].batch_repeat_interleave(len(rows))
             made = self.model.generate(
-                **batch, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **sampling
+                input_ids=torch.tensor(tokens, device=self.device),
+                attention_mask=torch.tensor(seen, device=self.device),
+                **settings,
             )
-            texts = self.tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(made[:, shared + width :], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):
+                text = text.split(tasks.PLAIN_SEPARATOR)[0] if style == "plain" else text
                 out[i] = " ".join(text.split())
         return out

@@ -192,7 +192,7 @@ def rationales(
             ask = f"{says}\n\n{task.prompt.rationale.format(label=task.word(which))}"
             turns += [{"role": "user", "content": ask}]
             turns += [{"role": "assistant", "content": shot.rationale}] if shot else []
-        prompts.append(tasks.render(turns, teacher.tokenizer, teacher.prompt))
+        prompts.append(turns)
     return [
         first_sentence(answer)
         for answer in teacher.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -215,7 +215,7 @@ def paraphrases(
         for shot in [*(s for s in task.few_shot if s.paraphrase), None]:
             turns += [{"role": "user", "content": f"{task.prompt.paraphrase}\n\n{shot.text if shot else text}"}]
             turns += [{"role": "assistant", "content": shot.paraphrase}] if shot else []
-        prompts.append(tasks.render(turns, teacher.tokenizer, teacher.prompt))
+        prompts.append(turns)
     made = teacher.generate(
         prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size
     )
