@@ -141,6 +141,22 @@ def publish(running: Path, output: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def stderr_in(path: Path):
+    """Processes started in this block write their standard error to `path`: a kernel that is ended while it talks
+    would leave its transport's traceback on the console. What a cell prints reaches us by another way."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(path, "w") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def execute(notebook: Path, output: Path, values: dict[str, Any], failed: Path) -> None:
     """Run `notebook` (paths relative to the working folder) and move its executed copy to `output`.
 
@@ -152,21 +168,23 @@ def execute(notebook: Path, output: Path, values: dict[str, Any], failed: Path) 
     from papermill.exceptions import PapermillExecutionError
 
     running = Path(".cache/running") / output.name
+    remarks = running.with_suffix(".stderr")
     for folder in (running.parent, failed.parent, output.parent):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(running),
-            parameters=values,
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            start_timeout=180,
-            iopub_timeout=60,  # seconds that a busy machine may need to hand over a cell's last output
-            extra_arguments=["--log-level=50"],  # the kernel's own remarks, on its transport and on being ended
-        )
+        with stderr_in(remarks):
+            papermill.execute_notebook(
+                str(notebook),
+                str(running),
+                parameters=values,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                start_timeout=180,
+                iopub_timeout=60,  # seconds that a busy machine may need to hand over a cell's last output
+                extra_arguments=["--log-level=50"],  # the kernel's own remarks, on its transport and on being ended
+            )
         publish(running, output)
         failed.unlink(missing_ok=True)  # an earlier attempt's
     except PapermillExecutionError as error:
@@ -187,6 +205,7 @@ def execute(notebook: Path, output: Path, values: dict[str, Any], failed: Path) 
     finally:
         running.unlink(missing_ok=True)
         stop_children()
+        remarks.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
