@@ -212,6 +212,97 @@ def test_malformed_hub_names(tmp_path, name):
         data.load(source(name), tmp_path)
 
 
+# ------------------------------------------------------------------------------------------ options, no labels
+
+CHOICE = tasks.Task(kind="choice", labels={"1": "", "2": "", "3": ""})
+LETTERS = tasks.Task(kind="choice", labels={"A": "", "B": ""})
+
+
+def chosen(rows: list[dict], task: tasks.Task = CHOICE, **columns) -> pd.DataFrame:
+    raw = data.Raw("a.jsonl", "line", rows, list(range(1, len(rows) + 1)))
+    return data.tidy(raw, source("a.jsonl", columns=Columns(**columns)), task)[0]
+
+
+def test_options_are_shuffled_and_the_answer_moves_with_them():
+    rows = [{"text": text, "options": ["red", "blue", "green"], "label": 1} for text in texts(60)]
+    frame = chosen(rows)
+    for text, label in zip(frame["text"], frame["label"], strict=True):
+        lines = text.split("\n")
+        assert sorted(line[3:] for line in lines[1:]) == ["blue", "green", "red"]
+        assert lines[int(label)] == f"{label}) blue"
+    assert min(Counter(frame["label"]).values()) > 10  # the place of the right option tells nothing
+    pd.testing.assert_frame_equal(frame, chosen(rows))  # and is always the same
+
+
+def test_the_same_question_in_another_order_is_the_same_row():
+    rows = [
+        {"text": "which", "options": order, "label": order.index("b")} for order in (["a", "b", "c"], ["c", "b", "a"])
+    ]
+    assert len(chosen(rows)) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"q": "x", "options": ["no", "yes"], "label": 1}, {"text": "q"}),
+        ({"q": "x", "o1": "no", "o2": "yes", "label": "2"}, {"text": "q", "options": ["o1", "o2"], "first": 1}),
+        ({"q": "x", "options": ["A)no", "B) yes"], "label": "B"}, {"text": "q", "first": "A"}),
+        ({"s": "x", "t": "y", "options": ["no", "yes"], "label": 1}, {"text": ["s", "t"]}),
+    ],
+    ids=["a list and an index", "columns and numbers", "letters", "a text of two columns"],
+)
+def test_the_public_ways_to_write_a_choice(row, columns):
+    frame = chosen([row], **columns)
+    lines = frame["text"][0].split("\n")
+    assert lines[0] == "x" + (" y" if "s" in row else "")
+    assert lines[int(frame["label"][0])].endswith(") yes")
+    assert set(frame) == set(data.COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (
+            {"text": "x", "options": ["a", "b", "c"], "label": 0},
+            "a.jsonl, line 1: `options` holds 3 options; allowed: 2 to 2",
+        ),
+        ({"text": "x", "options": ["a"], "label": 0}, "a.jsonl, line 1: `options` holds 1 options; allowed: 2 to 2"),
+        ({"text": "x", "options": "ab", "label": 0}, "a.jsonl, line 1: `options` must be a list of texts"),
+        ({"text": "x", "options": ["a", ""], "label": 0}, "a.jsonl, line 1: `options` must be a list of texts"),
+        ({"text": "x", "options": ["a", "b"], "label": 2}, "a.jsonl, line 1: unknown answer '2'; allowed: 0, 1"),
+        ({"text": "x", "options": ["a", "b"], "label": None}, "a.jsonl, line 1: `label` is empty; allowed: 0, 1"),
+        ({"text": "x", "label": 0}, "a.jsonl: no column `options` for the options; there are: `text`, `label`"),
+    ],
+)
+def test_options_that_do_not_fit_are_told_in_one_line(row, line):
+    with pytest.raises(UserError) as caught:
+        chosen([row], LETTERS)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_with_fewer_options_are_split_by_the_labels_they_have(tmp_path):
+    rows = [{"text": text, "options": ["no", "yes"], "label": i % 2} for i, text in enumerate(texts(40))]
+    prepared = prepare(tmp_path, rows, CHOICE)
+    assert set(prepared.rows["label"]) == {"1", "2"}
+    assert prepared.audit["splits"]["train"]["labels"]["3"] == 0
+    data.write(prepared, tmp_path / "out")
+
+
+def test_rows_without_labels_are_all_pool(tmp_path):
+    rows = [{"text": text, "label": "up"} for text in texts(8)]
+    prepared = prepare(tmp_path, rows, split=None, columns=Columns(label=None))
+    data.write(prepared, tmp_path / "out")
+    assert {part: len(data.read(tmp_path / "out", part)) for part in SPLITS} == {
+        "train": 0,
+        "pool": 8,
+        "validation": 0,
+        "test": 0,
+    }
+    assert data.read(tmp_path / "out", "pool_labels")["label"].isna().all()
+    assert "label" not in data.read(tmp_path / "out", "pool")
+
+
 # ------------------------------------------------------------------------------------------------ cleaning
 
 

@@ -6,11 +6,9 @@ import hashlib
 import json
 import resource
 import socket
-import threading
 import zipfile
 from contextlib import contextmanager
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -357,6 +355,18 @@ def test_a_long_text_loses_its_end_and_never_the_prompt(tiny_models):
     assert ids[-1] == encoder.tokenizer.sep_token_id
 
 
+@pytest.mark.parametrize(("kind", "arch"), [("llama", "causal"), ("bert", "classifier")])
+def test_an_option_that_a_row_lacks_has_no_probability(tiny_models, kind, arch):
+    task = tasks.Task(kind="choice", labels={"A": "", "B": "", "C": ""})
+    folder = tiny_models / f"tiny-{kind}"
+    model = models.load(folder, arch, labels=task.names)
+    scorer = models.LabelModel(model, models.load_tokenizer(folder), task, arch)
+    rows = [tasks.with_options(task, "Profit", options) for options in (["up", "down"], ["up", "down", "flat"])]
+    two, three = scorer.predict(rows)
+    assert two[2] == 0 and three.min() > 0
+    assert two.sum() == pytest.approx(1) and three.sum() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("kind, arch", [("tiny-llama", "causal"), ("tiny-bert", "classifier")])
 def test_predictions_hang_neither_on_the_batch_nor_on_the_order(tiny_models, kind, arch):
     student = label_model(tiny_models / kind, arch)
@@ -522,77 +532,11 @@ def test_a_disk_that_fills_while_fetching_is_told_in_one_line(wheels, tmp_path):
 COMMIT = "a" * 40
 
 
-@pytest.fixture
-def hub(tiny_models, monkeypatch):
-    """A model hub on this machine with `me/pickled`, and `me/good` that has pickled weights beside the others."""
-    from huggingface_hub import constants
-
-    good = {path.name: path.read_bytes() for path in (tiny_models / "tiny-bert").iterdir()}
-    pickled = {name: content for name, content in good.items() if not name.endswith(".safetensors")}
-    pickled["pytorch_model.bin"] = b"pickle"
-    repos = {"me/good": good | {"pytorch_model.bin": b"pickle", "code.py": b"raise SystemExit"}, "me/pickled": pickled}
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self):
-            path, headers = self.path.partition("?")[0], {}
-            parts = path.removeprefix("/api/models/").strip("/").split("/")
-            files = repos.get("/".join(parts[:2]))
-            if files is None:
-                body = json.dumps({"error": "Repository not found"}).encode()
-                headers["X-Error-Code"] = "RepoNotFound"
-            elif path.startswith("/api/models/") and "tree" in parts:
-                body = json.dumps(
-                    [{"type": "file", "path": f, "size": len(c), "oid": "0" * 40} for f, c in files.items()]
-                ).encode()
-            elif path.startswith("/api/models/"):
-                body = json.dumps(
-                    {"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
-                ).encode()
-            else:
-                body = files[parts[-1]]
-                headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            self.send_response(200 if files is not None else 404)
-            for key, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    point_at(monkeypatch, constants, f"http://127.0.0.1:{server.server_port}")
-    yield
-    server.shutdown()
-    server.server_close()
-
-
 def point_at(monkeypatch, constants, url: str) -> None:
     """What HF_ENDPOINT and HF_HUB_OFFLINE set when the client is imported."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-
-
-def test_the_hub_gives_safetensors_and_no_code(hub, tmp_path):
-    folder = models.fetch("tiny", params.Model(hub="me/good", revision=COMMIT), tmp_path)
-    names = {path.name for path in folder.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert not names & {"pytorch_model.bin", "code.py", ".cache"}
-
-
-def test_what_the_hub_cannot_give_is_told_in_one_line(hub, tmp_path):
-    with pytest.raises(UserError) as caught:
-        models.fetch("tiny", params.Model(hub="me/pickled", revision=COMMIT), tmp_path)
-    assert str(caught.value) == "params.yaml: models.tiny: no safetensors weights; pickled weights are not loaded"
-    with pytest.raises(UserError, match=r"^params.yaml: models.tiny.hub: cannot fetch me/none@") as caught:
-        models.fetch("tiny", params.Model(hub="me/none", revision=COMMIT), tmp_path)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_hub_out_of_reach_is_told_in_one_line(monkeypatch, tmp_path):

@@ -119,6 +119,14 @@ MISTAKES = [
     ("data.news.columns", {"txt": "x"}, "data.news.columns.txt: unknown key; did you mean `text`? allowed: text"),
     ("data.news.split.train", "0.2", "data.news.split.train: must be a number, not '0.2'"),
     ("data.news.split.train", 0.5, "data.news.split: train + pool + validation + test must add up to 1, not 1.3"),
+    (
+        "data.news.split",
+        None,
+        "data.news: needs exactly one of `split` (shares) or `hub_splits` (the hub's own splits)",
+    ),
+    ("data.news.hub_splits", {"validation": "v", "test": "t"}, "data.news: needs exactly one of `split` (shares) or"),
+    ("data.news.columns", {"label": None}, "data.news: rows without label are all pool; take `split` and"),
+    ("data.news.columns", {"first": 2}, "data.news.columns.first: must be 0, 1 or 'A', not 2"),
     ("data.news.split.test", 0, "data.news.split.test: must be greater than 0, not 0"),
     ("data.news.limit", 0, "data.news.limit: must be greater than 0, not 0"),
     ("data.news.near_duplicate", 85, "data.news.near_duplicate: must be less than or equal to 1, not 85"),
@@ -129,8 +137,8 @@ MISTAKES = [
     ("models.llm.wheel", ["a==1", "b"], "models.llm.wheel.1: must be name==version, not 'b'"),
     ("models.llm.wheel", ["a==1"], "models.llm.wheel: needs at least 2"),
     ("models.llm.wheel", ["a==1", "b==1"], "models.llm: 2 `wheel` need as many `sha256`, in the same order; not 1"),
-    ("models.encoder", {}, "models.encoder: needs exactly one of `wheel`, `hub` or `folder`"),
-    ("models.encoder.hub", "a/b", "models.encoder: needs exactly one of `wheel`, `hub` or `folder`"),
+    ("models.encoder", {}, "models.encoder: needs exactly one of `wheel`, `hub`, `folder` or `built`"),
+    ("models.encoder.hub", "a/b", "models.encoder: needs exactly one of `wheel`, `hub`, `folder` or `built`"),
     ("models.encoder", {"hub": "a/b"}, "models.encoder: a `hub` model needs a pinned `revision`"),
     # teachers
     ("teachers.llm.model", "lm", "teachers.llm.model: unknown model `lm`; known: llm, encoder"),
@@ -270,7 +278,14 @@ def test_missing_file_and_folder_in_its_place(folder):
 )
 def test_any_value_anywhere_is_accepted_or_told(value):
     """A wrong value never ends in another error than UserError, and never in several lines."""
-    for key in ("seeds", "data", "data.news.split", "models.llm", "teachers.llm.finetune", "students.kd.phases.0.loss"):
+    for key in (
+        "seeds",
+        "data",
+        "data.news.columns",
+        "models.llm",
+        "teachers.llm.finetune",
+        "students.kd.phases.0.loss",
+    ):
         try:
             params.validate(params.Params, changed(key, value), "params.yaml")
         except UserError as error:
@@ -387,4 +402,4 @@ def test_every_recipe_is_a_whole_experiment(recipe, tmp_path):
     shutil.copytree(ROOT / "tasks", tmp_path / "tasks")
     shutil.copy(recipe, tmp_path / "params.yaml")
     loaded = params.load(tmp_path / "params.yaml")
-    assert all((ROOT / source.source).exists() for source in loaded.data.values())
+    assert all((ROOT / s.source).exists() for s in loaded.data.values() if not s.source.startswith("hub:"))

@@ -101,11 +101,30 @@ def test_the_task_in_the_repository():
     assert "{" not in tasks.question(task, "Sales rose.")
 
 
+@pytest.mark.parametrize("path", sorted((tiny.ROOT / "tasks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_task_in_the_repository_can_be_read_and_asked(path):
+    task = tasks.load(path.stem, path.parent)
+    assert "{" not in tasks.question(task, "Sales rose.")
+    for shot in task.few_shot:
+        assert task.names.index(shot.label) < tasks.possible(task, shot.text)
+
+
+def test_a_row_with_fewer_options_has_fewer_labels():
+    task = tasks.Task(kind="choice", labels={"A": "", "B": "", "C": ""}, verbalizer={"A": "a"})
+    text = tasks.with_options(task, "which?", ["this", "that"])
+    assert text == "which?\na) this\nB) that"
+    assert tasks.possible(task, text) == 2
+    assert tasks.possible(task, "which?") == 3
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [
         ("", "(the whole file): must be a section of keys and values, not None"),
-        ("kind: clasification\nlabels: {a: x, b: y}", "kind: must be 'classification', not 'clasification'"),
+        (
+            "kind: clasification\nlabels: {a: x, b: y}",
+            "kind: must be 'classification' or 'choice', not 'clasification'",
+        ),
         ("kind: classification", "labels: missing"),
         ("kind: classification\nlabels: {a: one}", "labels: needs at least 2"),
         ("kind: classification\nlabels: [a, b]", "labels: must be a section of keys and values"),

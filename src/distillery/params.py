@@ -74,11 +74,26 @@ class Split(Section):
         return self
 
 
-class Columns(Section):
-    """Which column of the file holds what."""
+class HubSplits(Section):
+    """Which of a hub data set's own splits plays which part, in the hub's words (`train[:90%]`)."""
 
-    text: str = "text"
-    label: str = "label"
+    train: str | None = None
+    pool: str | None = None
+    validation: str
+    test: str
+
+
+class Columns(Section):
+    """Which column of the file holds what.
+
+    text: several columns are joined by a space.  label: null says that the rows have none, and are all pool.
+    options: of a `choice` task, a column with a list or one column an option.  first: what its `label` calls the first.
+    """
+
+    text: str | Annotated[list[str], Field(min_length=1)] = "text"
+    label: str | None = "label"
+    options: str | Annotated[list[str], Field(min_length=2)] = "options"
+    first: Literal[0, 1, "A"] = 0
     id: str = "id"
     group: str = "group"
     rationale: str = "rationale"
@@ -89,16 +104,50 @@ class Source(Section):
 
     source: str
     task: Name
-    split: Split
+    split: Split | None = None
+    hub_splits: HubSplits | None = None
     columns: Columns = Columns()
+    hub_config: str | None = None
     hub_split: str = "train"
     seed: int = 0
     limit: Annotated[int, Field(gt=0)] | None = None
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.85
 
+    @model_validator(mode="after")
+    def _one_way_to_split(self):
+        if self.columns.label is None:
+            if self.split or self.hub_splits:
+                raise ValueError("rows without label are all pool; take `split` and `hub_splits` away")
+        elif (self.split is None) == (self.hub_splits is None):
+            raise ValueError("needs exactly one of `split` (shares) or `hub_splits` (the hub's own splits)")
+        if self.hub_splits and not self.source.startswith("hub:"):
+            raise ValueError("`hub_splits` is for a source hub:owner/name; a file needs `split`")
+        return self
+
+    def holds(self, split: str) -> bool:
+        """Whether any row goes to `split`."""
+        if self.columns.label is None:
+            return split == "pool"
+        return bool(getattr(self.split or self.hub_splits, split))
+
+
+class Built(Section):
+    """A small model of this architecture with random weights, to try an experiment without the real one.
+
+    words: files whose words its tokenizer knows.
+    """
+
+    type: Literal["t5", "gpt2", "llama", "bert", "albert"]
+    words: Annotated[list[str], Field(min_length=1)]
+    hidden: Annotated[int, Field(ge=8, multiple_of=8)] = 64
+    layers: Annotated[int, Field(gt=0)] = 4
+    heads: Annotated[int, Field(gt=0)] = 4
+    seed: int = 0
+
 
 class Model(Section):
-    """Where a model comes from: exactly one of `wheel` (pinned, with `sha256`), `hub` (with `revision`), `folder`.
+    """Where a model comes from: exactly one of `wheel` (pinned, with `sha256`), `hub` (with `revision`), `folder`,
+    `built`.
 
     Lists of `wheel` and `sha256`: wheels that each hold a part of one zip archive, too large for a single one.
     """
@@ -109,6 +158,7 @@ class Model(Section):
     hub: str | None = None
     revision: str | None = None
     folder: str | None = None
+    built: Built | None = None
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -119,8 +169,8 @@ class Model(Section):
             wheels, digests = ([v] if isinstance(v, str) else v for v in (self.wheel, self.sha256))
             if len(wheels) != len(digests):
                 raise ValueError(f"{len(wheels)} `wheel` need as many `sha256`, in the same order; not {len(digests)}")
-        elif (self.hub is None) == (self.folder is None):
-            raise ValueError("needs exactly one of `wheel`, `hub` or `folder`")
+        elif sum(origin is not None for origin in (self.hub, self.folder, self.built)) != 1:
+            raise ValueError("needs exactly one of `wheel`, `hub`, `folder` or `built`")
         elif self.hub and not self.revision:
             raise ValueError("a `hub` model needs a pinned `revision` (a commit hash or a tag)")
         return self
@@ -265,6 +315,25 @@ class Evaluate(Section):
     seed: int = 0
 
 
+class Published(Section):
+    """Figures of a published system, for one student or teacher as it is called here."""
+
+    model: str
+    scores: Annotated[dict[str, float], Field(min_length=1)]
+    note: str = ""
+
+
+class Recipe(Section):
+    """What a recipe reproduces. guesses: where the source is silent or contradicts itself.  differences: what is not
+    as in the source."""
+
+    source: str
+    published: list[Published] = []
+    guesses: list[str] = []
+    differences: list[str] = []
+    needs: str = ""  # hardware and time to expect
+
+
 class Params(Section):
     seeds: Annotated[list[int], Field(min_length=1)]
     data: Annotated[dict[Name, Source], Field(min_length=1)]
@@ -273,6 +342,8 @@ class Params(Section):
     augment: Augment
     students: Annotated[dict[Name, Student], Field(min_length=1)]
     evaluate: Evaluate
+    recipe: Recipe | None = None
+    scale: dict[Name, dict[str, Any]] = {}  # overlays, see `python -m distillery.recipe`
 
     def tested_on(self, student: str) -> str:
         """The source `student` is scored on: the last that it learns from (without phases: the headline's)."""
@@ -432,7 +503,7 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
         known(key, source, params.data, "source")
         if split not in splits:
             raise UserError(f"{file}: {key}: `{where}` must be `source/split` with split one of {', '.join(splits)}")
-        if split in SPLITS and not getattr(params.data[source].split, split):
+        if split in SPLITS and not params.data[source].holds(split):
             raise UserError(f"{file}: {key}: `{where}` is empty: data.{source}.split.{split} is 0")
         return source
 

@@ -4,6 +4,7 @@
                                saving it changes nothing here
 ``build/sources/<name>.json``  what a source's file holds, wherever the file lies
 ``build/models/<name>.json``   what a model's local folder holds
+``build/recipe.json``          the published figures to be shown beside this run's, if params.yaml is a recipe
 
 It runs at every `dvc repro` and takes a second; the stages behind it look at what it wrote.
 """
@@ -67,8 +68,13 @@ def main() -> None:
     """Check params.yaml and the task files it names, then write `build/`. Raises UserError."""
     root = params.root()
     experiment = params.load()
-    for task in {source.task for source in experiment.data.values()}:
-        tasks.load(task)
+    kinds = {task: tasks.load(task).kind for task in sorted({source.task for source in experiment.data.values()})}
+    augmented = experiment.augment.source
+    if experiment.augment.per_row and kinds[experiment.data[augmented].task] != "classification":
+        raise UserError(
+            f"params.yaml: augment.source: `{augmented}` is no classification: rewritten, a question would be "
+            "another one; set `per_row: 0`"
+        )
     build = root / "build"
     for name in ("notebooks", "sources", "models"):
         shutil.rmtree(build / name, ignore_errors=True)
@@ -88,6 +94,7 @@ def main() -> None:
         # a missing folder is told of by the stage that needs it: an experiment may name models that it does not use
         local = root / model.folder if model.folder and not model.wheel else None
         write_json(build / "models" / f"{name}.json", {"sha256": digest(local)} if local else {"pinned": "params.yaml"})
+    write_json(build / "recipe.json", experiment.recipe.model_dump() if experiment.recipe else {})
 
 
 if __name__ == "__main__":

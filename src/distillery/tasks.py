@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -43,9 +44,12 @@ class Shot(Section):
 
 
 class Task(Section):
-    """A task file. `labels` maps each label to its meaning; their order is the order of probability vectors."""
+    """A task file. `labels` maps each label to its meaning; their order is the order of probability vectors.
 
-    kind: Literal["classification"]
+    kind: `classification`; or `choice`, where the n-th label stands for the n-th option that a row's text ends with.
+    """
+
+    kind: Literal["classification", "choice"]
     labels: Annotated[dict[Word, str], Field(min_length=2)]
     prompt: Prompt = Prompt()
     verbalizer: dict[str, Word] = {}
@@ -75,6 +79,18 @@ def load(name: str, folder: Path | None = None) -> Task:
     """The task `tasks/<name>.yaml`. Raises UserError naming the file and the key."""
     path = (folder or root() / "tasks") / f"{name}.yaml"
     return validate(Task, read_yaml(path), f"tasks/{name}.yaml")
+
+
+def with_options(task: Task, text: str, options: Sequence[str]) -> str:
+    """`text` (one line) with one more line for each of `options`, after the word of its label."""
+    lines = [f"{task.word(label)}) {option}" for label, option in zip(task.names, options, strict=False)]
+    return "\n".join([text, *lines])
+
+
+def possible(task: Task, text: str) -> int:
+    """How many of the task's labels, from the first, can be right for `text`: a row may have fewer options."""
+    options = text.count("\n") if task.kind == "choice" else 0
+    return options or len(task.names)
 
 
 def question(task: Task, text: str) -> str:

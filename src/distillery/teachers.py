@@ -154,9 +154,13 @@ def cross_fit(
 
 
 def evaluate(rows: pd.DataFrame, said: pd.DataFrame, names: Sequence[str]) -> dict[str, dict]:
-    """Scores of the signals `said` against the gold labels of `rows`, per split."""
+    """Scores of the signals `said` against the gold labels of `rows` that have one, per split."""
     keys = ["source", "split", "id"]
-    both = rows[[*keys, "label"]].merge(said[[*keys, "label", "probabilities"]].rename(columns={"label": "prediction"}))
+    both = (
+        rows[[*keys, "label"]]
+        .dropna(subset="label")
+        .merge(said[[*keys, "label", "probabilities"]].rename(columns={"label": "prediction"}))
+    )
     return {split: training.scores(part, names) for split, part in both.groupby("split", sort=False)}
 
 
