@@ -13,7 +13,7 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lab report lock clean git
+.PHONY: help repro recipe test lab report lock clean git
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(VENV)/.installed ## every check: style, clean notebooks, tests
 	@ruff format --check
 	@git ls-files -z 'notebooks/*.ipynb' | xargs -0 -r nbstripout --verify --keep-id --extra-keys metadata.language_info.version
 	@OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
+
+recipe: $(VENV)/.installed ## run a published system in a folder of its own: make recipe NAME=pkd-albert [SCALE=small]
+	@python -m distillery.recipe $(if $(NAME),'$(NAME)',$(error name a recipe: make recipe NAME=pkd-albert)) $(if $(SCALE),--scale '$(SCALE)')
 
 lab: $(VENV)/.installed ## open the notebooks in JupyterLab
 	@jupyter lab notebooks

@@ -1,0 +1,160 @@
+"""A published system run as a recipe: ``python -m distillery.recipe pkd-albert --scale small``.
+
+A recipe runs in a folder of its own, `.cache/recipes/<name>` (or `<name>-<scale>`): a copy of the code, notebooks,
+tasks and corpora as they are now, with the recipe as its params.yaml and with its own DVC cache. So the experiment in
+force and what it wrote stay as they are, and recipes may run side by side. Fetched models are shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from distillery import params
+from distillery.params import Params, UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COPIED = ("dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", "notebooks", "src", "tasks")
+TABLE = "reports/plots/published.csv"
+
+
+def merged(base: Any, over: Any) -> Any:
+    """`base` with what `over` says instead: sections key by key, null takes a key away, a list is replaced as a whole
+    unless `over` is a section whose keys are positions in it."""
+    if isinstance(over, dict) and isinstance(base, dict):
+        out = {key: value for key, value in base.items() if over.get(key, value) is not None or key not in over}
+        return out | {key: merged(base.get(key), value) for key, value in over.items() if value is not None}
+    if isinstance(over, dict) and isinstance(base, list) and over and all(isinstance(key, int) for key in over):
+        return [merged(item, over[i]) if i in over else item for i, item in enumerate(base)]
+    return over
+
+
+def experiment(root: Path, name: str, scale: str | None = None) -> dict[str, Any]:
+    """The content of `recipes/<name>.yaml`, with its overlay `scale` laid over it.
+
+    Raises UserError naming the recipes or scales there are.
+    """
+    path = root / "recipes" / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise UserError(f"recipes/{name}.yaml: no such recipe; there are: {known or 'none'}")
+    raw = params.read_yaml(path)
+    scales = raw.pop("scale", None) or {}
+    if scale is None:
+        return raw
+    if scale not in scales:
+        raise UserError(f"recipes/{name}.yaml: no scale `{scale}`; there are: {', '.join(scales) or 'none'}")
+    return merged(raw, scales[scale])
+
+
+def prepare(root: Path, name: str, scale: str | None = None) -> Path:
+    """The recipe's own folder, brought up to date; what it wrote before stays. Raises UserError."""
+    folder = root / ".cache" / "recipes" / (f"{name}-{scale}" if scale else name)
+    return prepare_into(root, experiment(root, name, scale), folder, name)
+
+
+def prepare_into(root: Path, raw: dict[str, Any], folder: Path, name: str) -> Path:
+    """`folder` with all that the experiment `raw` needs. Raises UserError naming the recipe and the key."""
+    for part in (*COPIED, *_corpora(raw)):
+        source, target = root / part, folder / part
+        if source.is_dir():
+            wanted = {p.relative_to(source) for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+            for old in [p for p in target.rglob("*") if p.is_file() and p.relative_to(target) not in wanted]:
+                old.unlink()
+            for file in wanted:
+                _copy(source / file, target / file)
+        elif source.exists():
+            _copy(source, target)
+    # no git in there: DVC works without, and the repository's own history is not concerned
+    (folder / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
+    models = folder / ".cache" / "models"
+    if not models.exists():
+        models.parent.mkdir(exist_ok=True)
+        (root / ".cache" / "models").mkdir(parents=True, exist_ok=True)
+        models.symlink_to(root / ".cache" / "models")
+    with params.atomic(folder / "params.yaml") as path, path.open("w", encoding="utf-8") as file:
+        YAML(typ="safe", pure=True).dump(raw, file)
+    try:
+        params.load(folder / "params.yaml")
+    except UserError as mistake:
+        raise UserError(str(mistake).replace("params.yaml", f"recipes/{name}.yaml", 1)) from None
+    return folder
+
+
+def _corpora(raw: dict[str, Any]) -> list[str]:
+    """The files in the repository that the recipe reads."""
+    named = [source.get("source", "") for source in raw.get("data", {}).values() if isinstance(source, dict)]
+    named += [file for model in raw.get("models", {}).values() for file in (model.get("built") or {}).get("words", [])]
+    return [file for file in dict.fromkeys(named) if not file.startswith("hub:") and not Path(file).is_absolute()]
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Only what differs, so that a file's time says when it changed."""
+    if not target.exists() or target.read_bytes() != source.read_bytes():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def published(P: Params, board: pd.DataFrame) -> pd.DataFrame:
+    """The source's figures beside this run's: model, score, published, this run, low, high (its interval), note.
+
+    board: a row a model, as :func:`distillery.report.leaderboard` makes it. What the board has no score for is empty.
+    """
+    import pandas as pd
+
+    rows = []
+    found = board.set_index("model")
+    for claim in P.recipe.published if P.recipe else []:
+        for score, value in claim.scores.items():
+            row = {"model": claim.model, "score": score, "published": value, "note": claim.note}
+            for column, name in {"this run": score, "low": f"{score}_low", "high": f"{score}_high"}.items():
+                known = claim.model in found.index and name in found
+                row[column] = found.loc[claim.model, name] if known else None
+            rows.append(row)
+    return pd.DataFrame(rows, columns=["model", "score", "published", "this run", "low", "high", "note"])
+
+
+def run(folder: Path) -> int:
+    """`dvc repro` in the recipe's folder, on this Python; its exit status."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    environment.pop("DVC_STAGE", None)
+    return subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=folder, env=environment).returncode
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line, prepare the folder, run, and show the source's table. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="python -m distillery.recipe", description=__doc__.partition("\n")[0])
+    parser.add_argument("name", help="a file of recipes/ without folder and ending")
+    parser.add_argument("--scale", help="an overlay of the recipe: small stand-ins for its models and data")
+    asked = parser.parse_args(arguments)
+
+    root = params.root()
+    folder, started = prepare(root, asked.name, asked.scale), time.perf_counter()
+    print(f"{asked.name}: runs in {folder.relative_to(root)}; params.yaml and its results stay as they are", flush=True)
+    if status := run(folder):
+        sys.exit(status)
+    print(f"{asked.name}: {time.perf_counter() - started:.0f} s; {folder.relative_to(root)}/reports/index.html")
+    if (folder / TABLE).exists():
+        import pandas as pd
+
+        print(pd.read_csv(folder / TABLE).fillna("").to_string(index=False, float_format="{:.4f}".format))
+    recipe = params.load(folder / "params.yaml").recipe
+    for line in recipe.differences if recipe else []:
+        print(f"differs from the source: {line}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}")

@@ -1,0 +1,134 @@
+"""Recipes: overlays, folders of their own, the published figures beside a run's, and stand-ins built from a config."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+import tiny
+from distillery import params, recipe
+
+RECIPES = sorted(path.stem for path in (tiny.ROOT / "recipes").glob("*.yaml"))
+
+
+def test_an_overlay_changes_keys_items_and_takes_away():
+    base = {"a": {"b": 1, "c": [{"d": 1, "e": 2}, {"d": 3}], "f": [1, 2]}, "g": 4}
+    over = {"a": {"b": None, "c": {0: {"d": 9}}, "f": [5]}, "h": {"i": 6}}
+    assert recipe.merged(base, over) == {
+        "a": {"c": [{"d": 9, "e": 2}, {"d": 3}], "f": [5]},
+        "g": 4,
+        "h": {"i": 6},
+    }
+    assert base["a"]["b"] == 1
+
+
+def test_figures_of_the_source_beside_the_runs():
+    said = {
+        "source": "a paper",
+        "published": [
+            {"model": "kd", "scores": {"accuracy": 0.9, "macro_f1": 0.8}, "note": "one seed"},
+            {"model": "gone", "scores": {"accuracy": 0.7}},
+        ],
+    }
+    P = params.load(tiny.ROOT / "params.yaml").model_copy(update={"recipe": params.Recipe.model_validate(said)})
+    board = pd.DataFrame({"model": ["kd"], "accuracy": [0.5], "accuracy_low": [0.4], "accuracy_high": [0.6]})
+    table = recipe.published(P, board)
+    assert table["published"].tolist() == [0.9, 0.8, 0.7]
+    assert table.loc[0, ["this run", "low", "high"]].tolist() == [0.5, 0.4, 0.6]
+    assert table.loc[1:, "this run"].isna().all()  # no score is made up
+    assert recipe.published(params.load(tiny.ROOT / "params.yaml"), board).empty
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """The tiny experiment with one recipe in it: itself with another seed, and a smaller overlay."""
+    repo = tiny.experiment(tmp_path / "repo")
+    (repo / "recipes").mkdir()
+    text = (repo / "params.yaml").read_text().replace("seeds: [0]", "seeds: [7]")
+    small = "scale: {small: {seeds: [8], students: {tiny-kd: {phases: {1: {steps: 1}}}}}}\n"
+    (repo / "recipes" / "other.yaml").write_text(text + small)
+    return repo
+
+
+def test_a_recipe_has_a_folder_of_its_own(repository):
+    before = subprocess.run(["git", "status", "--porcelain"], cwd=repository, capture_output=True, text=True).stdout
+    whole, small = recipe.prepare(repository, "other"), recipe.prepare(repository, "other", "small")
+    assert whole != small
+    assert params.load(whole / "params.yaml").seeds == [7]
+    loaded = params.load(small / "params.yaml")
+    assert (loaded.seeds, loaded.students["tiny-kd"].phases[1].steps) == ([8], 1)
+    assert params.root(small / "notebooks") == small  # what runs there finds its own params.yaml
+    assert params.load(repository / "params.yaml").seeds == [0]
+    assert (
+        before
+        == subprocess.run(["git", "status", "--porcelain"], cwd=repository, capture_output=True, text=True).stdout
+    )
+    (small / "runs").mkdir()
+    kept = (small / "src/distillery/params.py").stat().st_mtime_ns
+    (repository / "notebooks" / "01_data.ipynb").unlink()
+    assert recipe.prepare(repository, "other", "small") == small
+    assert (small / "runs").exists()  # what it wrote stays
+    assert not (small / "notebooks" / "01_data.ipynb").exists()
+    assert (small / "src/distillery/params.py").stat().st_mtime_ns == kept
+
+
+def test_a_recipe_runs_there_with_dvc(repository):
+    """The first stage is enough to see that DVC works without git and writes to that folder alone."""
+    folder = recipe.prepare(repository, "other", "small")
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "strip"], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "build/notebooks/01_data.ipynb").exists()
+    assert not (repository / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["none"], "error: recipes/none.yaml: no such recipe; there are: other"),
+        (["other", "--scale", "tiny"], "error: recipes/other.yaml: no scale `tiny`; there are: small"),
+    ],
+)
+def test_what_there_is_not_is_told_in_one_line(repository, arguments, line):
+    command = [sys.executable, "-m", "distillery.recipe", *arguments]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, line + "\n")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_whole_experiment_at_every_scale(name, tmp_path):
+    raw = params.read_yaml(tiny.ROOT / "recipes" / f"{name}.yaml")
+    for scale in [None, *(raw.get("scale") or {})]:
+        folder = recipe.prepare_into(tiny.ROOT, recipe.experiment(tiny.ROOT, name, scale), tmp_path / str(scale), name)
+        loaded = params.load(folder / "params.yaml")
+        models = {claim.model for claim in loaded.recipe.published} if loaded.recipe else set()
+        assert models <= {*loaded.students, *loaded.teachers, *(f"{s}, untrained" for s in loaded.students)}
+    if "scale" in raw:  # a published system: where it is from, what it needs, and what small means
+        assert loaded.recipe.source and loaded.recipe.needs and loaded.recipe.differences
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch"), [("t5", "seq2seq"), ("gpt2", "causal"), ("llama", "causal"), ("bert", ""), ("albert", "")]
+)
+def test_a_stand_in_is_built_from_its_config(kind, arch, tmp_path):
+    from transformers import AutoModel
+
+    from distillery import models
+
+    spec = params.Model(built={"type": kind, "words": ["data/corpora/math.jsonl", "tasks/math.yaml"], "layers": 2})
+    folder = models.fetch("tiny", spec, tmp_path)
+    tokenizer = models.load_tokenizer(folder)
+    ids = tokenizer("How many minutes do they take?")["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert json.loads((folder / "config.json").read_text())["model_type"] == kind
+    model = AutoModel.from_pretrained(folder)
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert models.fetch("tiny", spec, tmp_path) == folder
+    assert models.fetch("tiny", spec, tmp_path / "again").name == folder.name
+    weights = [(path / "model.safetensors").read_bytes() for path in (folder, tmp_path / "again" / folder.name)]
+    assert weights[0] == weights[1]
