@@ -61,7 +61,7 @@ def fetch(name: str, spec: params.Model, cache: Path | None = None) -> Path:
             raise UserError(f"params.yaml: models.{name}.folder: {spec.folder} holds no config.json")
         return folder
     cache = cache or params.root() / ".cache" / "models"
-    decides = json.dumps(spec.model_dump(), sort_keys=True).encode()
+    decides = json.dumps(spec.model_dump(exclude=None if spec.built else {"built"}), sort_keys=True).encode()
     if spec.built:
         decides += b"".join(_words(name, file).read_bytes() for file in spec.built.words)
     key = hashlib.sha256(decides).hexdigest()[:12]
