@@ -303,6 +303,40 @@ def test_rows_without_labels_are_all_pool(tmp_path):
     assert "label" not in data.read(tmp_path / "out", "pool")
 
 
+QA = tasks.Task(kind="qa")
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("ohm", "ohm"),
+        (["ohm", " ohms", "ohm"], "ohm | ohms"),
+        ({"value": "ohm", "aliases": ["ohm", "a | b"], "type": "x"}, "ohm | a / b"),
+        (7, "7"),
+    ],
+)
+def test_accepted_answers_in_the_public_ways(label, expected):
+    frame = chosen([{"text": "which unit?", "label": label}], QA)
+    assert frame["answers"].tolist() == [expected]
+    assert frame["label"].tolist() == ["right"]
+    assert tasks.accepted(expected)[0] == str(label["value"] if isinstance(label, dict) else expected.split(" | ")[0])
+
+
+@pytest.mark.parametrize("label", [None, [], [None], ["a", ""], {"aliases": []}, 1.5])
+def test_a_question_without_an_answer_is_told_in_one_line(label):
+    with pytest.raises(UserError, match=r"^a.jsonl, line 1: `label` must be an answer or a list of accepted answers"):
+        chosen([{"text": "which unit?", "label": label}], QA)
+
+
+def test_the_pool_of_questions_holds_no_answer(tmp_path):
+    rows = [{"text": text, "label": [text[:5], text[:3]]} for text in texts(40)]
+    prepared = prepare(tmp_path, rows, QA)
+    data.write(prepared, tmp_path / "out")
+    assert not {"label", "answers", "rationale"} & set(data.read(tmp_path / "out", "pool"))
+    assert data.read(tmp_path / "out", "pool_labels")["answers"].notna().all()
+    assert data.read(tmp_path / "out", "train")["answers"].str.contains(" | ", regex=False).all()
+
+
 # ------------------------------------------------------------------------------------------------ cleaning
 
 

@@ -265,12 +265,15 @@ def tidy(raw: Raw, spec: Source, task: Task) -> tuple[pd.DataFrame, list[tuple[i
     mapped = {column for names in named.values() for column in names}
     # A second column called `label` beside the one that is used would bring labels into the pool.
     left_out = [column for column in there if column not in mapped and (column in COLUMNS or not column.strip())]
+    if task.kind == "qa" and "answers" in there and "answers" not in mapped:
+        left_out.append("answers")  # the accepted ones are called so below
     extras = [column for column in there if column not in mapped and column not in left_out]
     allowed = {clean(label): label for label in task.names}
 
     kept: dict[str, list[Any]] = {role: [] for role in COLUMNS}
     origin: list[int] = []  # of each kept row in raw.rows
-    first: dict[tuple[str, str], int] = {}  # (text, label) -> kept row
+    told: list[str | None] = []  # accepted answers
+    first: dict[tuple[str, str | None], int] = {}  # (text, label or answers) -> kept row
     also: list[tuple[int, str]] = []
     seen: dict[str, int] = {}
     for i, row in enumerate(raw.rows):
@@ -284,6 +287,10 @@ def tidy(raw: Raw, spec: Source, task: Task) -> tuple[pd.DataFrame, list[tuple[i
             raise UserError(f"{raw.at(i)}: `{'`, `'.join(named['text'])}` is empty; every row needs a text")
         if raw.labels and type(values["label"]) is int and 0 <= values["label"] < len(raw.labels):
             values["label"] = raw.labels[values["label"]]
+        answers = None
+        if task.kind == "qa" and columns.label is not None:
+            answers = _answers(raw.at(i), columns.label, values["label"])
+            values["label"] = "right"
         for role in ("label", "id", "group"):
             try:
                 values[role] = _name(values[role])
@@ -298,9 +305,10 @@ def tidy(raw: Raw, spec: Source, task: Task) -> tuple[pd.DataFrame, list[tuple[i
             what = f"unknown label {values['label']!r:.60}" if values["label"] else f"`{columns.label}` is empty"
             raise UserError(f"{raw.at(i)}: {what}; allowed: {', '.join(task.names)}")
         label = allowed.get(values["label"])
-        if (text, label) in first:
+        same = (text, answers or label)
+        if same in first:
             if values["group"]:
-                also.append((first[text, label], values["group"]))
+                also.append((first[same], values["group"]))
             continue
         identity = values["id"] if columns.id in there else f"r{raw.numbers[i]:06d}"
         if identity is None:
@@ -308,14 +316,17 @@ def tidy(raw: Raw, spec: Source, task: Task) -> tuple[pd.DataFrame, list[tuple[i
         if identity in seen:
             raise UserError(f"{raw.at(i)}: the id {identity!r:.60} is already that of {raw.unit} {seen[identity]}")
         seen[identity] = raw.numbers[i]
-        first[text, label] = len(origin)
+        first[same] = len(origin)
         origin.append(i)
+        told.append(answers)
         rationale = clean(values["rationale"] or "") or None
         for role, value in zip(COLUMNS, (identity, text, label, rationale, values["group"]), strict=True):
             kept[role].append(value)
     frame = pd.DataFrame({role: pd.Series(values, dtype=object) for role, values in kept.items()})
     for column in extras:
         frame[column] = pd.Series(_plain([raw.rows[i].get(column) for i in origin]), dtype=object)
+    if task.kind == "qa":
+        frame["answers"] = pd.Series(told, dtype=object)
     if raw.splits:
         frame[OWN_SPLIT] = [raw.splits[i] for i in origin]
     counts = {
@@ -325,6 +336,20 @@ def tidy(raw: Raw, spec: Source, task: Task) -> tuple[pd.DataFrame, list[tuple[i
         "columns_left_out": left_out,
     }
     return frame, also, counts
+
+
+def _answers(at: str, column: str, value: Any) -> str:
+    """The accepted answers in one text, each once: of one text, of a list, or of a `value` and its `aliases`."""
+    if isinstance(value, dict):
+        value = [value.get("value"), *(value.get("aliases") or [])]
+    value = [value] if isinstance(value, str | int) else value
+    try:
+        found = [_name(one) for one in value or []]
+    except TypeError:
+        found = []
+    if not found or None in found:
+        raise UserError(f"{at}: `{column}` must be an answer or a list of accepted answers, not {value!r:.60}")
+    return tasks.BETWEEN.join(dict.fromkeys(one.replace(tasks.BETWEEN, " / ") for one in found))
 
 
 def _choice(
@@ -723,16 +748,17 @@ def write(prepared: Prepared, folder: Path) -> None:
     Raises UserError when the disk is full; `folder` is then as it was before.
     """
     rows, split = prepared.rows, prepared.split
-    hidden = ["label", "rationale", *prepared.audit["columns_left_out_of_pool"]]
+    gold = ["label", "rationale", *(["answers"] if "answers" in rows and prepared.task.kind == "qa" else [])]
+    hidden = [*gold, *prepared.audit["columns_left_out_of_pool"]]
     # Types come from the whole column: a split may be empty, or without any rationale.
-    types = {c: pa.string() if c in COLUMNS else pa.array(rows[c].tolist()).type for c in rows}
+    types = {c: pa.string() if c in (*COLUMNS, "answers") else pa.array(rows[c].tolist()).type for c in rows}
     schema = pa.schema(list(types.items()))
     with atomic(folder) as new:
         new.mkdir()
         for part in SPLITS:
             frame = rows[split == part]
             _write_parquet(frame.drop(columns=hidden) if part == "pool" else frame, schema, new / f"{part}.parquet")
-        _write_parquet(rows.loc[split == "pool", ["id", "label", "rationale"]], schema, new / "pool_labels.parquet")
+        _write_parquet(rows.loc[split == "pool", ["id", *gold]], schema, new / "pool_labels.parquet")
         # The order of the labels is the order of probability vectors: keys stay as they are.
         task = json.dumps(prepared.task.model_dump(), ensure_ascii=False, indent=2)
         (new / "task.json").write_text(task + "\n", encoding="utf-8")

@@ -13,6 +13,8 @@ from distillery.params import WORD, Section, UserError, read_yaml, root, validat
 
 Word = Annotated[str, Field(pattern=WORD)]
 PLAIN_SEPARATOR = "\n\n"
+VERDICTS = {"right": "it is one of the accepted answers", "wrong": "it is not"}  # the labels of a `qa` task
+BETWEEN = " | "  # two accepted answers of a question
 
 
 class Prompt(Section):
@@ -46,18 +48,29 @@ class Shot(Section):
 class Task(Section):
     """A task file. `labels` maps each label to its meaning; their order is the order of probability vectors.
 
-    kind: `classification`; or `choice`, where the n-th label stands for the n-th option that a row's text ends with.
+    kind: `classification`; or `choice`, where the n-th label stands for the n-th option that a row's text ends with; or
+    `qa`, whose answers are free text, and whose labels are what a score makes of one: right or wrong.
     """
 
-    kind: Literal["classification", "choice"]
+    kind: Literal["classification", "choice", "qa"]
     labels: Annotated[dict[Word, str], Field(min_length=2)]
     prompt: Prompt = Prompt()
     verbalizer: dict[str, Word] = {}
     few_shot: list[Shot] = []
 
+    @model_validator(mode="before")
+    @classmethod
+    def _verdicts(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("kind") == "qa":
+            if raw.get("labels", VERDICTS) != VERDICTS:
+                raise ValueError("`kind: qa` has no labels of its own: leave `labels` out")
+            raw = raw | {"labels": VERDICTS}
+        return raw
+
     @model_validator(mode="after")
     def _labels_fit(self):
-        for key, names in (("verbalizer", self.verbalizer), ("few_shot", [shot.label for shot in self.few_shot])):
+        shots = [] if self.kind == "qa" else [shot.label for shot in self.few_shot]
+        for key, names in (("verbalizer", self.verbalizer), ("few_shot", shots)):
             for name in names:
                 if name not in self.labels:
                     raise ValueError(f"`{key}` names the unknown label {name!r}; known: {', '.join(self.labels)}")
@@ -91,6 +104,11 @@ def possible(task: Task, text: str) -> int:
     """How many of the task's labels, from the first, can be right for `text`: a row may have fewer options."""
     options = text.count("\n") if task.kind == "choice" else 0
     return options or len(task.names)
+
+
+def accepted(answers: str) -> list[str]:
+    """The accepted answers of a question, the one to learn first."""
+    return answers.split(BETWEEN)
 
 
 def question(task: Task, text: str) -> str:
