@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import tiny
-from distillery import models, params, tasks, training
+from distillery import metrics, models, params, tasks, training
 from distillery.params import UserError
 
 TASK = tasks.load("finance-sentiment", tiny.ROOT / "tasks")
@@ -404,8 +404,10 @@ print(json.dumps(out))
 
 def test_the_cards_code_says_what_was_scored_without_this_package(tiny_models, tmp_path):
     frame, expected = toy(5), {}
-    about = {"student": "s", "seed": 0, "parameters": 1, "bytes_on_disk": 1, "test": {"rows": 5}}
-    about["test"] |= {"accuracy": 0.5, "macro_f1": 0.5}
+    gold = frame["label"].fillna("neutral").tolist()
+    said = frame.assign(label=gold, prediction=["neutral"] * 4 + [gold[4]], group=list("aabcd"))
+    test = metrics.classification_report(gold, said["prediction"], np.full((5, 3), 1 / 3), LABELS)
+    about = {"student": "s", "seed": 0, "parameters": 1, "bytes_on_disk": 1, "test": test}
     for name, (more, task) in CARDS.items():
         arch = "classifier" if name == "classifier" else "causal"
         spec = params.Student(model="m", arch=arch, phases=[phase({"kl": 1.0})], **more)
@@ -414,8 +416,13 @@ def test_the_cards_code_says_what_was_scored_without_this_package(tiny_models, t
             parameter.data.mul_(6 if parameter.dim() > 1 else 1)
         folder = tmp_path / name
         models.save(student.model, student.tokenizer, folder)
-        training.write_card(folder, spec, task, about)
+        training.write_card(folder, spec, task, about, said)
         card = (folder / "README.md").read_text()
+        low, high = metrics.interval(
+            metrics.bootstrap_scores(gold, said["prediction"], LABELS, said["group"])["accuracy"]
+        )
+        assert f"| accuracy | {100 * test['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |" in card
+        assert f"classify({frame['text'].iloc[0]!r})" in card and "EUR 13.1" not in card
         assert "distilled from one." in card and "positive, neutral, negative" in card
         expected[str(folder)] = training.predicted(training.reopen(spec, folder, task), frame)["probabilities"]
     done = subprocess.run(
