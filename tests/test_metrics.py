@@ -27,6 +27,12 @@ def cases(draw):
     return rng.choice(present, rows), rng.choice(answered, rows), p.astype(np.float32)
 
 
+def specificity_by_scikit_learn(gold, predicted) -> float:
+    """Recall of "is not this label", averaged over the labels that some row is not of."""
+    others = [label for label in LABELS if (gold != label).any()]
+    return float(np.mean([sk.recall_score(gold != label, predicted != label) for label in others]))
+
+
 @settings(max_examples=150, deadline=None)
 @given(cases())
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # scikit-learn warns of classes that are absent
@@ -40,6 +46,7 @@ def test_report_agrees_with_scikit_learn(case):
         "balanced_accuracy": sk.balanced_accuracy_score(gold, predicted),
         "macro_f1": sk.f1_score(gold, predicted, average="macro", zero_division=0),
         "weighted_f1": sk.f1_score(gold, predicted, average="weighted", zero_division=0),
+        "macro_specificity": specificity_by_scikit_learn(gold, predicted),
         "mcc": sk.matthews_corrcoef(gold, predicted),
         "log_loss": sk.log_loss(true, p, labels=[0, 1, 2]),
         "brier": sk.brier_score_loss(true, p, labels=[0, 1, 2], scale_by_half=False),
@@ -165,6 +172,89 @@ def test_kl_to_a_student_that_excludes_the_answer_is_finite():
         metrics.kl([[1.0, 0.0]], [[0.5, 0.2, 0.3]])
 
 
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_no_temperature_on_a_grid_is_better_than_the_fitted_one(case):
+    true, p = metrics.encode(case[0], LABELS), case[2]
+    fitted = metrics.log_loss(true, metrics.tempered(p, metrics.fit_temperature(true, p)))
+    grid = [metrics.log_loss(true, metrics.tempered(p, t)) for t in np.geomspace(0.05, 20, 60)]
+    assert fitted <= min(grid) + 1e-4
+    assert (metrics.tempered(p, 3.0).argmax(1) == p.argmax(1)).all()
+
+
+def test_temperature_is_that_of_an_overconfident_model():
+    """Logits three times too large are told by a temperature of three, and calibration comes back."""
+    rng = np.random.default_rng(0)
+    right = rng.dirichlet([1, 1, 1], 8000)
+    true = (rng.random((8000, 1)) > right.cumsum(1)).sum(1)
+    loud = metrics.tempered(right, 1 / 3)
+    temperature = metrics.fit_temperature(true[:4000], loud[:4000])
+    assert temperature == pytest.approx(3, rel=0.06)
+    before, after = (metrics.calibration(true[4000:], p)["ece"] for p in (loud[4000:], right[4000:]))
+    assert metrics.calibration(true[4000:], metrics.tempered(loud[4000:], temperature))["ece"] < (before + after) / 2
+
+
+# ---------------------------------------------------------------- free answers
+
+
+@pytest.mark.parametrize(
+    ("prediction", "aliases", "exact", "f1"),
+    [
+        ("The Beatles!", ["beatles"], 1, 1),
+        ("in Paris, France", ["Paris"], 0, 0.5),
+        ("Paris", ["Lyon", "city of Paris"], 0, 0.5),
+        ("a the an", ["The"], 1, 1),  # nothing is left on either side
+        ("", ["Paris"], 0, 0),
+        ("Paris", ["?!"], 0, 0),
+        ("new new york", ["new york york"], 0, 2 / 3),  # words count as often as they occur
+        (None, ["Paris"], 0, 0),
+        ("Zürich  Airport", ["zürich airport"], 1, 1),
+    ],
+)
+def test_free_answers_by_hand(prediction, aliases, exact, f1):
+    assert metrics.exact_match(prediction, aliases) == exact
+    assert metrics.token_f1(prediction, aliases) == pytest.approx(f1)
+
+
+def squad(prediction: str, gold: str) -> tuple[float, float]:
+    """Exact match and F1 as the evaluation script of SQuAD 2.0 computes them."""
+    import collections
+    import re
+    import string
+
+    def tokens(text):
+        text = "".join(ch for ch in text.lower() if ch not in set(string.punctuation))
+        return re.sub(re.compile(r"\b(a|an|the)\b", re.UNICODE), " ", text).split()
+
+    gold_toks, pred_toks = tokens(gold), tokens(prediction)
+    common = collections.Counter(gold_toks) & collections.Counter(pred_toks)
+    num_same = sum(common.values())
+    exact = float(" ".join(gold_toks) == " ".join(pred_toks))
+    if not gold_toks or not pred_toks:
+        return exact, float(gold_toks == pred_toks)
+    if num_same == 0:
+        return exact, 0.0
+    precision, recall = num_same / len(pred_toks), num_same / len(gold_toks)
+    return exact, 2 * precision * recall / (precision + recall)
+
+
+ANSWERS = st.lists(st.sampled_from(["the", "A", "Paris", "paris.", "of", "1,204", "-", "éa", "an", ""]), max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ANSWERS.map(" ".join), st.lists(ANSWERS.map(" ".join), min_size=1, max_size=3))
+def test_free_answers_agree_with_squad(prediction, aliases):
+    found = [squad(prediction, alias) for alias in aliases]
+    assert metrics.exact_match(prediction, aliases) == max(exact for exact, _ in found)
+    assert metrics.token_f1(prediction, aliases) == pytest.approx(max(f1 for _, f1 in found))
+
+
+def test_an_answer_with_nothing_to_compare_it_to_is_refused():
+    for score in (metrics.exact_match, metrics.token_f1):
+        with pytest.raises(ValueError, match="at least one alias"):
+            score("Paris", [])
+
+
 # ---------------------------------------------------------------- statistics
 
 
@@ -217,7 +307,19 @@ def test_copies_of_a_row_do_not_narrow_the_interval():
 def test_seeds_that_differ_widen_the_interval():
     rows, groups = np.ones(50), np.arange(50)
     assert metrics.cluster_bootstrap([rows, rows], groups, 200).std() == 0
-    assert metrics.cluster_bootstrap([rows, 0 * rows], groups, 200).std() == pytest.approx(np.sqrt(1 / 8), rel=0.1)
+    # two runs of 0 and 1 tell a standard deviation of sqrt(1/2) between runs: sqrt(1/4) for the mean of two
+    assert metrics.cluster_bootstrap([rows, 0 * rows], groups, 2000).std() == pytest.approx(np.sqrt(1 / 4), rel=0.1)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_over_few_seeds_are_as_wide_as_the_truth(seeds):
+    """The standard error from a handful of runs is right on average, not too small by the factor (S - 1) / S."""
+    rng = np.random.default_rng(0)
+    runs = rng.normal(0, 1, (300, seeds))
+    found = [
+        metrics.cluster_bootstrap(np.repeat(r[:, None], 4, 1), np.arange(4), 400, i).var() for i, r in enumerate(runs)
+    ]
+    assert np.mean(found) == pytest.approx(1 / seeds, rel=0.15)
 
 
 def planted(rng, rows, right):
@@ -247,7 +349,7 @@ def test_paired_difference_by_hand():
     a, b = gold, ["positive", "positive", "neutral", "neutral"]
     got = metrics.paired_difference(gold, [a, b], b, LABELS, list("wxyz"), 500)["accuracy"]
     assert got["mean"] == pytest.approx(0.25)  # (1 + 0.5) / 2 - 0.5
-    assert got["low"] == 0 and got["high"] >= 0.5
+    assert got["low"] < 0 and got["high"] >= 0.5  # one of the two runs is no better
 
 
 def test_paired_difference_tells_a_gain_from_noise():
@@ -284,6 +386,39 @@ def test_mcnemar_is_the_binomial_test_of_the_discordant_rows(pairs):
     k, m = min(only_a, only_b), only_a + only_b
     assert metrics.mcnemar(a, b) == pytest.approx(min(1.0, 2 * stats.binom.cdf(k, m, 0.5)))
     assert metrics.mcnemar(a, b) == metrics.mcnemar(b, a)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 9), st.integers(1, 2))
+def test_permutation_test_agrees_with_scipy(seed, kinds, seeds):
+    """SciPy tries all sign flips of the groups' summed differences; ours draws some."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.random((2, seeds, 30)) < [[[0.5]], [[0.7]]]
+    groups = rng.integers(0, kinds, 30)
+    sums = np.bincount(groups, a.mean(0) - b.mean(0))[np.unique(groups)]
+    exact = stats.permutation_test((sums, 0 * sums), lambda x, y, axis: (x - y).sum(axis), vectorized=True,
+                                   permutation_type="samples", n_resamples=np.inf).pvalue  # fmt: skip
+    ours = metrics.permutation_test(a, b, groups, 4000, seed % 1000)
+    assert ours == pytest.approx(min(1.0, exact), abs=0.035)
+    assert metrics.permutation_test(b, a, groups, 4000, seed % 1000) == ours
+
+
+def test_permutation_test_of_single_rows_is_mcnemars():
+    rng = np.random.default_rng(3)
+    a, b = rng.random(200) < 0.75, rng.random(200) < 0.65
+    assert metrics.permutation_test(a, b, np.arange(200), 20_000) == pytest.approx(metrics.mcnemar(a, b), abs=0.01)
+    assert metrics.permutation_test(a, a, np.arange(200)) == 1
+    with pytest.raises(ValueError, match="same rows"):
+        metrics.permutation_test(a, b[:5], np.arange(200))
+
+
+def test_permutation_test_knows_that_copies_are_no_evidence():
+    rng = np.random.default_rng(1)
+    a, b = rng.random(40) < 0.75, rng.random(40) < 0.6
+    once = metrics.permutation_test(a, b, np.arange(40), 4000)
+    copied, groups = [np.repeat(x, 5) for x in (a, b)], np.repeat(np.arange(40), 5)
+    assert metrics.permutation_test(*copied, groups, 4000) == pytest.approx(once, abs=0.03)
+    assert metrics.permutation_test(*copied, np.arange(200), 4000) < once / 2
 
 
 @settings(max_examples=100, deadline=None)

@@ -6,12 +6,15 @@ of them (an unparsable answer) counts as wrong and never as one of the labels. H
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 # Probabilities are stored as float32: nothing below its resolution can be told from zero.
 FLOOR = float(np.finfo(np.float32).eps)
@@ -100,10 +103,11 @@ def classification_report(
     gold [n] and predicted [n] hold labels; probabilities [n, K] in the order of `labels`, or None when there are none
     (the scores that need them are then left out). A score that divides by zero is 0, as in scikit-learn.
 
-    Returns rows, accuracy, balanced_accuracy (mean recall of the labels present), macro_f1, weighted_f1, mcc,
-    answer_bias (0 best), commonest_answer (share of the most frequent prediction); with probabilities log_loss (0
-    best, nats), brier (0 best, at most 2), ece (0 best), risk_coverage_area (0 best); and `labels`: per label
-    precision, recall, f1, specificity, support.
+    Returns rows, accuracy, balanced_accuracy (mean recall, or sensitivity, of the labels present), macro_specificity
+    (mean specificity of the labels that some row has not), macro_f1, weighted_f1, mcc, answer_bias (0 best),
+    commonest_answer (share of the most frequent prediction); with probabilities log_loss (0 best, nats), brier (0
+    best, at most 2), ece (0 best), risk_coverage_area (0 best); and `labels`: per label precision, recall
+    (sensitivity), f1, specificity, support.
 
     Raises ValueError for empty input, unequal lengths, or a gold label that is not in `labels`.
     """
@@ -118,6 +122,7 @@ def classification_report(
         "rows": int(rows),
         "accuracy": float(accuracy_of(counts)),
         "balanced_accuracy": float(recall[support > 0].mean()),
+        "macro_specificity": float(specificity[support < rows].mean()) if (support < rows).any() else 0.0,
         "macro_f1": float(macro_f1_of(counts)),
         "weighted_f1": float((f1 * support).sum() / rows),
         "mcc": mcc(counts),
@@ -215,6 +220,59 @@ def kl(teacher: ArrayLike, student: ArrayLike) -> np.ndarray:
     return special.rel_entr(p, q / q.sum(1, keepdims=True)).sum(1)
 
 
+def tempered(p: ArrayLike, temperature: float) -> np.ndarray:
+    """Rows of probabilities [n, K] proportional to p^(1/temperature): above 1 less sure, below 1 surer; [n, K]."""
+    p = np.asarray(p, dtype=np.float64)
+    return special.softmax(np.log(np.maximum(p, FLOOR)) / temperature, axis=-1)
+
+
+def fit_temperature(true: np.ndarray, p: ArrayLike) -> float:
+    """The temperature, within 1/20 and 20, at which `tempered(p)` has the smallest log loss (Guo et al. 2017).
+
+    true [n] are positions, p [n, K]. To be fitted on validation rows only: on rows that are scored it flatters.
+    """
+    p = np.asarray(p, dtype=np.float64)
+    bounds = (-np.log(20), np.log(20))
+    return float(np.exp(optimize.minimize_scalar(lambda t: log_loss(true, tempered(p, np.exp(t))), bounds=bounds).x))
+
+
+# ---------------------------------------------------------------- free answers
+
+
+def normalized(answer: str) -> str:
+    """An answer in lower case without punctuation, articles and superfluous white space (SQuAD, Rajpurkar 2016)."""
+    answer = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
+
+
+def exact_match(prediction: str | None, aliases: Sequence[str]) -> float:
+    """1.0 if `prediction` is one of the accepted answers, :func:`normalized`, else 0.0; None (no answer) is wrong.
+
+    Raises ValueError when there is no accepted answer.
+    """
+    if not aliases:
+        raise ValueError("an answer needs at least one alias to be compared with")
+    return float(prediction is not None and normalized(prediction) in {normalized(alias) for alias in aliases})
+
+
+def token_f1(prediction: str | None, aliases: Sequence[str]) -> float:
+    """Best F1, in [0, 1], of the words that `prediction` shares with an accepted answer, both :func:`normalized`.
+
+    Words are counted as often as they occur. Where either side has no words left, 1.0 if neither has, else 0.0; None
+    is wrong. Raises ValueError when there is no accepted answer.
+    """
+    if not aliases:
+        raise ValueError("an answer needs at least one alias to be compared with")
+    if prediction is None:
+        return 0.0
+    said, best = normalized(prediction).split(), 0.0
+    for alias in aliases:
+        meant = normalized(alias).split()
+        shared = sum((Counter(said) & Counter(meant)).values())
+        best = max(best, 2 * shared / (len(said) + len(meant)) if said and meant else float(said == meant))
+    return best
+
+
 # ---------------------------------------------------------------- statistics
 
 
@@ -258,11 +316,17 @@ def cluster_bootstrap(values: ArrayLike, groups: ArrayLike, n: int = 2000, seed:
 
 
 def _over_seeds(samples: np.ndarray, seed: int, stream: int) -> np.ndarray:
-    """Mean of [n, seeds] over seeds drawn with replacement -> [n]: other runs would have scored otherwise."""
+    """Mean of [n, seeds] over seeds drawn with replacement -> [n]: other runs would have scored otherwise.
+
+    S values drawn from S have a variance that is (S - 1)/S of what it should be, half for two seeds: deviations from
+    the mean of the seeds are stretched to make up for it.
+    """
     n, seeds = samples.shape
     if seeds == 1:
         return samples[:, 0]
-    return (samples * _draw(seeds, n, np.random.default_rng([seed, stream]))).sum(1) / seeds
+    drawn = (samples * _draw(seeds, n, np.random.default_rng([seed, stream]))).sum(1) / seeds
+    middle = samples.mean(1)
+    return middle + (drawn - middle) * np.sqrt(seeds / (seeds - 1))
 
 
 SCORES = {"accuracy": accuracy_of, "macro_f1": macro_f1_of}
@@ -291,7 +355,7 @@ def bootstrap_scores(
     size = (unit.max() + 1) * len(codes) * cells
     per_group = np.bincount(at.ravel(), minlength=size).reshape(unit.max() + 1, -1).astype(np.float64)
     drawn = _resample(per_group, n, np.random.default_rng([seed, 0])).reshape(n, len(codes), k, k + 1)
-    return {name: _over_seeds(score(drawn), seed, stream) for name, score in SCORES.items()}
+    return {name: _over_seeds(score(drawn), seed, stream).clip(0, 1) for name, score in SCORES.items()}
 
 
 def mean_scores(gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str]) -> dict[str, float]:
@@ -343,10 +407,30 @@ def smallest_detectable_difference(standard_error: float, confidence: float = 0.
     return float((stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)) * standard_error)
 
 
+def permutation_test(right_a: ArrayLike, right_b: ArrayLike, groups: ArrayLike, n: int = 2000, seed: int = 0) -> float:
+    """Two-sided p that two models are equally good on the same rows: whose answers are whose is drawn by lot.
+
+    right_a, right_b: [rows] or [seeds, rows] of right or wrong, averaged over seeds; groups [rows], swapped as a whole.
+    Of single rows and single runs it is the Monte Carlo form of the exact McNemar test. It speaks of these very runs.
+    """
+    a, b = (np.atleast_2d(np.asarray(right, dtype=np.float64)).mean(0) for right in (right_a, right_b))
+    if a.shape != b.shape:
+        raise ValueError(f"both must be of the same rows, not {a.shape[0]} and {b.shape[0]}")
+    sums = np.bincount(_groups(groups, len(a)), a - b)
+    sums = sums[np.abs(sums) > 1e-12]
+    if not len(sums):
+        return 1.0
+    rng, observed = np.random.default_rng([seed, 3]), abs(sums.sum())
+    block = max(1, BLOCK // len(sums))
+    signs = (rng.integers(0, 2, (min(block, n - i), len(sums))) * 2.0 - 1.0 for i in range(0, n, block))
+    as_large = sum(int((np.abs(drawn @ sums) >= observed - 1e-9).sum()) for drawn in signs)
+    return (as_large + 1) / (n + 1)
+
+
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
     """Two-sided p of the exact McNemar test that two models, right or wrong on the same rows [n], are equally good.
 
-    It takes rows for independent; :func:`paired_difference` is the one that knows of groups. McNemar 1947.
+    It takes rows for independent; :func:`permutation_test` is the one that knows of groups. McNemar 1947.
     """
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     if a.shape != b.shape or a.ndim != 1:
