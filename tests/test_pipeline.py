@@ -86,11 +86,11 @@ def test_the_package_itself_imports_nothing():
 
 
 def test_modules_import_only_what_stands_left_of_them():
-    order = ("params", "tasks", "data", "models", "training", "teachers", "report")
+    order = ("params", "tasks", "data", "models", "training", "teachers", "evaluation", "report")
     for i, module in enumerate(order):
-        below = {"losses", "metrics", *order[:i]}
+        below = {"losses", "metrics", "robustness", *order[:i]}
         assert imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8")) <= below, module
-    for module in ("losses", "metrics"):
+    for module in ("losses", "metrics", "robustness"):
         assert not imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8")), module
 
 
@@ -317,7 +317,7 @@ def test_an_experiment_by_command_line_and_what_it_shows(base, tmp_path):
     assert "tiny-kd" in dvc(repo, "metrics", "diff")
     assert "students.tiny-kd.phases" in dvc(repo, "params", "diff")
     plots = json.loads(dvc(repo, "plots", "diff", "--json", "-o", "plots"))
-    assert set(plots["data"]) == {"training", "accuracy", "confusion"} and not plots.get("errors")
+    assert set(plots["data"]) == {"training", "scores", "reliability", "confusion"} and not plots.get("errors")
 
 
 def test_outputs_are_ignored_by_git_but_for_the_reports(base):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from distillery import data, metrics, models, params, report, tasks, training
+from distillery import data, evaluation, metrics, models, params, report, tasks, training
 
 LABELS = ["up", "flat", "down"]
 TASK = "kind: classification\nlabels: {up: it rises, flat: it stays, down: it falls}\n"
@@ -81,6 +81,8 @@ def project(root, spec: dict | None = None, right: dict | None = None, corpus: l
             {"id": f"r{i}", "text": " ".join(rng.choice(WORDS, 9)), "label": str(rng.choice(LABELS)), "rationale": "so"}
             for i in range(600)
         ]
+        for row in corpus[::2]:
+            row["text"] += " $" + "".join(rng.choice(list("ABCDEFGH"), 4))  # a ticker: a name that can be changed
     put(root / "dvc.yaml", "")
     put(root / "tasks/demo.yaml", task)
     put(root / "params.yaml", json.dumps(spec))  # JSON is YAML
@@ -89,23 +91,26 @@ def project(root, spec: dict | None = None, right: dict | None = None, corpus: l
     made = tasks.load("demo", root / "tasks")
     prepared = data.prepare("demo", P.data["demo"], made, root)
     data.write(prepared, root / "data/processed/demo")
-    test = data.read(root / "data/processed/demo", "test")
+    held_out = {split: data.read(root / "data/processed/demo", split) for split in ("validation", "test")}
+
+    def said(right, **columns):
+        return pd.concat([table(rng, rows, right, made.names, split=s, **columns) for s, rows in held_out.items()])
+
     for teacher in P.teachers:
-        signals = table(rng, test, right[teacher], made.names, source="demo", split="test", fold=-1, rationale=None)
-        signals = signals.rename(columns={"prediction": "label"})
-        signals.loc[0, "rationale"] = "teacher's words"
+        signals = said(right[teacher], source="demo", fold=-1, rationale=None).rename(columns={"prediction": "label"})
+        signals = signals.reset_index(drop=True)
+        signals.loc[len(signals) - 1, "rationale"] = "teacher's words"  # of a test row
         put(root / f"data/teacher/{teacher}/signals.parquet", signals)
         put(root / f"data/teacher/{teacher}/metrics.json", {"parameters": 134_500_000, "bytes_on_disk": 269_000_000})
     put(root / "data/augmented/demo/counts.json", {"kept": 40, "label changed": 9})
     for name in P.students:
         for seed in P.seeds:
             run = root / f"runs/{name}-{seed}"
-            common = {"split": "test", "label": test["label"]}
-            put(run / "predictions.parquet", table(rng, test, right[name], made.names, **common))
-            before = table(rng, test, right["untrained"], made.names, phase=0, **common)
-            after = table(rng, test, right[name], made.names, phase=1, **common)
-            put(run / "phases.parquet", pd.concat([before, after]))
-            put(run / "metrics.json", {"parameters": 17_000_000, "bytes_on_disk": 34_000_000})
+            put(run / "predictions.parquet", said(right[name]))
+            put(run / "phases.parquet", pd.concat([said(right["untrained"], phase=0), said(right[name], phase=1)]))
+            facts = {"parameters": 17_000_000, "trainable_parameters": 16_000_000, "bytes_on_disk": 34_000_000}
+            put(run / "metrics.json", facts)
+            put(run / "timing.json", {"train_seconds": 61.0 + seed, "peak_memory_mb": 900 + seed})
             steps = pd.DataFrame({"phase": [1, 1, 2, 2], "step": [1, 2, 1, 2], "loss": [1.0, 0.8, 0.6, 0.5]})
             (run / "history.csv").write_text(steps.to_csv(index=False))
     return P
@@ -114,10 +119,24 @@ def project(root, spec: dict | None = None, right: dict | None = None, corpus: l
 SPEEDS = {"tiny-kd": 500.0, "tiny-gold": 500.0, "other": 100.0, "big": 40.0}
 
 
+def measured(results, speeds=SPEEDS) -> evaluation.Measured:
+    """Made-up clocks, and what a model that looks for the word "ship" says of rewritten rows."""
+    timing = {
+        name: {"sentences_per_second": speed, "latency_p50_ms": 900 / speed, "latency_p95_ms": 2000 / speed}
+        for name, speed in speeds.items()
+    }
+
+    def predict(texts):
+        return np.eye(3)[[("ship" in text) + 0 for text in texts]]
+
+    return evaluation.Measured(timing, *evaluation.rewritten(results, {"tiny-kd": predict, "big": predict}))
+
+
 def run(root, P, speeds=None):
-    results = report.gather(root, P)
-    board = report.leaderboard(results, speeds)
-    report.write(root, results, board, speeds)
+    results = evaluation.gather(root, P)
+    found = measured(results, speeds) if speeds else evaluation.Measured()
+    board = evaluation.leaderboard(results, found.timing)
+    report.write(root, results, board, found)
     return results, board.set_index("model")
 
 
@@ -149,6 +168,7 @@ def test_scores_are_those_of_the_runs(finished):
             assert row[key] == pytest.approx(value), (name, key)
         assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
         assert (row["parameters"], row["megabytes"], row["seeds"]) == (17_000_000, 34.0, 2)
+        assert (row["trainable"], row["train_seconds"], row["training_mb"]) == (16_000_000, 61.5, 901)
     assert board.loc["big", "accuracy"] == pytest.approx(sk.accuracy_score(test, teacher["label"]))
 
 
@@ -170,6 +190,14 @@ def test_verdict_of_a_real_gain(finished):
     assert 0 < row["difference_low"] < row["difference"] < row["difference_high"]
     assert row["difference"] == pytest.approx(row["accuracy"] - board.loc["tiny-gold", "accuracy"])
     assert board["verdict"].notna().sum() == 1
+
+
+def test_verdict_beside_the_teacher(finished):
+    _, _, _, board = finished
+    assert board["teacher_verdict"].dropna().to_dict() == {"tiny-kd": "worse", "other": "worse"}
+    row = board.loc["other"]
+    assert row["teacher_versus"] == "big" and row["teacher_difference_high"] < 0
+    assert row["teacher_difference"] == pytest.approx(row["accuracy"] - board.loc["big", "accuracy"])
 
 
 @pytest.mark.parametrize(("right", "verdict"), [(0.55, "no evidence"), (0.33, "worse")])
@@ -202,16 +230,22 @@ def test_many_comparisons_need_more(tmp_path):
     spec["students"] |= {f"copy-{i}": gold | {"control": "tiny-gold"} for i in range(10)}
     spec["evaluate"]["bootstrap"] = 2000  # p cannot fall below 2 / 2001, and eleven comparisons multiply it
     P = project(tmp_path, spec, right={f"copy-{i}": 0.55 for i in range(10)})
-    results = report.gather(tmp_path, P)
-    board = report.leaderboard(results).set_index("model")
+    results = evaluation.gather(tmp_path, P)
+    board = evaluation.leaderboard(results).set_index("model")
     compared = board[board["verdict"].notna()]
     test = results.tests["demo"]
     gold, predicted = test["label"], {name: results.find(name).predicted for name in P.students}
+    gold, control, groups = gold.to_numpy(object), predicted["tiny-gold"], test["group"]
     alone = [
-        metrics.paired_difference(gold, predicted[name], predicted["tiny-gold"], LABELS, test["group"])["accuracy"]["p"]
+        max(
+            metrics.paired_difference(gold, predicted[name], control, LABELS, groups)["accuracy"]["p"],
+            metrics.permutation_test(predicted[name] == gold, control == gold, groups),
+        )
         for name in compared.index
     ]
-    assert len(alone) == 11 and compared["p"].tolist() == pytest.approx(metrics.holm(alone).tolist())
+    teacher = [evaluation.compared(results, results.find(n), results.teacher_of(results.find(n)))["p"]
+               for n in ("tiny-kd", "other")]  # fmt: skip
+    assert len(alone) == 11 and compared["p"].tolist() == pytest.approx(metrics.holm(alone + teacher)[:11].tolist())
     verdicts = board.loc[[f"copy-{i}" for i in range(10)], "verdict"]
     assert set(verdicts) == {"no evidence"}
     assert board.loc["tiny-kd", "verdict"] == "better"
@@ -244,21 +278,26 @@ def test_metrics_are_the_same_bytes_on_a_second_run(finished):
 def test_files_for_dvc(finished):
     root, _, _, board = finished
     summary = json.loads((root / "reports/metrics.json").read_text())
-    assert set(summary) == {"headline", "accuracy", "macro_f1"}
+    assert set(summary) == {"headline", "accuracy", "macro_f1", "kept_when_rewritten"}
     assert summary["accuracy"] == {
         m: round(float(v), 6) for m, v in board["accuracy"].items() if m in {"tiny-kd", "tiny-gold", "other", "big"}
     }
     assert summary["headline"]["difference_low"] == pytest.approx(board.loc["tiny-kd", "difference_low"], abs=1e-6)
     assert "second" not in (root / "reports/metrics.json").read_text()
     timing = json.loads((root / "reports/timing.json").read_text())
-    assert timing["sentences_per_second"] == SPEEDS
+    assert {name: found["sentences_per_second"] for name, found in timing["models"].items()} == SPEEDS
+    assert timing["rows"] == 8 and timing["threads"] >= 1
     history = pd.read_csv(root / "reports/plots/history.csv")
     assert list(history) == ["model", "seed", "phase", "step", "loss"]
     one = history[(history["model"] == "tiny-kd") & (history["seed"] == 0)]
     assert one["step"].tolist() == [1, 2, 3, 4]  # counted through the phases
     shown = pd.read_csv(root / "reports/plots/predictions.csv")
     assert list(shown) == ["actual", "predicted"] and set(shown["actual"]) == set(LABELS)
-    for name in ("leaderboard", "cost", "confusion", "labels", "history"):
+    scores = pd.read_csv(root / "reports/plots/scores.csv").set_index(["model", "score"])
+    assert scores.loc[("tiny-kd", "macro_f1"), "low"] == pytest.approx(board.loc["tiny-kd", "macro_f1_low"])
+    bins = pd.read_csv(root / "reports/plots/reliability.csv")
+    assert list(bins) == ["model", "confidence", "right", "rows"] and bins["rows"].min() >= report.MIN_BIN
+    for name in ("leaderboard", "cost", "confusion", "labels", "trust", "history"):
         assert (root / f"reports/figures/{name}.svg").read_text().startswith("<?xml")
 
 
@@ -312,6 +351,7 @@ def test_page_says_what_came_out(finished):
     said = report.answer(results, board.reset_index())
     text = " ".join(said["sentences"])
     assert "7.9 times smaller" in text and "12.5 times as fast (500 against 40 sentences a second)" in text
+    assert "answers a single one in 1.8 ms (22 ms)" in text
     assert "it gives up" in text and "is real" in text and "means of 2 training runs" in text
     assert said["title"].startswith("tiny-kd beside big: 7.9 times smaller, 12.5 times as fast, ")
     html = (root / "reports/index.html").read_text(encoding="utf-8")
@@ -321,11 +361,12 @@ def test_page_says_what_came_out(finished):
 
 
 CLICKS = """<script>
-const cells = (rows, column) => [...document.querySelectorAll(rows)].map(row => row.cells[column].dataset.value);
+const board = document.querySelector("table.sortable").tBodies[0];
+const cells = column => [...board.rows].map(row => row.cells[column].dataset.value);
 const heading = document.querySelectorAll("table.sortable th button")[1], out = {};
 for (const way of ["descending", "ascending"]) {
   heading.click();
-  out[way] = cells("table.sortable:not(details table) tbody tr", 1).map(Number);
+  out[way] = cells(1).map(Number);
 }
 const shown = () => [...document.querySelectorAll("#browser .row")].filter(row => row.checkVisibility());
 const set = (id, value) => {
@@ -390,17 +431,118 @@ def test_everything_is_escaped(tmp_path):
     assert sum("alert('pwned')" in words for words in page.words) > 50  # shown as text
 
 
+def said_by_the_checks(results, kind: str) -> list[str]:
+    return [check.text for check in results.checks if check.kind == kind and not check.passed]
+
+
+def test_checks_of_a_clean_project_pass(finished):
+    root, _, results, _ = finished
+    assert [c.text for c in results.checks if not c.passed] == []
+    assert {c.kind for c in results.checks} == {"leak", "contamination", "shortcut"}
+    html = (root / "reports/index.html").read_text(encoding="utf-8")
+    assert 'role="alert"' not in html and html.count("✓ short cut") == 4
+
+
 def test_a_leak_is_told(tmp_path):
-    P = project(tmp_path)
-    assert report.gather(tmp_path, P).warnings == []
+    """Rows copied into train, and one with other numbers: the page says so before it says anything else."""
+    spec = experiment()
+    spec["teachers"]["big"]["finetune"] = {"on": "demo/train", "steps": 1, "learning_rate": 1e-3}
+    spec["data"]["demo"]["near_duplicate"] = 0.97
+    P = project(tmp_path, spec)
     folder = tmp_path / "data/processed/demo"
-    planted = data.read(folder, "test").head(7).assign(id=[f"leak{i}" for i in range(7)], group="another")
-    pd.concat([data.read(folder, "train"), planted]).to_parquet(folder / "train.parquet")
+    test = data.read(folder, "test")
+    test.loc[20, "text"] += " at 100"
+    test.to_parquet(folder / "test.parquet")
+    copied = test.head(7).assign(id=[f"leak{i}" for i in range(7)], group="another")
+    masked = test[20:21].assign(id="leak7", group="a third", text=lambda rows: rows["text"].str.replace("100", "2,345"))
+    pd.concat([data.read(folder, "train"), copied, masked]).to_parquet(folder / "train.parquet")
     results, _ = run(tmp_path, P)
-    assert results.warnings == [
-        "7 of the test rows of demo are also in demo/train: every score below is too good to be true."
+    assert said_by_the_checks(results, "leak") == [
+        f"8 of the {len(test)} test rows of demo are also in demo/train (7 the same, 1 nearly), which big, tiny-kd, "
+        "tiny-gold, other learned from: every score that hangs on it is too good to be true."
     ]
-    assert results.warnings[0] in (tmp_path / "reports/index.html").read_text()
+    told = f"big was tuned on 7 of the {len(test)} test rows that it is scored on."
+    assert said_by_the_checks(results, "contamination") == [told]
+    html = unescape((tmp_path / "reports/index.html").read_text(encoding="utf-8"))
+    assert html.index("<b>Leak.</b> 8 of the") < html.index(told) < html.index('class="tiles"')
+
+
+def tuned(tmp_path, **scores) -> params.Params:
+    """A project whose teacher was tuned on its train rows, in two folds, and noted these accuracies."""
+    spec = experiment()
+    spec["teachers"]["big"]["finetune"] = {"on": "demo/train", "steps": 1, "learning_rate": 1e-3}
+    P = project(tmp_path, spec)
+    train = data.read(tmp_path / "data/processed/demo", "train")
+    path, rng = tmp_path / "data/teacher/big/signals.parquet", np.random.default_rng(0)
+    rows = table(rng, train, 0.7, LABELS, source="demo", split="train", fold=1, rationale=None)
+    pd.concat([pd.read_parquet(path), rows.rename(columns={"prediction": "label"})]).to_parquet(path)
+    facts = {name: {"accuracy": value} for name, value in scores.items()} | {"parameters": 134_500_000}
+    put(tmp_path / "data/teacher/big/metrics.json", facts)
+    return P
+
+
+@pytest.mark.parametrize(("test", "passed"), [(0.97, False), (0.75, True)])
+def test_a_teacher_scored_on_rows_it_was_tuned_on_is_caught_by_its_scores(tmp_path, test, passed):
+    """Whatever the files say of who was tuned on what."""
+    P = tuned(tmp_path, memorised=0.98, train=0.66, test=test)
+    results, _ = run(tmp_path, P)
+    (check,) = [c for c in results.checks if c.kind == "contamination"]
+    assert check.passed == passed and check.about == ("big",)
+    assert ("has seen them" in check.text) != passed and "98% of the rows it was tuned on" in check.text
+    assert ('role="alert"' in (tmp_path / "reports/index.html").read_text()) != passed
+
+
+def test_signals_from_memory_are_told(tmp_path):
+    P = tuned(tmp_path, memorised=0.98, train=0.66, test=0.75)
+    path = tmp_path / "data/teacher/big/signals.parquet"
+    rows = pd.read_parquet(path)
+    rows.assign(fold=-1).to_parquet(path)
+    (text,) = said_by_the_checks(evaluation.gather(tmp_path, P), "contamination")
+    number = (rows["split"] == "train").sum()
+    assert text.startswith(f"What big says of {number} of the {number} rows of demo/train comes from a model that was")
+
+
+def test_a_model_that_knew_the_source_before_is_told(tmp_path):
+    spec = experiment()
+    spec["evaluate"]["pretrained_on"] = {"large": ["demo"]}
+    results, _ = run(tmp_path, project(tmp_path, spec))
+    (text,) = said_by_the_checks(results, "contamination")
+    assert text.startswith("large had learned from demo before") and "the scores of big are no test" in text
+
+
+def answering(tmp_path, share: float) -> params.Params:
+    """A project whose headline gives the commonest answer to a share of the rows, and is as good as ever on others."""
+    P = project(tmp_path)
+    train = data.read(tmp_path / "data/processed/demo", "train")
+    answer = train["label"].mode()[0]
+    for seed in P.seeds:
+        path = tmp_path / f"runs/tiny-kd-{seed}/predictions.parquet"
+        rows = pd.read_parquet(path)
+        rows.loc[np.random.default_rng(seed).random(len(rows)) < share, "prediction"] = answer
+        rows.to_parquet(path)
+    return P
+
+
+def test_a_short_cut_is_called_one(tmp_path):
+    """A student that always gives the commonest answer: named on top of the page, and its verdict is no "better"."""
+    results, board = run(tmp_path, answering(tmp_path, 1.0))
+    (text,) = said_by_the_checks(results, "shortcut")
+    assert re.match(r"tiny-kd answers `\w+` on 100% of the test rows", text) and "not to read" in text
+    html = unescape((tmp_path / "reports/index.html").read_text(encoding="utf-8"))
+    assert f"<b>Short cut.</b> {text}" in html
+    row = board.loc["tiny-kd"]
+    assert (
+        row["verdict"] == "worse" and row["commonest_answer"] == 1 and row["balanced_accuracy"] == pytest.approx(1 / 3)
+    )
+    assert "nothing that beats the commonest answer" in " ".join(
+        report.answer(results, board.reset_index())["sentences"]
+    )
+
+
+def test_a_student_that_leans_on_one_answer_is_told(tmp_path):
+    results = evaluation.gather(tmp_path, answering(tmp_path, 0.6))
+    (text,) = said_by_the_checks(results, "shortcut")
+    assert text.endswith("it leans on that answer.")
 
 
 def test_one_seed_no_teacher_no_control_no_augmentation(tmp_path):
@@ -415,7 +557,7 @@ def test_one_seed_no_teacher_no_control_no_augmentation(tmp_path):
     assert board["verdict"].isna().all() and board["kl_to_teacher"].isna().all()
     html = (tmp_path / "reports/index.html").read_text()
     assert "nothing was augmented" in html and "None" not in re.sub(r"<p>None: nothing", "", html)
-    assert set(report.disagreements(results)["kind"]) == {"right", "wrong"}
+    assert set(evaluation.disagreements(results)["kind"]) == {"right", "wrong"}
 
 
 def test_a_student_that_beats_its_teacher(tmp_path):
@@ -440,7 +582,7 @@ def test_teacher_that_bears_a_students_name(tmp_path):
 
 def test_rows_where_they_differ_come_first(finished):
     root, _, results, _ = finished
-    rows = report.disagreements(results)
+    rows = evaluation.disagreements(results)
     test = data.read(root / "data/processed/demo", "test")
     assert set(rows["id"]) == set(test["id"])
     number = int(rows["differs"].sum())
@@ -458,10 +600,10 @@ def test_a_missing_or_stale_run_is_an_error_of_one_line(tmp_path):
     rows = pd.read_parquet(path)
     rows.head(5).to_parquet(path)
     with pytest.raises(params.UserError, match=r"^runs/other-1/predictions.parquet: not the test rows of now"):
-        report.gather(tmp_path, P)
+        evaluation.gather(tmp_path, P)
     path.unlink()
     with pytest.raises(params.UserError, match=r"^runs/other-1/predictions.parquet: no such file"):
-        report.gather(tmp_path, P)
+        evaluation.gather(tmp_path, P)
 
 
 def test_long_texts_and_many_rows_keep_the_page_small(tmp_path):
@@ -483,33 +625,43 @@ def test_long_texts_and_many_rows_keep_the_page_small(tmp_path):
 def test_throughput_lets_the_models_take_turns():
     calls = []
     scorers = {name: (lambda texts, name=name: calls.append((name, len(texts)))) for name in "ab"}
-    speeds = report.throughput(scorers, ["text"] * 8, rounds=2)
+    speeds = evaluation.throughput(scorers, ["text"] * 8, rounds=2)
     assert calls == [("a", 4), ("b", 4), ("a", 8), ("b", 8), ("a", 8), ("b", 8)]
     assert set(speeds) == {"a", "b"} and min(speeds.values()) > 0
 
 
 def test_throughput_stops_when_its_time_is_spent(monkeypatch):
     now = iter(range(1000))
-    monkeypatch.setattr(report.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(now))
     calls = []
-    report.throughput({"a": lambda texts: calls.append(len(texts))}, ["text"] * 8, rounds=50, budget=12)
+    evaluation.throughput({"a": lambda texts: calls.append(len(texts))}, ["text"] * 8, rounds=50, budget=12)
     assert len(calls) == 1 + 12  # the warm-up, then rounds that take a second each
 
 
-def test_speeds_of_real_models(tmp_path, tiny_models):
+def test_speeds_of_real_models(tmp_path, tiny_models, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     spec = experiment(models={"small": {"folder": "small"}, "large": {"folder": "large"}})
     tuned = {"on": "demo/train", "steps": 1, "learning_rate": 1e-3}
     spec["teachers"]["big"]["finetune"] = tuned
+    spec["evaluate"]["paraphrased_rows"] = 4
+    spec["augment"] |= {"max_new_tokens": 4, "keep": {"min_similarity": 0.0, "max_similarity": 1.0}}
     P = project(tmp_path, spec)
     task = data.read_task(tmp_path / "data/processed/demo")
     for name, student in P.students.items():
-        if name != "tiny-gold":  # of the shape of tiny-kd: is not loaded
-            model = training.build(student, tiny_models / "tiny-bert", task, seed=0)
-            models.save(model.model, model.tokenizer, tmp_path / f"runs/{name}-0/model")
-    shutil.copytree(tiny_models / "tiny-llama", tmp_path / "data/teacher/big/model")
-    speeds = report.speeds(tmp_path, report.gather(tmp_path, P))
-    assert set(speeds) == {"tiny-kd", "tiny-gold", "other", "big"} and min(speeds.values()) > 0
+        model = training.build(student, tiny_models / "tiny-bert", task, seed=0)
+        models.save(model.model, model.tokenizer, tmp_path / f"runs/{name}-0/model")
+    for folder in ("data/teacher/big/model", "large"):  # tuned, and as it was fetched: the one that writes
+        shutil.copytree(tiny_models / "tiny-llama", tmp_path / folder)
+    measured = evaluation.measure(tmp_path, evaluation.gather(tmp_path, P))
+    speeds = measured.timing
+    assert set(speeds) == {"tiny-kd", "tiny-gold", "other", "big"}
+    assert min(found["sentences_per_second"] for found in speeds.values()) > 0
     assert speeds["tiny-kd"] == speeds["tiny-gold"]
+    assert all(0 < found["latency_p50_ms"] <= found["latency_p95_ms"] for found in speeds.values())
+    assert all(found["memory_mb"] >= 0 for found in speeds.values())
+    table = measured.robustness
+    assert "other words" in set(table["change"])
+    assert set(table["model"]) == {"tiny-kd", "tiny-gold", "big"} and table["kept"].between(0, 1).all()
 
 
 def test_pictures_are_deterministic_and_follow_the_theme(finished):

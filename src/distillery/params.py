@@ -311,6 +311,9 @@ class Evaluate(Section):
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     throughput_rows: Annotated[int, Field(gt=0)] = 128
+    rewritten_rows: Count = 96  # test rows asked again with other names, amounts or spelling; 0: none
+    paraphrased_rows: Count = 0  # and test rows that `augment.teacher` puts into other words
+    pretrained_on: dict[Name, list[Name]] = {}  # models that had learned from a source before: no test of them
     samples: Annotated[int, Field(gt=0)] = 12
     seed: int = 0
 
@@ -557,6 +560,16 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
                     known(f"{key}.teachers", teacher, _labelling(params, source), f"teacher for `{source}`")
         if len(seen) > 1:
             raise UserError(f"{file}: students.{name}.phases: one task only, not {', '.join(sorted(seen))}")
+    if params.evaluate.paraphrased_rows:
+        known("augment.teacher", params.augment.teacher, params.teachers, "teacher")
+        if params.teachers[params.augment.teacher].kind != "lm":
+            raise UserError(
+                f"{file}: evaluate.paraphrased_rows: `{params.augment.teacher}` (augment.teacher) cannot write"
+            )
+    for name, sources in params.evaluate.pretrained_on.items():
+        known("evaluate.pretrained_on", name, params.models, "model")
+        for source in sources:
+            known(f"evaluate.pretrained_on.{name}", source, params.data, "source")
     known("evaluate.headline", params.evaluate.headline, params.students, "student")
     if len(set(params.seeds)) != len(params.seeds):
         raise UserError(f"{file}: seeds: each seed once, not {params.seeds}")

@@ -1,7 +1,7 @@
-"""What came out: every model's scores side by side, and one page that says whether the gain is real.
+"""One page that says whether the gain is real, and the figures, tables and numbers of `reports/`.
 
-:func:`gather` reads what the runs left, :func:`leaderboard` scores it, :func:`answer` puts it into words, and
-:func:`write` makes the files of `reports/`. Nothing here is imported by code that trains.
+:func:`answer` puts what :mod:`distillery.evaluation` found into words, the `figure_…` functions into pictures, and
+:func:`write` makes the files.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ import os
 import platform
 import re
 import sys
-import time
-from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,22 +20,15 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
-from distillery import data, metrics, params, teachers, training
+from distillery import evaluation, metrics, params
+from distillery.evaluation import KINDS, ROLES, TRAINED, Measured, Results
 
-KINDS = (
-    "only the teacher is right",
-    "only the student is right",
-    "both wrong",
-    "both right",
-    "wrong",
-    "right",
-)
-ROLES = ("student", "control", "teacher", "untrained", "majority")
 LIBRARIES = (
     "torch",
     "transformers",
@@ -53,357 +43,7 @@ LIBRARIES = (
 )
 MAX_ROWS = 1000  # rows of the error browser: keeps the page under 3 MB
 MAX_TEXT = 500  # characters of a text or rationale shown there
-
-
-# ---------------------------------------------------------------- gathering
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One line of the leaderboard: a model's predictions of the test rows of `source`, over its seeds."""
-
-    name: str
-    key: str  # its name in params (of the student it starts from, for an untrained one)
-    role: str  # one of ROLES
-    source: str
-    predicted: np.ndarray  # [seeds, rows] labels
-    probabilities: np.ndarray | None = None  # [seeds, rows, K]
-    parameters: int | None = None
-    bytes: int | None = None
-    teacher: str | None = None  # key of the teacher it is compared with
-    control: str | None = None  # key of the student it is compared with
-
-
-@dataclass(frozen=True)
-class Results:
-    """Everything that the report speaks of."""
-
-    params: params.Params
-    labels: dict[str, list[str]]  # of each source, in the order of probability vectors
-    tests: dict[str, pd.DataFrame]  # of each source
-    scored: list[Scored]
-    signals: dict[tuple[str, str], pd.DataFrame]  # (teacher, source) -> its test signals, in the order of the rows
-    history: pd.DataFrame  # model, seed, phase, step, loss
-    audits: dict[str, Any]
-    counts: dict[str, Any] | None  # of the augmentation
-    warnings: list[str]
-
-    def find(self, key: str, role: str = "") -> Scored | None:
-        """The student (or control) called `key`, or what plays `role` for it; None when there is no such line."""
-        roles = (role,) if role else ("student", "control")
-        return next((s for s in self.scored if s.key == key and s.role in roles), None)
-
-    def teacher_of(self, line: Scored) -> Scored | None:
-        """The line of the teacher that `line` is compared with."""
-        same = (s for s in self.scored if s.role == "teacher" and (s.key, s.source) == (line.teacher, line.source))
-        return next(same, None)
-
-
-def teacher_of(P: params.Params, student: str) -> str | None:
-    """The first teacher of `student`; a control is compared with the teacher of the student it is the control of."""
-    named = [t for phase in P.students[student].phases for t in phase.teachers]
-    if not named:
-        counterparts = [s for s, spec in P.students.items() if spec.control == student]
-        named = [t for s in counterparts for phase in P.students[s].phases for t in phase.teachers]
-    return named[0] if named else None
-
-
-def _read(path: Path, root: Path) -> Any:
-    """A parquet, csv or JSON file. Raises UserError when it is missing."""
-    try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        return pd.read_csv(path) if path.suffix == ".csv" else json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise params.UserError(f"{path.relative_to(root)}: no such file; `dvc repro` makes it") from None
-
-
-def _aligned(rows: pd.DataFrame, test: pd.DataFrame, path: Path, root: Path) -> pd.DataFrame:
-    """`rows` in the order of `test`. Raises UserError when they are not the predictions of exactly those rows."""
-    if rows["id"].duplicated().any() or set(rows["id"]) != set(test["id"]):
-        raise params.UserError(f"{path.relative_to(root)}: not the test rows of now; `dvc repro` brings it up to date")
-    return rows.set_index("id").loc[test["id"]].reset_index()
-
-
-def _stack(tables: Sequence[pd.DataFrame]) -> dict[str, np.ndarray]:
-    probabilities = np.stack([np.stack(t["probabilities"].to_numpy()) for t in tables]).astype(np.float64)
-    return {
-        "predicted": np.stack([t["prediction"].to_numpy(dtype=object) for t in tables]),
-        "probabilities": probabilities,
-    }
-
-
-def gather(root: Path, P: params.Params) -> Results:
-    """Read the predictions of everything that params names, and nothing else (a removed student is gone).
-
-    Raises UserError when a run's files are missing or belong to other test rows.
-    """
-    students = {name: P.tested_on(name) for name in P.students}
-    sources = [s for s in P.data if s in students.values()]
-    labels = {s: data.read_task(root / f"data/processed/{s}").names for s in sources}
-    tests = {s: data.read(root / f"data/processed/{s}", "test") for s in sources}
-    controls = {spec.control for spec in P.students.values()}
-    scored, history, signals, begun = [], [], {}, {}
-
-    for name, source in students.items():
-        spec, folders = P.students[name], [root / f"runs/{name}-{seed}" for seed in P.seeds]
-        facts = [_read(folder / "metrics.json", root) for folder in folders]
-        common = {"source": source, "teacher": teacher_of(P, name), "parameters": facts[0].get("parameters")}
-        tables = []
-        for folder in folders:
-            rows = _read(folder / "predictions.parquet", root)
-            rows = rows[rows["split"] == "test"]
-            tables.append(_aligned(rows, tests[source], folder / "predictions.parquet", root))
-        role = "control" if name in controls and not any(phase.teachers for phase in spec.phases) else "student"
-        size = facts[0].get("bytes_on_disk")
-        scored.append(Scored(name, name, role, **common, bytes=size, control=spec.control, **_stack(tables)))
-        for seed, folder in zip(P.seeds, folders, strict=True):
-            history.append(_history(folder / "history.csv", root).assign(model=name, seed=seed))
-
-        # Students that start from the same model in the same way share their untrained scores: one line is enough.
-        start = (spec.model, spec.arch, str(spec.init), spec.prompt, spec.few_shot, spec.dtype, source)
-        if start not in begun:
-            before = [_read(folder / "phases.parquet", root) for folder in folders]
-            before = [rows[(rows["phase"] == 0) & (rows["split"] == "test")] for rows in before]
-            if all(len(rows) for rows in before):
-                before = [_aligned(rows, tests[source], folders[0] / "phases.parquet", root) for rows in before]
-                begun[start] = Scored(f"{name}, untrained", name, "untrained", **common, **_stack(before))
-
-    for teacher in P.teachers:
-        for source in [s for s in sources if s in P.sources_of(teacher)]:
-            path = root / f"data/teacher/{teacher}/signals.parquet"
-            rows = _read(path, root)
-            rows = rows[(rows["source"] == source) & (rows["split"] == "test")].rename(columns={"label": "prediction"})
-            rows = signals[teacher, source] = _aligned(rows, tests[source], path, root)
-            facts = _read(root / f"data/teacher/{teacher}/metrics.json", root)
-            name = teacher if teacher not in P.students else f"{teacher}, teacher"
-            name = name if len(sources) == 1 else f"{name} on {source}"
-            size = {"parameters": facts.get("parameters"), "bytes": facts.get("bytes_on_disk")}
-            scored.append(Scored(name, teacher, "teacher", source, **_stack([rows]), **size))
-
-    for source in sources:
-        train = data.read(root / f"data/processed/{source}", "train")
-        commonest = (train if len(train) else tests[source])["label"].mode()[0]  # the first of equals: deterministic
-        name = f"always {commonest}" if len(sources) == 1 else f"always {commonest} on {source}"
-        constant = np.full((1, len(tests[source])), commonest, dtype=object)
-        scored.append(Scored(name, source, "majority", source, constant))
-
-    counts = root / f"data/augmented/{P.augment.source}/counts.json"
-    return Results(
-        params=P,
-        labels=labels,
-        tests=tests,
-        scored=scored + list(begun.values()),
-        signals=signals,
-        history=pd.concat(history, ignore_index=True)[["model", "seed", "phase", "step", "loss"]],
-        audits={s: _read(root / f"data/processed/{s}/audit.json", root) for s in sources},
-        counts=_read(counts, root) if P.augment.per_row and counts.exists() else None,
-        warnings=[line for source in sources for line in leaks(root, P, source, tests[source])],
-    )
-
-
-def _history(path: Path, root: Path) -> pd.DataFrame:
-    """Phase, step, loss of one run, the steps counted through its phases."""
-    try:
-        rows = _read(path, root)[["phase", "step", "loss"]]
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame({"phase": [], "step": [], "loss": []})
-    parts, done = [], 0
-    for _, part in rows.groupby("phase", sort=True):
-        part = part.assign(step=part["step"] + (done if len(part) and part["step"].min() <= done else 0))
-        done = part["step"].max()
-        parts.append(part)
-    return pd.concat(parts) if parts else rows
-
-
-def leaks(root: Path, P: params.Params, source: str, test: pd.DataFrame) -> list[str]:
-    """One line for each set of rows that was learned from and holds test rows of `source` (same text, id or group)."""
-    out = []
-    for other in P.data:
-        if P.data[other].task != P.data[source].task:
-            continue
-        for split in ("train", "pool", "validation"):
-            rows = data.read(root / f"data/processed/{other}", split)
-            shared = test["text"].isin(rows["text"])
-            if other == source:  # ids and groups are names inside one source
-                shared |= test["id"].isin(rows["id"]) | test["group"].isin(rows["group"])
-            if shared.any():
-                who = f"the test rows of {source} are also in {other}/{split}"
-                out.append(f"{int(shared.sum())} of {who}: every score below is too good to be true.")
-    return out
-
-
-# ---------------------------------------------------------------- speed
-
-
-def throughput(
-    scorers: dict[str, Callable[[list[str]], Any]], texts: list[str], rounds: int = 5, budget: float = 10.0
-) -> dict[str, float]:
-    """Sentences a second of each scorer on the same texts, side by side: name -> median over its rounds.
-
-    Each is warmed up on a few texts first. Then they take turns, so that whatever else the machine does meets all of
-    them; one that has spent its share of `budget` seconds, or had all its rounds, sits out. One round is had by all.
-    """
-    for score in scorers.values():
-        score(texts[:4])
-    seconds: dict[str, list[float]] = {name: [] for name in scorers}
-    for _ in range(rounds):
-        for name, score in scorers.items():
-            if sum(seconds[name]) < budget / len(scorers):
-                start = time.perf_counter()
-                score(texts)
-                seconds[name].append(time.perf_counter() - start)
-    return {name: len(texts) / float(np.median(taken)) for name, taken in seconds.items()}
-
-
-def speeds(root: Path, results: Results) -> dict[str, float]:
-    """Sentences a second, on test rows of the headline's source, of every trained model that is tested there.
-
-    Students of one shape (a student and its control) are equally fast: the first of them is measured for all.
-    """
-    P, source = results.params, results.find(results.params.evaluate.headline).source
-    task, scorers, measured = data.read_task(root / f"data/processed/{source}"), {}, {}
-    for line in (s for s in results.scored if s.source == source):
-        if line.role == "teacher":
-            tuned = root / f"data/teacher/{line.key}/model" if P.teachers[line.key].finetune else None
-            scorers[line.name] = teachers.open_teacher(line.key, P, task, tuned=tuned).predict
-            measured[line.name] = line.name
-        elif line.role in ("student", "control"):
-            spec = P.students[line.key]
-            shape = str([spec.model, spec.arch, spec.init, spec.prompt, spec.few_shot, spec.dtype, spec.max_length])
-            if shape not in measured.values():
-                folder = root / f"runs/{line.key}-{P.seeds[0]}/model"
-                scorers[shape] = training.reopen(spec, folder, task, spec.dtype).predict
-            measured[line.name] = shape
-    rate = throughput(scorers, results.tests[source]["text"].head(P.evaluate.throughput_rows).tolist())
-    return {name: rate[key] for name, key in measured.items()}
-
-
-# ---------------------------------------------------------------- scoring
-
-
-def _compared(results: Results, a: Scored, b: Scored | None) -> dict[str, dict[str, float]] | None:
-    """The paired difference a - b; None when there is no b, or it was tested on other rows."""
-    if b is None or a.source != b.source:
-        return None
-    test, e = results.tests[a.source], results.params.evaluate
-    labels = results.labels[a.source]
-    return metrics.paired_difference(
-        test["label"], a.predicted, b.predicted, labels, test["group"], e.bootstrap, e.confidence, e.seed
-    )
-
-
-def leaderboard(results: Results, speeds: dict[str, float] | None = None) -> pd.DataFrame:
-    """One row a model, best accuracy first. Scores are means over seeds, in [0, 1], with percentile intervals.
-
-    speeds: name in the leaderboard -> sentences a second (wall clock).
-    verdict: `better` or `worse` than the control when p, corrected for the number of comparisons (Holm), is under
-    1 - confidence; `no evidence` otherwise.
-    """
-    e, rows = results.params.evaluate, []
-    for line in results.scored:
-        test, labels = results.tests[line.source], results.labels[line.source]
-        gold, groups = test["label"].to_numpy(dtype=object), test["group"]
-        drawn = metrics.bootstrap_scores(gold, line.predicted, labels, groups, e.bootstrap, e.seed)
-        row: dict[str, Any] = {"model": line.name, "role": line.role, "source": line.source}
-        row["seeds"] = len(line.predicted)
-        row |= {"parameters": line.parameters, "megabytes": None if line.bytes is None else line.bytes / 1e6}
-        for score, mean in metrics.mean_scores(gold, line.predicted, labels).items():
-            low, high = metrics.interval(drawn[score], e.confidence)
-            row |= {score: mean, f"{score}_low": low, f"{score}_high": high}
-        reports = [metrics.classification_report(gold, p, None, labels)["labels"] for p in line.predicted]
-        for label in labels:
-            for score in ("precision", "recall"):
-                row[f"{score}_{label}"] = float(np.mean([report[label][score] for report in reports]))
-        signal = results.signals.get((line.teacher, line.source))
-        if signal is not None:
-            taught = np.stack(signal["probabilities"].to_numpy())
-            row["kl_to_teacher"] = float(np.mean([metrics.kl(taught, p).mean() for p in line.probabilities]))
-            row["agreement_with_teacher"] = float((line.predicted == signal["prediction"].to_numpy(object)).mean())
-        row["sentences_per_second"] = (speeds or {}).get(line.name)
-        difference = _compared(results, line, results.find(line.control) if line.control else None)
-        if difference:
-            d = difference["accuracy"]
-            row |= {"versus": line.control, "difference": d["mean"], "difference_low": d["low"]}
-            row |= {"difference_high": d["high"], "p": d["p"], "detectable": d["detectable"]}
-        rows.append(row)
-
-    middle = [f"{score}_{label}" for score in ("precision", "recall") for label in _all_labels(results)]
-    columns = ["model", "role", "source", "seeds", "parameters", "megabytes"]
-    columns += [f"{score}{end}" for score in metrics.SCORES for end in ("", "_low", "_high")] + middle
-    columns += ["kl_to_teacher", "agreement_with_teacher", "sentences_per_second"]
-    columns += ["versus", "difference", "difference_low", "difference_high", "p", "detectable", "verdict"]
-    board = pd.DataFrame(rows).reindex(columns=columns)
-    board["parameters"] = board["parameters"].astype("Int64")
-    board["p"] = board["p"].astype(float)
-    compared = board["p"].notna()
-    board.loc[compared, "p"] = metrics.holm(board.loc[compared, "p"])
-    board["verdict"] = [
-        None if np.isnan(p) else "no evidence" if p >= 1 - e.confidence else "better" if d > 0 else "worse"
-        for p, d in zip(board["p"], board["difference"].astype(float), strict=True)
-    ]
-    order = [ROLES.index(role) for role in board["role"]]
-    board = board.assign(_order=order).sort_values(["accuracy", "_order", "model"], ascending=[False, True, True])
-    return board.drop(columns="_order").reset_index(drop=True)
-
-
-def _all_labels(results: Results) -> list[str]:
-    return list(dict.fromkeys(label for labels in results.labels.values() for label in labels))
-
-
-def summary(results: Results, board: pd.DataFrame) -> dict[str, Any]:
-    """What `dvc metrics` shows: the headline with its intervals, then two scores a model. No wall clock in here."""
-    head = board.set_index("model").loc[results.params.evaluate.headline]
-    keys = [c for c in board.columns if c.startswith(("accuracy", "macro_f1", "difference", "kl_to", "agreement"))]
-    out: dict[str, Any] = {"headline": {k: round(float(head[k]), 6) for k in keys if pd.notna(head[k])}}
-    trained = board[board["role"].isin(["student", "control", "teacher"])]
-    for score in metrics.SCORES:
-        out[score] = {m: round(float(v), 6) for m, v in zip(trained["model"], trained[score], strict=True)}
-    return out
-
-
-def disagreements(results: Results) -> pd.DataFrame:
-    """The headline's test rows: where it and its teacher differ, then what it got wrong, the most certain first.
-
-    Columns id, text, gold, student, student_probability, rationale (of the corpus), kind (one of KINDS), differs; with
-    a teacher also teacher, teacher_probability, teacher_rationale. Of several seeds the first one's predictions.
-    """
-    head = results.find(results.params.evaluate.headline)
-    test = results.tests[head.source]
-    rows = pd.DataFrame({"id": test["id"], "text": test["text"], "gold": test["label"], "student": head.predicted[0]})
-    rows["student_probability"] = head.probabilities[0].max(1)
-    rows["rationale"] = test["rationale"]
-    signal = results.signals.get((head.teacher, head.source))
-    right = rows["student"] == rows["gold"]
-    if signal is not None:
-        rows["teacher"] = signal["prediction"]
-        rows["teacher_probability"] = np.stack(signal["probabilities"].to_numpy()).max(1)
-        rows["teacher_rationale"] = signal["rationale"]
-        taught = rows["teacher"] == rows["gold"]
-        cases = [right & taught, right, taught]
-        rows["kind"] = np.select(
-            cases, ["both right", "only the student is right", "only the teacher is right"], "both wrong"
-        )
-        rows["differs"] = rows["student"] != rows["teacher"]
-    else:
-        rows["kind"] = np.where(right, "right", "wrong")
-        rows["differs"] = False
-    rank = np.where(rows["differs"], 0, np.where(right, 2, 1))
-    rows = rows.assign(_rank=rank).sort_values(["_rank", "student_probability", "id"], ascending=[True, False, True])
-    return rows.drop(columns="_rank").reset_index(drop=True)
-
-
-def samples(results: Results) -> pd.DataFrame:
-    """Some test rows of the headline's source, drawn at random: text, gold, and each trained model's label."""
-    e = results.params.evaluate
-    source = results.find(e.headline).source
-    test = results.tests[source]
-    some = np.sort(np.random.default_rng(e.seed).permutation(len(test))[: e.samples])
-    rows = test.iloc[some][["text", "label"]].rename(columns={"label": "gold"})
-    for line in results.scored:
-        if line.source == source and line.role in ("student", "control", "teacher"):
-            rows[line.name] = line.predicted[0][some]
-    return rows.reset_index(drop=True)
+MIN_BIN = 10  # rows below which a bin's share of right answers says nothing
 
 
 # ---------------------------------------------------------------- words
@@ -428,8 +68,20 @@ def count(n: float | None) -> str:
     return str(int(n))
 
 
+def duration(seconds: float) -> str:
+    """As people say it: 41 s, 2 min 5 s, 3 h 20 min."""
+    for size, below, unit, smaller in ((3600, 60, "h", "min"), (60, 1, "min", "s")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} {int(seconds % size // below)} {smaller}"
+    return f"{seconds:.0f} s"
+
+
 def _times(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 20 else f"{ratio:.1f}"
+
+
+def _ms(x: float) -> str:
+    return f"{x:.0f} ms" if x >= 10 else f"{x:.1f} ms"
 
 
 def _range(d: dict[str, float], sign: str = "+") -> str:
@@ -442,9 +94,9 @@ def answer(results: Results, board: pd.DataFrame) -> dict[str, Any]:
     It must read right whatever came out: a student that is worse, one seed, no teacher, no control, no augmentation.
     """
     P, e = results.params, results.params.evaluate
-    head = results.find(e.headline)
+    head = results.headline
     lines = board.set_index("model")
-    row, teacher, control = lines.loc[head.name], results.teacher_of(head), results.find(head.control or "")
+    row, teacher, control = lines.loc[head.name], results.teacher_of(head), results.find(head.control)
     level, n, name = f"{100 * e.confidence:g} %", len(results.tests[head.source]), head.name
     accuracy = f"{percent(row['accuracy'])} ({level} interval {percent(row['accuracy_low'])} to "
     accuracy += f"{percent(row['accuracy_high'])})"
@@ -475,6 +127,9 @@ def answer(results: Results, board: pd.DataFrame) -> dict[str, Any]:
             fast = "equally fast" if 1 / 1.05 < ratio < 1.05 else fast
             note = f"{mine:,.0f} against {its:,.0f} sentences a second"
             what += f"; side by side on one machine it is {fast} ({note})"
+            alone = row["latency_p50_ms"], lines.loc[teacher.name, "latency_p50_ms"]
+            if all(pd.notna(ms) for ms in alone):
+                what += f" and answers a single one in {_ms(alone[0])} ({_ms(alone[1])})"
             claims.append(fast)
             value = f"{_times(max(ratio, 1 / ratio))}×"
             tiles.append((value, "faster" if ratio >= 1 else "slower", note, "good" if ratio > 1.05 else "bad"))
@@ -485,18 +140,20 @@ def answer(results: Results, board: pd.DataFrame) -> dict[str, Any]:
                   f"{percent(row['accuracy_high'])}", ""))  # fmt: skip
     text = f"On {n:,} test sentences it is right on {accuracy}"
     if teacher is not None:
-        d = _compared(results, head, teacher)["accuracy"]
+        verdict, d = row["teacher_verdict"], {k: row[f"teacher_difference_{k}"] for k in ("low", "high")}
+        d["mean"] = row["teacher_difference"]
         text += f", its teacher on {percent(lines.loc[teacher.name, 'accuracy'])}"
-        if d["high"] < 0:
+        if verdict == "worse":
             given = {"low": -d["high"], "high": -d["low"]}
             text += f": it gives up {100 * -d['mean']:.1f} points ({_range(given, sign='')})."
             claims.append(f"{100 * -d['mean']:.1f} points less accurate")
-        elif d["low"] > 0:
+        elif verdict == "better":
             text += f": it is {100 * d['mean']:.1f} points better than its teacher ({_range(d, sign='')})."
             claims.append(f"{100 * d['mean']:.1f} points more accurate")
         else:
-            text += f": the difference of {points(d['mean'])} points ({_range(d)}) is within what chance explains."
-            claims.append("about as accurate")
+            text += f": the difference of {points(d['mean'])} points ({_range(d)}) is within what chance explains; "
+            text += f"one of about {100 * row['teacher_detectable']:.1f} would have shown."
+            claims.append("no evidence that it is less accurate" if d["mean"] < 0 else "about as accurate")
     else:
         text += "."
     sentences.append(text)
@@ -510,7 +167,7 @@ def answer(results: Results, board: pd.DataFrame) -> dict[str, Any]:
         taught = any(phase.teachers for phase in P.students[control.key].phases)
         text = f"Its control {control.name}{'' if taught else ', which had no teacher,'} reaches "
         text += f"{percent(lines.loc[control.name, 'accuracy'])}. "
-        number = int(board["p"].notna().sum())
+        number = evaluation.comparisons(board)
         p = f"p {'= ' + format(row['p'], '.3f') if row['p'] >= 0.0005 else '< 0.001'}" + (
             f" after Holm's correction for {number} comparisons" if number > 1 else ""
         )
@@ -630,46 +287,70 @@ def _roles(axes: Any, board: pd.DataFrame) -> None:
 
 
 def figure_cost(results: Results, board: pd.DataFrame) -> Figure:
-    """Accuracy against the number of parameters, with the line of those that no smaller model beats (Pareto)."""
+    """Accuracy against size, and against the time for one sentence where it was measured; see :func:`_against`."""
     with _drawing():
-        rows = board[board["parameters"].notna() & (board["role"] != "untrained")].copy()
-        rows["parameters"] = rows["parameters"].astype(float)
-        figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
-        front = rows.sort_values(["parameters", "accuracy"], ascending=[True, False])
-        front = front[front["accuracy"] > front["accuracy"].cummax().shift(fill_value=-1)]
-        axes.step(front["parameters"], front["accuracy"], where="post", color=MUTED, lw=1, ls=(0, (4, 3)))
-        for _, row in rows.iterrows():
-            colour = COLOURS[row["role"]]
-            axes.plot(
-                [row["parameters"]] * 2, [row["accuracy_low"], row["accuracy_high"]], color=colour, lw=2, alpha=0.4
-            )
-            axes.plot(row["parameters"], row["accuracy"], "o", color=colour, ms=7)
-            axes.annotate(row["model"], (row["parameters"], row["accuracy"]), (7, 3), textcoords="offset points",
-                          fontsize=8)  # fmt: skip
-        axes.set_xscale("log")
-        if len(rows):
-            axes.set_xlim(rows["parameters"].min() / 1.5, rows["parameters"].max() * 2.2)
-        axes.xaxis.set_major_formatter(lambda x, _: count(x).replace(".0 ", " "))
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-        axes.set_xlabel("parameters, logarithmic")
-        axes.set_ylabel("accuracy")
-        _roles(axes, rows)
+        costs = {"parameters": ("parameters, logarithmic", lambda x, _: count(x).replace(".0 ", " "))}
+        if board["latency_p50_ms"].notna().any():
+            costs["latency_p50_ms"] = ("milliseconds for one sentence, logarithmic", lambda x, _: f"{x:g}")
+        size = (5.6 if len(costs) == 1 else 9.6, 3.4)
+        figure, many = plt.subplots(1, len(costs), figsize=size, layout="constrained", sharey=True, squeeze=False)
+        for axes, (cost, (label, ticks)) in zip(many[0], costs.items(), strict=True):
+            rows = board[board[cost].notna() & (board["role"] != "untrained")]
+            _against(axes, rows.assign(cost=rows[cost].astype(float)))
+            axes.xaxis.set_major_formatter(ticks)
+            axes.set_xlabel(label)
+        many[0][0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        many[0][0].set_ylabel("accuracy")
+        _roles(many[0][0], board[board["role"] != "untrained"])
     return figure
 
 
-def shown(results: Results) -> list[Scored]:
-    """The headline, its control and its teacher, as far as they exist."""
-    head = results.find(results.params.evaluate.headline)
-    lines = [head, results.find(head.control or ""), results.teacher_of(head)]
-    return [line for line in lines if line is not None and line.source == head.source]
+def _against(axes: Any, rows: pd.DataFrame) -> None:
+    """Accuracy by `cost`, with the line of those that nothing cheaper beats (Pareto)."""
+    front = rows.sort_values(["cost", "accuracy"], ascending=[True, False])
+    front = front[front["accuracy"] > front["accuracy"].cummax().shift(fill_value=-1)]
+    axes.step(front["cost"], front["accuracy"], where="post", color=MUTED, lw=1, ls=(0, (4, 3)))
+    for _, row in rows.iterrows():
+        colour = COLOURS[row["role"]]
+        axes.plot([row["cost"]] * 2, [row["accuracy_low"], row["accuracy_high"]], color=colour, lw=2, alpha=0.4)
+        axes.plot(row["cost"], row["accuracy"], "o", color=colour, ms=7)
+        axes.annotate(row["model"], (row["cost"], row["accuracy"]), (7, 3), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    if len(rows):
+        axes.set_xlim(rows["cost"].min() / 1.5, rows["cost"].max() * 2.2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def figure_trust(results: Results) -> Figure:
+    """Does it know when it is wrong: share right by confidence, and error rate among the rows it is surest of."""
+    with _drawing():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.2), layout="constrained")
+        left.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
+        bins = reliability(results)
+        for line in results.shown:
+            mine, colour = bins[bins["model"] == line.name], COLOURS[line.role]
+            left.plot(mine["confidence"], mine["right"], color=colour, lw=1.2)
+            left.scatter(mine["confidence"], mine["right"], s=8 + 160 * mine["rows"] / mine["rows"].sum(), color=colour)
+            gold = metrics.encode(results.tests[line.source]["label"], results.labels[line.source])
+            gold, p = np.tile(gold, len(line.probabilities)), np.concatenate(line.probabilities)
+            curve = metrics.risk_coverage(gold, p)
+            right.plot(curve["coverage"], curve["risk"], color=colour, lw=1.6, label=line.name)
+        left.set(xlim=(max(0, bins["confidence"].min() - 0.05) if len(bins) else 0, 1.01), ylim=(0, 1.02))
+        left.set(xlabel="probability that it gives its answer", ylabel="share right", title="reliability")
+        right.set(xlim=(0, 1.01), ylim=(0, None), title="if it may decline to answer")
+        right.set(xlabel="share of rows answered, the surest first", ylabel="share wrong")
+        for axes in (left, right):
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        right.legend(loc="lower right")
+    return figure
 
 
 def figure_confusion(results: Results) -> Figure:
     """Gold against predicted labels of the headline, its control and its teacher: share of each gold label."""
     with _drawing():
-        lines = shown(results)
+        lines = results.shown
         labels, gold = results.labels[lines[0].source], results.tests[lines[0].source]["label"]
         k, width = len(labels), max(1.6, min(4.0, 0.35 * len(labels)))
         size = (0.8 + width * len(lines), 0.7 + width)
@@ -699,7 +380,7 @@ def figure_confusion(results: Results) -> Figure:
 def figure_labels(results: Results, board: pd.DataFrame) -> Figure:
     """Precision and recall of each label: headline, control and teacher."""
     with _drawing():
-        lines, rows = shown(results), board.set_index("model")
+        lines, rows = results.shown, board.set_index("model")
         labels = results.labels[lines[0].source]
         figure, many = plt.subplots(1, 2, figsize=(5.6, 0.9 + 0.22 * len(labels) * (len(lines) + 0.8)), sharey=True,
                                     layout="constrained")  # fmt: skip
@@ -739,9 +420,13 @@ def figure_history(results: Results) -> Figure:
             for start in starts:
                 axes.axvline(start, color=MUTED, lw=0.8, ls=":")
             axes.set_title(name, fontsize=9)
-            axes.set_ylim(bottom=0)
+            if (rows["loss"] > 0).all():  # one phase's loss may be thirty times another's
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+                axes.yaxis.set_minor_locator(NullLocator())
         for axes in many[:, 0]:
-            axes.set_ylabel("loss")
+            axes.set_ylabel("loss, logarithmic")
         figure.supxlabel("optimizer step; one line a seed, a dotted rule between phases", fontsize=8, color=MUTED)
     return figure
 
@@ -753,6 +438,7 @@ def figures(results: Results, board: pd.DataFrame) -> dict[str, Figure]:
         "cost": figure_cost(results, board),
         "confusion": figure_confusion(results),
         "labels": figure_labels(results, board),
+        "trust": figure_trust(results),
         "history": figure_history(results),
     }
 
@@ -781,32 +467,56 @@ def inline(name: str, text: str) -> Markup:
 # ---------------------------------------------------------------- files
 
 
-def write(root: Path, results: Results, board: pd.DataFrame, speeds: dict[str, float] | None = None) -> None:
+def write(root: Path, results: Results, board: pd.DataFrame, measured: Measured | None = None) -> None:
     """Make `reports/`: leaderboard.csv, metrics.json, timing.json, figures/, plots/ and index.html.
 
     `metrics.json` holds no wall-clock figure and is the same, byte for byte, for the same runs.
     Raises UserError when the disk is full.
     """
-    folder = root / "reports"
-    e = results.params.evaluate
-    head = results.find(e.headline)
+    folder, head, measured = root / "reports", results.headline, measured or Measured()
     pictures = {name: svg(figure) for name, figure in figures(results, board).items()}
-    timing = {"sentences_per_second": speeds or {}, "rows": e.throughput_rows, "cores": os.cpu_count()}
-    first = pd.DataFrame({"actual": results.tests[head.source]["label"], "predicted": head.predicted[0]})
-    scores = ["model", "role", "accuracy", "accuracy_low", "accuracy_high", "macro_f1"]
+    timing = {"models": measured.timing, "rows": results.params.evaluate.throughput_rows}
+    timing |= {"latency_rows": evaluation.LATENCY_ROWS, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    gold = results.tests[head.source]["label"]
+    first = pd.DataFrame({"actual": gold, "predicted": head.predicted[0]})
+    numbers = evaluation.summary(results, board)
+    if len(measured.robustness):
+        mine = measured.robustness[measured.robustness["model"] == head.name].set_index("change")
+        numbers["kept_when_rewritten"] = mine["kept"].round(6).to_dict()
     texts = {
         "leaderboard.csv": board.to_csv(index=False),
-        "metrics.json": _json(summary(results, board)),
+        "metrics.json": _json(numbers),
         "timing.json": _json(timing),
         "plots/history.csv": results.history.to_csv(index=False),
         "plots/predictions.csv": first.to_csv(index=False),
-        "plots/accuracy.csv": board[scores].to_csv(index=False),
-        "index.html": page(root, results, board, pictures),
+        "plots/scores.csv": scores(board).to_csv(index=False),
+        "plots/reliability.csv": reliability(results).to_csv(index=False),
+        "index.html": page(root, results, board, pictures, measured),
     }
     texts |= {f"figures/{name}.svg": text for name, text in pictures.items()}
     for name, text in texts.items():
         with params.atomic(folder / name) as path:
             path.write_text(text, encoding="utf-8")
+
+
+def scores(board: pd.DataFrame) -> pd.DataFrame:
+    """For `dvc plots`: accuracy and macro-F1 of every model, a row each with its interval: model, score, value, …"""
+    parts = [
+        board[["model", "role"]].assign(score=s, value=board[s], low=board[f"{s}_low"], high=board[f"{s}_high"])
+        for s in metrics.SCORES
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def reliability(results: Results) -> pd.DataFrame:
+    """For `dvc plots`: confidence, share right and rows of each bin, of the headline, its control and its teacher."""
+    parts = []
+    for line in results.shown:
+        gold = metrics.encode(results.tests[line.source]["label"], results.labels[line.source])
+        bins = metrics.calibration(np.tile(gold, len(line.probabilities)), np.concatenate(line.probabilities), bins=10)
+        rows = pd.DataFrame({"confidence": bins["confidence"], "right": bins["accuracy"], "rows": bins["rows"]})
+        parts.append(rows[rows["rows"] >= MIN_BIN].assign(model=line.name))
+    return pd.concat(parts, ignore_index=True)[["model", "confidence", "right", "rows"]]
 
 
 def _json(value: Any) -> str:
@@ -818,15 +528,16 @@ def _short(text: Any) -> str:
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 
 
-def page(root: Path, results: Results, board: pd.DataFrame, pictures: dict[str, str]) -> str:
+def page(root: Path, results: Results, board: pd.DataFrame, pictures: dict[str, str], measured: Measured) -> str:
     """The self-contained page: no network, every text of the data escaped."""
-    browse = disagreements(results)
+    browse = evaluation.disagreements(results)
     errors = browse.head(MAX_ROWS).copy()
     for column in {"text", "rationale", "teacher_rationale"} & set(errors):
         errors[column] = [_short(text) for text in errors[column]]
     rows = board.astype(object).where(board.notna(), None).to_dict("records")
     span = max(0.0, board["accuracy_low"].min() - 0.03), min(1.0, board["accuracy_high"].max() + 0.03)
-    head = results.find(results.params.evaluate.headline)
+    head = results.headline
+    speaks_of = {line.name for line in results.shown}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -834,11 +545,12 @@ def page(root: Path, results: Results, board: pd.DataFrame, pictures: dict[str, 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "points": points, "count": count}
+    environment.filters |= {"percent": percent, "points": points, "count": count, "ms": _ms, "duration": duration}
     yaml = root / "params.yaml"
     return environment.get_template("report.html").render(
         answer=answer(results, board),
-        warnings=results.warnings,
+        warnings=[c for c in results.checks if not c.passed and (not c.about or speaks_of & set(c.about))],
+        checks=sorted(results.checks, key=lambda check: check.passed),
         board=rows,
         span=span,
         headline=head.name,
@@ -847,7 +559,12 @@ def page(root: Path, results: Results, board: pd.DataFrame, pictures: dict[str, 
         labels=results.labels[head.source],
         names=results.labels,
         level=f"{100 * results.params.evaluate.confidence:g} %",
-        comparisons=int(board["p"].notna().sum()),
+        comparisons=evaluation.comparisons(board),
+        trained=[row for row in rows if row["role"] in TRAINED],
+        shown=[line.name for line in results.shown],
+        timed=bool(measured.timing),
+        rewritten=_nested(measured.robustness, "change"),
+        examples=_nested(measured.examples, "change"),
         pictures={name: inline(name, text) for name, text in pictures.items()},
         errors=errors.to_dict("records"),
         kinds={kind: int(n) for kind in KINDS if (n := (errors["kind"] == kind).sum())},
@@ -858,6 +575,11 @@ def page(root: Path, results: Results, board: pd.DataFrame, pictures: dict[str, 
         params=yaml.read_text(encoding="utf-8") if yaml.exists() else "",
         versions=versions(),
     )
+
+
+def _nested(rows: pd.DataFrame, key: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each value of `key`, in their order."""
+    return {name: part.to_dict("records") for name, part in rows.groupby(key, sort=False)} if len(rows) else {}
 
 
 def versions() -> dict[str, str]:
