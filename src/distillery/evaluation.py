@@ -31,7 +31,7 @@ KINDS = (
 ROLES = ("student", "control", "teacher", "untrained", "majority")
 TRAINED = ("student", "control", "teacher")
 EXAMPLES = 4  # rewritten rows shown of each change
-LATENCY_ROWS = 40  # sentences given to each model one by one
+LATENCY_ROWS = 32  # sentences given to each model one by one
 ONE_ANSWER = 0.95  # a share of one answer above this is no reading of the text
 LEANS = 0.2  # distance of the answers' shares from the true ones
 
@@ -288,8 +288,8 @@ def leaks(root: Path, P: params.Params, source: str, test: pd.DataFrame) -> list
             text += f"{' learned from' if who else ''}: every score that hangs on it is too good to be true."
             out.append(Check("leak", False, text, tuple(who)))
     if not out:
-        text = f"Not one of the {len(test):,} test rows of {source} is in {', '.join(looked)}, nor is a row that is nearly "
-        out.append(Check("leak", True, text + "the same with numbers masked or as written."))
+        text = f"Not one of the {len(test):,} test rows of {source} is in {', '.join(looked)}, nor is a row that is "
+        out.append(Check("leak", True, text + "nearly the same with numbers masked or as written."))
     return out
 
 
@@ -326,8 +326,8 @@ def contamination(root: Path, P: params.Params, line: Scored, tests: dict[str, p
     if None in scores:
         return out
     memorised, unseen, scored = scores
-    figures = f"right on {memorised:.0%} of the rows it was tuned on, on {unseen:.0%} of them where a fold left them "
-    figures += f"out, on {scored:.0%} of the test rows"
+    figures = f"right on {_percent(memorised)} of the rows it was tuned on, on {_percent(unseen)} of them where a fold "
+    figures += f"left them out, on {_percent(scored)} of the test rows"
     if memorised - unseen >= 0.1 and memorised - scored < (memorised - unseen) / 4:
         text = f"{line.name} is {figures}: it does as well there as on what it has memorised, so it has seen them."
         out.append(Check("contamination", False, text, (line.name,)))
@@ -338,16 +338,29 @@ def contamination(root: Path, P: params.Params, line: Scored, tests: dict[str, p
 
 def short_cut(line: Scored, gold: pd.Series) -> Check:
     """Whether `line` has learned to give the commonest answer, or leans on one, rather than to read."""
-    shares = [pd.Series(run).value_counts(normalize=True) for run in line.predicted]
-    worst = max(shares, key=lambda run: run.iloc[0])  # of several runs
-    answer, share, true = worst.index[0], float(worst.iloc[0]), float((gold == worst.index[0]).mean())
-    bias = max(0.5 * float(run.sub(gold.value_counts(normalize=True), fill_value=0).abs().sum()) for run in shares)
-    text = f"{line.name} answers `{answer}` on {share:.0%} of the test rows, where it is right for {true:.0%}"
-    if share > ONE_ANSWER and true < ONE_ANSWER - 0.05:
+    true, worst, bias = gold.value_counts(normalize=True), None, -1.0
+    for run in line.predicted:
+        excess = pd.Series(run).value_counts(normalize=True).sub(true, fill_value=0)
+        if excess.abs().sum() / 2 > bias:
+            worst, bias = excess, float(excess.abs().sum() / 2)
+
+    def share(label: str) -> str:
+        said = worst[label] + true.get(label, 0.0)
+        return f'"{label}" for {_percent(said)} of the test rows ({_percent(true.get(label, 0.0))} are)'
+
+    over, under = worst.idxmax(), worst.idxmin()
+    said = worst[over] + true.get(over, 0.0)
+    text = f"{line.name} answers {share(over)}"
+    if said > ONE_ANSWER and true.get(over, 0.0) < ONE_ANSWER - 0.05:
         return Check("shortcut", False, f"{text}: it has learned the commonest answer, not to read.", (line.name,))
-    if bias > LEANS and share > true:
-        return Check("shortcut", False, f"{text}: it leans on that answer.", (line.name,))
+    text += f" and {share(under)}" if under != over else ""
+    if bias > LEANS:
+        return Check("shortcut", False, f"{text}: it leans.", (line.name,))
     return Check("shortcut", True, f"{text}.", (line.name,))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 # ---------------------------------------------------------------- running the models
@@ -368,7 +381,7 @@ class Measured:
 
 
 def throughput(
-    scorers: dict[str, Callable[[list[str]], Any]], texts: list[str], rounds: int = 5, budget: float = 10.0
+    scorers: dict[str, Callable[[list[str]], Any]], texts: list[str], rounds: int = 5, budget: float = 8.0
 ) -> dict[str, float]:
     """Sentences a second of each scorer on the same texts, side by side: name -> median over its rounds.
 

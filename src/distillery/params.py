@@ -311,7 +311,7 @@ class Evaluate(Section):
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     throughput_rows: Annotated[int, Field(gt=0)] = 128
-    rewritten_rows: Count = 96  # test rows asked again with other names, amounts or spelling; 0: none
+    rewritten_rows: Count = 64  # test rows asked again with other names, amounts or spelling; 0: none
     paraphrased_rows: Count = 0  # and test rows that `augment.teacher` puts into other words
     pretrained_on: dict[Name, list[Name]] = {}  # models that had learned from a source before: no test of them
     samples: Annotated[int, Field(gt=0)] = 12

@@ -286,65 +286,81 @@ def _roles(axes: Any, board: pd.DataFrame) -> None:
                 columnspacing=1.0, borderaxespad=0)  # fmt: skip
 
 
-def figure_cost(results: Results, board: pd.DataFrame) -> Figure:
-    """Accuracy against size, and against the time for one sentence where it was measured; see :func:`_against`."""
+COSTS = {  # column of the leaderboard -> what stands below the axis, how its ticks are written
+    "parameters": ("parameters, logarithmic", lambda x, _: count(x).replace(".0 ", " ")),
+    "latency_p50_ms": ("milliseconds for one sentence, logarithmic", lambda x, _: f"{x:g}"),
+}
+
+
+def figure_cost(results: Results, board: pd.DataFrame, cost: str = "parameters") -> Figure:
+    """Accuracy against one of `COSTS`, with the line of the models that nothing cheaper beats (Pareto)."""
     with _drawing():
-        costs = {"parameters": ("parameters, logarithmic", lambda x, _: count(x).replace(".0 ", " "))}
-        if board["latency_p50_ms"].notna().any():
-            costs["latency_p50_ms"] = ("milliseconds for one sentence, logarithmic", lambda x, _: f"{x:g}")
-        size = (5.6 if len(costs) == 1 else 9.6, 3.4)
-        figure, many = plt.subplots(1, len(costs), figsize=size, layout="constrained", sharey=True, squeeze=False)
-        for axes, (cost, (label, ticks)) in zip(many[0], costs.items(), strict=True):
-            rows = board[board[cost].notna() & (board["role"] != "untrained")]
-            _against(axes, rows.assign(cost=rows[cost].astype(float)))
-            axes.xaxis.set_major_formatter(ticks)
-            axes.set_xlabel(label)
-        many[0][0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-        many[0][0].set_ylabel("accuracy")
-        _roles(many[0][0], board[board["role"] != "untrained"])
+        rows = board[board[cost].notna() & (board["role"] != "untrained")]
+        rows = rows.assign(cost=rows[cost].astype(float)).sort_values(["cost", "accuracy"], ascending=[True, False])
+        figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
+        front = rows[rows["accuracy"] > rows["accuracy"].cummax().shift(fill_value=-1)]
+        axes.step(front["cost"], front["accuracy"], where="post", color=MUTED, lw=1, ls=(0, (4, 3)))
+        before = []
+        for _, row in rows.iterrows():
+            at, colour = (row["cost"], row["accuracy"]), COLOURS[row["role"]]
+            axes.plot([at[0]] * 2, [row["accuracy_low"], row["accuracy_high"]], color=colour, lw=2, alpha=0.4)
+            axes.plot(*at, "o", color=colour, ms=7)
+            # one close to its left neighbour is named below its dot: side by side the names would run into each other
+            close = any(at[0] < 2.5 * x and abs(at[1] - y) < 0.02 for x, y in before)
+            axes.annotate(row["model"], at, (7, -11 if close else 4), textcoords="offset points", fontsize=8)
+            before.append(at)
+        axes.set_xscale("log")
+        if len(rows):
+            axes.set_xlim(rows["cost"].min() / 1.5, rows["cost"].max() * 2.2)
+        axes.xaxis.set_major_formatter(COSTS[cost][1])
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        axes.set_xlabel(COSTS[cost][0])
+        axes.set_ylabel("accuracy")
+        _roles(axes, rows)
     return figure
 
 
-def _against(axes: Any, rows: pd.DataFrame) -> None:
-    """Accuracy by `cost`, with the line of those that nothing cheaper beats (Pareto)."""
-    front = rows.sort_values(["cost", "accuracy"], ascending=[True, False])
-    front = front[front["accuracy"] > front["accuracy"].cummax().shift(fill_value=-1)]
-    axes.step(front["cost"], front["accuracy"], where="post", color=MUTED, lw=1, ls=(0, (4, 3)))
-    for _, row in rows.iterrows():
-        colour = COLOURS[row["role"]]
-        axes.plot([row["cost"]] * 2, [row["accuracy_low"], row["accuracy_high"]], color=colour, lw=2, alpha=0.4)
-        axes.plot(row["cost"], row["accuracy"], "o", color=colour, ms=7)
-        axes.annotate(row["model"], (row["cost"], row["accuracy"]), (7, 3), textcoords="offset points", fontsize=8)
-    axes.set_xscale("log")
-    if len(rows):
-        axes.set_xlim(rows["cost"].min() / 1.5, rows["cost"].max() * 2.2)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def figure_trust(results: Results) -> Figure:
-    """Does it know when it is wrong: share right by confidence, and error rate among the rows it is surest of."""
+def figure_reliability(results: Results) -> Figure:
+    """Share of right answers by the probability that a model gave its answer; larger dots stand for more rows."""
     with _drawing():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.2), layout="constrained")
-        left.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
+        figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
+        axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
         bins = reliability(results)
         for line in results.shown:
             mine, colour = bins[bins["model"] == line.name], COLOURS[line.role]
-            left.plot(mine["confidence"], mine["right"], color=colour, lw=1.2)
-            left.scatter(mine["confidence"], mine["right"], s=8 + 160 * mine["rows"] / mine["rows"].sum(), color=colour)
+            axes.plot(mine["confidence"], mine["right"], color=colour, lw=1.2)
+            size = 8 + 160 * mine["rows"] / mine["rows"].sum()
+            axes.scatter(mine["confidence"], mine["right"], s=size, color=colour, label=line.name)
+        axes.set(xlim=(max(0, bins["confidence"].min() - 0.05) if len(bins) else 0, 1.01), ylim=(0, 1.02))
+        axes.set(xlabel="probability that it gives its answer", ylabel="share right")
+        _percent(axes)
+        # a dot of its own: those in the picture are as large as their bins
+        handles = [plt.Line2D([], [], color=COLOURS[x.role], marker="o", ms=5, label=x.name) for x in results.shown]
+        axes.legend(handles=handles, loc="lower right")
+    return figure
+
+
+def figure_coverage(results: Results) -> Figure:
+    """Error rate among the rows that a model is surest of, if it may decline to answer the others."""
+    with _drawing():
+        figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
+        for line in results.shown:
             gold = metrics.encode(results.tests[line.source]["label"], results.labels[line.source])
             gold, p = np.tile(gold, len(line.probabilities)), np.concatenate(line.probabilities)
             curve = metrics.risk_coverage(gold, p)
-            right.plot(curve["coverage"], curve["risk"], color=colour, lw=1.6, label=line.name)
-        left.set(xlim=(max(0, bins["confidence"].min() - 0.05) if len(bins) else 0, 1.01), ylim=(0, 1.02))
-        left.set(xlabel="probability that it gives its answer", ylabel="share right", title="reliability")
-        right.set(xlim=(0, 1.01), ylim=(0, None), title="if it may decline to answer")
-        right.set(xlabel="share of rows answered, the surest first", ylabel="share wrong")
-        for axes in (left, right):
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-        right.legend(loc="lower right")
+            axes.plot(curve["coverage"], curve["risk"], color=COLOURS[line.role], lw=1.6, label=line.name)
+        axes.set(xlim=(0, 1.01), ylim=(0, None))
+        axes.set(xlabel="share of rows answered, the surest first", ylabel="share wrong")
+        _percent(axes)
+        axes.legend(loc="lower right")
     return figure
+
+
+def _percent(axes: Any) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
 
 def figure_confusion(results: Results) -> Figure:
@@ -433,12 +449,14 @@ def figure_history(results: Results) -> Figure:
 
 def figures(results: Results, board: pd.DataFrame) -> dict[str, Figure]:
     """Every picture of the report: name -> figure."""
-    return {
+    timed = {"delay": figure_cost(results, board, "latency_p50_ms")} if board["latency_p50_ms"].notna().any() else {}
+    return timed | {
         "leaderboard": figure_leaderboard(results, board),
         "cost": figure_cost(results, board),
         "confusion": figure_confusion(results),
         "labels": figure_labels(results, board),
-        "trust": figure_trust(results),
+        "reliability": figure_reliability(results),
+        "coverage": figure_coverage(results),
         "history": figure_history(results),
     }
 
