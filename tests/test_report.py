@@ -52,10 +52,10 @@ RIGHT = {"tiny-kd": 0.75, "tiny-gold": 0.55, "other": 0.7, "big": 0.9, "untraine
 
 def predictions(rng, gold, right: float, labels: list[str]) -> tuple[list[str], list[np.ndarray]]:
     """Labels that are right for a share `right` of the rows, and probabilities whose largest is that label's."""
-    codes = metrics.encode(gold, labels)
-    codes = np.where(rng.random(len(gold)) < right, codes, (codes + rng.integers(1, 3, len(gold))) % 3)
-    p = rng.dirichlet([1, 1, 1], len(gold))
-    p = 0.4 * p + 0.6 * np.eye(3)[codes]
+    codes, k = metrics.encode(gold, labels), len(labels)
+    codes = np.where(rng.random(len(gold)) < right, codes, (codes + rng.integers(1, k, len(gold))) % k)
+    p = rng.dirichlet([1] * k, len(gold))
+    p = 0.4 * p + 0.6 * np.eye(k)[codes]
     return [labels[c] for c in codes], list(p.astype(np.float32))
 
 
@@ -558,6 +558,17 @@ def test_one_seed_no_teacher_no_control_no_augmentation(tmp_path):
     html = (tmp_path / "reports/index.html").read_text()
     assert "nothing was augmented" in html and "None" not in re.sub(r"<p>None: nothing", "", html)
     assert set(evaluation.disagreements(results)["kind"]) == {"right", "wrong"}
+
+
+def test_free_answers_have_no_commonest_one(tmp_path):
+    """Their labels are verdicts, right or wrong: nobody could always answer "right"."""
+    rng = np.random.default_rng(0)
+    corpus = [{"id": f"r{i}", "text": " ".join(rng.choice(WORDS, 9)), "label": f"answer {i}"} for i in range(200)]
+    P = project(tmp_path, experiment(seeds=[0]), corpus=corpus, task="kind: qa\n")
+    results, board = run(tmp_path, P)
+    assert "majority" not in set(board["role"]) and not said_by_the_checks(results, "shortcut")
+    assert board.loc["tiny-kd", "verdict"] in ("better", "no evidence") and board["difference"].notna().sum() == 1
+    assert "For comparison, the untrained student is right on" in (tmp_path / "reports/index.html").read_text()
 
 
 def test_a_student_that_beats_its_teacher(tmp_path):

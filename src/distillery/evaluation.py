@@ -156,7 +156,10 @@ def gather(root: Path, P: params.Params) -> Results:
     """
     students = {name: P.tested_on(name) for name in P.students}
     sources = [s for s in P.data if s in students.values()]
-    labels = {s: data.read_task(root / f"data/processed/{s}").names for s in sources}
+    tasks = {s: data.read_task(root / f"data/processed/{s}") for s in sources}
+    labels = {s: task.names for s, task in tasks.items()}
+    # Free answers are right or wrong: there is no answer to be given always, and none to lean on.
+    closed = [s for s in sources if tasks[s].kind != "qa"]
     tests = {s: data.read(root / f"data/processed/{s}", "test") for s in sources}
     validations = {s: data.read(root / f"data/processed/{s}", "validation") for s in sources}
     controls = {spec.control for spec in P.students.values()}
@@ -203,7 +206,7 @@ def gather(root: Path, P: params.Params) -> Results:
             more = size | _timing([folder], "seconds") | {"validation": _probabilities([validation])}
             scored.append(Scored(name, teacher, "teacher", source, **_stack([test]), **more))
 
-    for source in sources:
+    for source in closed:
         train = data.read(root / f"data/processed/{source}", "train")
         commonest = (train if len(train) else tests[source])["label"].mode()[0]  # the first of equals: deterministic
         name = f"always {commonest}" if len(sources) == 1 else f"always {commonest} on {source}"
@@ -213,7 +216,8 @@ def gather(root: Path, P: params.Params) -> Results:
     counts = root / f"data/augmented/{P.augment.source}/counts.json"
     checks = [check for source in sources for check in leaks(root, P, source, tests[source])]
     checks += [check for line in scored if line.role == "teacher" for check in contamination(root, P, line, tests)]
-    checks += [short_cut(line, tests[line.source]["label"]) for line in scored if line.role in TRAINED]
+    checks += [short_cut(line, tests[line.source]["label"]) for line in scored
+               if line.role in TRAINED and line.source in closed]  # fmt: skip
     return Results(
         params=P,
         labels=labels,

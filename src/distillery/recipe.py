@@ -108,7 +108,7 @@ def _copy(source: Path, target: Path) -> None:
 def published(P: Params, board: pd.DataFrame) -> pd.DataFrame:
     """The source's figures beside this run's: model, score, published, this run, low, high (its interval), note.
 
-    board: a row a model, as :func:`distillery.report.leaderboard` makes it. What the board has no score for is empty.
+    board: as :func:`distillery.evaluation.leaderboard` makes it. What it has no score for is empty.
     """
     import pandas as pd
 

@@ -190,16 +190,18 @@ def answer(results: Results, board: pd.DataFrame) -> dict[str, Any]:
         sentences.append(text + "The intervals draw near-duplicates together, and training runs with them.")
 
     # What would have been had for nothing.
-    majority = next(s for s in results.scored if s.role == "majority" and s.source == head.source)
-    text = f"For comparison, {majority.name} is right on {percent(lines.loc[majority.name, 'accuracy'])}"
+    always = [s.name for s in results.scored if s.role == "majority" and s.source == head.source]
+    given = [f"{name} is right on {percent(lines.loc[name, 'accuracy'])}" for name in always]
     untrained = [s for s in results.scored if s.role == "untrained" and s.source == head.source]
     same = [s for s in untrained if P.students[s.key].init == P.students[head.key].init]
     same = [s for s in same if P.students[s.key].model == P.students[head.key].model]
     if same:
-        text += f", the untrained student on {percent(lines.loc[same[0].name, 'accuracy'])}"
-    if row["accuracy"] <= lines.loc[majority.name, "accuracy"]:
-        text += ": the student has learned nothing that beats the commonest answer"
-    sentences.append(text + ".")
+        before = percent(lines.loc[same[0].name, "accuracy"])
+        given.append(f"the untrained student on {before}" if given else f"the untrained student is right on {before}")
+    if given:
+        nothing = any(row["accuracy"] <= lines.loc[name, "accuracy"] for name in always)
+        told = ": the student has learned nothing that beats the commonest answer" if nothing else ""
+        sentences.append(f"For comparison, {', '.join(given)}{told}.")
     keys = ("value", "label", "note", "tone")
     title = f"{name} beside {teacher.name}: {', '.join(claims)}" if teacher else f"{name}: {accuracy}"
     return {"title": title, "sentences": sentences, "tiles": [dict(zip(keys, t, strict=True)) for t in tiles]}
