@@ -68,21 +68,23 @@ class Teacher(params.Student):
 
 
 class Settings(params.Section):
-    """`phrasebank.yaml`: what is trained. Phases name `50agree/train`, `allagree/train` and `headlines/pool`."""
+    """`phrasebank.yaml`: what is trained. Phases name `50agree/train`, `allagree/train` and `headlines/pool`; those of
+    `starts` name `finance/all`, this project's own corpus. A start is trained once, and a model for all that follows.
+    """
 
     split: params.Split
     headlines: params.Count  # how many of the pool, those nearest to the training sentences
     models: dict[params.Name, params.Model]
+    starts: dict[params.Name, params.Student] = {}
     teachers: dict[params.Name, Teacher]
     students: Annotated[dict[params.Name, params.Student], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _names_fit(self):
-        for spec in [*self.teachers.values(), *self.students.values()]:
-            for name, known in (
-                (spec.model, self.models),
-                *((who, self.teachers) for p in spec.phases for who in p.teachers),
-            ):
+        models = [*self.models, *self.starts]
+        for spec in [*self.starts.values(), *self.teachers.values(), *self.students.values()]:
+            taught = [(who, self.teachers) for phase in spec.phases for who in phase.teachers]
+            for name, known in [(spec.model, models), *taught]:
                 if name not in known:
                     raise ValueError(f"`{name}` is not named above; there are: {', '.join(known)}")
         return self
@@ -260,8 +262,9 @@ def learn(
     seed: int,
     title: str,
     cache: Path,
+    untrained: bool = False,
 ) -> list[tuple[Path, dict[str, Any]]]:
-    """A student before its first phase and after each: the folder of its answers, and its cost so far.
+    """A student after each of its phases (and `untrained`): the folder of its answers, and its cost so far.
 
     frame: where, text, label, `p_<teacher>`. asked: the rows (text, label) that it answers, `validation` among them.
     Students that begin with the same phases on the same rows share those parts.
@@ -273,8 +276,7 @@ def learn(
     texts = {part: rows["text"].tolist() for part, rows in asked.items()}
     key = training.run_key(inspect.getsource(learn), start, model.model_dump(), seed, texts, gold.tolist())
     student, before, out = None, None, []
-    for k in range(len(spec.phases) + 1):
-        rows = None
+    for k in range(0 if untrained else 1, len(spec.phases) + 1):
         if k:
             phase = spec.phases[k - 1]
             rows = training.phase_rows(frame, phase, names)
@@ -311,6 +313,26 @@ def learn(
 def total(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     commits = " ".join(dict.fromkeys(cost["commit"] for cost in costs))
     return {"minutes": sum(c["minutes"] for c in costs), "parameters": costs[-1]["parameters"], "commit": commits}
+
+
+def start(board: Board, name: str, settings: Settings, bank: pd.DataFrame, cache: Path) -> params.Model:
+    """The start `name`, tuned on this project's own corpus alone, as a model; it and its model before that, untrained,
+    are scored on all rows of `bank`."""
+    spec = settings.starts[name]
+    source = params.Source(source="data/corpora/finance.jsonl", task="finance-sentiment", split=settings.split)
+    corpus = pd.DataFrame(data.load(source, HERE.parent).rows)[["text", "label"]]
+    far = data.nearest(corpus["text"].tolist(), bank["text"].tolist())[0] < NEAR_DUPLICATE - data.SLACK
+    print(f"{name}: {far.sum()} of {len(corpus)} rows of the corpus, the others are near-twins", flush=True)
+    frame = corpus[far].assign(where="finance/all")
+    legs = learn(spec, settings.models[spec.model], frame, {"validation": bank}, 0, name, cache, True)
+    folder = legs[-1][0] / "model"
+    if not folder.exists():
+        model = training.build(spec, models.fetch(spec.model, settings.models[spec.model]), task(), 0)
+        load_model(model.model, str(legs[-1][0] / "weights.safetensors"))
+        models.save(model.model, model.tokenizer, folder)
+    for title, (part, cost) in ((f"{spec.model}, untrained", legs[0]), (f"{name}, no PhraseBank row", legs[-1])):
+        board.add(title, "control", 0, bank, answers_of(part)["validation"], cost)
+    return params.Model(folder=str(folder))
 
 
 def teach(name: str, settings: Settings, rows: pd.DataFrame, seed: int, cache: Path) -> tuple[np.ndarray, dict]:
@@ -461,10 +483,12 @@ def run(board: Board, settings: Settings, student: str, rows: pd.DataFrame, seed
         frame = frame.assign(**{f"p_{name}": list(said)})
     unanimous = frame[(frame["where"] == "50agree/train") & frame["allagree"]]
     frame = pd.concat([frame, unanimous.assign(where="allagree/train")], ignore_index=True)
-    legs = learn(spec, settings.models[spec.model], frame, asked, seed, f"seed {seed}, {student}", cache)
+    bare = spec.model not in settings.starts
+    legs = learn(spec, settings.models[spec.model], frame, asked, seed, f"seed {seed}, {student}", cache, bare)
     role = "student" if any(phase.teachers for phase in spec.phases) else "control"
-    for title, kind, (folder, cost) in ((f"{spec.model}, untrained", "control", legs[0]), (student, role, legs[-1])):
-        board.add(title, kind, seed, test, answers_of(folder)["test"], cost)
+    if bare:
+        board.add(f"{spec.model}, untrained", "control", seed, test, answers_of(legs[0][0])["test"], legs[0][1])
+    board.add(student, role, seed, test, answers_of(legs[-1][0])["test"], legs[-1][1])
     report(f"seed {seed}, {student}, validation", asked["validation"], answers_of(legs[-1][0])["validation"])
 
 
@@ -520,13 +544,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bank = phrasebank(given.data)
     pool = read_headlines(given.headlines) if given.headlines else []
     board = Board()
+    clustered = bank.assign(group=data.near_duplicates(bank["text"].tolist(), NEAR_DUPLICATE))
+    begun = {name: start(board, name, settings, clustered, given.cache) for name in settings.starts}
+    settings = settings.model_copy(update={"models": settings.models | begun})
     for student, seed in itertools.product(settings.students, range(given.seeds)):
         run(board, settings, student, draw(bank, pool, settings, seed, given.cache), seed, given.cache)
         write(board, settings, given.out)
-    if given.own:
-        bank = bank.assign(group=data.near_duplicates(bank["text"].tolist(), NEAR_DUPLICATE))
     for folder in given.own:
-        own(board, folder, bank, given.cache)
+        own(board, folder, clustered, given.cache)
         write(board, settings, given.out)
 
 
