@@ -159,7 +159,7 @@ def our_free_answers(c: dict) -> np.ndarray:
 def mcnemar(c: dict) -> float:
     a, b = c["gold"] == c["predicted"], c["p"].argmax(1) == c["true"]
     only = int((a & ~b).sum()), int((b & ~a).sum())
-    return min(1.0, 2 * stats.binom.cdf(min(only), sum(only), 0.5)) if sum(only) else 1.0
+    return stats.binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
 
 
 def our_mcnemar(c: dict) -> float:

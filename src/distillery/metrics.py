@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize, special, stats
+from scipy import special  # not scipy.stats, which is slow to import: every stage would pay for it
 
 # Probabilities are stored as float32: nothing below its resolution can be told from zero.
 FLOOR = float(np.finfo(np.float32).eps)
@@ -231,6 +231,8 @@ def fit_temperature(true: np.ndarray, p: ArrayLike) -> float:
 
     true [n] are positions, p [n, K]. To be fitted on validation rows only: on rows that are scored it flatters.
     """
+    from scipy import optimize  # only needed here
+
     p = np.asarray(p, dtype=np.float64)
     bounds = (-np.log(20), np.log(20))
     return float(np.exp(optimize.minimize_scalar(lambda t: log_loss(true, tempered(p, np.exp(t))), bounds=bounds).x))
@@ -404,7 +406,7 @@ def paired_difference(
 
 def smallest_detectable_difference(standard_error: float, confidence: float = 0.95, power: float = 0.8) -> float:
     """The true difference that a two-sided test at `confidence` would have found with probability `power`."""
-    return float((stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)) * standard_error)
+    return float((special.ndtri((1 + confidence) / 2) + special.ndtri(power)) * standard_error)
 
 
 def permutation_test(right_a: ArrayLike, right_b: ArrayLike, groups: ArrayLike, n: int = 2000, seed: int = 0) -> float:
@@ -436,7 +438,7 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"both must have one shape [n], not {a.shape} and {b.shape}")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return float(min(1.0, 2 * special.bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
