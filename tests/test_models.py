@@ -98,11 +98,32 @@ def test_rows_may_have_completions_of_their_own():
             assert torch.allclose(found, plain(causal(kind), prompts, completions), atol=1e-4), kind
 
 
+@pytest.mark.parametrize("labels", LABELS)
+def test_a_prefix_that_was_read_before_says_the_same(labels):
+    rng = np.random.default_rng(1)
+    prompts = [[3, 4, 5, 6, *rng.integers(3, VOCABULARY, n).tolist()] for n in (1, 5, 2, 5)]
+    for kind in CAUSAL:
+        model, completions = causal(kind), [LABELS[labels]] * len(prompts)
+        with torch.no_grad():
+            read = models.read_prefix(model, prompts[0][:4])
+            assert (read is None) == (kind == "bloom")
+            for some in (prompts, prompts[1:2]):  # the same reading serves batches of every size
+                asked = completions[: len(some)]
+                hidden, index, target, branch = models.states(model, some, asked, read)
+                taken = models.head(model)(hidden).log_softmax(-1)[index, target]
+                found = torch.zeros(branch.max() + 1).index_add(0, branch, taken)
+                assert torch.allclose(found, plain(model, some, asked), atol=1e-4), kind
+    assert models.read_prefix(causal("llama"), []) is None
+
+
 def test_a_tree_holds_the_shared_tokens_once_and_no_last_token():
     tree = models.plant([[3, 4, 5, 6], [3, 4, 7]], [LABELS["a shared first token"]] * 2)
     assert tree.shared == 2
     assert tree.input_ids[0].tolist() == [3, 4, 5, 6, 5, 5, 7, 7, 5, 5, 7]
     assert tree.position_ids[0].tolist() == [0, 1, 2, 3, 4, 4, 5, 2, 3, 3, 4]
+    read = models.plant([[3, 4, 5, 6], [3, 4, 7]], [[[5]]] * 2, [(torch.zeros(1, 2, 4),) * 2])
+    assert read.shared == 2 and read.input_ids[0].tolist() == [5, 6, 7]
+    assert read.position_ids[0].tolist() == [2, 3, 2] and read.at.tolist() == [1, 2]
     assert models.common_prefix([[3, 4], [3, 4]]) == 1  # each row keeps a token of its own
     assert models.common_prefix([[3]]) == 0
 
@@ -408,6 +429,20 @@ def test_texts_are_generated_the_same_whatever_the_batch(tiny_models, monkeypatc
     assert texts == student.generate(prompts, max_new_tokens=6, batch_size=1)
     sampled = student.generate(prompts, max_new_tokens=6, temperature=1.0, seed=1)
     assert sampled == student.generate(prompts, max_new_tokens=6, temperature=1.0, seed=1) != texts
+
+
+def test_writing_continues_where_it_stopped_and_says_what_it_would_have_said(tiny_models):
+    student = label_model(tiny_models / "tiny-llama", "causal")
+    prompts = [tasks.turns(TASK, text) for text in tiny.texts()[:10:2]]
+    how = {"max_new_tokens": 4, "temperature": 1.0, "seed": 1, "batch_size": 2}
+    kept: dict[int, str] = {}
+    whole = student.generate(prompts, **how, keep=lambda rows, texts: kept.update(zip(rows, texts, strict=True)))
+    assert [kept[i] for i in range(5)] == whole
+    first = list(kept)[:2]  # as a run that was killed after its first batch left it
+    known, new = [kept[i] if i in first else None for i in range(5)], []
+    assert student.generate(prompts, **how, known=known, keep=lambda rows, _: new.extend(rows)) == whole
+    assert sorted(new + first) == [0, 1, 2, 3, 4]
+    assert student.generate(prompts, **how, known=whole, keep=None) == whole
 
 
 # ------------------------------------------------------------------------------- fetching

@@ -137,11 +137,11 @@ def test_a_row_with_fewer_options_has_fewer_labels():
         (LABELS + 'prompt: {template: "x"}', "prompt: `template` must hold {text}"),
         (
             LABELS + 'prompt: {template: "{txt}"}',
-            "prompt: `template` knows no field {txt}; allowed: {instruction}, {text}",
+            "prompt: `template` knows no field {txt}; allowed: {instruction}, {response}, {text}",
         ),
         (
             LABELS + 'prompt: {template: "{text} {}"}',
-            "prompt: `template` knows no field {}; allowed: {instruction}, {text}",
+            "prompt: `template` knows no field {}; allowed: {instruction}, {response}, {text}",
         ),
         (LABELS + 'prompt: {template: "{text"}', "prompt: expected '}' before end of string"),
         (LABELS + 'prompt: {rationale: "{text}"}', "prompt: `rationale` knows no field {text}; allowed: {label}"),

@@ -81,31 +81,38 @@ def load(spec: Source, base: Path) -> Raw:
     Raises UserError with the file and the line or row when the file is missing, empty, of another kind,
     not UTF-8 or malformed, or when a hub data set cannot be reached.
     """
-    if spec.source.startswith("hub:"):
-        raw = _hub(spec)
-    else:
-        path = base / spec.source
-        readers: dict[str, Callable[[str, bytes], Raw]] = {
-            ".jsonl": _jsonl,
-            ".csv": lambda name, content: _table(name, content, ","),
-            ".tsv": lambda name, content: _table(name, content, "\t"),
-            ".parquet": _parquet,
-        }
-        reader = readers.get(path.suffix.lower())
-        if reader is None:
-            raise UserError(
-                f"{spec.source}: cannot read `{path.suffix or 'a name without suffix'}`; "
-                f"allowed: {', '.join(SUFFIXES)}, or hub:owner/name[@revision]"
-            )
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise UserError(f"{spec.source}: no such file") from None
-        except OSError as error:
-            raise UserError(f"{spec.source}: cannot be read: {error.strerror}") from None
-        raw = reader(spec.source, content)
+    if not spec.source.startswith("hub:"):
+        return load_file(spec.source, base)
+    raw = _hub(spec)
     if not raw.rows:
         raise UserError(f"{spec.source}: empty, there are no rows in it")
+    return raw
+
+
+def load_file(name: str, base: Path) -> Raw:
+    """The records of the file `name`, a path relative to `base`. Raises UserError as :func:`load`."""
+    path = base / name
+    readers: dict[str, Callable[[str, bytes], Raw]] = {
+        ".jsonl": _jsonl,
+        ".csv": lambda name, content: _table(name, content, ","),
+        ".tsv": lambda name, content: _table(name, content, "\t"),
+        ".parquet": _parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(
+            f"{name}: cannot read `{path.suffix or 'a name without suffix'}`; "
+            f"allowed: {', '.join(SUFFIXES)}, or hub:owner/name[@revision]"
+        )
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+    raw = reader(name, content)
+    if not raw.rows:
+        raise UserError(f"{name}: empty, there are no rows in it")
     return raw
 
 

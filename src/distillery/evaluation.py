@@ -197,6 +197,8 @@ def gather(root: Path, P: params.Params) -> Results:
             folder = root / f"data/teacher/{teacher}"
             rows = _read(folder / "signals.parquet", root).rename(columns={"label": "prediction"})
             rows, path = rows[rows["source"] == source], folder / "signals.parquet"
+            if P.teachers[teacher].kind == "answers" and not set(tests[source]["id"]) <= set(rows["id"]):
+                continue  # a file that answers some of the rows cannot be compared with models that answer all
             test = signals[teacher, source] = _aligned(rows, "test", tests[source], path, root)
             validation = _aligned(rows, "validation", validations[source], path, root)
             facts = _read(folder / "metrics.json", root)
@@ -442,6 +444,9 @@ def measure(root: Path, results: Results) -> Measured:
     P, source = results.params, results.headline.source
     task = data.read_task(root / f"data/processed/{source}")
     lines = [line for line in results.scored if line.source == source and line.role in TRAINED]
+    # what others have answered is read from a file or a store: there is nothing to run
+    far = {name for name, spec in P.teachers.items() if spec.model is None}
+    lines = [line for line in lines if line.role != "teacher" or line.key not in far]
     texts = results.tests[source]["text"].head(P.evaluate.throughput_rows).tolist()
     models, memory, shapes = {}, {}, {}
 
@@ -476,7 +481,7 @@ def measure(root: Path, results: Results) -> Measured:
         timing[name] |= {} if memory[shape] is None else {"memory_mb": memory[shape]}
 
     scorers = {}
-    for line in results.shown:
+    for line in (line for line in results.shown if line.name in shapes):
         told = [name for name in shapes if shapes[name] == shapes[line.name]]
         scorers[line.name] = models[shapes[line.name]] if line.name == told[0] else opened(line)
     said = {name: model.predict for name, model in scorers.items()}

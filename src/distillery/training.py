@@ -60,16 +60,22 @@ def phase_rows(
 
     frame: columns where, text, label and `p_<teacher>` (probabilities over `labels`).
     scores: each teacher's validation accuracy, for `mix: validation`.
+    A row that no teacher of the phase has a signal for is left out; of several teachers, those that have one count.
     Raises UserError when a phase finds no row.
     """
     rows = frame[frame["where"].isin(phase.data)].reset_index(drop=True)
+    told = np.stack([rows[f"p_{teacher}"].notna() for teacher in phase.teachers]) if phase.teachers else None
+    if told is not None and not told.all():
+        rows, told = rows[told.any(0)].reset_index(drop=True), told[:, told.any(0)]
     if rows.empty:
         raise UserError(f"phases: no row in {', '.join(phase.data)}")
     index = {label: i for i, label in enumerate(labels)}
     targets = np.array([index.get(label, -1) for label in rows["label"]])
     if not phase.teachers:
         return Rows(rows["text"].tolist(), targets)
-    stack = np.stack([np.stack(rows[f"p_{teacher}"].to_list()) for teacher in phase.teachers])
+    equally = np.full(len(labels), 1 / len(labels))
+    said = [[equally if p is None else p for p in rows[f"p_{teacher}"]] for teacher in phase.teachers]
+    stack = np.stack([np.stack(of_one) for of_one in said])
     logprobs = torch.from_numpy(stack).double().log()
     if phase.mix == "confidence":
         gold = torch.from_numpy(targets)
@@ -82,6 +88,8 @@ def phase_rows(
         weights = torch.tensor([scores[teacher] for teacher in phase.teachers], dtype=torch.double)
     else:
         weights = torch.ones(len(phase.teachers), dtype=torch.double)
+    if not told.all():
+        weights = weights.reshape(len(weights), -1) * torch.from_numpy(told)
     mixed = losses.mix_teachers(logprobs, weights).float()
     return Rows(rows["text"].tolist(), np.where(targets < 0, mixed.argmax(-1).numpy(), targets), mixed)
 

@@ -1,0 +1,134 @@
+"""Labels from an endpoint that keeps failing: what each fault cost, and that no answer was lost or asked for twice.
+
+    PYTHONPATH=src python benchmarks/api_faults.py [rows, 1000 by default] [share of faults, 0.3 by default]
+
+`transformers serve` answers on this machine with a tiny model; a proxy before it breaks a share of the calls. Questions
+about as many different texts go through it three times, each time into a new store: undisturbed, with faults, and with
+faults while the asking process is killed twice on the way. Then one question with a wrong model name and one with a
+wrong key. At last every file that was written is searched for the key.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import loopback  # noqa: E402
+from distillery import api, params, store, tasks  # noqa: E402
+
+VARIABLE = "DISTILLERY_BENCHMARK_KEY"
+MODEL = "speaker"
+
+
+def questions(task: tasks.Task, rows: int) -> list[str]:
+    import tiny
+
+    texts = list(dict.fromkeys(tiny.texts()))
+    return [texts[i % len(texts)] + (f" ({i // len(texts)})" if i >= len(texts) else "") for i in range(rows)]
+
+
+def teacher(url: str, path: Path, model: str, variable: str = VARIABLE) -> api.ApiTeacher:
+    settings = {"model": model, "base_url": url, "key": variable, "max_tokens": 1, "timeout": 3.0, "attempts": 30}
+    spec = params.validate(params.Api, settings | {"concurrency": 12}, "benchmark")
+    task = tasks.load("finance-sentiment", ROOT / "tasks")
+    return api.ApiTeacher(api.Endpoint("benchmark", spec, store.Store(path)), task)
+
+
+def ask(url: str, path: str, model: str, rows: str) -> None:
+    """What the process that may be killed does."""
+    asked = teacher(url, Path(path), model)
+    p = asked.predict(questions(asked.task, int(rows)))
+    print(f"labels: {(~pd.isna(p[:, 0])).sum()} of {len(p)}; the rest cannot be read as one")
+
+
+def run(url: str, path: Path, model: str, rows: int, kills: int, log: Path) -> int:
+    """Ask in a process of its own, killed `kills` times on the way; returns how often it was killed."""
+    command = [sys.executable, __file__, "--ask", url, str(path), model, str(rows)]
+    for killed in range(kills + 1):
+        with log.open("a") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out)
+        while killed < kills and process.poll() is None:
+            time.sleep(0.05)
+            if stored(path) >= rows * (killed + 1) // (kills + 1):
+                process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            return killed
+    raise SystemExit(log.read_text())
+
+
+def stored(path: Path) -> int:
+    import sqlite3
+
+    if not path.exists():
+        return 0
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
+            return connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+    except sqlite3.OperationalError:  # not made yet
+        return 0
+
+
+def refused(url: str, path: Path, model: str, variable: str) -> str:
+    try:
+        teacher(url, path, model, variable).predict(["Profit rose."])
+    except params.UserError as error:
+        return str(error)
+    raise SystemExit("was not refused")
+
+
+def main(rows: int = 1000, share: float = 0.3) -> None:
+    secret = "sk-" + secrets.token_hex(16)
+    os.environ |= {VARIABLE: secret, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    task = tasks.load("finance-sentiment", ROOT / "tasks")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        speaker = loopback.build_speaker(folder / MODEL, task.words)
+        with loopback.served(speaker) as port:
+            for name, part, kills in (("no faults", 0.0, 0), ("faults", share, 0), ("faults, killed twice", share, 2)):
+                path, log = folder / f"{name}.sqlite", folder / f"{name}.log"
+                started = time.perf_counter()
+                with loopback.Proxy(port, share=part, key=secret) as proxy:
+                    killed = run(proxy.url, path, str(speaker), rows, kills, log)
+                    before = sum(proxy.calls.values())
+                    run(proxy.url, path, str(speaker), rows, 0, log)  # once more: it must ask nothing
+                    again = sum(proxy.calls.values()) - before
+                kept = store.Store(path)
+                with kept._using() as connection:
+                    (noted,) = connection.execute("SELECT asker FROM calls LIMIT 1").fetchone()
+                print(f"\n## {name}: {rows} rows, {part:.0%} of the calls broken, killed {killed} times")
+                seen = pd.Series(kept.outcomes(noted), name="calls").rename_axis("what the asker saw")
+                print(pd.Series(proxy.calls, name="calls").rename_axis("what the proxy did").sort_index().to_string())
+                print(seen.to_string())
+                twice = sum(n > 1 for n in proxy.delivered.values())
+                print(
+                    f"{stored(path)} answers stored, {sum(proxy.calls.values())} calls, {again} calls in a second run, "
+                    f"{time.perf_counter() - started:.0f} s; {twice} answers left the proxy more than once"
+                )
+                print(log.read_text().splitlines()[-1])
+            with loopback.Proxy(port, key=secret) as proxy:
+                print("\n## refused at once")
+                print("wrong model name:", refused(proxy.url, folder / "wrong.sqlite", "no-such-model", VARIABLE))
+                os.environ["WRONG"] = wrong = "sk-wrong-" + secrets.token_hex(8)
+                print("wrong key:", refused(proxy.url, folder / "wrong.sqlite", str(speaker), "WRONG"))
+                print(f"calls made: {sum(proxy.calls.values())}")
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        found = [file for file in files if any(word.encode() in file.read_bytes() for word in (secret, wrong))]
+        print(f"\n{len(files)} files written; the keys were found in {len(found)} of them")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--ask"]:
+        ask(*sys.argv[2:])
+    else:
+        main(*(kind(argument) for kind, argument in zip((int, float), sys.argv[1:], strict=False)))

@@ -1,0 +1,293 @@
+"""Endpoints: a real server on this machine, a proxy that breaks its answers, and what may never be lost or told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from email.utils import formatdate
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import loopback
+import tiny
+from distillery import api, params, store, tasks
+from distillery.params import UserError
+
+TASK = tasks.load("finance-sentiment", tiny.ROOT / "tasks")
+KEY, SECRET = "DISTILLERY_TEST_KEY", "sk-test-7f3e9a1c5b2d4e6f8a0b"
+TEXTS = list(dict.fromkeys(tiny.texts()))[:60]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(port, model folder) of `transformers serve` with a tiny model that mostly answers with a label."""
+    folder = loopback.build_speaker(tmp_path_factory.mktemp("served") / "speaker", TASK.words)
+    with loopback.served(folder) as port:
+        yield port, str(folder)
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv(KEY, SECRET)
+
+
+def teacher(url: str, model: str, path: Path, **settings) -> api.ApiTeacher:
+    base = {"model": model, "base_url": url, "key": KEY, "max_tokens": 1, "timeout": 1.0, "attempts": 20}
+    spec = params.validate(params.Api, base | settings, "params.yaml")
+    said: list[str] = []
+    made = api.ApiTeacher(api.Endpoint("far", spec, store.Store(path / "answers.sqlite"), said.append), TASK)
+    made.said = said
+    return made
+
+
+def stored(asked: api.ApiTeacher) -> dict[str, int]:
+    return asked.endpoint.store.outcomes(asked.endpoint.asker)
+
+
+# ------------------------------------------------------------------------------- asked and answered
+
+
+def test_labels_of_a_server_are_read_strictly_and_a_second_run_asks_nothing(server, tmp_path):
+    port, model = server
+    with loopback.Proxy(port, key=SECRET) as proxy:
+        asked = teacher(proxy.url, model, tmp_path)
+        p = asked.predict(TEXTS[:20])
+        assert p.shape == (20, 3) and proxy.calls == {"whole": 20} and stored(asked) == {"answered": 20}
+        for row, answer in zip(p, asked.endpoint.ask(asked.questions(TEXTS[:20])), strict=True):
+            label = tasks.parse(TASK, answer.text)
+            assert np.isnan(row).all() if label is None else row[TASK.names.index(label)] == 1
+        assert (~np.isnan(p[:, 0])).sum() > 0
+        again = teacher(proxy.url, model, tmp_path).predict([*TEXTS[:20], *TEXTS[:5]])  # a text twice: one question
+        np.testing.assert_array_equal(again, np.concatenate([p, p[:5]]))
+        assert sum(proxy.calls.values()) == 20
+    assert asked.said[0].startswith("far: answers: 20, in the store: 0, calls: 20, input tokens: ")
+
+
+def test_agreement_over_samples_gives_probabilities(server, tmp_path):
+    port, model = server
+    with loopback.Proxy(port) as proxy:
+        asked = teacher(proxy.url, model, tmp_path, samples=4, temperature=1.5)
+        p = asked.predict(TEXTS[:6])
+        assert proxy.calls == {"whole": 24}
+    answers = asked.endpoint.ask(asked.questions(TEXTS[:6]))
+    labels = [tasks.parse(TASK, answer.text) for answer in answers]
+    for i, row in enumerate(p):
+        read = [label for label in labels[4 * i : 4 * i + 4] if label]
+        if read:
+            np.testing.assert_allclose(row, [read.count(name) / len(read) for name in TASK.names], rtol=1e-6)
+        else:
+            assert np.isnan(row).all()
+
+
+def test_anthropics_client_is_spoken_to_in_its_own_form(server, tmp_path):
+    port, model = server
+    with loopback.Proxy(port, share=0.3, faults=("429", "500", "empty"), key=SECRET) as proxy:
+        asked = teacher(proxy.url, model, tmp_path, client="anthropic")
+        with_openai = teacher(proxy.url, model, tmp_path)
+        np.testing.assert_array_equal(asked.predict(TEXTS[:8]), with_openai.predict(TEXTS[:8]))
+    assert stored(asked)["answered"] == stored(with_openai)["answered"] == 8
+    assert asked.endpoint.used[0] > 0 and asked.endpoint.reserved == [0, 0]
+
+
+def test_rationales_go_through_the_store_too(server, tmp_path):
+    port, model = server
+    asks = [[{"role": "user", "content": text}] for text in TEXTS[:3]]
+    with loopback.Proxy(port) as proxy:
+        asked = teacher(proxy.url, model, tmp_path)
+        told = asked.generate(asks, max_new_tokens=4)
+        assert told == asked.generate(asks, max_new_tokens=4) and len(told) == 3
+        assert proxy.calls == {"whole": 3}
+
+
+# ------------------------------------------------------------------------------- faults
+
+
+def test_every_fault_is_lived_through_and_no_answer_is_asked_for_twice(server, tmp_path):
+    port, model = server
+    with loopback.Proxy(port, key=SECRET) as proxy:
+        expected = teacher(proxy.url, model, tmp_path / "undisturbed").predict(TEXTS)
+    with loopback.Proxy(port, share=0.3, seed=1, key=SECRET) as proxy:
+        asked = teacher(proxy.url, model, tmp_path, concurrency=12)
+        np.testing.assert_array_equal(asked.predict(TEXTS), expected)
+        assert proxy.calls["whole"] == 60 and set(proxy.delivered.values()) == {1}
+        assert set(loopback.FAULTS) <= set(proxy.calls), "with this seed every fault comes up"
+        seen = stored(asked)
+        assert seen["answered"] == 60 and seen["HTTP 429"] == proxy.calls["429"]
+        assert seen["timed out"] == proxy.calls["hang"] and seen["HTTP 500"] == proxy.calls["500"]
+        assert sum(seen.values()) == sum(proxy.calls.values())
+        calls = sum(proxy.calls.values())
+        np.testing.assert_array_equal(teacher(proxy.url, model, tmp_path).predict(TEXTS), expected)
+        assert sum(proxy.calls.values()) == calls
+    found = [file for file in tmp_path.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
+    assert not found and SECRET not in "".join(asked.said)
+
+
+ASK = """
+import json, sys
+from distillery import api, params, store, tasks
+settings, path, texts = json.loads(sys.argv[1])
+spec = params.validate(params.Api, settings, "params.yaml")
+task = tasks.load("finance-sentiment")
+api.ApiTeacher(api.Endpoint("far", spec, store.Store(path)), task).predict(texts)
+"""
+
+
+def test_killed_twice_it_ends_as_if_it_had_not_been(server, tmp_path):
+    port, model = server
+    path = tmp_path / "answers.sqlite"
+    with loopback.Proxy(port, share=0.3, seed=2, key=SECRET) as proxy:
+        settings = {"model": model, "base_url": proxy.url, "key": KEY, "max_tokens": 1, "timeout": 1.0}
+        settings |= {"attempts": 20, "concurrency": 4}
+        command = [sys.executable, "-c", ASK, json.dumps([settings, str(path), TEXTS])]
+        environment = os.environ | {"PYTHONPATH": str(tiny.ROOT / "src")}
+        for part in (20, 40):
+            process = subprocess.Popen(command, env=environment, cwd=tiny.ROOT, stdout=subprocess.DEVNULL)
+            while process.poll() is None and proxy.calls["whole"] < part:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait(10)
+        assert subprocess.run(command, env=environment, cwd=tiny.ROOT, stdout=subprocess.DEVNULL).returncode == 0
+        # an answer that was on its way when the process died was not received: at most one a connection and kill
+        assert 60 <= proxy.calls["whole"] <= 60 + 2 * 4
+        asked = teacher(proxy.url, model, tmp_path)
+        calls = sum(proxy.calls.values())
+        p = asked.predict(TEXTS)
+        assert sum(proxy.calls.values()) == calls and stored(asked)["answered"] == 60
+    with loopback.Proxy(port, key=SECRET) as proxy:
+        np.testing.assert_array_equal(p, teacher(proxy.url, model, tmp_path / "undisturbed").predict(TEXTS))
+
+
+def test_a_server_that_asks_for_time_gets_it(server, tmp_path):
+    port, model = server
+    with loopback.Proxy(port, share=1.0, faults=("429",)) as proxy:
+        asked = teacher(proxy.url, model, tmp_path, attempts=3, concurrency=1)
+        with pytest.raises(UserError, match=r"teachers.far: no answer from .* after 3 calls, the last: HTTP 429"):
+            asked.predict(TEXTS[:1])
+        pauses = np.diff(proxy.times)
+    assert len(pauses) == 2 and (pauses >= 0.2).all()  # its Retry-After says 0.2
+    assert asked.endpoint.used == [0, 0]  # a refusal costs nothing
+
+
+def test_no_more_calls_a_minute_than_allowed(server, tmp_path):
+    port, model = server
+    with loopback.Proxy(port) as proxy:
+        teacher(proxy.url, model, tmp_path, requests_per_minute=600.0).predict(TEXTS[:6])
+        assert np.diff(sorted(proxy.times)).min() > 0.05 and max(proxy.times) - min(proxy.times) > 0.45
+
+
+def test_retry_after_is_a_number_or_a_date():
+    assert [api._seconds(header) for header in ("3", "0.5", "-1")] == [3, 0.5, 0]
+    assert 50 < api._seconds(formatdate(time.time() + 60, usegmt=True)) <= 60
+    assert api._seconds(None) is None and api._seconds("soon") is None
+
+
+# ------------------------------------------------------------------------------- refusals
+
+
+def test_a_wrong_key_ends_at_once_and_is_not_told(server, tmp_path, monkeypatch):
+    port, model = server
+    monkeypatch.setenv(KEY, "sk-wrong-1234567890")
+    with loopback.Proxy(port, key=SECRET) as proxy:
+        with pytest.raises(UserError) as told:
+            teacher(proxy.url, model, tmp_path, concurrency=1).predict(TEXTS)
+        assert proxy.calls == {"invalid key": 1}
+    line = str(told.value)
+    assert line.startswith("params.yaml: teachers.far.api.key: the endpoint does not accept the key: HTTP 401")
+    assert "sk-wrong" not in line and "***" in line and "\n" not in line
+    assert b"sk-wrong" not in (tmp_path / "answers.sqlite").read_bytes()
+
+
+def test_a_wrong_model_name_ends_at_once(server, tmp_path):
+    port, _ = server
+    with loopback.Proxy(port) as proxy:
+        with pytest.raises(UserError, match=r"^params.yaml: teachers.far.api.*HTTP 4\d\d from http://127"):
+            teacher(proxy.url, "no-such-model", tmp_path, concurrency=1).predict(TEXTS)
+        assert sum(proxy.calls.values()) == 1
+
+
+def test_a_missing_key_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv(KEY)
+    with pytest.raises(UserError, match=f"^params.yaml: teachers.far.api.key: set {KEY} in the environment$"):
+        teacher("http://127.0.0.1:1", "m", tmp_path)
+
+
+def test_a_key_of_the_vendor_goes_to_the_vendor_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-real")
+    assert teacher("http://127.0.0.1:1", "m", tmp_path, key=None).endpoint.client.api_key == "none"
+    home = teacher("x", "m", tmp_path, key=None, base_url=None).endpoint
+    assert home.client.api_key == "sk-real" and str(home.client.base_url).startswith("https://api.openai.com/")
+
+
+# ------------------------------------------------------------------------------- ceilings
+
+
+@pytest.mark.parametrize("ceiling", ["max_total_tokens", "max_cost"])
+def test_a_ceiling_stops_the_run_before_it_is_passed(server, tmp_path, ceiling):
+    port, model = server
+    price = {"input": 2.0, "output": 10.0}
+    with loopback.Proxy(port) as proxy:
+        free = teacher(proxy.url, model, tmp_path / "free", price=price)
+        free.predict(TEXTS[:4])
+        tokens = sum(free.endpoint.used)
+        most = sum(free.endpoint._most(free.questions(TEXTS[:1])[0]))
+        limit = 2 * tokens + most
+        value = limit if ceiling == "max_total_tokens" else 2 * free.endpoint.cost(*free.endpoint.used) + most * 2e-6
+        capped = teacher(proxy.url, model, tmp_path, price=price, concurrency=2, **{ceiling: value})
+        with pytest.raises(UserError, match=rf"teachers.far.api.{ceiling}: the next call might pass .*are kept"):
+            capped.predict(TEXTS)
+        answered = stored(capped)["answered"]
+        assert 4 <= answered < len(TEXTS) and capped.endpoint.reserved == [0, 0]
+        used = capped.endpoint.used
+        assert (sum(used) if ceiling == "max_total_tokens" else capped.endpoint.cost(*used)) <= value
+        calls = sum(proxy.calls.values())
+        with pytest.raises(UserError):  # another run does not begin to count anew
+            teacher(proxy.url, model, tmp_path, price=price, concurrency=2, **{ceiling: value}).predict(TEXTS)
+        assert sum(proxy.calls.values()) <= calls + 1
+        teacher(proxy.url, model, tmp_path, price=price).predict(TEXTS)
+        assert stored(capped)["answered"] == len(TEXTS)
+
+
+def test_an_estimate_stands_before_the_first_call(tmp_path):
+    asked = teacher("http://127.0.0.1:1", "m", tmp_path, price={"input": 1.0, "output": 2.0}, max_tokens=5)
+    questions = asked.questions(["Profit rose."] * 2 + ["Profit fell."])
+    plan = asked.endpoint.estimate(questions)
+    assert plan["answers"] == plan["calls"] == 2 and plan["output tokens at most"] == 10
+    assert plan["US dollars"] == round((plan["input tokens"] + 2 * 10) / 1e6, 4)
+    asked.endpoint.store.put([(questions[0], store.Answer("positive"))])
+    assert asked.endpoint.estimate(questions)["calls"] == 1
+
+
+# ------------------------------------------------------------------------------- reading answers
+
+
+@pytest.mark.parametrize(
+    "alternatives, expected",
+    [
+        ([["positive", -0.5], [" negative", -1.5], ["the", -3.0]], [np.exp(-0.5), 0, np.exp(-1.5)]),
+        ([["Pos", -0.5], ["neut", -1.0], ["ne", -1.0]], [np.exp(-0.5), np.exp(-1.0), 0]),  # `ne` begins two labels
+        ([["the", -0.1], ["positive", -3.0]], None),  # half of the probability is needed
+        ([["", -0.1]], None),
+        ([], None),
+    ],
+)
+def test_probabilities_from_the_first_token(alternatives, expected):
+    found = api.first_token(alternatives, TASK)
+    if expected is None:
+        assert np.isnan(found).all()
+    else:
+        np.testing.assert_allclose(found, np.array(expected) / np.sum(expected))
+
+
+def test_a_structured_answer_can_only_be_a_label(tmp_path):
+    asked = teacher("http://127.0.0.1:1", "m", tmp_path, labels="structured")
+    (question,) = asked.questions(["Profit rose."])
+    assert question.asker["schema"]["properties"]["label"]["enum"] == TASK.names
+    for text, label in (('{"label": "negative"}', "negative"), ("negative", None), ('{"label": 3}', None), ("{", None)):
+        row = asked._read(store.Answer(text))
+        assert np.isnan(row).all() if label is None else TASK.names[row.argmax()] == label
