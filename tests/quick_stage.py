@@ -43,7 +43,8 @@ def put(path: str, value: object) -> None:
 def said(learned: str, rows: list[dict], **more: str) -> list[dict]:
     """A signal for each row, which hangs on `learned` and the row's id."""
     return [
-        {"id": row["id"], "probabilities": [score(key(learned, i, row["id"])) for i in range(3)], **more}
+        {"id": row["id"], "label": "neutral", "probabilities": [score(key(learned, i, row["id"])) for i in range(3)]}
+        | more
         for row in rows
     ]
 

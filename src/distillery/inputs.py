@@ -124,7 +124,8 @@ class Tables:
         else:
             rows = [row for row in self(f"data/teacher/{who}/signals.parquet") if row["split"] == split]
         # a label of None: the answer could not be read, so there is nothing to learn from it
-        return {row["id"]: row["probabilities"] if row["label"] else None for row in rows if row["source"] == source}
+        said = {row["id"]: row["probabilities"] for row in rows if row["source"] == source}
+        return said | dict.fromkeys(row["id"] for row in rows if row["source"] == source and row["label"] is None)
 
 
 def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]], list[str]]:
