@@ -165,6 +165,32 @@ MISTAKES = [
         3,
         "teachers.llm.finetune.lora.targets: must be 'all-linear' or a list, not",
     ),
+    ("teachers.llm.kind", "api", "teachers.llm: `kind: api` needs `api`, not `model`"),
+    ("teachers.llm.api", {"model": "m"}, "teachers.llm: `kind: lm` needs `model`, not `api`"),
+    ("teachers.llm.prompts", ["short"], "teachers.llm: `prompts`, `shots` and `calibrate` are for teachers that are"),
+    ("teachers.llm.shots", "similar", "teachers.llm: `shots: similar` and `embeddings` (an encoder of `models`) go"),
+    (
+        "teachers.llm",
+        {"kind": "api", "api": {"model": "m", "key": "sk-my-key"}},
+        "teachers.llm.api.key: must be the name of an environment variable, never the key itself\n",
+    ),
+    (
+        "teachers.llm",
+        {"kind": "api", "api": {"model": "m", "base_url": "https://me:word@x"}},
+        "teachers.llm.api.base_url: must be http://… or https://…, without a user name or password\n",
+    ),
+    ("teachers.llm", {"kind": "api", "api": {"model": "m", "max_cost": 1.0}}, "teachers.llm.api: `max_cost` needs"),
+    ("teachers.llm", {"kind": "api", "api": {"model": "m", "samples": 3}}, "teachers.llm.api: `samples` above 1 need"),
+    (
+        "teachers.llm",
+        {"kind": "api", "api": {"model": "m", "client": "anthropic", "labels": "logprobs"}},
+        "teachers.llm.api: `labels: logprobs` is not for `client: anthropic`",
+    ),
+    (
+        "teachers.llm",
+        {"kind": "answers", "answers": {"files": ["a.csv"], "columns": {}}},
+        "teachers.llm.answers.columns: needs exactly one of `label` or `answer`",
+    ),
     ("teachers.encoder.finetune", DELETE, "teachers.encoder: a classifier needs `finetune`, its head starts untrained"),
     # augment
     ("augment.source", "x", "augment.source: unknown source `x`; known: news, bare, other"),
@@ -221,7 +247,7 @@ def test_mistakes_are_told_in_one_line(folder, key, value, line):
     with pytest.raises(UserError) as caught:
         load(folder, changed(key, value))
     message = str(caught.value)
-    assert message.startswith(f"params.yaml: {line}")
+    assert f"{message}\n".startswith(f"params.yaml: {line}")
     assert "\n" not in message
 
 

@@ -167,3 +167,43 @@ def test_missing_and_malformed_files(tmp_path):
     (tmp_path / "mood.yaml").write_text("kind: [")
     with pytest.raises(UserError, match=r"mood\.yaml, line 1: not valid YAML"):
         tasks.load("mood", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, label",
+    [
+        ("up", "up"),
+        (" **Up.** ", "up"),
+        ("Answer: DOWN", "down"),
+        ("answer - down", "down"),
+        ("'Up'\n\nbecause sales rose", "up"),
+        ("Up. Sales rose, not down.", "up"),
+        ("up: sales rose", "up"),
+        ("", None),
+        ("Upwards", None),
+        ("up, down", None),
+        ("up or down", None),
+        ("It is up", None),
+        ("up\ndown", None),
+        ("down, because it fell", None),
+        ("dow", None),
+    ],
+)
+def test_an_answer_is_read_strictly_or_not_at_all(text, label):
+    task = tasks.Task(kind="classification", labels={"up": "", "down": ""}, prompt={"template": "{text}\nAnswer:"})
+    assert tasks.parse(task, text) == label
+
+
+def test_what_follows_a_label_is_its_explanation_and_words_stand_for_labels():
+    task = tasks.Task(kind="classification", labels={"up": "", "down": ""}, verbalizer={"up": "1", "down": "2"})
+    assert tasks.explained(task, "2\n\nSales fell.\nBadly.") == ("down", "Sales fell.\nBadly.")
+    assert tasks.parse(task, "up") is None and tasks.parse(task, "1.5") is None and tasks.parse(task, "1.") == "up"
+
+
+def test_solved_examples_may_be_given_and_a_response_format_stands_in_the_template():
+    prompt = {"instruction": "I", "response": "R", "template": "{instruction} {response}: {text} ="}
+    task = tasks.Task(kind="classification", labels={"up": "", "down": ""}, prompt=prompt)
+    shots = [tasks.Shot(text="a", label="up")]
+    assert [turn["content"] for turn in tasks.turns(task, "b", shots)] == ["I R: a =", "up", "I R: b ="]
+    with pytest.raises(ValueError, match=r"`template` must hold \{response\}"):
+        tasks.Prompt(response="R")

@@ -314,3 +314,133 @@ def test_rationales_are_for_the_gold_label_and_the_same_each_time(experiment):
     assert not told.loc[rows["split"] == "test", "rationale"].notna().any()
     assert said["rationale"].isna().all()  # the frame that was given stays as it was
     pd.testing.assert_frame_equal(told, teachers.add_rationales(root, "lm", P, TASK, rows, said))
+
+
+def test_a_reason_that_names_another_label_contradicts_its_own():
+    assert teachers.contradicts(TASK, "This is clearly negative news.", "positive")
+    assert not teachers.contradicts(TASK, "Not negative at all, but positive.", "positive")
+    assert not teachers.contradicts(TASK, "Sales rose.", "positive")
+
+
+# ------------------------------------------------------------------------------- prompted only
+
+
+def test_examples_come_from_other_groups_than_the_row(tiny_models):
+    gold = gold_rows(12).assign(group=[f"g{i // 2}" for i in range(12)])
+    for encoder in (None, tiny_models / "tiny-bert"):
+        shots = teachers.GoldShots(gold, 3, encoder)
+        chosen = shots.choose(gold["text"].tolist(), gold["group"].tolist())
+        for group, which in zip(gold["group"], chosen, strict=True):
+            assert len(set(which)) == 3 and group not in shots.gold["group"].iloc[list(which)].tolist()
+    fixed = teachers.GoldShots(gold, 3).choose(["a", "b"], ["x", "y"])
+    assert fixed[0] == fixed[1] and len(set(teachers.GoldShots(gold, 3).gold["label"][list(fixed[0])])) == 3
+    free = teachers.GoldShots(gold, 3, tiny_models / "tiny-bert").choose(gold["text"].tolist(), [None] * 12)
+    own = teachers.GoldShots(gold, 3, tiny_models / "tiny-bert")
+    for text, which in zip(gold["text"], free, strict=True):
+        assert own.gold["text"][which[-1]] == text  # without groups a row is most similar to itself
+
+
+def prompted(P: params.Params, **changes) -> params.Params:
+    spec = P.teachers["lm"].model_copy(update={"finetune": None, "prompt": "chat"} | changes)
+    return P.model_copy(update={"teachers": P.teachers | {"lm": spec}})
+
+
+def test_rows_are_asked_about_with_their_own_examples_and_calibrated(experiment, tiny_models):
+    root, P = experiment
+    P = prompted(P)
+    gold = gold_rows(12).assign(group=[f"g{i // 2}" for i in range(12)])
+    teacher = teachers.open_teacher("lm", P, TASK)
+    teacher.shots = teachers.GoldShots(gold, 2)
+    asked = gold.head(7)
+    chosen = teacher.shots.choose(asked["text"].tolist(), asked["group"].tolist())
+    assert len(set(chosen)) > 1  # the rows that are among the examples get others
+    p = teachers.ask(teacher, asked)
+    for row, text, which in zip(p, asked["text"], chosen, strict=True):
+        alone = teacher.predict([text], shots=[[teacher.shots.shots[k] for k in which]])[0]
+        np.testing.assert_allclose(row, alone, atol=1e-5)
+        turns = tasks.turns(TASK, text, [teacher.shots.shots[k] for k in which])
+        shown = teachers.rendered(teacher, asked[asked["text"] == text].iloc[0])
+        assert shown == tasks.render(turns, teacher.tokenizer)
+    prior = teachers.prior_of(teacher, "batch", asked)
+    np.testing.assert_allclose(prior, p.mean(0), rtol=1e-6)
+    teacher.prior = prior
+    expected = p / p.mean(0)
+    np.testing.assert_allclose(teachers.ask(teacher, asked), expected / expected.sum(1, keepdims=True), rtol=1e-5)
+    empty = teacher.predict(teachers.NO_CONTENT, shots=[[teacher.shots.shots[k] for k in (0, 1)]] * 3).mean(0)
+    teacher.prior = None
+    np.testing.assert_allclose(teachers.prior_of(teacher, "contextual", asked), empty, atol=1e-5)
+    assert teachers.prior_of(teacher, "none", asked) is None
+
+
+def test_the_best_prompt_on_validation_rows_is_taken_and_kept(experiment):
+    root, P = experiment
+    other = TASK.prompt.model_copy(update={"instruction": "Say the opposite.", "system": ""})
+    task = TASK.model_copy(update={"prompts": {"short": other}})
+    P = prompted(P, prompts=["short"], calibrate="batch")
+    rows = gold_rows(12)
+    rows.loc[4:, "split"], rows.loc[8:, "split"] = "validation", "pool"
+    table, how = teachers.try_prompts(root, "lm", P, task, rows)
+    assert table["prompt"].tolist() == ["prompt"] * 3 + ["short"] * 3
+    assert table["calibrate"].tolist() == [*teachers.CALIBRATIONS] * 2
+    batch = table[table["calibrate"] == "batch"].set_index("prompt")["macro_f1"]
+    assert how["prompt"] == (None if batch["prompt"] >= batch["short"] else "short")
+    assert len(how["prior"]) == 3 and abs(sum(how["prior"]) - 1) < 1e-3
+    assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
+    path = root / "data/teacher/lm/asked.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"prompt": "short", "prior": [0.2, 0.3, 0.5]}))
+    opened = teachers.open_asked(root, "lm", P, task)
+    assert opened.task.prompt == other and opened.prior.tolist() == [0.2, 0.3, 0.5]
+    path.unlink()
+    with pytest.raises(UserError, match="teachers.lm.prompts: the task has no `short`; it has: none"):
+        teachers.try_prompts(root, "lm", P, TASK, rows)
+
+
+# ------------------------------------------------------------------------------- answers from files
+
+LINES = """sentence,said
+Sales rose.,"POSITIVE
+
+The text says so."
+Sales fell.,"POSITIVE
+
+The text says so."
+A meeting.,"Neutral. Nothing happens."
+Profit fell.,"It is hard to say"
+Sales rose.,negative
+"""
+
+
+def file_teacher(tmp_path, repeats: str = "drop") -> teachers.FileTeacher:
+    (tmp_path / "said.csv").write_text(LINES)
+    columns = {"text": "sentence", "answer": "said"}
+    spec = params.validate(params.Answers, {"files": ["said.csv"], "columns": columns, "repeats": repeats}, "x")
+    return teachers.FileTeacher(teachers.read_answers(spec, TASK, tmp_path), TASK)
+
+
+def test_answers_from_a_file_teach_without_those_that_repeat_the_one_before(tmp_path):
+    teacher = file_teacher(tmp_path)
+    assert teacher.answers["fate"].tolist() == ["kept", "repeats the answer before", "kept", "cannot be read", "kept"]
+    assert teacher.answers["at"].iloc[2] == "said.csv, line 8"
+    rows = pd.DataFrame({"text": ["Sales  rose.", "Sales fell.", "A meeting.", "Profit fell."], "id": list("abcd")})
+    assert teacher.covered(rows).tolist() == [True, False, True, True]
+    p = teacher.look_up(rows)
+    assert p[0].tolist() == [0.5, 0, 0.5] and p[2].tolist() == [0, 1, 0]  # two answers to one text share it
+    assert np.isnan(p[[1, 3]]).all()
+    said = teachers.signals(rows.assign(source="s", split="pool"), p, LABELS, -1)
+    assert said["label"].tolist() == ["positive", None, "neutral", None]
+    assert np.allclose(said["probabilities"][3], 1 / 3)
+    told = teacher.explanations(rows, ["positive", "positive", "neutral", "negative"])
+    assert told == ["The text says so.", None, "Nothing happens.", None]
+    assert "Nothing happens." in teachers.rendered(teacher, rows.iloc[2])
+    assert file_teacher(tmp_path, "keep").covered(rows).all()
+
+
+def test_answers_that_miss_a_column_or_a_text_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "label": "positive"}\n{"id": null, "label": "x"}\n')
+    spec = {"files": ["a.jsonl"], "columns": {"id": "id", "text": None, "label": "label"}}
+    with pytest.raises(UserError, match="^a.jsonl, line 2: `id` is empty$"):
+        teachers.read_answers(params.validate(params.Answers, spec, "x"), TASK, tmp_path)
+    spec["columns"] = {"text": "sentence", "label": "label"}
+    with pytest.raises(UserError, match="^a.jsonl: no column `sentence`; there are: id, label$"):
+        teachers.read_answers(params.validate(params.Answers, spec, "x"), TASK, tmp_path)

@@ -183,7 +183,7 @@ def explained(task: Task, text: str) -> tuple[str | None, str]:
     text = text.strip()
     asked = task.prompt.template.splitlines()[-1].rpartition("}")[2].strip(AROUND)
     if asked and text.lstrip(AROUND).casefold().startswith(asked.casefold()):
-        text = text.lstrip(AROUND)[len(asked) :].lstrip(AROUND)
+        text = text.lstrip(AROUND)[len(asked) :].lstrip(AROUND + "-–—")
     words = {task.word(label).strip(AROUND).casefold(): label for label in task.labels}
     end = ENDS.search(text)
     first, rest = (text[: end.start()], text[end.end() :]) if end else (text, "")

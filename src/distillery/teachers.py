@@ -362,7 +362,7 @@ def signals(
             "source": rows["source"].tolist(),
             "split": rows["split"].tolist(),
             "id": rows["id"].tolist(),
-            "label": [None if no else names[i] for i, no in zip(probabilities.argmax(-1), unread, strict=True)],
+            "label": pd.Series(np.where(unread, None, np.array(names, object)[probabilities.argmax(-1)]), dtype=object),
             "probabilities": list(probabilities.astype(np.float32)),
             "fold": np.broadcast_to(np.asarray(fold), len(rows)).astype(int),
             "rationale": None,
@@ -438,7 +438,7 @@ def add_rationales(
 def _flagged(task: tasks.Task, said: pd.DataFrame, labels: Sequence[str | None]) -> pd.DataFrame:
     """`said` with a column `contradicts`: whether the rationale argues for another label, None where there is none."""
     flags = [
-        contradicts(task, why, label) if isinstance(why, str) and label else None
+        contradicts(task, why, label) if isinstance(why, str) and isinstance(label, str) else None
         for why, label in zip(said["rationale"], labels, strict=True)
     ]
     return said.assign(contradicts=pd.Series(flags, index=said.index, dtype=object))
