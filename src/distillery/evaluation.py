@@ -197,7 +197,8 @@ def gather(root: Path, P: params.Params) -> Results:
             folder = root / f"data/teacher/{teacher}"
             rows = _read(folder / "signals.parquet", root).rename(columns={"label": "prediction"})
             rows, path = rows[rows["source"] == source], folder / "signals.parquet"
-            if P.teachers[teacher].kind == "answers" and not set(tests[source]["id"]) <= set(rows["id"]):
+            wanted = {*tests[source]["id"], *validations[source]["id"]}
+            if P.teachers[teacher].kind == "answers" and not wanted <= set(rows["id"]):
                 continue  # a file that answers some of the rows cannot be compared with models that answer all
             test = signals[teacher, source] = _aligned(rows, "test", tests[source], path, root)
             validation = _aligned(rows, "validation", validations[source], path, root)
