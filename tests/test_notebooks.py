@@ -152,7 +152,7 @@ def test_the_data_stage_writes_splits_and_hides_the_pools_labels(ran):
 @pytest.mark.parametrize("teacher", ["lm", "encoder"])
 def test_a_teacher_signals_every_row_and_gold_rows_out_of_fold(ran, teacher):
     folder = f"data/teacher/{teacher}"
-    said = read(ran, f"{folder}/signals.parquet", "source split id label probabilities fold rationale")
+    said = read(ran, f"{folder}/signals.parquet", "source split id label probabilities fold rationale contradicts")
     sums_to_one(said)
     for split in params.SPLITS:
         part, rows = said[said["split"] == split], pd.read_parquet(ran / f"data/processed/finance/{split}.parquet")

@@ -366,6 +366,7 @@ def signals(
             "probabilities": list(probabilities.astype(np.float32)),
             "fold": np.broadcast_to(np.asarray(fold), len(rows)).astype(int),
             "rationale": None,
+            "contradicts": None,  # whether the rationale argues for another label
         }
     )
 
