@@ -318,6 +318,12 @@ def test_an_experiment_by_command_line_and_what_it_shows(base, tmp_path):
     assert "students.tiny-kd.phases" in dvc(repo, "params", "diff")
     plots = json.loads(dvc(repo, "plots", "diff", "--json", "-o", "plots"))
     assert set(plots["data"]) == {"training", "scores", "reliability", "confusion"} and not plots.get("errors")
+    for name, columns in {"scores": {"score", "low", "high"}, "reliability": {"model", "rows"}}.items():
+        (drawn,) = [found for found in plots["data"][name] if found["type"] == "vega"]
+        content = drawn["content"] if isinstance(drawn["content"], str) else json.dumps(drawn["content"])
+        assert "<DVC_METRIC_" not in content, name  # every placeholder of the template was filled
+        rows = json.loads(content)["data"]["values"]
+        assert {row["rev"] for row in rows} == {"HEAD", "workspace"} and columns <= set(rows[0]), name
 
 
 def test_outputs_are_ignored_by_git_but_for_the_reports(base):
