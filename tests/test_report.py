@@ -210,6 +210,14 @@ def test_verdict_can_say_no(tmp_path, right, verdict):
     assert "is real" not in text
 
 
+def test_a_gain_of_single_runs_is_not_called_real(tmp_path):
+    results, board = run(tmp_path, project(tmp_path, experiment(seeds=[0])))
+    said = report.answer(results, board.reset_index())
+    text = " ".join(said["sentences"]) + " ".join(tile["label"] for tile in said["tiles"])
+    assert board.loc["tiny-kd", "verdict"] == "better" and "more than the choice of test rows explains" in text
+    assert "real" not in text and "not of other random seeds" in text
+
+
 def test_shuffled_predictions_are_not_better(tmp_path):
     P = project(tmp_path)
     for seed in P.seeds:

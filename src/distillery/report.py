@@ -173,18 +173,25 @@ def answer(results: Results, board: pd.DataFrame) -> dict[str, Any]:
         )
         interval = f"{level} interval {_range(d)}; {p}"
         tone = {"better": "good", "worse": "bad"}.get(verdict, "")
+        once = len(P.seeds) == 1  # then the runs themselves may have been lucky
         if verdict == "better":
-            text += f"The gain of {100 * mean:.1f} points is real ({interval})."
+            real = "more than the choice of test rows explains" if once else "real"
+            text += f"The gain of {100 * mean:.1f} points is {real} ({interval})."
         elif verdict == "worse":
-            text += f"The student is {100 * -mean:.1f} points worse, and that is no accident ({interval})."
+            text += f"The student is {100 * -mean:.1f} points worse, "
+            text += (
+                f"{'more than the choice of test rows explains' if once else 'and that is no accident'} ({interval})."
+            )
         else:
             text += f"The difference of {points(mean)} points is no evidence of a gain or a loss ({interval}): only a "
             text += f"true difference of about {100 * row['detectable']:.1f} points would have shown here."
         sentences.append(text)
-        label = {"better": "a real gain", "worse": "worse"}.get(verdict, "no evidence of a gain")
+        label = {"better": "a gain" if once else "a real gain", "worse": "worse"}.get(verdict, "no evidence of a gain")
         tiles.append((f"{points(mean)} points", f"{label} over {control.name}", f"{level} interval {_range(d)}", tone))
     if len(P.seeds) == 1:
-        sentences.append("Each student was trained once: the intervals say nothing of other random seeds.")
+        sentences.append(
+            "Each student was trained once: the intervals speak of other test rows, not of other random seeds."
+        )
     else:
         text = f"Scores are means of {len(P.seeds)} training runs a student. "
         sentences.append(text + "The intervals draw near-duplicates together, and training runs with them.")
