@@ -237,7 +237,7 @@ MISTAKES = [
     ("students.gold.phases.0.order", "confidence", "students.gold.phases.0: `order: confidence` needs `teachers`"),
     ("students.gold.phases.0.early_stopping", {"evry": 1}, "students.gold.phases.0.early_stopping.evry: unknown key;"),
     ("evaluate.headline", "x", "evaluate.headline: unknown student `x`; known: kd, gold"),
-    ("evaluate.pretrained_on", {"nobody": ["news"]}, "evaluate.pretrained_on: unknown model `nobody`"),
+    ("evaluate.pretrained_on", {"nobody": ["news"]}, "evaluate.pretrained_on: unknown model or teacher `nobody`"),
     ("evaluate.confidence", 95, "evaluate.confidence: must be less than 1, not 95"),
 ]
 

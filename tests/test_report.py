@@ -599,6 +599,21 @@ def test_teacher_that_bears_a_students_name(tmp_path):
     assert board.loc["other", "role"] == "student" and board.loc["other, teacher", "role"] == "teacher"
 
 
+def test_an_unreadable_answer_is_wrong_and_said_to_be_unreadable(tmp_path):
+    P = project(tmp_path, right={"big": 1.0})
+    path = tmp_path / "data/teacher/big/signals.parquet"
+    rows = pd.read_parquet(path)
+    lost = rows.index[rows["split"] == "test"][:30]
+    rows.loc[lost, "label"] = None
+    rows.to_parquet(path)
+    results, board = run(tmp_path, P)
+    assert board.loc["big", "accuracy"] == pytest.approx(1 - 30 / len(results.tests["demo"]))
+    said = evaluation.disagreements(results).set_index("id").loc[rows.loc[lost, "id"]]
+    assert set(said["teacher"]) == {evaluation.UNREADABLE} and said["differs"].all()
+    assert f"teacher: {evaluation.UNREADABLE}" in (tmp_path / "reports/index.html").read_text()
+    assert not said_by_the_checks(results, "shortcut")
+
+
 def test_rows_where_they_differ_come_first(finished):
     root, _, results, _ = finished
     rows = evaluation.disagreements(results)

@@ -30,6 +30,7 @@ KINDS = (
 )
 ROLES = ("student", "control", "teacher", "untrained", "majority")
 TRAINED = ("student", "control", "teacher")
+UNREADABLE = "no readable answer"
 EXAMPLES = 4  # rewritten rows shown of each change
 LATENCY_ROWS = 32  # sentences given to each model one by one
 ONE_ANSWER = 0.95  # a share of one answer above this is no reading of the text
@@ -307,12 +308,14 @@ def contamination(root: Path, P: params.Params, line: Scored, tests: dict[str, p
     its scores: a teacher that does on test rows what it does on rows it was tuned on has seen them.
     """
     spec, test, out = P.teachers[line.key], tests[line.source], []
-    if line.source in P.evaluate.pretrained_on.get(spec.model, []):
-        text = f"{spec.model} had learned from {line.source} before it came here (evaluate.pretrained_on): "
+    known = {who: sources for who, sources in P.evaluate.pretrained_on.items() if who in (spec.model, line.key)}
+    if any(line.source in sources for sources in known.values()):
+        text = f"{next(iter(known))} had learned from {line.source} before it came here (evaluate.pretrained_on): "
         out.append(Check("contamination", False, f"{text}the scores of {line.name} are no test of it.", (line.name,)))
     if spec.finetune is None:
         if not out:
-            text = f"{line.name} was only prompted: it has seen no gold label of {line.source}."
+            text = f"{line.name} was tuned on nothing here; what it learned from before is not known here "
+            text += "unless evaluate.pretrained_on says it."
             out.append(Check("contamination", True, text, (line.name,)))
         return out
     on, split = spec.finetune.on.split("/")
@@ -347,7 +350,7 @@ def short_cut(line: Scored, gold: pd.Series) -> Check:
     """Whether `line` has learned to give the commonest answer, or leans on one, rather than to read."""
     true, worst, bias = gold.value_counts(normalize=True), None, -1.0
     for run in line.predicted:
-        excess = pd.Series(run).value_counts(normalize=True).sub(true, fill_value=0)
+        excess = (pd.Series(run).value_counts() / len(run)).sub(true, fill_value=0)  # unreadable answers are none
         if excess.abs().sum() / 2 > bias:
             worst, bias = excess, float(excess.abs().sum() / 2)
 
@@ -705,7 +708,7 @@ def disagreements(results: Results) -> pd.DataFrame:
     signal = results.signals.get((head.teacher, head.source))
     right = rows["student"] == rows["gold"]
     if signal is not None:
-        rows["teacher"] = signal["prediction"]
+        rows["teacher"] = signal["prediction"].where(signal["prediction"].notna(), UNREADABLE)
         rows["teacher_probability"] = np.stack(signal["probabilities"].to_numpy()).max(1)
         rows["teacher_rationale"] = signal["rationale"]
         taught = rows["teacher"] == rows["gold"]

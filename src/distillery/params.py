@@ -419,7 +419,7 @@ class Evaluate(Section):
     throughput_rows: Annotated[int, Field(gt=0)] = 128
     rewritten_rows: Count = 64  # test rows asked again with other names, amounts or spelling; 0: none
     paraphrased_rows: Count = 0  # and test rows that `augment.teacher` puts into other words
-    pretrained_on: dict[Name, list[Name]] = {}  # models that had learned from a source before: no test of them
+    pretrained_on: dict[Name, list[Name]] = {}  # who had learned from a source before: no test of them
     samples: Annotated[int, Field(gt=0)] = 12
     seed: int = 0
 
@@ -680,7 +680,7 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
                 f"{file}: evaluate.paraphrased_rows: `{params.augment.teacher}` (augment.teacher) cannot write"
             )
     for name, sources in params.evaluate.pretrained_on.items():
-        known("evaluate.pretrained_on", name, params.models, "model")
+        known("evaluate.pretrained_on", name, [*params.models, *params.teachers], "model or teacher")
         for source in sources:
             known(f"evaluate.pretrained_on.{name}", source, params.data, "source")
     known("evaluate.headline", params.evaluate.headline, params.students, "student")
