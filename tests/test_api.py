@@ -12,7 +12,9 @@ from email.utils import formatdate
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from ruamel.yaml import YAML
 
 import loopback
 import tiny
@@ -185,6 +187,42 @@ def test_retry_after_is_a_number_or_a_date():
     assert [api._seconds(header) for header in ("3", "0.5", "-1")] == [3, 0.5, 0]
     assert 50 < api._seconds(formatdate(time.time() + 60, usegmt=True)) <= 60
     assert api._seconds(None) is None and api._seconds("soon") is None
+
+
+def test_a_stage_asks_an_endpoint_once_and_writes_the_key_nowhere(server, tmp_path):
+    port, model = server
+    repo = tiny.experiment(tmp_path / "repo")
+    with loopback.Proxy(port, share=0.1, seed=3, key=SECRET) as proxy:
+        tree = params.read_yaml(repo / "params.yaml")
+        far = {"model": model, "base_url": proxy.url, "key": KEY, "max_tokens": 1, "timeout": 1.0, "attempts": 20}
+        tree["teachers"]["far"] = {"kind": "api", "api": far, "prompts": ["bare"], "few_shot": 1, "rationales": 2}
+        tree["data"]["finance"]["limit"] = 48
+        with (repo / "params.yaml").open("w", encoding="utf-8") as file:
+            YAML().dump(tree, file)
+        environment = os.environ | {"PYTHONPATH": str(repo / "src")}
+
+        def run(*arguments: str) -> str:
+            command = [sys.executable, "-m", *arguments]
+            done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout + done.stderr
+
+        said = run("distillery.strip") + run("distillery.stage", "01_data", "-p", "source", "finance")
+        said += run("distillery.inputs", "teachers") + run("distillery.stage", "02_teach", "-p", "teacher", "far")
+        calls, signals = sum(proxy.calls.values()), repo / "data/teacher/far/signals.parquet"
+        assert set(proxy.delivered.values()) == {1}
+        before = signals.read_bytes()
+        said += run("distillery.stage", "02_teach", "-p", "teacher", "far")
+        assert sum(proxy.calls.values()) == calls and signals.read_bytes() == before
+    frame = pd.read_parquet(signals)
+    known = frame["label"].notna()
+    assert 0 < known.sum() < len(frame) and frame["rationale"].notna().sum() == 2
+    found = json.loads((repo / "data/teacher/far/metrics.json").read_text())
+    assert sum(found[split]["unparsable"] for split in params.SPLITS) == (~known).sum()
+    assert json.loads((repo / "data/teacher/far/asked.json").read_text())["prompt"] in (None, "bare")
+    assert "far: answers: " in said and SECRET not in said
+    told = [file for file in repo.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
+    assert not told, told
 
 
 # ------------------------------------------------------------------------------- refusals

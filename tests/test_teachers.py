@@ -444,3 +444,32 @@ def test_answers_that_miss_a_column_or_a_text_are_named(tmp_path):
     spec["columns"] = {"text": "sentence", "label": "label"}
     with pytest.raises(UserError, match="^a.jsonl: no column `sentence`; there are: id, label$"):
         teachers.read_answers(params.validate(params.Answers, spec, "x"), TASK, tmp_path)
+
+
+# ------------------------------------------------------------------------------- several teachers
+
+
+def test_teachers_that_agree_are_more_often_right_and_the_table_says_so(experiment, tmp_path):
+    _, P = experiment
+    gold = gold_rows(9).assign(split="pool", rationale=None)
+    folder = tmp_path / "data/processed/finance"
+    folder.mkdir(parents=True)
+    gold[["id", "text"]].to_parquet(folder / "pool.parquet")
+    sure = np.array([[0.9 if name == label else 0.05 for name in LABELS] for label in gold["label"]])
+    other = np.roll(sure, 1, axis=1)
+    for name, p in (("lm", np.where(np.arange(9)[:, None] < 6, sure, other * 0.5 + 1 / 6)), ("encoder", sure)):
+        said = teachers.signals(gold, p, LABELS, -1)
+        (tmp_path / "data/teacher" / name).mkdir(parents=True)
+        said.drop(index=8 if name == "lm" else 7).to_parquet(tmp_path / "data/teacher" / name / "signals.parquet")
+    P = P.model_copy(update={"teachers": {"lm": P.teachers["lm"], "encoder": P.teachers["encoder"]}})
+    voted, p = teachers.votes(tmp_path, P, "finance")
+    assert voted["id"].tolist() == gold["id"].tolist()[:7] and p.shape == (2, 7, 3)  # those that both have answered
+    pseudo = teachers.pseudo_labels(voted, p, LABELS)
+    assert pseudo["agree"].tolist() == [True] * 6 + [False]
+    assert pseudo["label"].tolist() == gold["label"].tolist()[:7]
+    np.testing.assert_allclose(pseudo["confidence"], p.mean(0).max(-1))
+    wrong = gold["label"].tolist()[:6] + ["none of them"]
+    table = teachers.selected(pseudo, wrong, (0.0, 0.85, 0.99)).set_index(["all teachers agree", "confidence from"])
+    assert table.loc[(False, 0.0), "precision"] == pytest.approx(6 / 7) and table.loc[(True, 0.0), "precision"] == 1
+    assert table.loc[(True, 0.85), "rows"] == 6 and table.loc[(True, 0.0), "coverage"] == pytest.approx(6 / 7)
+    assert table.loc[(True, 0.99), "rows"] == 0 and np.isnan(table.loc[(True, 0.99), "precision"])

@@ -133,6 +133,19 @@ def test_a_phase_finds_its_rows_and_mixes_its_teachers():
         training.phase_rows(frame, phase({"ce": 1.0}, data=["toy/augmented"]), LABELS)
 
 
+def test_a_row_is_taught_by_those_who_answered_and_by_nobody_if_none_did():
+    frame = toy(6)
+    one, two = (np.stack(frame[f"p_{name}"].to_list()) for name in ("one", "two"))
+    frame["p_one"] = [None if i in (1, 4) else p for i, p in enumerate(one)]
+    frame["p_two"] = [None if i in (2, 4) else p for i, p in enumerate(two)]
+    for mix in ("uniform", "validation", "confidence"):
+        both = phase({"kl": 1.0}, teachers=["one", "two"], mix=mix)
+        rows = training.phase_rows(frame, both, LABELS, {"one": 0.5, "two": 0.5})
+        assert rows.texts == frame["text"].drop(index=4).tolist()
+        np.testing.assert_allclose(rows.logprobs.exp()[1], two[1], atol=1e-6)
+        np.testing.assert_allclose(rows.logprobs.exp()[2], one[2], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "more, n, steps",
     [

@@ -1,0 +1,67 @@
+"""How much a prompt matters: SmolLM2 without any training on the finance corpus, asked in several ways.
+
+    PYTHONPATH=src python benchmarks/prompts.py [validation and test rows, 100 by default]
+
+Every prompt of the task file, with solved examples of the task file, fixed gold rows or the gold rows most similar to
+each sentence, as it is and calibrated, is compared on validation rows. The best by macro-F1 is then asked about test
+rows, beside the task file's first prompt as it is. Intervals are 95 %, by bootstrap over groups.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from distillery import data, metrics, params, tasks, teachers
+
+SHOTS = (("task", 0), ("task", 3), ("gold", 6), ("similar", 4))
+
+
+def asked_so(P: params.Params, task: tasks.Task, shots: str, n: int) -> params.Params:
+    """`P` with a teacher `smollm2` that is only prompted, with `n` solved examples from `shots`."""
+    spec = {"kind": "lm", "model": "smollm2", "dtype": "bfloat16", "prompts": [*task.prompts], "few_shot": n}
+    spec |= {"shots": shots, "embeddings": "minilm-l6" if shots == "similar" else None}
+    return P.model_copy(update={"teachers": {"smollm2": params.validate(params.Teacher, spec, "benchmark")}})
+
+
+def line(teacher: object, rows: pd.DataFrame, labels: list[str]) -> dict[str, float]:
+    said = teachers.signals(rows, teachers.ask(teacher, rows), labels, -1)["label"].tolist()
+    drawn = metrics.bootstrap_scores(rows["label"].tolist(), said, labels, rows["group"].tolist())
+    scores = metrics.mean_scores(rows["label"].tolist(), said, labels)
+    low, high = metrics.interval(drawn["accuracy"])
+    return {"accuracy": scores["accuracy"], "low": low, "high": high, "macro_f1": scores["macro_f1"]}
+
+
+def main(rows: int = 100) -> None:
+    P, root = params.load(), params.root()
+    task = tasks.load(P.data["finance"].task, root / "tasks")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        data.write(data.prepare("finance", P.data["finance"], task, root), folder / "data/processed/finance")
+        every = teachers.gather(folder, asked_so(P, task, "task", 0), "smollm2")
+        few = every[every["split"].isin(["validation", "test"])].groupby("split").head(rows)
+        every = pd.concat([every[every["split"].isin(["train", "pool"])], few], ignore_index=True)
+        tables = []
+        for shots, n in SHOTS:
+            table, _ = teachers.try_prompts(folder, "smollm2", asked_so(P, task, shots, n), task, every)
+            tables.append(table.drop(columns="unparsable").assign(examples=n, of=shots))
+            print(tables[-1].round(3).to_string(index=False), flush=True)
+        best = pd.concat(tables, ignore_index=True).sort_values("macro_f1", kind="stable").iloc[-1]
+        test = every[every["split"] == "test"].reset_index(drop=True)
+        plain = {"prompt": None, "prior": None}
+        before = teachers.open_asked(folder, "smollm2", asked_so(P, task, "task", 0), task, plain)
+        how = plain | {"prompt": None if best["prompt"] == "prompt" else best["prompt"]}
+        after = teachers.open_asked(folder, "smollm2", asked_so(P, task, best["of"], int(best["examples"])), task, how)
+        unlabelled = every[every["split"] == "pool"].head(teachers.FOR_PRIOR).reset_index(drop=True)
+        after.prior = teachers.prior_of(after, best["calibrate"], unlabelled)
+        found = {"before": line(before, test, task.names), "after": line(after, test, task.names)}
+        print(f"\n{len(test)} test rows, before: the first prompt as it is; after: the best on validation rows,")
+        print(f"`{best['prompt']}` with {best['examples']} examples ({best['of']}), calibration {best['calibrate']}")
+        print(pd.DataFrame(found).T.round(3).to_string())
+
+
+if __name__ == "__main__":
+    main(*(int(argument) for argument in sys.argv[1:]))
