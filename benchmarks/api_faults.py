@@ -106,14 +106,19 @@ def main(rows: int = 1000, share: float = 0.3) -> None:
                 kept = store.Store(path)
                 with kept._using() as connection:
                     (noted,) = connection.execute("SELECT asker FROM calls LIMIT 1").fetchone()
+                    (twice,) = connection.execute(
+                        "SELECT COUNT(*) FROM calls a JOIN calls b ON a.key = b.key AND a.id < b.id "
+                        "WHERE a.outcome = 'answered'"
+                    ).fetchone()
                 print(f"\n## {name}: {rows} rows, {part:.0%} of the calls broken, killed {killed} times")
                 seen = pd.Series(kept.outcomes(noted), name="calls").rename_axis("what the asker saw")
                 print(pd.Series(proxy.calls, name="calls").rename_axis("what the proxy did").sort_index().to_string())
                 print(seen.to_string())
-                twice = sum(n > 1 for n in proxy.delivered.values())
+                lost = sum(n - 1 for n in proxy.delivered.values())
                 print(
                     f"{stored(path)} answers stored, {sum(proxy.calls.values())} calls, {again} calls in a second run, "
-                    f"{time.perf_counter() - started:.0f} s; {twice} answers left the proxy more than once"
+                    f"{time.perf_counter() - started:.0f} s; {twice} calls for an answer that had been received"
+                    + (f" ({lost} were on their way to a process that was killed)" if lost else "")
                 )
                 print(log.read_text().splitlines()[-1])
             with loopback.Proxy(port, key=secret) as proxy:

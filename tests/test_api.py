@@ -176,6 +176,14 @@ def test_a_server_that_asks_for_time_gets_it(server, tmp_path):
     assert asked.endpoint.used == [0, 0]  # a refusal costs nothing
 
 
+def test_an_empty_answer_is_believed_when_it_comes_again_and_again(server, tmp_path):
+    port, model = server
+    with loopback.Proxy(port, share=1.0, faults=("empty",)) as proxy:
+        asked = teacher(proxy.url, model, tmp_path)
+        assert np.isnan(asked.predict(TEXTS[:1])).all() and proxy.calls == {"empty": api.EMPTY}
+        assert stored(asked) == {"an empty answer": api.EMPTY - 1, "answered": 1}
+
+
 def test_no_more_calls_a_minute_than_allowed(server, tmp_path):
     port, model = server
     with loopback.Proxy(port) as proxy:

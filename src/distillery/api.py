@@ -26,10 +26,10 @@ from distillery.store import Answer, Question, Store, as_json
 
 HOME = {"openai": "https://api.openai.com/v1", "anthropic": "https://api.anthropic.com"}
 KEY = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
-UNREADABLE = "an answer that cannot be read"
+UNREADABLE, NOTHING = "an answer that cannot be read", "an empty answer"
 TOP = 20  # the most alternatives a token that endpoints tell
 LABEL_MASS = 0.5  # probability that the labels must have among a token's alternatives
-EMPTY = 3  # times a question is asked before its empty answer is believed
+EMPTY = 3  # times that the answer to a question must be empty before it is believed to be
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds; the random pause after the n-th failure is at most first * 2**n
 PER_TURN, PER_CALL = 16, 64  # tokens that a chat template may add to a turn, and to a conversation
 BYTES_A_TOKEN = 4  # of English text; only the estimate rests on it, the ceiling counts a token a byte
@@ -170,14 +170,16 @@ class Endpoint:
         return there
 
     def _answer(self, question: Question) -> None:
+        empty = 0
         for attempt in range(1, self.spec.attempts + 1):
             self._wait_for_turn()
             if self.stop.is_set():
                 return
             try:
-                self._call(question, believe_empty=attempt >= EMPTY)
+                self._call(question, believe_empty=empty >= EMPTY - 1)
                 return
             except Again as failure:
+                empty += failure.outcome == NOTHING
                 if attempt == self.spec.attempts:
                     self.stop.set()
                     raise UserError(
@@ -216,7 +218,7 @@ class Endpoint:
                 answer = self._sent(question)
                 tokens = self._counted(answer, most)
                 if not answer.text and not believe_empty:
-                    raise Again("an empty answer")
+                    raise Again(NOTHING)
                 outcome, answered = "answered", (question, answer)
             except Again as failure:
                 outcome = failure.outcome
