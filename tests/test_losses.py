@@ -14,7 +14,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from distillery import losses
 from distillery.losses import DISTRIBUTION_TERMS
-from distillery.params import LOSS_TERMS
+from distillery.params import DIVERGENCES
 from references import CHECKS, largest_error
 
 NAMES = list(DISTRIBUTION_TERMS)
@@ -42,7 +42,7 @@ def test_agrees_with_an_independent_reference(check):
 
 
 def test_the_terms_are_those_of_params():
-    assert set(NAMES) == set(LOSS_TERMS) - {"ce"}
+    assert set(NAMES) == set(DIVERGENCES)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_masked_rows_may_hold_anything():
     bad_student.requires_grad_()
     arguments = {"targets": torch.tensor([0, 1, 2, 3]), "temperature": 2.0, "denominator": 3}
     mask = torch.tensor([True, False, True, True])
-    loss = dict.fromkeys(LOSS_TERMS, 1.0)
+    loss = dict.fromkeys(("ce", *DIVERGENCES), 1.0)
     total, values = losses.mixed(loss, bad_student, teacher_logprobs=bad_teacher, mask=mask, **arguments)
     arguments["targets"] = arguments["targets"][mask]
     expected, parts = losses.mixed(loss, student[mask], teacher_logprobs=teacher[mask], **arguments)
@@ -321,7 +321,7 @@ def test_a_micro_batch_without_a_supervised_row_adds_nothing():
     student, teacher = pair(dtype=torch.bfloat16)
     student.requires_grad_()
     total, values = losses.mixed(
-        dict.fromkeys(LOSS_TERMS, 1.0),
+        dict.fromkeys(("ce", *DIVERGENCES), 1.0),
         student,
         targets=torch.tensor([0, 1, 2, 3]),
         teacher_logprobs=teacher,

@@ -119,11 +119,12 @@ def test_a_prefix_that_was_read_before_says_the_same(labels):
 def test_a_tree_holds_the_shared_tokens_once_and_no_last_token():
     tree = models.plant([[3, 4, 5, 6], [3, 4, 7]], [LABELS["a shared first token"]] * 2)
     assert tree.shared == 2
-    assert tree.input_ids[0].tolist() == [3, 4, 5, 6, 5, 5, 7, 7, 5, 5, 7]
-    assert tree.position_ids[0].tolist() == [0, 1, 2, 3, 4, 4, 5, 2, 3, 3, 4]
+    assert tree.input_ids[0, :11].tolist() == [3, 4, 5, 6, 5, 5, 7, 7, 5, 5, 7]
+    assert tree.position_ids[0, :11].tolist() == [0, 1, 2, 3, 4, 4, 5, 2, 3, 3, 4]
+    assert tree.input_ids.shape == tree.position_ids.shape == (1, 32) and tree.own.shape == (2, 8)  # few shapes
     read = models.plant([[3, 4, 5, 6], [3, 4, 7]], [[[5]]] * 2, [(torch.zeros(1, 2, 4),) * 2])
-    assert read.shared == 2 and read.input_ids[0].tolist() == [5, 6, 7]
-    assert read.position_ids[0].tolist() == [2, 3, 2] and read.at.tolist() == [1, 2]
+    assert read.shared == 2 and read.input_ids[0, :3].tolist() == [5, 6, 7]
+    assert read.position_ids[0, :3].tolist() == [2, 3, 2] and read.at.tolist() == [1, 2]
     assert models.common_prefix([[3, 4], [3, 4]]) == 1  # each row keeps a token of its own
     assert models.common_prefix([[3]]) == 0
 
@@ -316,10 +317,10 @@ def test_four_bits_train_merge_and_are_saved_dense(tiny_models, tmp_path):
     told = []
     for _ in range(10):
         optimizer.zero_grad()
-        out = student.forward(ids, [0, 1, 2, 0, 1, 2])
-        (out.nll / out.tokens).backward()
+        out = student.forward(ids, [[student.answer(i % 3)] for i in range(6)])
+        out.nll.mean().backward()
         optimizer.step()
-        told.append(out.nll.item())
+        told.append(out.nll.mean().item())
     assert told[-1] < 0.7 * told[0]
     trained = student.predict(texts)
     models.save(student.model, student.tokenizer, tmp_path / "model")
@@ -390,7 +391,7 @@ def test_an_option_that_a_row_lacks_has_no_probability(tiny_models, kind, arch):
 
 @pytest.mark.parametrize("kind, arch", [("tiny-llama", "causal"), ("tiny-bert", "classifier")])
 def test_predictions_hang_neither_on_the_batch_nor_on_the_order(tiny_models, kind, arch):
-    student = label_model(tiny_models / kind, arch)
+    student = label_model(tiny_models / kind, arch, prompt="chat" if arch == "causal" else "plain")
     for parameter in student.model.parameters():
         parameter.data.mul_(3)  # random weights hardly tell one text from another
     texts = tiny.texts()[:40:2]
@@ -403,17 +404,85 @@ def test_predictions_hang_neither_on_the_batch_nor_on_the_order(tiny_models, kin
         assert np.abs(found - expected[order]).max() < 1e-5
 
 
-def test_the_gold_answer_is_told_token_by_token_with_its_end(tiny_models):
-    student = label_model(tiny_models / "tiny-llama", "causal")
-    ids = student.encode(tiny.texts()[:3])
+@pytest.mark.parametrize("arch", ["causal", "seq2seq"])
+def test_completions_are_told_token_by_token_and_labels_are_scored_beside_them(tiny_models, arch):
+    kind = {"causal": "tiny-llama", "seq2seq": "tiny-t5"}[arch]
+    student = label_model(tiny_models / kind, arch, prompt="chat" if arch == "causal" else "plain")
+    for parameter in student.model.parameters():
+        parameter.data.mul_(3 if parameter.dim() > 1 else 1)
+    ids, end = student.encode(tiny.texts()[:3]), student.tokenizer.eos_token_id
+    told = [student.completions(2, "profit rose"), student.completions(0), student.completions(1, "it fell")]
     with torch.no_grad():
-        out = student.forward(ids, [2, 0, 1])
-        alone = student.forward(ids)
-        answers = [[*student.labels[i], student.tokenizer.eos_token_id] for i in (2, 0, 1)]
-        expected = -plain(student.model, ids, [[answer] for answer in answers]).sum()
-    assert out.tokens == sum(map(len, answers)) == sum(student.answer_tokens(i) for i in (2, 0, 1))
-    assert out.nll.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert torch.allclose(out.logits, alone.logits, atol=1e-5)
+        out, alone = student.forward(ids, told), student.forward(ids)
+        answers = [(i, tokens, skip) for i, row in enumerate(told) for tokens, skip in row]
+        logits = [say(student, ids[i], tokens)[skip:] for i, tokens, skip in answers]
+        scores = [
+            [say(student, row, label).log_softmax(-1)[range(len(label)), label].sum() for label in student.labels]
+            for row in ids
+        ]
+    targets = [token for _, tokens, skip in answers for token in tokens[skip:]]
+    expected = torch.cat(logits)
+    assert torch.allclose(out.told, expected, atol=1e-4)
+    assert torch.allclose(out.nll, -expected.log_softmax(-1)[range(len(targets)), targets], atol=1e-4)
+    assert torch.allclose(out.logits, torch.tensor(scores), atol=1e-4) and torch.allclose(
+        out.logits, alone.logits, atol=1e-5
+    )
+    assert [tokens[-1] for _, tokens, _ in answers] == [end] * 5
+    reason = student.tokenizer.decode(answers[1][1][answers[1][2] :], skip_special_tokens=True)
+    assert reason.strip() == "profit rose" and answers[1][1][: len(student.labels[2])] == student.labels[2]
+
+
+def say(student: models.LabelModel, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """Logits [len(tokens), vocabulary] from one plain forward pass of the whole sequence."""
+    if student.arch == "causal":
+        return student.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    start = [student.model.config.decoder_start_token_id]
+    asked = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([start + tokens[:-1]])}
+    return student.model(**asked).logits[0]
+
+
+@pytest.mark.parametrize("arch", ["causal", "classifier", "seq2seq"])
+def test_hidden_states_are_those_of_transformers(tiny_models, arch):
+    kind = {"causal": "tiny-llama", "classifier": "tiny-bert", "seq2seq": "tiny-t5"}[arch]
+    student = label_model(tiny_models / kind, arch, prompt="plain")
+    ids = student.encode(tiny.texts()[:3])
+    start = torch.tensor([[0]])
+    with torch.no_grad():
+        out = student.forward(ids, labels=False, layers=[1, 4], maps=arch == "classifier")
+        for i, row in enumerate(ids):
+            asked = {"input_ids": torch.tensor([row]), "output_hidden_states": True}
+            if arch == "seq2seq":
+                found = student.model(**asked, decoder_input_ids=start).decoder_hidden_states
+            else:
+                found = student.model(**asked).hidden_states
+            at = 0 if arch != "causal" else -1
+            assert torch.allclose(out.states[i], torch.stack([found[1][0, at], found[4][0, at]]), atol=1e-4)
+            if arch == "classifier":
+                squares = torch.stack([found[j][0].square().sum(-1) for j in (1, 4)])
+                assert torch.allclose(out.maps[i, :, : len(row)], squares, rtol=1e-4)
+                assert not out.maps[i, :, len(row) :].any()
+
+
+def test_both_stacks_of_an_encoder_and_decoder_are_cut(tiny_models, tmp_path):
+    whole = models.load(tiny_models / "tiny-t5", "seq2seq")
+    cut = models.load(tiny_models / "tiny-t5", "seq2seq", layers=[1, 3])
+    for name in ("encoder", "decoder"):
+        before, after = getattr(whole, name).block, getattr(cut, name).block
+        assert len(after) == 2
+        for new, old in enumerate((1, 3)):
+            weights = after[new].layer[-1].DenseReluDense.wo.weight
+            assert torch.equal(weights, before[old].layer[-1].DenseReluDense.wo.weight)
+        distances = after[0].layer[0].SelfAttention.relative_attention_bias.weight
+        assert torch.equal(distances, before[0].layer[0].SelfAttention.relative_attention_bias.weight)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    cut.save_pretrained(tmp_path)
+    again = models.load(tmp_path, "seq2seq")
+    asked = {"input_ids": ids, "decoder_input_ids": torch.tensor([[0, 4]])}
+    with torch.no_grad():
+        assert torch.equal(cut(**asked).logits, again(**asked).logits)
+    made = models.LabelModel(again, models.load_tokenizer(tiny_models / "tiny-t5"), TASK, "seq2seq", prompt="plain")
+    both = made.continue_([[5, 6, 7, 8], [9, 5]], max_new_tokens=4)
+    assert both == [made.continue_([row], max_new_tokens=4)[0] for row in ([5, 6, 7, 8], [9, 5])]
 
 
 def test_texts_are_generated_the_same_whatever_the_batch(tiny_models, monkeypatch):

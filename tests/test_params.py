@@ -202,7 +202,7 @@ MISTAKES = [
     ("students.kd.model", "x", "students.kd.model: unknown model `x`; known: llm, encoder"),
     ("students.kd.control", "x", "students.kd.control: unknown other student `x`; known: gold"),
     ("students.kd.control", "kd", "students.kd.control: unknown other student `kd`; known: gold"),
-    ("students.kd.arch", "bert", "students.kd.arch: must be 'causal' or 'classifier', not 'bert'"),
+    ("students.kd.arch", "bert", "students.kd.arch: must be 'causal', 'classifier' or 'seq2seq', not 'bert'"),
     ("students.kd.adapter", {"kind": "qlora"}, "students.kd.adapter.kind: qlora is for `arch: causal`, not classifier"),
     ("students.kd.init.layers", "frist-3", "students.kd.init.layers: must be a list or `all`, `first-N`, `last-N` or"),
     ("students.kd.init.layers", [0, -1], "students.kd.init.layers.1: must be greater than or equal to 0, not -1"),

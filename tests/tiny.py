@@ -36,11 +36,16 @@ def texts(root: Path = ROOT) -> list[str]:
 
 
 def word_tokenizer(corpus: list[str], kind: str):
-    """A word-level tokenizer of `corpus`: `bert` adds [CLS] and [SEP], `llama` has a chat template and adds nothing."""
+    """A word-level tokenizer of `corpus`: `bert` adds [CLS] and [SEP], `t5` ends with </s>, `llama` has a chat template
+    and adds nothing."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"] if kind == "bert" else ["[UNK]", "[PAD]", *ROLES]
+    special = {
+        "bert": ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"],
+        "llama": ["[UNK]", "[PAD]", *ROLES],
+        "t5": ["[PAD]", "</s>", "[UNK]"],
+    }[kind]
     words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.train_from_iterator([*corpus, "system user assistant"], trainers.WordLevelTrainer(special_tokens=special))
@@ -49,6 +54,9 @@ def word_tokenizer(corpus: list[str], kind: str):
         ends = [(name, words.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
         words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    elif kind == "t5":
+        words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        names |= {"eos_token": "</s>"}
     else:
         names |= {"bos_token": ROLES[0], "eos_token": ROLES[1]}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
@@ -58,26 +66,27 @@ def word_tokenizer(corpus: list[str], kind: str):
 
 
 def build_models(folder: Path) -> None:
-    """Write `tiny-llama` and `tiny-bert` (hidden 32, 4 layers, fixed random weights) and tokenizers to `folder`."""
+    """Write `tiny-llama`, `tiny-bert` and `tiny-t5` (hidden 32, 4 layers, fixed random weights) and tokenizers."""
     import torch
-    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
     corpus = texts()
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for kind in ("llama", "bert"):
+        for kind in ("llama", "bert", "t5"):
             tokenizer = word_tokenizer(corpus, kind)
-            common = shape | {
-                "vocab_size": len(tokenizer),
-                "pad_token_id": tokenizer.pad_token_id,
-                "max_position_embeddings": 512,
-            }
+            common = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+            long = shape | common | {"max_position_embeddings": 512}
             if kind == "llama":
                 ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-                model = LlamaForCausalLM(LlamaConfig(**common, **ends, tie_word_embeddings=True))
+                model = LlamaForCausalLM(LlamaConfig(**long, **ends, tie_word_embeddings=True))
+            elif kind == "bert":
+                model = BertModel(BertConfig(**long))
             else:
-                model = BertModel(BertConfig(**common))
+                small = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_heads": 4}
+                ends = {"eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
+                model = T5ForConditionalGeneration(T5Config(**common, **small, **ends))
             model.save_pretrained(folder / f"tiny-{kind}")
             tokenizer.save_pretrained(folder / f"tiny-{kind}")
 

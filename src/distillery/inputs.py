@@ -6,7 +6,8 @@ defaults filled in, its model, its task, and the sha256 of the data files it rea
 ``python -m distillery.inputs students`` writes ``data/inputs/<student>/``:
 ``experiment.json``      student, spec, models, source, task, teachers (validation scores); see :func:`experiment`
 ``rows.parquet``         where (`source/split`), id, text, label (None in a pool), group, and for every teacher
-                         `p_<teacher>`: probabilities in the order of the task's labels, None on rows it does not teach
+                         `p_<teacher>`: probabilities in the order of the task's labels, None on rows it does not teach,
+                         and `fold_<teacher>`: which of its models said so; `rationale`: a teacher's, or the row's own
 ``validation.parquet``, ``test.parquet``   where, id, text, label, group of the source that the student is scored on
 
 The same inputs give the same bytes. An option of params.yaml that decides nothing here (a student's `control`, a
@@ -26,7 +27,7 @@ from distillery.params import Params, UserError
 from distillery.strip import digest, write_json
 from distillery.tasks import Task
 
-ROW = ("where", "id", "text", "label", "group")
+ROW = ("where", "id", "text", "label", "group", "rationale")
 
 
 def _read_json(path: Path) -> Any:
@@ -75,7 +76,8 @@ def experiment(root: Path, P: Params, name: str) -> dict[str, Any]:
 
     spec: its section of params.yaml with defaults filled in.  model: as :func:`model_for`.  source: what it is scored
     on.  task: a :class:`Task` (with empty meanings and default prompts for a classifier).  teachers: for each one that
-    a phase names, accuracy and macro_f1 on validation rows.
+    a phase names, accuracy and macro_f1 on validation rows.  open: each teacher whose tokens or hidden states a phase
+    wants, with its section, model, task and the digests of its weights.
     """
     spec, source = P.students[name], P.tested_on(name)
     scores = {}
@@ -89,8 +91,18 @@ def experiment(root: Path, P: Params, name: str) -> dict[str, Any]:
         "spec": {key: value for key, value in spec.model_dump().items() if key not in ("control", "checkpoint_every")},
         "model": model_for(root, P, spec.model),
         "source": source,
-        "task": task_for(root, source, whole=spec.arch == "causal"),
+        "task": task_for(root, source, whole=spec.arch != "classifier"),
         "teachers": scores,
+        "open": {
+            who: teacher(root, P, who)
+            | {
+                "weights": {
+                    file.relative_to(root).as_posix(): digest(file)
+                    for file in sorted((root / f"data/teacher/{who}").rglob("*.safetensors"))
+                }
+            }
+            for who in sorted({w for p in spec.phases if p.asks_tokens or p.asks_states for w in p.teachers})
+        },
     }
 
 
@@ -116,32 +128,39 @@ class Tables:
         path = f"data/augmented/{source}/rows" if split == "augmented" else f"data/processed/{source}/{split}"
         return [{key: row.get(key) for key in ROW} | {"where": where} for row in self(f"{path}.parquet")]
 
-    def signals(self, who: str, where: str) -> dict[str, list[float]]:
-        """What teacher `who` says of the rows of `source/split`: id -> probabilities."""
+    def signals(self, who: str, where: str) -> dict[str, dict[str, Any]]:
+        """What teacher `who` says of the rows of `source/split`: id -> probabilities, fold, rationale."""
         source, split = where.split("/")
         if split == "augmented":
             rows = [row for row in self(f"data/augmented/{source}/signals.parquet") if row["teacher"] == who]
         else:
             rows = [row for row in self(f"data/teacher/{who}/signals.parquet") if row["split"] == split]
         # a label of None: the answer could not be read, so there is nothing to learn from it
-        said = {row["id"]: row["probabilities"] for row in rows if row["source"] == source}
-        return said | dict.fromkeys(row["id"] for row in rows if row["source"] == source and row["label"] is None)
+        unread = {"probabilities": None}
+        return {
+            row["id"]: row | (unread if row["label"] is None else {}) for row in rows if row["source"] == source
+        }
 
 
 def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows that student `name` learns from, with its teachers' probabilities, and the names of those teachers.
+    """The rows that student `name` learns from, with its teachers' signals, and the names of those teachers.
 
+    A row's rationale is the first that one of its teachers gives; its own, where it has no teacher.
     Raises UserError when a teacher has no signal for a row it should teach.
     """
     phases = P.students[name].phases
+    reasons = any(phase.tells_reasons for phase in phases)
     teachers = sorted({who for phase in phases for who in phase.teachers})
     teaches = {(where, who) for phase in phases for where in phase.data for who in phase.teachers}
     out = []
     for where in dict.fromkeys(where for phase in phases for where in phase.data):
         rows = tables.rows(where)
+        taught = [who for who in teachers if (where, who) in teaches]
+        for row in rows:
+            row["rationale"] = row["rationale"] if reasons and not taught else None
         for who in teachers:
-            said = tables.signals(who, where) if (where, who) in teaches else {}
-            wanted = (where, who) in teaches and P.teachers[who].kind != "answers"  # those cover what they cover
+            said = tables.signals(who, where) if who in taught else {}
+            wanted = who in taught and P.teachers[who].kind != "answers"  # those cover what they cover
             missing = [row["id"] for row in rows if row["id"] not in said] if wanted else []
             if missing:
                 raise UserError(
@@ -149,7 +168,10 @@ def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]]
                     f"{where} (first: {missing[0]})"
                 )
             for row in rows:
-                row[f"p_{who}"] = said.get(row["id"])
+                signal = said.get(row["id"], {})
+                row[f"p_{who}"], row[f"fold_{who}"] = signal.get("probabilities"), signal.get("fold")
+                if reasons:
+                    row["rationale"] = row["rationale"] or signal.get("rationale")
         out += rows
     return out, teachers
 
@@ -159,7 +181,8 @@ def write_table(path: Path, rows: list[dict[str, Any]], teachers: list[str]) -> 
     import pyarrow.parquet
 
     fields = [pa.field(key, pa.string()) for key in ROW]
-    fields += [pa.field(f"p_{who}", pa.list_(pa.float32())) for who in teachers]
+    for who in teachers:
+        fields += [pa.field(f"p_{who}", pa.list_(pa.float32())), pa.field(f"fold_{who}", pa.int64())]
     with params.atomic(path) as temporary, open(temporary, "wb") as file:
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), file)
 
@@ -181,7 +204,8 @@ def write_students(root: Path, P: Params) -> None:
         write_json(folder / "experiment.json", experiment(root, P, name))
         write_table(folder / "rows.parquet", *rows_for(tables, P, name))
         for split in ("validation", "test"):
-            write_table(folder / f"{split}.parquet", tables.rows(f"{source}/{split}"), [])
+            held_out = [row | {"rationale": None} for row in tables.rows(f"{source}/{split}")]
+            write_table(folder / f"{split}.parquet", held_out, [])
 
 
 if __name__ == "__main__":

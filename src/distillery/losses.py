@@ -507,7 +507,18 @@ def attention_transfer(student: Tensor, teacher: Tensor, mask: Tensor | None = N
     maps = [states.to(student.dtype).square().sum(-1) for states in (student, teacher)]
     if mask is not None:
         maps = [m.masked_fill(mask[:, None, :] == 0, 0) for m in maps]
-    ours, theirs = (F.normalize(m, dim=-1) for m in maps)
+    return attention_transfer_maps(*maps)
+
+
+def attention_transfer_maps(student: Tensor, teacher: Tensor) -> Tensor:
+    """:func:`attention_transfer` of maps that are already summed over channels, which are all that need be kept.
+
+    Args: student, teacher: [n, m, L], Q of m paired layers, 0 at padding.
+    Returns: [n], in [0, m / sqrt(2)]. Raises: ValueError for shapes other than two equal [n, m, L], naming both.
+    """
+    if student.dim() != 3 or student.shape != teacher.shape:
+        raise ValueError(f"student, teacher: two equal [n, m, L], not {_shape(student)} and {_shape(teacher)}")
+    ours, theirs = (F.normalize(m, dim=-1) for m in (student, teacher.to(student.dtype)))
     return torch.linalg.vector_norm(ours - theirs, dim=-1).sum(-1) / 2
 
 

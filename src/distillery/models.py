@@ -20,7 +20,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -285,8 +286,8 @@ def load(
 ) -> PreTrainedModel:
     """The model in `folder`, with only the `layers` wanted.
 
-    arch: `causal`, or `classifier` (then `labels` name the outputs of its head, drawn anew with `seed` unless the
-    folder already has a head of just these labels).
+    arch: `causal`, `seq2seq`, or `classifier` (then `labels` name the outputs of its head, drawn anew with `seed`
+    unless the folder already has a head of just these labels).
     quantize: load the linear layers in 4 bits (NF4 with double quantization; Dettmers et al. 2023, QLoRA).
 
     Raises UserError when the folder holds no such model or the layers do not exist.
@@ -297,13 +298,16 @@ def load(
         kwargs["quantization_config"] = nf4(dtype)
         if layers != "all":  # bitsandbytes quantizes while it loads, so the layers have to go before
             with tempfile.TemporaryDirectory() as scratch:
-                load(folder, arch, layers=layers, dtype=dtype).save_pretrained(scratch)
-                model = load(Path(scratch), arch, dtype=dtype, seed=seed, quantize=True)
+                more = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+                load(folder, arch, layers=layers, **more).save_pretrained(scratch)
+                model = load(Path(scratch), arch, seed=seed, quantize=True, **more)
             model.name_or_path = model.config.name_or_path = str(folder)  # not where it lay for a moment
             return model
     try:
         if arch == "causal":
             model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        elif arch == "seq2seq":
+            model = AutoModelForSeq2SeqLM.from_pretrained(folder, **kwargs)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             same = list(config.id2label.values()) == list(labels) and "SequenceClassification" in str(
@@ -364,9 +368,34 @@ def layer_indices(layers: list[int] | str, depth: int) -> list[int]:
     return kept
 
 
+def depth(folder: Path) -> int:
+    """How many layers the model in `folder` has (its decoder, if it has both)."""
+    config = AutoConfig.from_pretrained(folder)
+    return getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+
+
 def keep_layers(model: PreTrainedModel, layers: list[int] | str) -> None:
-    """Cut `model` in place to some of its transformer layers, and its config with it."""
-    depth = model.config.num_hidden_layers
+    """Cut `model` in place to some of its transformer layers, and its config with it.
+
+    The rule holds for the encoder and for the decoder of a model that has both. Raises UserError when there is no list
+    of layers to choose from, or a layer does not exist.
+    """
+    config = model.config
+    if not config.is_encoder_decoder:
+        _cut(model, layers, config.num_hidden_layers)
+        config.num_hidden_layers = len(layer_indices(layers, config.num_hidden_layers))
+        return
+    names = ("num_layers", "num_decoder_layers") if hasattr(config, "num_decoder_layers") else DEPTHS
+    for part, name in zip((model.get_encoder(), model.get_decoder()), names, strict=True):
+        depth = getattr(config, name)
+        _cut(part, layers, depth)
+        setattr(config, name, len(layer_indices(layers, depth)))
+
+
+DEPTHS = ("encoder_layers", "decoder_layers")  # of every family but T5's
+
+
+def _cut(model: nn.Module, layers: list[int] | str, depth: int) -> None:
     for parent in model.modules():
         for attribute, stack in list(parent.named_children()):
             if isinstance(stack, nn.ModuleList) and len(stack) == depth:
@@ -376,11 +405,19 @@ def keep_layers(model: PreTrainedModel, layers: list[int] | str) -> None:
                     for module in old.modules():
                         if hasattr(module, "layer_idx"):  # the slot of this layer in a key/value cache
                             module.layer_idx = new
-                model.config.num_hidden_layers = len(kept)
                 if getattr(model.config, "layer_types", None):
                     model.config.layer_types = [model.config.layer_types[i] for i in kept]
+                _keep_distances(stack[0], getattr(parent, attribute)[0])
                 return
     raise UserError(f"init.layers: {type(model).__name__} has no list of {depth} layers to choose from")
+
+
+def _keep_distances(old: nn.Module, new: nn.Module) -> None:
+    """T5's first layer alone knows how far apart tokens are; whichever comes first now must know it."""
+    for before, after in zip(old.modules(), new.modules(), strict=False):
+        if old is not new and getattr(before, "has_relative_attention_bias", False):
+            after.has_relative_attention_bias = True
+            after.relative_attention_bias = before.relative_attention_bias
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -486,11 +523,15 @@ def plant(
             branch += [n_branch] * len(completion)
             n_branch += 1
         rows.append((start, end - start, len(ids) - start, spans))
-    width = max(length for _, _, length, _ in rows)
+    # A library that compiles a kernel for every new shape (oneDNN, for bfloat16 on a CPU) should meet few of them: with
+    # lengths rounded up a step of SmolLM2 takes a fifth less.
+    width = -(-max(length for _, _, length, _ in rows) // 8) * 8
+    fill = -len(ids) % 32
     own = torch.zeros(len(rows), width, dtype=torch.long)
     sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # a filler sees itself, or softmax gives NaN
     causal = torch.ones(width, width, dtype=torch.bool).tril()
-    back = torch.arange(len(ids))
+    back = torch.arange(len(ids) + fill)
+    back[len(ids) :] = 0  # a filler gets somebody else's attention; nobody sees it
     for i, (start, stem, length, spans) in enumerate(rows):
         own[i, :length] = torch.arange(start, start + length)
         back[start : start + length] = first + i * width + torch.arange(length)
@@ -500,8 +541,8 @@ def plant(
             sees[i, a:b, a:b] = causal[: b - a, : b - a]
     return Tree(
         shared,
-        torch.tensor([ids]),
-        torch.tensor([positions]),
+        torch.tensor([ids + [0] * fill]),
+        torch.tensor([positions + [0] * fill]),
         own,
         sees,
         back,
@@ -622,28 +663,31 @@ def states(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[Sequence[int]]],
+    layers: Sequence[int] = (),
     read: list[tuple[Tensor, Tensor]] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Hidden states where the tokens of `completions` are predicted. read: see :func:`read_prefix`.
 
     Returns hidden [u, d] at the distinct positions, then for each of the n predicted tokens its row in `hidden`, its
     id and its branch (completions counted through the rows). The gather comes before the output head, which then
-    sees one contiguous matrix of wanted rows.
+    sees one contiguous matrix of wanted rows. Last, [rows, layers, d]: the outputs of `layers` (0 the embeddings) at
+    each prompt's last token; None without `layers`.
     """
     body = inner(model)
     device = next(model.parameters()).device
+    more = {"use_cache": False, "output_hidden_states": bool(layers)}
     tree = plant(prompts, completions, read).to(device)
     if takes_trees(model):
         with attending_to(tree, body.config):
-            out = body(input_ids=tree.input_ids, position_ids=tree.position_ids, use_cache=False).last_hidden_state
-        if out.requires_grad and body.is_activation_checkpointing:
+            out = body(input_ids=tree.input_ids, position_ids=tree.position_ids, **more)
+        if out.last_hidden_state.requires_grad and body.is_activation_checkpointing:
 
             def again(_: Tensor) -> None:  # the layers are computed once more during backward
                 recomputing = attending_to(tree, body.config)
                 recomputing.__enter__()
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: recomputing.__exit__(None, None, None))
 
-            out.register_hook(again)
+            out.last_hidden_state.register_hook(again)
         at = tree.at
     else:
         rows = [list(p) + list(c[:-1]) for p, cs in zip(prompts, completions, strict=True) for c in cs]
@@ -656,15 +700,20 @@ def states(
             ids[i, : len(row)] = torch.tensor(row)
             seen[i, : len(row)] = 1
             at += range(i * width + start - 1, i * width + len(row))
-        out = body(input_ids=ids.to(device), attention_mask=seen.to(device), use_cache=False).last_hidden_state
+        out = body(input_ids=ids.to(device), attention_mask=seen.to(device), **more)
         at = torch.tensor(at, device=device)
+    at_prompt = None
+    if layers:
+        per_row = [sum(map(len, branches)) for branches in completions]
+        firsts = at[torch.tensor([0, *per_row[:-1]], device=device).cumsum(0)]
+        at_prompt = torch.stack([out.hidden_states[j].flatten(0, 1)[firsts] for j in layers], 1)
     distinct, index = torch.unique(at, return_inverse=True)
-    return out.flatten(0, 1)[distinct], index, tree.target, tree.branch
+    return out.last_hidden_state.flatten(0, 1)[distinct], index, tree.target, tree.branch, at_prompt
 
 
 def completion_logprobs(model: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Any]) -> Tensor:
     """Log-probability of every completion after its prompt: [branches], float32, summed over its tokens."""
-    hidden, index, target, branch = states(model, prompts, completions)
+    hidden, index, target, branch, _ = states(model, prompts, completions)
     taken = head(model)(hidden).float().log_softmax(-1)[index, target]
     return torch.zeros(sum(map(len, completions)), device=taken.device).index_add(0, branch, taken)
 
@@ -708,6 +757,11 @@ def _write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -
         tokenizer.save_pretrained(scratch)
 
 
+def with_adapters(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with the adapters that :func:`save_trained` wrote to `folder` merged into it."""
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()
+
+
 def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write only what was trained: the adapters where there are any, else the whole model."""
     if hasattr(model, "peft_config"):
@@ -716,14 +770,26 @@ def save_trained(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
         save(model, tokenizer, folder)
 
 
+Completion = tuple[list[int], int]  # tokens, and how many of them stand before the first supervised one
+
+
 @dataclass
 class Forward:
-    """logits: [n, labels] over the label space. nll: summed negative log-likelihood of the gold answers' `tokens`
-    (of the label itself for a classifier; of its tokens and the end token, over the vocabulary, for a causal model)."""
+    """What a model says of n rows, in float32.
 
-    logits: Tensor
+    logits: [n, labels], the label space (None where it was not asked about).
+    told: [m, vocabulary], the logits at the m supervised tokens of the completions asked about, row after row.
+    nll: [m], their negative log-likelihoods.
+    states: [n, layers, d], hidden states of the layers asked for: of [CLS] (the first token) in an encoder, where the
+    answer's first token is predicted otherwise.
+    maps: [n, layers, tokens], sums of squares over the channels of these layers, 0 at padding (encoders only).
+    """
+
+    logits: Tensor | None = None
+    told: Tensor | None = None
     nll: Tensor | None = None
-    tokens: int = 0
+    states: Tensor | None = None
+    maps: Tensor | None = None
 
 
 @torch.no_grad()
@@ -763,7 +829,7 @@ class LabelModel:
         self.model, self.tokenizer, self.task, self.arch = model, tokenizer, task, arch
         self.prompt, self.few_shot, self.max_length = prompt, few_shot, max_length
         self.dtype = getattr(torch, dtype)
-        if arch == "causal":
+        if arch != "classifier":
             self.labels = label_tokens(tokenizer, [tasks.answer(task, name, prompt) for name in task.names])
 
     @property
@@ -810,39 +876,116 @@ class LabelModel:
     def _prompt_ids(self, text: str, shots: Sequence[tasks.Shot] | None = None) -> list[int]:
         turns = tasks.turns(self.task, text, self.few_shot if shots is None else shots)
         rendered = tasks.render(turns, self.tokenizer, self.prompt)
-        return self.tokenizer(rendered, add_special_tokens=self.prompt == "plain")["input_ids"]
+        special = self.prompt == "plain" or self.arch == "seq2seq"  # an encoder wants the end token it was trained with
+        return self.tokenizer(rendered, add_special_tokens=special)["input_ids"]
 
-    def forward(self, ids: Sequence[Sequence[int]], gold: Sequence[int] | None = None, read: Any = None) -> Forward:
-        """Label logits of rows [n][tokens]; with `gold` (label indices [n]) also how well the gold answer is told.
+    def forward(
+        self,
+        ids: Sequence[Sequence[int]],
+        told: Sequence[Sequence[Completion]] | None = None,
+        *,
+        labels: bool = True,
+        layers: Sequence[int] = (),
+        maps: bool = False,
+        read: Any = None,
+    ) -> Forward:
+        """Ask about rows `ids` [n][tokens]: how likely each label is (`labels`), how well the completions in `told`
+        ([n][any number]; not for a classifier) are told, the hidden states of `layers` (0 the embeddings, j the
+        output of layer j, as `transformers` counts them) and their `maps`.
 
         read: what all rows begin with, if it has been read already; see :func:`read_prefix`.
         """
         with self.autocast():
             if self.arch == "classifier":
-                batch = self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self.device)
-                logits = self.model(**batch).logits.float()
-                if gold is None:
-                    return Forward(logits)
-                target = torch.as_tensor(gold, device=self.device)
-                return Forward(logits, nn.functional.cross_entropy(logits, target, reduction="sum"), len(ids))
-            completions = [
-                self.labels if gold is None else [*self.labels, self._answer(gold[i])] for i in range(len(ids))
+                return self._classify(ids, layers, maps)
+            if not labels and not told:  # one token that is predicted and never fed costs nothing
+                told = [[(self.labels[0][:1], 1)]] * len(ids)
+            asked = [
+                [*((tokens, len(tokens)) for tokens in (self.labels if labels else [])), *(told[i] if told else [])]
+                for i in range(len(ids))
             ]
-            hidden, index, target, branch = states(self.model, ids, completions, read)
-            logprobs = head(self.model)(hidden).float().log_softmax(-1)[index, target]
-        per_row = len(completions[0])
-        scores = torch.zeros(len(ids) * per_row, device=self.device).index_add(0, branch, logprobs).view(-1, per_row)
-        if gold is None:
-            return Forward(scores)
-        return Forward(scores[:, :-1], -scores[:, -1].sum(), sum(len(row[-1]) for row in completions))
+            tokens = [[completion for completion, _ in row] for row in asked]
+            if self.arch == "causal":
+                hidden, index, target, branch, at_prompt = states(self.model, ids, tokens, layers)
+                logits = head(self.model)(hidden).float()
+            else:
+                logits, target, branch, at_prompt = self._decode(ids, tokens, layers)
+                index = torch.arange(len(target), device=target.device)
+        out = Forward(states=at_prompt.float() if at_prompt is not None else None)
+        nll = (logits.logsumexp(-1)[index] - logits[index, target]) if labels or told else None
+        if labels:
+            # a told completion's share goes to a column of its own, which is cut off
+            names = len(self.labels)
+            column = torch.tensor(
+                [i * (names + 1) + min(j, names) for i, row in enumerate(asked) for j in range(len(row))]
+            )
+            scores = torch.zeros(len(ids) * (names + 1), device=self.device)
+            out.logits = scores.index_add(0, column.to(self.device)[branch], -nll).view(len(ids), -1)[:, :names]
+        if told:
+            skips = [skip for row in asked for _, skip in row]
+            lengths = [len(completion) for row in tokens for completion in row]
+            keep = [k >= skip for skip, length in zip(skips, lengths, strict=True) for k in range(length)]
+            keep = torch.tensor(keep, device=self.device)
+            out.told, out.nll = logits[index[keep]], nll[keep]
+        return out
 
-    def answer_tokens(self, label: int) -> int:
-        """Supervised tokens of the answer `label`: 1 for a classifier, its tokens and the end token otherwise."""
-        return len(self._answer(label)) if self.arch == "causal" else 1
+    def _classify(self, ids: Sequence[Sequence[int]], layers: Sequence[int], maps: bool) -> Forward:
+        batch = self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self.device)
+        said = self.model(**batch, output_hidden_states=bool(layers))
+        out = Forward(said.logits.float())
+        if layers:
+            wanted = torch.stack([said.hidden_states[j] for j in layers], 1).float()
+            out.states = wanted[:, :, 0]
+            if maps:
+                out.maps = wanted.square().sum(-1) * batch["attention_mask"][:, None]
+        return out
 
-    def _answer(self, label: int) -> list[int]:
+    def _decode(
+        self, ids: Sequence[Sequence[int]], completions: Sequence[Sequence[list[int]]], layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As :func:`states`, with logits [n, vocabulary] for hidden states: each text is encoded once, however many
+        completions are asked about."""
+        batch = self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self.device)
+        encoded = self.model.get_encoder()(**batch).last_hidden_state
+        flat = [completion for row in completions for completion in row]
+        row = torch.tensor([i for i, branches in enumerate(completions) for _ in branches], device=self.device)
+        width = max(map(len, flat))
+        target = torch.zeros(len(flat), width, dtype=torch.long)
+        real = torch.zeros(len(flat), width, dtype=torch.bool)
+        for i, completion in enumerate(flat):
+            target[i, : len(completion)] = torch.tensor(completion)
+            real[i, : len(completion)] = True
+        target, real = target.to(self.device), real.to(self.device)
+        start = torch.full((len(flat), 1), self.model.config.decoder_start_token_id, device=self.device)
+        out = self.model(
+            encoder_outputs=(encoded[row],),
+            attention_mask=batch["attention_mask"][row],
+            decoder_input_ids=torch.cat([start, target[:, :-1]], 1),
+            use_cache=False,
+            output_hidden_states=bool(layers),
+        )
+        branch = torch.arange(len(flat), device=self.device)[:, None].expand(-1, width)[real]
+        at_prompt = None
+        if layers:
+            first = torch.tensor([0, *(len(branches) for branches in completions[:-1])], device=self.device).cumsum(0)
+            at_prompt = torch.stack([out.decoder_hidden_states[j][first, 0] for j in layers], 1)
+        return out.logits[real].float(), target[real], branch, at_prompt
+
+    def answer(self, label: int) -> Completion:
+        """The answer `label` (an index) with the token that ends it, all of it supervised."""
         tokens, end = self.labels[label], [self.tokenizer.eos_token_id]
-        return tokens if tokens[-1:] == end else tokens + end
+        return (tokens if tokens[-1:] == end else tokens + end), 0
+
+    def completions(self, label: int, rationale: str | None = None) -> list[Completion]:
+        """What a student is told of a row: the answer, then the reason if there is one."""
+        return [self.answer(label), *([self.reason(label, rationale)] if rationale else [])]
+
+    def reason(self, label: int, rationale: str) -> Completion:
+        """`rationale` after the answer `label`: a second task, told apart from the first by `tasks.REASON`."""
+        name = tasks.answer(self.task, self.task.names[label], self.prompt)
+        before = self.tokenizer(name + tasks.REASON, add_special_tokens=False)["input_ids"]
+        after = self.tokenizer(f" {rationale}", add_special_tokens=False)["input_ids"]
+        return [*before, *after, self.tokenizer.eos_token_id], len(before)
 
     @torch.no_grad()
     def predict(
@@ -894,45 +1037,91 @@ class LabelModel:
         known = [None] * len(conversations) if known is None else list(known)
         if None not in known:
             return known
-        self.model.eval()
         style = "chat" if self.tokenizer.chat_template else "plain"
         prompts = [tasks.render(turns, self.tokenizer, style) for turns in conversations]
-        ids = [self.tokenizer(text, add_special_tokens=style == "plain")["input_ids"] for text in prompts]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        special = style == "plain" or self.arch == "seq2seq"
+        ids = [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text in prompts]
+        open_rows = [text is None for text in known]
         out = list(known)
-        settings = {"max_new_tokens": max_new_tokens, "pad_token_id": self.tokenizer.pad_token_id}
-        settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        shared = common_prefix(ids) if ids and takes_trees(self.model) else 0
-        if shared:
-            prefix = torch.tensor([ids[0][:shared]], device=self.device)
-            read = self.model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            if all(known[i] is not None for i in rows):
-                continue
-            torch.manual_seed(1_000_003 * seed + start)
-            own = [ids[i][shared:] for i in rows]
-            width = max(map(len, own))
-            pad = [width - len(row) for row in own]  # between the shared tokens and the row's own
-            tokens = [
-                ids[i][:shared] + [settings["pad_token_id"]] * n + row for i, n, row in zip(rows, pad, own, strict=True)
-            ]
-            seen = [[1] * shared + [0] * n + [1] * len(row) for n, row in zip(pad, own, strict=True)]
-            if shared:
-                settings["past_key_values"] = copy.deepcopy(read)
-                settings["past_key_values"].batch_repeat_interleave(len(rows))
-            made = self.model.generate(
-                input_ids=torch.tensor(tokens, device=self.device),
-                attention_mask=torch.tensor(seen, device=self.device),
-                **settings,
-            )
-            texts = self.tokenizer.batch_decode(made[:, shared + width :], skip_special_tokens=True)
+
+        def told(rows: list[int], tokens: list[list[int]]) -> None:
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             new = []
             for i, text in zip(rows, texts, strict=True):
-                if known[i] is None:
+                if open_rows[i]:
                     text = text.split(tasks.PLAIN_SEPARATOR)[0] if style == "plain" else text
                     out[i] = " ".join(text.split())
                     new.append(i)
             if keep:
                 keep(new, [out[i] for i in new])
+
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
+        self.continue_(ids, wanted=open_rows, told=told, **settings)
+        return out
+
+    @torch.no_grad()
+    def continue_(
+        self,
+        ids: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 32,
+        wanted: Sequence[bool] | None = None,
+        told: Callable[[list[int], list[list[int]]], None] | None = None,
+    ) -> list[list[int]]:
+        """The tokens that the model writes after each prompt, up to and with its end token; greedy when `temperature`
+        is 0. What all prompts begin with is read once; torch's random state is left as it was.
+
+        wanted: a batch without a row that is wanted is left out. told: called with the rows and tokens of each batch.
+        """
+        training = self.model.training
+        self.model.eval()
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        out: list[list[int]] = [[] for _ in ids]
+        pad = self.tokenizer.pad_token_id
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
+        settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        shared = common_prefix(ids) if ids and takes_trees(self.model) else 0
+        # weights that are being trained lie in float32 whatever the precision of the products
+        wide = any(weight.dtype == torch.float32 for weight in self.model.parameters())
+        with torch.random.fork_rng(), self.autocast() if wide else nullcontext():
+            if shared:
+                prefix = torch.tensor([list(ids[0][:shared])], device=self.device)
+                read = self.model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                if wanted is not None and not any(wanted[i] for i in rows):
+                    continue
+                torch.manual_seed(1_000_003 * seed + start)
+                own = [list(ids[i][shared:]) for i in rows]
+                width = max(map(len, own))
+                fill = [width - len(row) for row in own]  # between the shared tokens and the row's own
+                head = list(ids[rows[0]][:shared])
+                tokens = [head + [pad] * n + row for n, row in zip(fill, own, strict=True)]
+                seen = [[1] * shared + [0] * n + [1] * len(row) for n, row in zip(fill, own, strict=True)]
+                if self.arch == "seq2seq":  # an encoder is filled up on the right, as in training
+                    tokens = [row + [pad] * n for n, row in zip(fill, own, strict=True)]
+                    seen = [[1] * len(row) + [0] * n for n, row in zip(fill, own, strict=True)]
+                if shared:
+                    settings["past_key_values"] = copy.deepcopy(read)
+                    settings["past_key_values"].batch_repeat_interleave(len(rows))
+                made = self.model.generate(
+                    input_ids=torch.tensor(tokens, device=self.device),
+                    attention_mask=torch.tensor(seen, device=self.device),
+                    **settings,
+                )
+                made = made[:, 1 if self.arch == "seq2seq" else shared + width :].tolist()
+                end = self.tokenizer.eos_token_id
+                for i, row in zip(rows, made, strict=True):
+                    out[i] = row[: row.index(end) + 1] if end in row else row
+                if told:
+                    told(rows, [out[i] for i in rows])
+        self.model.train(training)
         return out

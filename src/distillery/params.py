@@ -23,7 +23,9 @@ from ruamel.yaml.error import YAMLError
 
 SPLITS = ("train", "pool", "validation", "test")
 WRITERS = ("lm", "api")  # kinds of teacher that write rationales and paraphrases
-LOSS_TERMS = ("ce", "kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
+DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")  # in the phase's `space`
+STATE_TERMS = ("hidden", "pkd", "attention", "cosine")
+LOSS_TERMS = ("ce", *DIVERGENCES, "uld", *STATE_TERMS, "rationale", "prior")
 
 
 class UserError(Exception):
@@ -373,26 +375,60 @@ class EarlyStopping(Section):
 
 
 class Phase(Training):
-    """One leg of a student's training."""
+    """One leg of a student's training.
+
+    space: what the divergences compare. `labels`: the distribution over the task's labels, exact at any temperature.
+    `vocabulary`: the next token's, at every token of the answer; the teachers must be language models.
+    """
 
     data: Annotated[list[str], Field(min_length=1)]  # `source/split`
     teachers: list[Name] = []
     mix: Literal["uniform", "validation", "confidence"] = "uniform"
     loss: Annotated[dict[Literal[LOSS_TERMS], Positive], Field(min_length=1)]
+    space: Literal["labels", "vocabulary"] = "labels"
     temperature: Positive = 1.0
     scale_by_t2: bool = True  # Hinton et al. 2015: keeps the gradient's size independent of the temperature
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of `jsd`; its ends are `kl` and `reverse_kl`
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of `skew_*`
+    # teacher layer of the student's layers: a rule of PKD, or a list of layers or of [student, teacher] pairs
+    layers: Literal["skip", "last"] | list[Count | Annotated[list[Count], Field(min_length=2, max_length=2)]] = "skip"
+    rationales: bool = False  # the divergences cover the tokens of the rationales, too
+    top_k: Annotated[int, Field(gt=0)] | None = None  # keep so many outcomes of a vocabulary, not all
+    on_policy: Fraction = 0.0  # share of batches whose answers the student writes itself
+    max_new_tokens: Annotated[int, Field(gt=0)] = 16  # of these answers
     order: Literal["random", "confidence", "length"] = "random"
     early_stopping: EarlyStopping | None = None
 
+    @property
+    def asks_tokens(self) -> bool:
+        """Whether the teachers are asked about tokens, not only about labels."""
+        return "uld" in self.loss or (self.space == "vocabulary" and any(term in DIVERGENCES for term in self.loss))
+
+    @property
+    def asks_states(self) -> bool:
+        return any(term in STATE_TERMS for term in self.loss)
+
+    @property
+    def tells_reasons(self) -> bool:
+        return self.rationales or "rationale" in self.loss
+
     @model_validator(mode="after")
     def _terms_fit(self):
-        signals = [term for term in self.loss if term != "ce"]
+        signals = [term for term in self.loss if term not in ("ce", "rationale", "prior")]
         if signals and not self.teachers:
             raise ValueError(f"loss term `{signals[0]}` needs `teachers`")
         if self.order == "confidence" and not self.teachers:
             raise ValueError("`order: confidence` needs `teachers`")
+        if self.on_policy and not (self.space == "vocabulary" and self.asks_tokens and "uld" not in self.loss):
+            raise ValueError("`on_policy` needs `space: vocabulary` and a divergence in `loss`")
+        if self.top_k:
+            other = [term for term in self.loss if term in (*DIVERGENCES, "uld") and term != "kl"]
+            if self.space != "vocabulary" or "kl" not in self.loss or other or len(self.teachers) != 1:
+                raise ValueError("`top_k` needs `space: vocabulary`, one teacher, and `kl` as the only divergence")
+            if self.temperature != 1:
+                raise ValueError("`top_k` needs `temperature: 1`: at another, the mass of the rest is not known")
+            if self.on_policy:
+                raise ValueError("`top_k` is for signals that are kept; with `on_policy` the teacher is asked anew")
         return self
 
 
@@ -400,7 +436,7 @@ class Student(Section):
     """A model and a list of phases. `control` names the student that differs from this one in one thing only."""
 
     model: Name
-    arch: Literal["causal", "classifier"]
+    arch: Literal["causal", "classifier", "seq2seq"]
     init: Init = Init()
     adapter: Adapter = Adapter()
     phases: list[Phase]
@@ -409,6 +445,7 @@ class Student(Section):
     few_shot: Count = 0
     max_length: Annotated[int, Field(gt=8)] = 256
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False  # less memory: activations are computed again during backward
     checkpoint_every: Annotated[int, Field(gt=0)] = 50  # optimizer steps between two checkpoints
 
 
@@ -664,6 +701,7 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
             seen |= {params.data[s].task for s in sources}
             if "ce" in phase.loss and not phase.teachers and any(d.endswith("/pool") for d in phase.data):
                 raise UserError(f"{file}: {key}.loss: `ce` on a pool needs `teachers`: its rows carry no gold label")
+            _check_terms(params, f"{file}: {key}", student, phase)
             for where in phase.data:
                 if where.endswith("/augmented") and where.split("/")[0] != params.augment.source:
                     raise UserError(f"{file}: {key}.data: `{where}`: only `{params.augment.source}` is augmented")
@@ -686,6 +724,25 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
     known("evaluate.headline", params.evaluate.headline, params.students, "student")
     if len(set(params.seeds)) != len(params.seeds):
         raise UserError(f"{file}: seeds: each seed once, not {params.seeds}")
+
+
+def _check_terms(params: Params, key: str, student: Student, phase: Phase) -> None:
+    """The loss terms of `phase` can be computed for this student and these teachers."""
+    kinds = {name: params.teachers[name].kind for name in phase.teachers if name in params.teachers}
+    if student.arch == "classifier":
+        tokens = [term for term in phase.loss if term in ("uld", "rationale")]
+        if tokens or phase.space == "vocabulary" or phase.tells_reasons:
+            what = f"loss.{tokens[0]}" if tokens else "rationales" if phase.tells_reasons else "space"
+            raise UserError(f"{key}.{what}: a classifier writes no tokens; needs `arch: causal` or `seq2seq`")
+    if phase.on_policy and student.arch != "causal":
+        raise UserError(f"{key}.on_policy: needs `arch: causal`, not {student.arch}")
+    if "attention" in phase.loss and {student.arch, *kinds.values()} != {"classifier"}:
+        raise UserError(f"{key}.loss.attention: compares the tokens of two classifiers, student and teacher")
+    for name, kind in kinds.items():
+        if phase.asks_tokens and kind not in ("lm", "seq2seq"):
+            raise UserError(f"{key}.teachers: `{name}` ({kind}) gives no token log-probabilities; use `space: labels`")
+        if phase.asks_states and kind not in ("lm", "seq2seq", "classifier"):
+            raise UserError(f"{key}.teachers: `{name}` ({kind}) shows no hidden states")
 
 
 def _labelling(params: Params, source: str) -> list[str]:

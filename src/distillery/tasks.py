@@ -16,6 +16,7 @@ Word = Annotated[str, Field(pattern=WORD)]
 PLAIN_SEPARATOR = "\n\n"
 VERDICTS = {"right": "it is one of the accepted answers", "wrong": "it is not"}  # the labels of a `qa` task
 BETWEEN = " | "  # two accepted answers of a question
+REASON = "\nReason:"  # after an answer it asks for the rationale
 
 
 class Prompt(Section):

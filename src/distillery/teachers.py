@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from peft import PeftModel
 from sklearn.model_selection import StratifiedGroupKFold
 
-from distillery import data, metrics, models, params, tasks, training
+from distillery import data, metrics, params, tasks, training
+from distillery import signals as signals_of
 from distillery.api import ApiTeacher, Endpoint
 from distillery.models import LabelModel
 from distillery.params import UserError
@@ -78,24 +78,7 @@ def open_teacher(
     if spec.kind == "answers":
         by = "id" if spec.answers.columns.id else "text"
         return FileTeacher(read_answers(spec.answers, task, params.root()), task, by)
-    origin = P.models[spec.model]
-    arch = "causal" if spec.kind == "lm" else "classifier"
-    adapters = tuned is not None and (tuned / "adapter_config.json").exists()
-    folder = tuned if tuned and not adapters else models.fetch(spec.model, origin)
-    # weights that are about to be trained stay in float32; others may lie in the precision they are used in
-    trained = spec.finetune is not None and spec.finetune.lora is None and tuned is None
-    model = models.load(
-        folder,
-        arch,
-        labels=task.names,
-        dtype=spec.dtype if arch == "causal" and not trained else "float32",
-        seed=spec.seed,
-        trust_remote_code=origin.trust_remote_code,
-    )
-    if adapters:
-        model = PeftModel.from_pretrained(model, tuned).merge_and_unload()
-    tokenizer = models.load_tokenizer(folder, origin.trust_remote_code)
-    return LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=spec.dtype)
+    return signals_of.open_teacher(name, spec, P.models[spec.model], task, tuned=tuned)
 
 
 def read_answers(spec: params.Answers, task: tasks.Task, base: Path) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """A student's training: phases of gradient descent on cached signals, resumable to the bit.
 
-One engine for all of it: a classifier runs through `transformers.Trainer`, a causal model through TRL's `SFTTrainer`,
-both with the loss replaced. A teacher's fine-tuning is a phase too.
+One engine for all of it: a causal model runs through TRL's `SFTTrainer` (on-policy through its `GKDTrainer`), the
+others through `transformers.Trainer`, all with the loss replaced. A teacher's fine-tuning is a phase too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +25,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from distillery import losses, metrics, models, params, tasks
-from distillery.models import LabelModel
+from distillery import losses, metrics, models, params, signals, tasks
+from distillery.models import Completion, LabelModel
 from distillery.params import UserError
 
 torch.use_deterministic_algorithms(True)  # same inputs, same seed, same machine: same result, to the bit
@@ -43,14 +44,48 @@ class Rows:
     """What a phase learns from. targets [n]: label indices (gold, or the teachers' where there is no gold).
 
     logprobs [n, labels]: the teachers' mixed distribution at T = 1, None when the phase has no teacher.
+    rationales [n]: text, or None where there is none. weights {teacher: [n]}: of each teacher in a mix, row by row.
+    folds {teacher: [n]}: which of its models may answer a row. prior [labels]: shares of the gold labels.
     """
 
     texts: list[str]
     targets: np.ndarray
     logprobs: torch.Tensor | None = None
+    rationales: list[str | None] | None = None
+    weights: dict[str, torch.Tensor] | None = None
+    folds: dict[str, list[int]] | None = None
+    prior: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
+
+
+@dataclass
+class WhiteBox:
+    """A teacher that can be opened, to be asked about tokens and hidden states.
+
+    open: gives its model for rows of a fold (-1: tuned on all gold rows). decides: all that decides what it says.
+    depth: its number of layers. cache: the folder in which its signals are kept.
+    """
+
+    open: Callable[[int], LabelModel]
+    decides: Any
+    depth: int
+    cache: Path
+
+
+def white_box(root: Path, name: str, found: dict[str, Any]) -> WhiteBox:
+    """The teacher `name` that `experiment.json` describes in `open`, its models in `data/teacher/<name>/`."""
+    spec = params.Teacher.model_validate(found["spec"])
+    origin = params.Model.model_validate({k: v for k, v in found["model"].items() if k != "content"})
+    task, folder = tasks.Task.model_validate(found["task"]), root / "data" / "teacher" / name
+
+    def open_model(fold: int) -> LabelModel:
+        tuned = (folder / "model" if fold < 0 else folder / "folds" / str(fold)) if spec.finetune else None
+        return signals.open_teacher(name, spec, origin, task, tuned=tuned)
+
+    at = folder / "model" if spec.finetune else models.fetch(spec.model, origin)
+    return WhiteBox(open_model, found, models.depth(at), root / ".cache" / "signals")
 
 
 def phase_rows(
@@ -58,10 +93,10 @@ def phase_rows(
 ) -> Rows:
     """The rows of `phase` out of a student's `rows.parquet`, with its teachers' distributions mixed.
 
-    frame: columns where, text, label and `p_<teacher>` (probabilities over `labels`).
-    scores: each teacher's validation accuracy, for `mix: validation`.
+    frame: columns where, text, label, `p_<teacher>` (probabilities over `labels`), and where they are wanted
+    `fold_<teacher>` and rationale. scores: each teacher's validation accuracy, for `mix: validation`.
     A row that no teacher of the phase has a signal for is left out; of several teachers, those that have one count.
-    Raises UserError when a phase finds no row.
+    Raises UserError when a phase finds no row, or no rationale that it should learn from.
     """
     rows = frame[frame["where"].isin(phase.data)].reset_index(drop=True)
     told = np.stack([rows[f"p_{teacher}"].notna() for teacher in phase.teachers]) if phase.teachers else None
@@ -71,8 +106,18 @@ def phase_rows(
         raise UserError(f"phases: no row in {', '.join(phase.data)}")
     index = {label: i for i, label in enumerate(labels)}
     targets = np.array([index.get(label, -1) for label in rows["label"]])
+    out = Rows(rows["text"].tolist(), targets)
+    if phase.tells_reasons:
+        out.rationales = rows["rationale"].tolist() if "rationale" in rows else []
+        if not any(out.rationales):
+            raise UserError(
+                f"phases: no row in {', '.join(phase.data)} has a rationale; set the teacher's `rationales`"
+            )
+    if "prior" in phase.loss:
+        gold = torch.bincount(torch.from_numpy(frame["label"].map(index).dropna().to_numpy(int)), minlength=len(labels))
+        out.prior = gold.double() if gold.sum() else torch.ones(len(labels))
     if not phase.teachers:
-        return Rows(rows["text"].tolist(), targets)
+        return out
     equally = np.full(len(labels), 1 / len(labels))
     said = [[equally if p is None else p for p in rows[f"p_{teacher}"]] for teacher in phase.teachers]
     stack = np.stack([np.stack(of_one) for of_one in said])
@@ -90,8 +135,14 @@ def phase_rows(
         weights = torch.ones(len(phase.teachers), dtype=torch.double)
     if not told.all():
         weights = weights.reshape(len(weights), -1) * torch.from_numpy(told)
-    mixed = losses.mix_teachers(logprobs, weights).float()
-    return Rows(rows["text"].tolist(), np.where(targets < 0, mixed.argmax(-1).numpy(), targets), mixed)
+    out.logprobs = losses.mix_teachers(logprobs, weights).float()
+    out.targets = np.where(targets < 0, out.logprobs.argmax(-1).numpy(), targets)
+    each = weights if weights.dim() == 2 else weights[:, None].expand(-1, len(rows))
+    out.weights = dict(zip(phase.teachers, each, strict=True))
+    if f"fold_{phase.teachers[0]}" in rows:
+        folds = {teacher: rows[f"fold_{teacher}"] for teacher in phase.teachers}
+        out.folds = {teacher: found.fillna(-1).astype(int).tolist() for teacher, found in folds.items()}
+    return out
 
 
 class Batches(torch.utils.data.Sampler):
@@ -124,6 +175,9 @@ class Batches(torch.utils.data.Sampler):
         return iter([i for k in rng.permutation(full) for i in batches[k]] + rows[full * self.batch :])
 
 
+ANSWER, REASON, SAMPLED = range(3)  # what a supervised token belongs to
+
+
 class _Phase:
     """What this repository changes in a trainer: which rows make a batch, and the loss."""
 
@@ -131,13 +185,98 @@ class _Phase:
     loss_is_scaled_for_ga = True
 
     def prepare(
-        self, student: LabelModel, rows: Rows, spec: params.Training, seed: int, validation: Rows | None
+        self,
+        student: LabelModel,
+        rows: Rows,
+        spec: params.Training,
+        seed: int,
+        validation: Rows | None,
+        teachers: dict[str, WhiteBox] | None = None,
     ) -> None:
+        """Encode the rows and ask the teachers, once, for all that the phase's terms will want of them."""
         self.student, self.rows, self.spec, self.seed, self.validation = student, rows, spec, seed, validation
         self.ids = student.encode(rows.texts)
         self.terms: dict[str, list[float]] = {}
         self.logged: int | None = None
-        self.supervised = (0, 0)
+        self.weights = getattr(spec, "loss", {"ce": 1.0})
+        self.vocabulary = getattr(spec, "space", "labels") == "vocabulary"
+        self.divergences = {term: weight for term, weight in self.weights.items() if term in params.DIVERGENCES}
+        self.told: list[list[Completion]] | None = None
+        if student.arch != "classifier" and (self.vocabulary or {"ce", "uld", "rationale"} & set(self.weights)):
+            self.told = self.completions(student)
+        self.layers: list[int] = []
+        self.pairs: dict[str, list[tuple[int, int]]] = {}
+        self.signals: dict[str, signals.Signals] = {}
+        self.teachers = teachers or {}
+        if isinstance(spec, params.Phase) and (spec.asks_tokens or spec.asks_states):
+            for name in spec.teachers:
+                self._ask(name, self.teachers[name])
+
+    def completions(self, model: LabelModel) -> list[list[Completion]]:
+        """What every row's answer (and reason) is, in the tokens of `model`."""
+        reasons = self.rows.rationales or [None] * len(self.rows)
+        return [model.completions(int(i), reason) for i, reason in zip(self.rows.targets, reasons, strict=True)]
+
+    def _ask(self, name: str, teacher: WhiteBox) -> None:
+        spec, student = self.spec, self.student
+        layers: list[int] = []
+        if spec.asks_states:
+            config = student.model.config
+            depth = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+            pairs = []
+            if set(self.weights) & {"hidden", "pkd", "attention"}:
+                rule = (
+                    spec.layers
+                    if isinstance(spec.layers, str)
+                    else [tuple(p) if isinstance(p, list) else p for p in spec.layers]
+                )
+                try:
+                    pairs = losses.layer_map(depth, teacher.depth, rule)
+                except ValueError as error:
+                    raise UserError(f"phases: layers: {error} (teacher `{name}`)") from None
+                if not pairs:
+                    raise UserError(
+                        f"phases: layers: `{rule}` pairs no layers of {depth} with `{name}`'s {teacher.depth}"
+                    )
+            self.pairs[name] = [*pairs, (depth, teacher.depth)]  # the last pair is `cosine`'s
+            self.layers = [ours for ours, _ in self.pairs[name]]
+            layers = [theirs for _, theirs in self.pairs[name]]
+        asks = spec.asks_tokens and spec.on_policy < 1
+        fold = self.rows.folds[name] if self.rows.folds else [-1] * len(self.rows)
+        opened: dict[int, LabelModel] = {}
+
+        def open_model(k: int) -> LabelModel:
+            if k not in opened:
+                opened.clear()  # one at a time
+                opened[k] = teacher.open(k)
+                if spec.asks_tokens and "uld" not in self.weights:
+                    ours, theirs = (
+                        [model.answer(i) for i in range(len(model.task.names))] for model in (student, opened[k])
+                    )
+                    signals.same_tokens(name, opened[k], ours, theirs)
+            return opened[k]
+
+        maps = "attention" in self.weights
+        reasons = self.rows.rationales
+        what = [self.rows.texts, self.rows.targets.tolist() if asks else None, reasons, fold, layers, maps, spec.top_k]
+        self.signals[name] = signals.collect(
+            teacher.cache / signals.key(teacher.decides, what),
+            open_model,
+            self.rows.texts,
+            fold=fold,
+            completions=self.completions if asks else None,
+            top_k=spec.top_k,
+            layers=layers,
+            maps=maps,
+        )
+        if "hidden" in self.weights:
+            wide, width = self.signals[name].states.shape[-1], student.model.config.hidden_size
+            if wide != width:
+                torch.manual_seed(self.seed)
+                maps_ = [torch.nn.Linear(width, wide, bias=False) for _ in pairs]
+                held = getattr(self.model, "projections", None) or torch.nn.ModuleDict()
+                held[name] = torch.nn.ModuleList(maps_).to(student.device)
+                self.model.projections = held
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Batches:
         entropy = None
@@ -147,43 +286,199 @@ class _Phase:
         return Batches([len(ids) for ids in self.ids], self.spec.batch_size, self.seed, order, entropy)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The micro-batches of one optimizer step, and what the whole step will be divided by."""
         if self.logged is None:
             self.logged = self.state.global_step  # not 0 in a run that continues from a checkpoint
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        rows = [i for batch in batches for i in batch["index"].tolist()]
-        self.supervised = (len(rows), sum(self.student.answer_tokens(self.rows.targets[i]) for i in rows))
+        self.supervised = dict.fromkeys(("rows", "compared", ANSWER, REASON, SAMPLED), 0)
+        for k, batch in enumerate(batches):
+            picked = batch["index"].tolist()
+            batch["sampled"] = self.sample(picked, k)
+            kinds = self.kinds(picked, batch["sampled"])
+            self.supervised["rows"] += len(picked)
+            self.supervised["compared"] += kinds.count(SAMPLED) if batch["sampled"] else len(kinds)
+            for kind in (ANSWER, REASON, SAMPLED):
+                self.supervised[kind] += kinds.count(kind)
         return batches, None
+
+    def sample(self, picked: list[int], micro_batch: int) -> list[Completion] | None:
+        """Answers that the student writes itself, for a trainer that learns on-policy."""
+        return None
+
+    def asked(self, picked: list[int], sampled: list[Completion] | None) -> list[list[Completion]] | None:
+        """The completions asked about: what the rows say, or what the student said."""
+        if self.told is None:
+            return None
+        if sampled is None:
+            return [self.told[i] for i in picked]
+        own = [self.told[i] if {"ce", "rationale"} & set(self.weights) else [] for i in picked]
+        return [[*told, said] for told, said in zip(own, sampled, strict=True)]
+
+    def kinds(self, picked: list[int], sampled: list[Completion] | None) -> list[int]:
+        """What each supervised token of :meth:`asked` belongs to, in order."""
+        out = []
+        for row in self.asked(picked, sampled) or []:
+            for j, (tokens, skip) in enumerate(row):
+                kind = SAMPLED if sampled is not None and j == len(row) - 1 else ANSWER if j == 0 else REASON
+                out += [kind] * (len(tokens) - skip)
+        return out
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The phase's weighted terms. Label-space terms are means over the rows of the optimizer step, a causal
-        model's cross-entropy a mean over its answer tokens; no term ever sees a prompt's logits."""
-        picked = inputs["index"].tolist()
-        weights = getattr(self.spec, "loss", {"ce": 1.0})
-        gold = self.rows.targets[picked] if "ce" in weights else None
-        out = self.student.forward([self.ids[i] for i in picked], gold)
-        total, values = torch.zeros((), device=out.logits.device), {}
+        """The phase's weighted terms, each divided by what the whole optimizer step has of its kind: label-space terms
+        and those of hidden states by rows, the others by the tokens they supervise. No term sees a prompt's logits."""
+        picked, sampled = inputs["index"].tolist(), inputs["sampled"]
+        student, weights = self.student, self.weights
+        labels = student.arch == "classifier" or bool(self.divergences and not self.vocabulary) or "prior" in weights
+        asked = self.asked(picked, sampled)
+        out = student.forward(
+            [self.ids[i] for i in picked], asked, labels=labels, layers=self.layers, maps="attention" in weights
+        )
+        rows = self.supervised["rows"]
+        values: dict[str, torch.Tensor] = {}
+        kinds = torch.tensor(self.kinds(picked, sampled), device=student.device)
         if "ce" in weights:
-            values["ce"] = out.nll / self.supervised[1]
-            total = total + weights["ce"] * values["ce"]
-        others = {term: weight for term, weight in weights.items() if term != "ce"}
-        if others:
-            phase = self.spec
-            loss, more = losses.mixed(
-                others,
-                out.logits,
-                teacher_logprobs=self.rows.logprobs[picked].to(out.logits.device),
-                temperature=phase.temperature,
-                scale_by_t2=phase.scale_by_t2,
-                beta=phase.beta,
-                alpha=phase.alpha,
-                denominator=self.supervised[0],
-            )
+            if student.arch == "classifier":
+                target = torch.as_tensor(self.rows.targets[picked], device=student.device)
+                values["ce"] = losses.reduce(losses.cross_entropy(out.logits, target), None, rows)
+            else:
+                values["ce"] = losses.reduce(out.nll, kinds == ANSWER, self.supervised[ANSWER])
+        if "rationale" in weights:
+            values["rationale"] = losses.reduce(out.nll, kinds == REASON, max(1, self.supervised[REASON]))
+        total = sum((weights[term] * value for term, value in values.items()), torch.zeros((), device=student.device))
+        if self.divergences:
+            if self.vocabulary:
+                loss, more = self.compare_tokens(out.told, kinds, picked, sampled, asked)
+            else:
+                teacher = self.rows.logprobs[picked].to(student.device)
+                loss, more = self.compare(out.logits, teacher, rows)
             total, values = total + loss, values | more
+        if "uld" in weights:
+            values["uld"] = self.compare_sorted(out.told, picked)
+            total = total + weights["uld"] * values["uld"]
+        if self.pairs:
+            for term, value in self.compare_states(out, picked).items():
+                values[term] = value / rows
+                total = total + weights[term] * values[term]
+        if "prior" in weights:
+            penalty = losses.shortcut_penalty(out.logits, self.rows.prior.to(student.device))
+            values["prior"] = penalty * len(picked) / rows
+            total = total + weights["prior"] * values["prior"]
         for term, value in values.items():
             self.terms.setdefault(term, []).append(value.item())
         return (total, out) if return_outputs else total
+
+    def compare(
+        self, logits: torch.Tensor, teacher: torch.Tensor, denominator: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        spec = self.spec
+        return losses.mixed(
+            self.divergences,
+            logits,
+            teacher_logprobs=teacher,
+            temperature=spec.temperature,
+            scale_by_t2=spec.scale_by_t2,
+            beta=spec.beta,
+            alpha=spec.alpha,
+            denominator=denominator,
+        )
+
+    def compare_tokens(
+        self,
+        told: torch.Tensor,
+        kinds: torch.Tensor,
+        picked: list[int],
+        sampled: list[Completion] | None,
+        asked: list[list[Completion]],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The divergences at every supervised token, or on-policy at every token that the student wrote."""
+        spec, device, tokens = self.spec, told.device, self.supervised["compared"]
+        if sampled is not None:
+            told = told[kinds == SAMPLED]
+            teacher = self.said_of(picked, sampled)
+        elif spec.top_k:
+            top = (part.to(device) for part in self.signals[spec.teachers[0]].top(picked))
+            value = losses.reduce(losses.kl_top_k(told, *top), None, tokens)
+            return self.weights["kl"] * value, {"kl": value.detach()}
+        else:
+            teacher = [self.signals[name].logprobs(picked).to(device) for name in spec.teachers]
+        try:
+            cut = [losses.shared_vocabulary(told, one) for one in teacher]
+        except ValueError as error:
+            raise UserError(f"phases: teachers: {error}") from None
+        width = min(logits.shape[1] for logits, _ in cut)
+        teacher = [one[:, :width] for _, one in cut]
+        if len(teacher) == 1:
+            return self.compare(told[:, :width], teacher[0], tokens)
+        lengths = (
+            [sum(len(t) - skip for t, skip in row) for row in asked]
+            if sampled is None
+            else [len(t) for t, _ in sampled]
+        )
+        repeats = torch.tensor(lengths)
+        each = torch.stack([self.rows.weights[name][picked].repeat_interleave(repeats) for name in spec.teachers])
+        return self.compare(told[:, :width], losses.mix_teachers(torch.stack(teacher), each.to(device)), tokens)
+
+    def said_of(self, picked: list[int], sampled: list[Completion]) -> list[torch.Tensor]:
+        raise NotImplementedError  # of the on-policy trainer alone
+
+    def compare_sorted(self, told: torch.Tensor, picked: list[int]) -> torch.Tensor:
+        """Universal logit distance at the tokens that both tokenizations have; a mean over teachers."""
+        counts = np.cumsum([0, *(len(row) for row in self.told)])
+        total = torch.zeros((), device=told.device)
+        for name in self.spec.teachers:
+            lengths, mine, theirs, at, begin = self.signals[name].lengths, [], [], 0, 0
+            for i in picked:
+                for j, (tokens, skip) in enumerate(self.told[i]):
+                    own, other = len(tokens) - skip, int(lengths[counts[i] + j])
+                    mine += range(at, at + min(own, other))
+                    theirs += range(begin, begin + min(own, other))
+                    at, begin = at + own, begin + other
+            teacher = self.signals[name].logprobs(picked)[theirs].to(told.device)
+            total = total + losses.universal_logit_distance(told[mine], teacher).sum() / len(self.spec.teachers)
+        return total / self.supervised["compared"]
+
+    def compare_states(self, out: models.Forward, picked: list[int]) -> dict[str, torch.Tensor]:
+        """The sums over rows of the terms that compare hidden states, each a mean over the teachers."""
+        values: dict[str, torch.Tensor] = {}
+        for name, found in self.signals.items():
+            ours, theirs = out.states, found.hidden(picked).to(out.states.device)
+            held = getattr(self.model, "projections", None)
+            projections = held[name] if held is not None and name in held else None
+            n = len(self.pairs[name]) - 1
+            for term in set(self.weights) & set(params.STATE_TERMS):
+                try:
+                    if term == "hidden":
+                        maps = [projections[j] if projections is not None else None for j in range(n)]
+                        row = sum(losses.hidden_mse(ours[:, j], theirs[:, j], maps[j]) for j in range(n)) / n
+                    elif term == "pkd":
+                        row = losses.pkd(ours[:, :n], theirs[:, :n])
+                    elif term == "cosine":
+                        row = losses.cosine_embedding(ours[:, n], theirs[:, n])
+                    else:
+                        width = out.maps.shape[-1]
+                        lengths = [int(found.at[i + 1] - found.at[i]) for i in picked]
+                        if lengths != [len(self.ids[i]) for i in picked]:
+                            raise ValueError("attention maps compare token by token: the two tokenizers differ")
+                        maps = found.activity(picked, width).to(out.maps.device)
+                        row = losses.attention_transfer_maps(out.maps[:, :n], maps[:, :n])
+                except ValueError as error:
+                    raise UserError(f"phases: loss.{term}: teacher `{name}`: {error}") from None
+                values[term] = values.get(term, 0) + row.sum() / len(self.signals)
+        return values
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        held = getattr(self.model, "projections", None)
+        if held is not None:  # adapters alone are saved of a model that has some
+            save_file(held.state_dict(), Path(output_dir) / "projections.safetensors")
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(checkpoint, model)
+        held = getattr(self.model, "projections", None)
+        if held is not None:
+            held.load_state_dict(load_file(Path(checkpoint) / "projections.safetensors"))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -205,16 +500,74 @@ class _Phase:
         return scores
 
 
-class ClassifierTrainer(_Phase, Trainer):
-    """Label-space distillation of an encoder."""
+class PlainTrainer(_Phase, Trainer):
+    """Distillation of an encoder, or of an encoder and decoder (TRL has no trainer for those)."""
 
 
 class CausalTrainer(_Phase, SFTTrainer):
-    """Supervised and distilled fine-tuning of a causal model.
+    """Supervised and distilled fine-tuning of a causal model on kept signals.
 
-    `compute_loss` replaces TRL's: its SFT loss knows no teacher; its GKD loss drops the temperature, divides by the
-    data set's label count and runs both models over every position of prompt and answer.
+    `compute_loss` replaces TRL's, which knows no teacher and runs the output head over every position.
     """
+
+
+class OnPolicyTrainer(_Phase, GKDTrainer):
+    """Distillation on answers that the student writes itself (Agarwal et al. 2024, GKD), the teacher asked about each.
+
+    What is overridden, and the fault of TRL 1.16.0 that it mends:
+    `__init__`: refuses vocabularies that are padded differently; their shared ids are compared here.
+    `get_batch_samples` (in `_Phase`): divides by the data set's labels, not by the tokens that were written; here all
+    answers of an optimizer step are written before its first backward pass, and counted.
+    `training_step`: draws from Python's global random state and writes one micro-batch at a time.
+    `compute_loss` (in `_Phase`): drops the temperature, has no cross-entropy, jumps at the ends of beta, and runs both
+    models over every position with full-vocabulary logits for the prompt.
+    """
+
+    def __init__(self, *args: Any, teacher: LabelModel, **kwargs: Any):
+        config, student = teacher.model.config, kwargs["model"].config
+        own, config.vocab_size = config.vocab_size, student.vocab_size
+        super().__init__(*args, teacher_model=teacher.model, **kwargs)
+        config.vocab_size = own
+        self.live: dict[str, LabelModel] = {}
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return Trainer.training_step(self, *args, **kwargs)
+
+    def sample(self, picked: list[int], micro_batch: int) -> list[Completion] | None:
+        # a function of the step alone, so that a resumed run writes what it would have written
+        draw = np.random.default_rng([self.seed, self.state.global_step, micro_batch])
+        if draw.random() >= self.spec.on_policy:
+            return None
+        written = self.student.continue_(
+            [self.ids[i] for i in picked],
+            max_new_tokens=self.spec.max_new_tokens,
+            temperature=1.0,
+            seed=int(draw.integers(2**31)),
+            batch_size=len(picked),
+        )
+        return [(tokens, 0) for tokens in written]
+
+    @torch.no_grad()
+    def said_of(self, picked: list[int], sampled: list[Completion]) -> list[torch.Tensor]:
+        """Each teacher's log-probabilities at the tokens that the student wrote. Gold rows are asked of the teacher
+        that did not learn from them."""
+        out = []
+        for name in self.spec.teachers:
+            parts: list[torch.Tensor] = [torch.empty(0)] * len(picked)
+            folds = [self.rows.folds[name][i] if self.rows.folds else -1 for i in picked]
+            for k in sorted(set(folds)):
+                key = f"{name}/{k}"
+                if key not in self.live:
+                    self.live[key] = self.teachers[name].open(k)
+                    self.live[key].model.eval()
+                mine = [j for j, fold in enumerate(folds) if fold == k]
+                ids = self.live[key].encode([self.rows.texts[picked[j]] for j in mine])
+                told = self.live[key].forward(ids, [[sampled[j]] for j in mine], labels=False).told
+                lengths = [len(sampled[j][0]) for j in mine]
+                for j, part in zip(mine, told.log_softmax(-1).split(lengths), strict=True):
+                    parts[j] = part
+            out.append(torch.cat(parts))
+        return out
 
 
 class Progress(TrainerCallback):
@@ -258,12 +611,51 @@ def run_phase(
     title: str = "training",
     checkpoint_every: int = 50,
     validation: Rows | None = None,
+    teachers: dict[str, WhiteBox] | None = None,
 ) -> pd.DataFrame:
     """Train `student` in place on `rows` as `spec` says; continue from the last checkpoint in `folder`, if any.
 
     Returns the history, a row a logged step: step, epoch, loss, learning_rate and the terms' values.
     Raises UserError when the disk is full.
     """
+    try:
+        trainer = make_trainer(
+            student,
+            rows,
+            spec,
+            folder=folder,
+            seed=seed,
+            title=title,
+            checkpoint_every=checkpoint_every,
+            validation=validation,
+            teachers=teachers,
+        )
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    except Exception as error:  # torch and safetensors have error classes of their own
+        params.raise_if_disk_full(error, folder)
+        raise
+    finally:
+        if hasattr(student.model, "projections"):  # they have served; the student goes without them
+            del student.model.projections
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    history = pd.DataFrame(logged, columns=list(dict.fromkeys([*HISTORY, *(k for entry in logged for k in entry)])))
+    terms = [k for k in history if k.startswith("term_")]
+    return history[[*HISTORY, *terms]].rename(columns=lambda k: k.removeprefix("term_"))
+
+
+def make_trainer(
+    student: LabelModel,
+    rows: Rows,
+    spec: params.Training,
+    *,
+    folder: Path,
+    seed: int,
+    title: str,
+    checkpoint_every: int,
+    validation: Rows | None = None,
+    teachers: dict[str, WhiteBox] | None = None,
+) -> _Phase:
+    """The trainer of a phase, its teachers already asked; see :func:`run_phase`."""
     stopping = getattr(spec, "early_stopping", None)
     steps = optimizer_steps(len(rows), spec)
     every = stopping.every if stopping else checkpoint_every
@@ -293,7 +685,9 @@ def run_phase(
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "bf16": False,  # LabelModel.autocast decides
+        # LabelModel.autocast decides; float16's small gradients also need to be scaled up, which CPUs cannot do
+        "bf16": False,
+        "fp16": student.dtype == torch.float16 and student.device.type == "cuda",
         "gradient_checkpointing": False,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
@@ -307,25 +701,23 @@ def run_phase(
         "callbacks": [Progress(title)] + ([EarlyStoppingCallback(stopping.patience)] if stopping else []),
     }
     if student.arch == "causal":
-        arguments = SFTConfig(**common, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
-        trainer = CausalTrainer(args=arguments, processing_class=student.tokenizer, **wiring)
+        wiring["processing_class"] = student.tokenizer
+        common |= {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        if getattr(spec, "on_policy", 0):
+            teacher = teachers[spec.teachers[0]].open(-1)
+            trainer = OnPolicyTrainer(args=GKDConfig(**common, disable_dropout=False), teacher=teacher, **wiring)
+            trainer.live[f"{spec.teachers[0]}/-1"] = teacher
+        else:
+            trainer = CausalTrainer(args=SFTConfig(**common), **wiring)
         for weight in trainer.model.parameters():
             if weight.requires_grad:
                 # TRL narrows the adapters of a 4-bit model to bfloat16, where a small update rounds to none
                 weight.data = weight.data.float()
     else:
-        trainer = ClassifierTrainer(args=TrainingArguments(**common), **wiring)
+        trainer = PlainTrainer(args=TrainingArguments(**common), **wiring)
     trainer.remove_callback(PrinterCallback)
-    trainer.prepare(student, rows, spec, seed, validation)
-    try:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    except Exception as error:  # torch and safetensors have error classes of their own
-        params.raise_if_disk_full(error, folder)
-        raise
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    history = pd.DataFrame(logged, columns=list(dict.fromkeys([*HISTORY, *(k for entry in logged for k in entry)])))
-    terms = [k for k in history if k.startswith("term_")]
-    return history[[*HISTORY, *terms]].rename(columns=lambda k: k.removeprefix("term_"))
+    trainer.prepare(student, rows, spec, seed, validation, teachers)
+    return trainer
 
 
 def attach(model: Any, lora: params.Lora | None, arch: str, seed: int) -> Any:
@@ -338,7 +730,7 @@ def attach(model: Any, lora: params.Lora | None, arch: str, seed: int) -> Any:
         lora_alpha=lora.alpha or 2 * lora.r,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
-        task_type="CAUSAL_LM" if arch == "causal" else "SEQ_CLS",
+        task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(arch, "SEQ_CLS"),
     )
     model = get_peft_model(model, config)
     for module in model.modules():
@@ -359,7 +751,7 @@ def build(spec: params.Student, folder: Path, task: tasks.Task, seed: int, remot
         spec.arch,
         labels=task.names,
         layers=spec.init.layers,
-        dtype=spec.dtype if adapted and spec.arch == "causal" else "float32",
+        dtype=spec.dtype if adapted and spec.arch != "classifier" else "float32",
         seed=seed,
         quantize=spec.adapter.kind == "qlora",
         trust_remote_code=remote_code,
@@ -367,6 +759,8 @@ def build(spec: params.Student, folder: Path, task: tasks.Task, seed: int, remot
     model = attach(model, spec.adapter if adapted else None, spec.arch, seed)
     if spec.init.freeze == "embeddings":
         model.get_input_embeddings().requires_grad_(False)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return LabelModel(
         model,
         models.load_tokenizer(folder, remote_code),
@@ -391,7 +785,7 @@ def reopen(spec: params.Student, folder: Path, task: tasks.Task, dtype: str = "f
 def run_key(*parts: Any) -> str:
     """A name for a run's checkpoints: a hash of `parts` and of the code and libraries that compute the run."""
     digest = hashlib.sha256()
-    for module in (losses, metrics, models, params, tasks):
+    for module in (losses, metrics, models, params, signals, tasks):
         digest.update(Path(module.__file__).read_bytes())
     digest.update(Path(__file__).read_bytes())
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")}
@@ -411,6 +805,7 @@ def run_phases(
     validation: pd.DataFrame,
     test: pd.DataFrame,
     scores: dict[str, float] | None = None,
+    teachers: dict[str, WhiteBox] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train `student` in place through all phases of `spec`, continuing where an earlier, killed run stood.
 
@@ -439,6 +834,7 @@ def run_phases(
                     title=f"phase {k} of {len(spec.phases)}",
                     checkpoint_every=spec.checkpoint_every,
                     validation=held_out,
+                    teachers=teachers,
                 )
             _keep(student.model, done / "weights.safetensors")
             asked = {"validation": validation, "test": test} if k == 0 else {"validation": validation}

@@ -1,0 +1,284 @@
+"""One distillation step: TRL's GKDTrainer against this repository's trainer, side by side.
+
+    PYTHONPATH=src python benchmarks/distill_step.py [rounds, 3 by default]
+
+The same teacher (SmolLM2-135M, 30 layers), student (its first 15, LoRA r=16 on all linear layers), rows, tokens,
+divergence (JSD over the vocabulary, beta 0.5, T 1) at the same supervised positions, batch of 8, bfloat16, no gradient
+checkpointing (TRL's default has it). Two workloads: the label alone, and the label with a rationale. The two trainers
+alternate in one process; each builds its models anew every round, and a round's first step is not counted. Ours asks
+the teacher once about every row, which is counted at a third: three epochs share it.
+
+Prints seconds a step, tokens a second, peak memory, the products' share of the machine's measured bfloat16 peak, the
+losses of the first batches, and last `ratio_rationale:` and `ratio:` (labels).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import re
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PrinterCallback, TrainerCallback
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+from distillery import models, params, tasks, training
+
+BATCH, EPOCHS, ROWS, STEPS = 8, 3, 96, {"trl": 4, "ours": 11}
+REASON = "\nBecause: "
+# SmolLM2's own without its system turn, and without the new line after the last turn: an answer ends with its end token
+TEMPLATE = (
+    "{% for turn in messages %}{% if not loop.first %}\n{% endif %}<|im_start|>{{ turn.role }}\n{{ turn.content }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}\n<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class Measured:
+    seconds: list[float] = field(default_factory=list)
+    peak: int = 0
+    losses: list[float] = field(default_factory=list)
+    flops: float = 0.0
+    tokens: float = 0.0
+    cache: float = 0.0  # seconds a batch, once
+
+
+class Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.ends.append(time.perf_counter())
+
+
+class Whole(models.LabelModel):
+    """Supervises answer and reason as one sequence, which is what TRL does."""
+
+    def completions(self, label: int, rationale: str | None = None) -> list[models.Completion]:
+        text = self.task.names[label] + (REASON + rationale if rationale else "")
+        return [(self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id], 0)]
+
+
+def reset_peak() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """The most memory held since :func:`reset_peak`, bytes."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def matrix_peak() -> float:
+    """Bfloat16 matrix products, FLOP/s, the best of several."""
+    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    best = 1e9
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def tokenizer_of(folder: Path):
+    tokenizer = models.load_tokenizer(folder)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def student_of(folder: Path, task: tasks.Task) -> models.LabelModel:
+    spec = params.Student.model_validate(
+        {
+            "model": "smollm2",
+            "arch": "causal",
+            "init": {"layers": "first-15"},
+            "adapter": {"kind": "lora", "r": 16},
+            "dtype": "bfloat16",
+            "phases": [],
+        }
+    )
+    built = training.build(spec, folder, task, 0)
+    return Whole(built.model, tokenizer_of(folder), task, "causal", dtype="bfloat16")
+
+
+def teacher_of(folder: Path, task: tasks.Task) -> models.LabelModel:
+    return Whole(
+        models.load(folder, "causal", dtype="bfloat16"), tokenizer_of(folder), task, "causal", dtype="bfloat16"
+    )
+
+
+def rows_of(task: tasks.Task, rationales: bool) -> tuple[training.Rows, Dataset]:
+    lines = (params.root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
+    found = [json.loads(line) for line in lines]
+    texts, targets = [row["text"] for row in found], np.array([task.names.index(row["label"]) for row in found])
+    reasons = [row["rationale"] for row in found] if rationales else None
+    messages = []
+    for i, row in enumerate(found):
+        said = row["label"] + (REASON + row["rationale"] if rationales else "")
+        messages.append([*tasks.turns(task, texts[i]), {"role": "assistant", "content": said}])
+    return training.Rows(texts, targets, rationales=reasons), Dataset.from_dict({"messages": messages})
+
+
+def with_trl(folder: Path, task: tasks.Task, rationales: bool, seen: Measured, check: bool) -> None:
+    reset_peak()
+    _, data = rows_of(task, rationales)
+    student, teacher = student_of(folder, task), teacher_of(folder, task)
+    with tempfile.TemporaryDirectory() as out:
+        arguments = GKDConfig(
+            output_dir=out,
+            per_device_train_batch_size=BATCH,
+            max_steps=STEPS["trl"],
+            learning_rate=1e-4,
+            lmbda=0.0,
+            beta=0.5,
+            temperature=1.0,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=True,
+            gradient_checkpointing=False,
+            max_length=1024,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        clock = Clock()
+        trainer = GKDTrainer(
+            model=student.model,
+            teacher_model=teacher.model,
+            args=arguments,
+            train_dataset=data,
+            processing_class=student.tokenizer,
+            callbacks=[clock],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if check:
+            student.model.eval()
+            for a in range(0, 3 * BATCH, BATCH):
+                batch = trainer.data_collator([data[i] for i in range(a, a + BATCH)])
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                    seen.losses.append(trainer.compute_loss(trainer.model, batch).item())
+                seen.tokens += int((batch["labels"] != -100).sum()) / 3
+            with FlopCounterMode(display=False) as counted:
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = trainer.compute_loss(trainer.model, batch)
+                loss.backward()
+            seen.flops = counted.get_total_flops()
+            trainer.model.zero_grad()
+        trainer.train()
+    seen.seconds += np.diff(clock.ends).tolist()
+    seen.peak = max(seen.peak, peak())
+
+
+def with_ours(folder: Path, task: tasks.Task, rationales: bool, seen: Measured, check: bool) -> None:
+    reset_peak()
+    rows, _ = rows_of(task, rationales)
+    phase = params.Phase.model_validate(
+        {
+            "data": ["finance/train"],
+            "teachers": ["smollm2"],
+            "loss": {"jsd": 1.0},
+            "space": "vocabulary",
+            "rationales": rationales,
+            "batch_size": BATCH,
+            "steps": STEPS["ours"],
+            "learning_rate": 1e-4,
+        }
+    )
+    with tempfile.TemporaryDirectory() as out:
+        asked = training.WhiteBox(lambda fold: teacher_of(folder, task), "smollm2", 30, Path(out) / "signals")
+        student = student_of(folder, task)
+        start = time.perf_counter()
+        teacher_of(folder, task)
+        opening = time.perf_counter() - start
+        start = time.perf_counter()
+        trainer = training.make_trainer(
+            student,
+            rows,
+            phase,
+            folder=Path(out) / "run",
+            seed=0,
+            title="ours",
+            checkpoint_every=10**6,
+            teachers={"smollm2": asked},
+        )
+        # opening the teacher is not asking it: TRL's trainer is not charged for that, either
+        cache = (time.perf_counter() - start - opening) / (ROWS / BATCH)
+        seen.cache = min(seen.cache or cache, cache)
+        clock = Clock()
+        trainer.add_callback(clock)
+        if check:
+            student.model.eval()
+            for a in range(0, 3 * BATCH, BATCH):
+                picked = list(range(a, a + BATCH))
+                kinds = trainer.kinds(picked, None)
+                trainer.supervised = {"rows": BATCH, "compared": len(kinds)}
+                batch = {"index": torch.tensor(picked), "sampled": None}
+                with torch.no_grad():
+                    seen.losses.append(trainer.compute_loss(trainer.model, batch).item())
+                seen.tokens += len(kinds) / 3
+            with FlopCounterMode(display=False) as counted:
+                trainer.compute_loss(trainer.model, batch).backward()
+            seen.flops = counted.get_total_flops()
+            trainer.model.zero_grad()
+            trainer.terms.clear()
+        trainer.train()
+        if check:
+            print(f"  signals: {trainer.signals['smollm2'].bytes_a_token:,.0f} bytes a supervised token on the disk")
+    seen.seconds += np.diff(clock.ends).tolist()
+    seen.peak = max(seen.peak, peak())
+
+
+def main(rounds: int = 3) -> None:
+    root = params.root()
+    folder = models.fetch("smollm2", params.load().models["smollm2"])
+    task = tasks.load("finance-sentiment", root / "tasks")
+    speed = matrix_peak()
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, bfloat16 products at {speed / 1e9:,.0f} GFLOP/s"
+    )
+    ratios = {}
+    for workload in ("label", "rationale"):
+        trl, ours = Measured(), Measured()
+        prompts = student_of(folder, task).encode(rows_of(task, False)[0].texts)
+        print(
+            f"\n{workload}: {ROWS} rows, prompts of {np.mean([len(p) for p in prompts]):.0f} tokens, "
+            f"of which all begin with the same {models.common_prefix(prompts)}"
+        )
+        for k in range(rounds):
+            with_trl(folder, task, workload == "rationale", trl, check=k == 0)
+            with_ours(folder, task, workload == "rationale", ours, check=k == 0)
+        for name, m in (("TRL GKDTrainer", trl), ("ours", ours)):
+            step = median(m.seconds)
+            spread = f"{min(m.seconds):.3f} to {max(m.seconds):.3f}, n={len(m.seconds)}"
+            print(
+                f"  {name:15s}{step:7.3f} s a step ({spread}), {m.tokens / step:.1f} supervised tokens/s, "
+                f"peak memory {m.peak / 2**30:.2f} GiB, {m.flops / 1e9:,.0f} GFLOP a step: "
+                f"{m.flops / step / speed:.0%} of the peak"
+            )
+        once, shared = ours.cache, ours.cache / EPOCHS
+        print(f"  the teacher's signals: {once:.3f} s a batch once, {shared:.3f} s over {EPOCHS} epochs")
+        apart = max(abs(a - b) / abs(a) for a, b in zip(trl.losses, ours.losses, strict=True))
+        print(f"  losses of the first batches: TRL {_shown(trl.losses)}, ours {_shown(ours.losses)}; {apart:.1e} apart")
+        print(f"  peak memory: {ours.peak / trl.peak:.2f} of TRL's")
+        ratios[workload] = median(trl.seconds) / (median(ours.seconds) + ours.cache / EPOCHS)
+    print(f"\nratio_rationale: {ratios['rationale']:.2f}")
+    print(f"ratio: {ratios['label']:.2f}")
+
+
+def _shown(values: list[float]) -> str:
+    return ", ".join(f"{value:.5f}" for value in values)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
