@@ -54,11 +54,35 @@ def phase(loss: dict[str, float], **more) -> params.Phase:
     return params.Phase(**given | more)
 
 
+KINDS = {"classifier": "bert", "causal": "llama", "seq2seq": "t5"}
+
+
+def teacher(
+    folder: Path, arch: str, task: tasks.Task = TASK, seed: int = 1, prompt: str = "plain"
+) -> models.LabelModel:
+    """A model of the student's shape with other weights, large enough to have an opinion."""
+    model = models.load(folder / f"tiny-{KINDS[arch]}", arch, labels=LABELS)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
+        elif "LayerNorm.weight" in name:  # or all states have the same length
+            parameter.data = torch.rand(parameter.shape, generator=generator) * 2
+    tokenizer = models.load_tokenizer(folder / f"tiny-{KINDS[arch]}")
+    return models.LabelModel(model.eval(), tokenizer, task, arch, prompt=prompt)
+
+
+def white_boxes(folder: Path, cache: Path, **archs: str) -> dict[str, training.WhiteBox]:
+    def box(name: str, arch: str, seed: int) -> training.WhiteBox:
+        return training.WhiteBox(lambda fold: teacher(folder, arch, SHORT, seed), [name, arch], 4, cache)
+
+    return {name: box(name, arch, seed) for seed, (name, arch) in enumerate(archs.items(), 1)}
+
+
 def learner(folder: Path, arch: str, task: tasks.Task = TASK, *, dropout=False, scale=1, **more) -> models.LabelModel:
     """An untrained student; with `scale` it tells texts apart from the start, as random weights hardly do."""
-    kind = {"classifier": "bert", "causal": "llama"}[arch]
     spec = params.Student(model="m", arch=arch, phases=[], **more)
-    student = training.build(spec, folder / f"tiny-{kind}", task, 0)
+    student = training.build(spec, folder / f"tiny-{KINDS[arch]}", task, 0)
     for module in student.model.modules():
         if isinstance(module, torch.nn.Dropout) and not dropout:
             module.p = 0.0
@@ -222,6 +246,238 @@ def test_the_logged_loss_is_the_one_worked_out_by_hand(tiny_models, tmp_path, ar
             assert history["loss"][0] == pytest.approx(total, rel=1e-4)
 
 
+# ------------------------------------------------------------------------------- tokens and hidden states, by hand
+
+REASONS = ["profit rose", None, "sales fell and the loss grew", "it was held", None, "operating profit"]
+
+
+def one_step(student, spec, frame, folder, teachers) -> pd.Series:
+    """The logged values of a step too small to move anything."""
+    rows = training.phase_rows(frame, spec, LABELS)
+    history = training.run_phase(student, rows, spec, folder=folder, seed=0, teachers=teachers)
+    assert len(history) == 1
+    return history.iloc[0]
+
+
+def plainly(model: models.LabelModel, text: str, tokens: list[int], **more):
+    """One forward pass of a whole row, answer and all: logits where `tokens` are told, and the whole output."""
+    ids = model.encode([text])[0]
+    if model.arch == "seq2seq":
+        start = [model.model.config.decoder_start_token_id]
+        asked = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([start + tokens[:-1]])}
+        out = model.model(**asked, **more)
+        return out.logits[0], out
+    out = model.model(input_ids=torch.tensor([ids + tokens]), **more)
+    return out.logits[0, len(ids) - 1 : -1], out
+
+
+@pytest.mark.parametrize("arch", ["causal", "seq2seq"])
+def test_divergences_over_the_vocabulary_are_those_at_the_told_tokens(tiny_models, tmp_path, arch):
+    frame = toy(6).assign(rationale=REASONS, fold_one=-1)
+    student = learner(tiny_models, arch, SHORT, scale=3, prompt="plain")
+    says = teacher(tiny_models, arch, SHORT)
+    kl, answers, reasons, n = 0.0, [], [], 0
+    with torch.no_grad():
+        for text, label, reason in zip(frame["text"], frame["label"], REASONS, strict=True):
+            for k, (tokens, skip) in enumerate(student.completions(LABELS.index(label), reason)):
+                ours, theirs = (plainly(m, text, tokens)[0][skip:].double() for m in (student, says))
+                p, q = (theirs / 2).softmax(-1), (ours / 2).softmax(-1)
+                kl, n = kl + (p * (p.log() - q.log())).sum().item(), n + len(tokens) - skip
+                nll = -ours.log_softmax(-1)[range(len(tokens) - skip), tokens[skip:]]
+                (reasons if k else answers).extend(nll.tolist())
+    loss = {"ce": 0.4, "kl": 0.5, "rationale": 0.1}
+    for batch, accumulate in ((6, 1), (2, 3)):
+        spec = phase(
+            loss, space="vocabulary", temperature=2.0, batch_size=batch, accumulate=accumulate, learning_rate=1e-9
+        )
+        found = one_step(student, spec, frame, tmp_path / str(batch), white_boxes(tiny_models, tmp_path, one=arch))
+        assert found["kl"] == pytest.approx(4 * kl / n, rel=5e-3)  # kept in float16, and far from sure
+        assert found["ce"] == pytest.approx(np.mean(answers), rel=1e-4)
+        assert found["rationale"] == pytest.approx(np.mean(reasons), rel=1e-4)
+        assert found["loss"] == pytest.approx(sum(loss[term] * found[term] for term in loss), rel=1e-5)
+    kept = list(tmp_path.glob("*/tokens.npy"))
+    assert len(kept) == 1 and np.load(kept[0]).shape[0] == n  # asked once for both
+
+
+def test_top_k_keeps_less_and_loses_little(tiny_models, tmp_path):
+    frame, found = toy(6).assign(fold_one=-1), {}
+    for k in (None, 10_000, 5):
+        student = learner(tiny_models, "causal", SHORT, scale=3, prompt="plain")
+        spec = phase({"kl": 1.0}, space="vocabulary", top_k=k, batch_size=6, learning_rate=1e-9)
+        boxes = white_boxes(tiny_models, tmp_path / str(k), one="causal")
+        found[k] = one_step(student, spec, frame, tmp_path / f"run-{k}", boxes)["kl"]
+    assert found[10_000] == pytest.approx(found[None], rel=1e-2) and 0 < found[5] < found[None]
+
+
+def test_another_tokenizer_is_compared_by_sorted_probabilities(tiny_models, tmp_path):
+    frame = toy(6).assign(fold_one=-1)
+    student, says = (
+        learner(tiny_models, "causal", WORDS, scale=3, prompt="plain"),
+        teacher(tiny_models, "seq2seq", WORDS),
+    )
+    expected, n = 0.0, 0
+    with torch.no_grad():
+        for text, label in zip(frame["text"], frame["label"], strict=True):
+            mine, theirs = (model.completions(LABELS.index(label))[0][0] for model in (student, says))
+            ours, other = plainly(student, text, mine)[0].softmax(-1), plainly(says, text, theirs)[0].softmax(-1)
+            both, n = min(len(mine), len(theirs)), n + len(mine)
+            for a, b in zip(
+                ours[:both].sort(descending=True).values, other[:both].sort(descending=True).values, strict=True
+            ):
+                width = max(len(a), len(b))
+                a, b = (torch.nn.functional.pad(x, (0, width - len(x))) for x in (a, b))
+                expected += (a - b).abs().sum().item()
+    spec = phase({"uld": 1.0}, batch_size=3, accumulate=2, learning_rate=1e-9)
+    box = training.WhiteBox(lambda fold: teacher(tiny_models, "seq2seq", WORDS), "t5", 4, tmp_path)
+    found = one_step(student, spec, frame, tmp_path / "run", {"one": box})
+    assert found["uld"] == pytest.approx(expected / n, rel=1e-3)
+    wrong = phase({"kl": 1.0}, space="vocabulary", batch_size=3)
+    with pytest.raises(UserError, match="^teachers.one: its vocabulary does not fit: it writes an answer as"):
+        one_step(student, wrong, frame, tmp_path / "wrong", {"one": box})
+
+
+@pytest.mark.parametrize("arch", ["classifier", "causal", "seq2seq"])
+def test_terms_over_hidden_states_are_those_of_the_paired_layers(tiny_models, tmp_path, arch):
+    frame = toy(6).assign(fold_one=-1, fold_two=-1)
+    student = learner(tiny_models, arch, SHORT, scale=3, init={"layers": [0, 2]}, prompt="plain")
+    terms = ["hidden", "pkd", "cosine", *(["attention"] if arch == "classifier" else [])]
+    expected = dict.fromkeys(terms, 0.0)
+    at = -2 if arch == "causal" else 0  # the prompt's last token: one of the answer is fed after it
+    with torch.no_grad():
+        for seed in (1, 2):
+            says = teacher(tiny_models, arch, SHORT, seed)
+            for text, label in zip(frame["text"], frame["label"], strict=True):
+                if arch == "classifier":
+                    ids = {"input_ids": torch.tensor(student.encode([text]))}
+                    ours, theirs = (m.model(**ids, output_hidden_states=True).hidden_states for m in (student, says))
+                else:
+                    tokens = student.completions(LABELS.index(label))[0][0]
+                    outs = (plainly(m, text, tokens[:1] * 2, output_hidden_states=True)[1] for m in (student, says))
+                    name = "decoder_hidden_states" if arch == "seq2seq" else "hidden_states"
+                    ours, theirs = (out[name] for out in outs)
+                    at = {"causal": len(student.encode([text])[0]) - 1, "seq2seq": 0}[arch]
+                a, b = ours[1][0, at], theirs[2][0, at]
+                expected["hidden"] += (a - b).square().mean().item() / 12
+                unit = torch.nn.functional.normalize
+                expected["pkd"] += (unit(a, dim=0) - unit(b, dim=0)).square().sum().item() / 12
+                last = torch.cosine_similarity(ours[2][0, at], theirs[4][0, at], dim=0)
+                expected["cosine"] += (1 - last).item() / 12
+                if arch == "classifier":
+                    maps = (unit(h[0].square().sum(-1), dim=0) for h in (ours[1], theirs[2]))
+                    expected["attention"] += (next(maps) - next(maps)).norm().item() / 2 / 12
+    spec = phase(dict.fromkeys(terms, 0.25), teachers=["one", "two"], batch_size=3, accumulate=2, learning_rate=1e-9)
+    boxes = white_boxes(tiny_models, tmp_path, one=arch, two=arch)
+    found = one_step(student, spec, frame, tmp_path / "run", boxes)
+    for term in terms:
+        assert found[term] == pytest.approx(expected[term], rel=1e-3), term
+    wrong = spec.model_copy(update={"layers": [[1, 9]]})
+    with pytest.raises(UserError, match=r"^phases: layers: layer pair \(1, 9\) outside student 0..2, teacher 0..4"):
+        one_step(student, wrong, frame, tmp_path / "wrong", boxes)
+
+
+def test_states_of_another_width_are_projected_and_the_projection_learns_and_goes(tiny_models, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = models.load_tokenizer(tiny_models / "tiny-bert")
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16
+    )
+
+    def narrow(fold: int) -> models.LabelModel:
+        torch.manual_seed(5)
+        return models.LabelModel(BertForSequenceClassification(config).eval(), tokenizer, SHORT, "classifier")
+
+    student = learner(tiny_models, "classifier", SHORT, scale=3)
+    box = {"one": training.WhiteBox(narrow, "narrow", 4, tmp_path)}
+    frame = toy(12).assign(fold_one=-1)
+    spec = phase({"hidden": 1.0}, batch_size=6, steps=60, learning_rate=1e-2)
+    rows = training.phase_rows(frame, spec, LABELS)
+    history = training.run_phase(student, rows, spec, folder=tmp_path / "run", seed=0, teachers=box)
+    assert history["hidden"].iloc[-1] < 0.5 * history["hidden"].iloc[0]
+    assert not any("projections" in name for name, _ in student.model.named_parameters())
+    with pytest.raises(UserError, match="^phases: loss.pkd: teacher `one`: student and teacher must be two equal"):
+        one_step(student, phase({"pkd": 1.0}), frame, tmp_path / "wrong", box)
+
+
+def test_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(tiny_models, tmp_path):
+    asked = []
+
+    def open_fold(fold: int) -> models.LabelModel:
+        asked.append(fold)
+        return teacher(tiny_models, "classifier", SHORT, seed=10 + fold)
+
+    frame = toy(6).assign(fold_one=[0, 1, -1, 1, 0, -1])
+    spec = phase({"pkd": 1.0}, batch_size=6)
+    trainer = training.make_trainer(
+        learner(tiny_models, "classifier", SHORT),
+        training.phase_rows(frame, spec, LABELS),
+        spec,
+        folder=tmp_path / "run",
+        seed=0,
+        title="",
+        checkpoint_every=9,
+        teachers={"one": training.WhiteBox(open_fold, "folds", 4, tmp_path)},
+    )
+    assert sorted(asked) == [-1, 0, 1]
+    for i, fold in enumerate(frame["fold_one"]):
+        model = teacher(tiny_models, "classifier", SHORT, seed=10 + fold)
+        with torch.no_grad():
+            states = model.forward(model.encode([frame["text"][i]]), layers=trainer.layers and [1, 2, 3, 4]).states
+        assert torch.allclose(trainer.signals["one"].hidden([i])[0], states[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("longest", [2, 9])
+def test_on_policy_the_loss_is_a_mean_over_the_tokens_that_were_written(tiny_models, tmp_path, monkeypatch, longest):
+    written, sample = [], training.OnPolicyTrainer.sample
+
+    def listening(self, picked, k):
+        written.append((picked, sample(self, picked, k)))
+        return written[-1][1]
+
+    monkeypatch.setattr(training.OnPolicyTrainer, "sample", listening)
+    frame = toy(6).assign(fold_one=-1)
+    student = learner(tiny_models, "causal", SHORT, scale=3, prompt="plain")
+    says = teacher(tiny_models, "causal", SHORT)
+    for batch, accumulate in ((6, 1), (2, 3)):
+        more = {"space": "vocabulary", "on_policy": 1.0, "max_new_tokens": longest, "temperature": 2.0}
+        spec = phase({"jsd": 1.0}, batch_size=batch, accumulate=accumulate, learning_rate=1e-9, **more)
+        written.clear()
+        boxes = white_boxes(tiny_models, tmp_path, one="causal")
+        found = one_step(student, spec, frame, tmp_path / str(batch), boxes)
+        total, n = 0.0, 0
+        with torch.no_grad():
+            for picked, answers in written:
+                for i, (tokens, _) in zip(picked, answers, strict=True):
+                    ours, theirs = (plainly(m, frame["text"][i], tokens)[0] / 2 for m in (student, says))
+                    p, q = theirs.softmax(-1).double(), ours.softmax(-1).double()
+                    m = (p + q) / 2
+                    total += ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()).item() / 2
+                    n += len(tokens)
+        assert len(written) == accumulate and 6 <= n <= 6 * longest
+        assert found["jsd"] == pytest.approx(4 * total / n, rel=1e-3)
+    assert not list(tmp_path.glob("*/tokens.npy"))  # nothing is kept of a teacher that is asked anew
+
+
+def test_the_shortcut_penalty_pulls_the_mean_prediction_to_the_gold_shares(tiny_models, tmp_path):
+    frame = toy(24)
+    frame.loc[frame.index % 4 != 0, "label"] = "positive"
+    student = learner(tiny_models, "classifier", scale=4)
+    spec = phase({"prior": 1.0}, steps=60, batch_size=8, learning_rate=3e-3)
+    trained(student, frame, spec, tmp_path)
+    shares = [(frame["label"] == label).mean() for label in LABELS]
+    np.testing.assert_allclose(student.predict(frame["text"]).mean(0), shares, atol=0.05)
+
+
+def test_activations_computed_again_change_no_weight(tiny_models, tmp_path):
+    frame, weights = toy(8), []
+    for again in (False, True):
+        adapter = {"kind": "lora", "r": 2}
+        student = learner(tiny_models, "causal", SHORT, scale=3, adapter=adapter, gradient_checkpointing=again)
+        trained(student, frame, phase({"kl": 1.0}, steps=3, batch_size=4, learning_rate=1e-2), tmp_path / str(again))
+        weights.append([p.detach().clone() for p in student.model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 @pytest.mark.parametrize("arch", ["classifier", "causal"])
 def test_accumulated_steps_are_the_steps_of_the_whole_batch(tiny_models, tmp_path, arch):
     """11 rows: steps of 8, 3 and 8; the second one is uneven however it is cut."""
@@ -293,22 +549,40 @@ def test_early_stopping_returns_to_the_best_checkpoint(tiny_models, tmp_path, ar
 
 # ------------------------------------------------------------------------------- killed and resumed
 
+LORA = {"adapter": {"kind": "lora", "r": 4}, "init": {"layers": "first-2"}}
 SPECS = {
     "classifier": {"model": "m", "arch": "classifier", "init": {"layers": [0, 2]}},
-    "causal": {"model": "m", "arch": "causal", "init": {"layers": "first-2"}, "adapter": {"kind": "lora", "r": 4}},
+    "causal": {"model": "m", "arch": "causal", **LORA},
+    "on-policy": {"model": "m", "arch": "causal", "prompt": "plain", **LORA},
+}
+PHASES = {
+    "on-policy": [
+        {"loss": {"jsd": 1.0}, "space": "vocabulary", "on_policy": 0.5, "max_new_tokens": 3},
+        {"loss": {"ce": 0.5, "hidden": 0.5}},
+    ]
 }
 
 
-def run(arch: str, folder: str, out: str) -> None:
+def run(kind: str, folder: str, out: str) -> None:
     """A whole training, as the notebook does it; runs in a process of its own."""
-    phases = [
-        phase({"kl": 1.0}, teachers=["one", "two"], steps=40, batch_size=4).model_dump(),
-        phase({"ce": 0.5, "kl": 0.5}, temperature=2.0, steps=40, batch_size=2, accumulate=2).model_dump(),
+    label_space = [
+        {"loss": {"kl": 1.0}, "teachers": ["one", "two"]},
+        {"loss": {"ce": 0.5, "kl": 0.5}, "temperature": 2.0},
     ]
-    spec = params.Student(**SPECS[arch], phases=phases, checkpoint_every=10)
-    student = training.build(spec, Path(folder) / f"tiny-{'bert' if arch == 'classifier' else 'llama'}", SHORT, 0)
+    lengths = [{"steps": 40, "batch_size": 4}, {"steps": 40, "batch_size": 2, "accumulate": 2}]
+    phases = [phase(**more, **n).model_dump() for more, n in zip(PHASES.get(kind, label_space), lengths, strict=True)]
+    spec = params.Student(**SPECS[kind], phases=phases, checkpoint_every=10)
+    student = training.build(spec, Path(folder) / f"tiny-{KINDS[spec.arch]}", SHORT, 0)
+    boxes = white_boxes(Path(folder), Path(out) / "signals", one="causal")
     history, watched = training.run_phases(
-        student, toy(22), spec, folder=Path(out), seed=3, validation=toy(6, 1), test=toy(6, 2)
+        student,
+        toy(22).assign(fold_one=-1, fold_two=-1),
+        spec,
+        folder=Path(out),
+        seed=3,
+        validation=toy(6, 1),
+        test=toy(6, 2),
+        teachers=boxes,
     )
     models.save(student.model, student.tokenizer, Path(out) / "model")
     history.to_csv(Path(out) / "history.csv", index=False)
@@ -363,6 +637,7 @@ def test_a_killed_training_ends_like_an_unbroken_one(start, tiny_models, tmp_pat
     assert not list(out.glob("checkpoints-*"))
     history = pd.read_csv(out / "history.csv")
     assert history["phase"].tolist() == [1] * 4 + [2] * 4 and history["ce"].isna().tolist() == [True] * 4 + [False] * 4
+    assert history["loss"].nunique() == 8
 
 
 def test_a_half_written_checkpoint_is_left_out(start, tiny_models, tmp_path):

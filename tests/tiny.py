@@ -84,7 +84,7 @@ def build_models(folder: Path) -> None:
             elif kind == "bert":
                 model = BertModel(BertConfig(**long))
             else:
-                small = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_heads": 4}
+                small = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_heads": 4, "dropout_rate": 0.0}
                 ends = {"eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
                 model = T5ForConditionalGeneration(T5Config(**common, **small, **ends))
             model.save_pretrained(folder / f"tiny-{kind}")

@@ -108,7 +108,8 @@ def phase_rows(
     targets = np.array([index.get(label, -1) for label in rows["label"]])
     out = Rows(rows["text"].tolist(), targets)
     if phase.tells_reasons:
-        out.rationales = rows["rationale"].tolist() if "rationale" in rows else []
+        told = rows["rationale"].tolist() if "rationale" in rows else []
+        out.rationales = [reason if isinstance(reason, str) else None for reason in told]  # pandas says nan for none
         if not any(out.rationales):
             raise UserError(
                 f"phases: no row in {', '.join(phase.data)} has a rationale; set the teacher's `rationales`"
@@ -257,8 +258,8 @@ class _Phase:
             return opened[k]
 
         maps = "attention" in self.weights
-        reasons = self.rows.rationales
-        what = [self.rows.texts, self.rows.targets.tolist() if asks else None, reasons, fold, layers, maps, spec.top_k]
+        told = [self.rows.targets.tolist(), self.rows.rationales, "uld" in self.weights] if asks else None
+        what = [self.rows.texts, told, fold, layers, maps, spec.top_k]
         self.signals[name] = signals.collect(
             teacher.cache / signals.key(teacher.decides, what),
             open_model,
