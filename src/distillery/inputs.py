@@ -137,9 +137,7 @@ class Tables:
             rows = [row for row in self(f"data/teacher/{who}/signals.parquet") if row["split"] == split]
         # a label of None: the answer could not be read, so there is nothing to learn from it
         unread = {"probabilities": None}
-        return {
-            row["id"]: row | (unread if row["label"] is None else {}) for row in rows if row["source"] == source
-        }
+        return {row["id"]: row | (unread if row["label"] is None else {}) for row in rows if row["source"] == source}
 
 
 def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]], list[str]]:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
-from distillery import data, metrics, params, tasks, training
+from distillery import data, metrics, models, params, tasks, training
 from distillery import signals as signals_of
 from distillery.api import ApiTeacher, Endpoint
 from distillery.models import LabelModel
