@@ -86,7 +86,19 @@ def test_the_package_itself_imports_nothing():
 
 
 def test_modules_import_only_what_stands_left_of_them():
-    order = ("params", "tasks", "store", "api", "data", "models", "signals", "training", "teachers", "evaluation", "report")
+    order = (
+        "params",
+        "tasks",
+        "store",
+        "api",
+        "data",
+        "models",
+        "signals",
+        "training",
+        "teachers",
+        "evaluation",
+        "report",
+    )
     for i, module in enumerate(order):
         below = {"losses", "metrics", "robustness", *order[:i]}
         assert imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8")) <= below, module
