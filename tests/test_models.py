@@ -109,7 +109,7 @@ def test_a_prefix_that_was_read_before_says_the_same(labels):
             assert (read is None) == (kind == "bloom")
             for some in (prompts, prompts[1:2]):  # the same reading serves batches of every size
                 asked = completions[: len(some)]
-                hidden, index, target, branch = models.states(model, some, asked, read)
+                hidden, index, target, branch, _ = models.states(model, some, asked, read=read)
                 taken = models.head(model)(hidden).log_softmax(-1)[index, target]
                 found = torch.zeros(branch.max() + 1).index_add(0, branch, taken)
                 assert torch.allclose(found, plain(model, some, asked), atol=1e-4), kind

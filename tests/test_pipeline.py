@@ -360,7 +360,7 @@ def test_a_student_finds_exactly_what_its_phases_name(base):
         "finance/augmented": sizes["finance/train"],  # one paraphrase a row
         "finance/train": sizes["finance/train"],
     }
-    assert rows.columns.tolist() == ["where", "id", "text", "label", "group", "p_lm"]
+    assert rows.columns.tolist() == ["where", "id", "text", "label", "group", "rationale", "p_lm", "fold_lm"]
     assert (rows["label"].isna() == (rows["where"] == "finance/pool")).all()
     signals = table(base / "data/teacher/lm/signals.parquet")
     signals["where"] = signals["source"] + "/" + signals["split"]

@@ -906,7 +906,7 @@ class LabelModel:
             ]
             tokens = [[completion for completion, _ in row] for row in asked]
             if self.arch == "causal":
-                hidden, index, target, branch, at_prompt = states(self.model, ids, tokens, layers)
+                hidden, index, target, branch, at_prompt = states(self.model, ids, tokens, layers, read)
                 logits = head(self.model)(hidden).float()
             else:
                 logits, target, branch, at_prompt = self._decode(ids, tokens, layers)

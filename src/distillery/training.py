@@ -108,8 +108,8 @@ def phase_rows(
     targets = np.array([index.get(label, -1) for label in rows["label"]])
     out = Rows(rows["text"].tolist(), targets)
     if phase.tells_reasons:
-        told = rows["rationale"].tolist() if "rationale" in rows else []
-        out.rationales = [reason if isinstance(reason, str) else None for reason in told]  # pandas says nan for none
+        reasons = rows["rationale"].tolist() if "rationale" in rows else []
+        out.rationales = [reason if isinstance(reason, str) else None for reason in reasons]  # pandas says nan for none
         if not any(out.rationales):
             raise UserError(
                 f"phases: no row in {', '.join(phase.data)} has a rationale; set the teacher's `rationales`"
