@@ -27,7 +27,7 @@ from distillery.params import Params, UserError
 from distillery.strip import digest, write_json
 from distillery.tasks import Task
 
-ROW = ("where", "id", "text", "label", "group", "rationale")
+ROW = ("where", "id", "text", "label", "group")
 
 
 def _read_json(path: Path) -> Any:
@@ -123,10 +123,12 @@ class Tables:
         return self.read[path]
 
     def rows(self, where: str) -> list[dict[str, Any]]:
-        """The rows of `source/split`: where, id, text, label, group."""
+        """The rows of `source/split`: where, id, text, label, group, rationale."""
         source, split = where.split("/")
         path = f"data/augmented/{source}/rows" if split == "augmented" else f"data/processed/{source}/{split}"
-        return [{key: row.get(key) for key in ROW} | {"where": where} for row in self(f"{path}.parquet")]
+        return [
+            {key: row.get(key) for key in (*ROW, "rationale")} | {"where": where} for row in self(f"{path}.parquet")
+        ]
 
     def signals(self, who: str, where: str) -> dict[str, dict[str, Any]]:
         """What teacher `who` says of the rows of `source/split`: id -> probabilities, fold, rationale."""
@@ -174,12 +176,13 @@ def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]]
     return out, teachers
 
 
-def write_table(path: Path, rows: list[dict[str, Any]], teachers: list[str]) -> None:
+def write_table(path: Path, rows: list[dict[str, Any]], teachers: list[str] | None = None) -> None:
+    """Write `rows` as parquet; with `teachers` also what they say of them."""
     import pyarrow as pa
     import pyarrow.parquet
 
-    fields = [pa.field(key, pa.string()) for key in ROW]
-    for who in teachers:
+    fields = [pa.field(key, pa.string()) for key in (ROW if teachers is None else (*ROW, "rationale"))]
+    for who in teachers or []:
         fields += [pa.field(f"p_{who}", pa.list_(pa.float32())), pa.field(f"fold_{who}", pa.int64())]
     with params.atomic(path) as temporary, open(temporary, "wb") as file:
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), file)
@@ -202,8 +205,7 @@ def write_students(root: Path, P: Params) -> None:
         write_json(folder / "experiment.json", experiment(root, P, name))
         write_table(folder / "rows.parquet", *rows_for(tables, P, name))
         for split in ("validation", "test"):
-            held_out = [row | {"rationale": None} for row in tables.rows(f"{source}/{split}")]
-            write_table(folder / f"{split}.parquet", held_out, [])
+            write_table(folder / f"{split}.parquet", tables.rows(f"{source}/{split}"))
 
 
 if __name__ == "__main__":
