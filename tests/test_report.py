@@ -172,6 +172,20 @@ def test_scores_are_those_of_the_runs(finished):
     assert board.loc["big", "accuracy"] == pytest.approx(sk.accuracy_score(test, teacher["label"]))
 
 
+def test_closeness_to_each_teacher(tmp_path):
+    spec = experiment()
+    spec["teachers"]["second"] = spec["teachers"]["big"]
+    P = project(tmp_path, spec, right={"second": 0.6})
+    results, board = run(tmp_path, P)
+    close = evaluation.closeness(results).set_index(["model", "teacher"])
+    assert len(close) == 2 * (len(P.students) + 2)  # three students, two of them untrained
+    for name in P.students:
+        assert close.loc[(name, "big"), "agreement"] == pytest.approx(board.loc[name, "agreement_with_teacher"])
+        assert close.loc[(name, "big"), "kl"] == pytest.approx(board.loc[name, "kl_to_teacher"])
+    second = results.signals["second", "demo"]["prediction"].to_numpy(object)
+    assert close.loc[("other", "second"), "agreement"] == (results.find("other").predicted == second).mean()
+
+
 def test_every_role_has_its_line(finished):
     _, _, _, board = finished
     # tiny-kd and tiny-gold start from one model: one untrained line for both

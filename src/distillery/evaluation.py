@@ -596,6 +596,7 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
     all these comparisons (Holm), is under 1 - confidence; `no evidence` otherwise.
     """
     e, rows = results.params.evaluate, []
+    close = closeness(results).set_index(["model", "teacher"])
     for line in results.scored:
         test, labels = results.tests[line.source], results.labels[line.source]
         gold, groups = test["label"].to_numpy(dtype=object), test["group"]
@@ -622,11 +623,9 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
         row |= {"pairs_right": float(pairs.mean()), "pairs": number}
         if line.validation is not None:
             row |= calibrated(results, line)
-        signal = results.signals.get((line.teacher, line.source))
-        if signal is not None:
-            taught = np.stack(signal["probabilities"].to_numpy())
-            row["kl_to_teacher"] = float(np.mean([metrics.kl(taught, p).mean() for p in line.probabilities]))
-            row["agreement_with_teacher"] = float((line.predicted == signal["prediction"].to_numpy(object)).mean())
+        if (line.name, line.teacher) in close.index:
+            alike = close.loc[(line.name, line.teacher)]
+            row |= {"kl_to_teacher": alike["kl"], "agreement_with_teacher": alike["agreement"]}
         row |= (timing or {}).get(line.name, {}) | {"train_seconds": line.seconds, "training_mb": line.training_mb}
         if line.role in ("student", "control"):
             taught_by = results.teacher_of(line) if line.role == "student" else None
@@ -674,6 +673,22 @@ def comparisons(board: pd.DataFrame) -> int:
 
 def _all_labels(results: Results) -> list[str]:
     return list(dict.fromkeys(label for labels in results.labels.values() for label in labels))
+
+
+def closeness(results: Results) -> pd.DataFrame:
+    """How far every student answers as each teacher does, a row a pair: model, teacher, agreement, kl.
+
+    agreement: share of test rows with the same answer; kl: mean KL(teacher || student) in nats; means over seeds.
+    """
+    rows = []
+    for line in (line for line in results.scored if line.role in ("student", "control", "untrained")):
+        for (teacher, source), signal in results.signals.items():
+            if source == line.source:
+                taught = np.stack(signal["probabilities"].to_numpy())
+                same = line.predicted == signal["prediction"].to_numpy(object)
+                kl = np.mean([metrics.kl(taught, p).mean() for p in line.probabilities])
+                rows.append({"model": line.name, "teacher": teacher, "agreement": float(same.mean()), "kl": float(kl)})
+    return pd.DataFrame(rows, columns=["model", "teacher", "agreement", "kl"])
 
 
 HEADLINE = ("accuracy", "macro_f1", "mcc", "ece", "pairs_right", "difference", "teacher_difference", "kl_to_teacher",
