@@ -31,8 +31,9 @@ from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.utils import DataCollatorForChatML
 
-from distillery import models, params, tasks, training
+from distillery import losses, models, params, tasks, training
 
 BATCH, EPOCHS, ROWS, STEPS = 8, 3, 96, {"trl": 4, "ours": 11}
 REASON = "\nBecause: "
@@ -47,7 +48,6 @@ TEMPLATE = (
 class Measured:
     seconds: list[float] = field(default_factory=list)
     peak: int = 0
-    losses: list[float] = field(default_factory=list)
     flops: float = 0.0
     tokens: float = 0.0
     cache: float = 0.0  # seconds a batch, once
@@ -166,8 +166,6 @@ def with_trl(folder: Path, task: tasks.Task, rationales: bool, seen: Measured, c
             student.model.eval()
             for a in range(0, 3 * BATCH, BATCH):
                 batch = trainer.data_collator([data[i] for i in range(a, a + BATCH)])
-                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                    seen.losses.append(trainer.compute_loss(trainer.model, batch).item())
                 seen.tokens += int((batch["labels"] != -100).sum()) / 3
             with FlopCounterMode(display=False) as counted:
                 with torch.autocast("cpu", torch.bfloat16):
@@ -224,8 +222,6 @@ def with_ours(folder: Path, task: tasks.Task, rationales: bool, seen: Measured, 
                 kinds = trainer.kinds(picked, None)
                 trainer.supervised = {"rows": BATCH, "compared": len(kinds)}
                 batch = {"index": torch.tensor(picked), "sampled": None}
-                with torch.no_grad():
-                    seen.losses.append(trainer.compute_loss(trainer.model, batch).item())
                 seen.tokens += len(kinds) / 3
             with FlopCounterMode(display=False) as counted:
                 trainer.compute_loss(trainer.model, batch).backward()
@@ -237,6 +233,40 @@ def with_ours(folder: Path, task: tasks.Task, rationales: bool, seen: Measured, 
             print(f"  signals: {trainer.signals['smollm2'].bytes_a_token:,.0f} bytes a supervised token on the disk")
     seen.seconds += np.diff(clock.ends).tolist()
     seen.peak = max(seen.peak, peak())
+
+
+def compare_losses(folder: Path, task: tasks.Task, rationales: bool) -> None:
+    """TRL's loss and ours of three batches, in float32 and in bfloat16. There TRL takes the log-softmax in bfloat16:
+    beside it stands the same formula on its logits widened to float32."""
+    rows, data = rows_of(task, rationales)
+    student, teacher = student_of(folder, task), teacher_of(folder, task)
+    collate = DataCollatorForChatML(tokenizer=student.tokenizer, max_length=1024)
+    told = [student.completions(int(t), r) for t, r in zip(rows.targets, rows.rationales or [None] * ROWS, strict=True)]
+    ids = student.encode(rows.texts)
+    for dtype in (torch.bfloat16, torch.float32):
+        found: dict[str, list[float]] = {"TRL": [], "TRL on float32 logits": [], "ours": []}
+        for model in (student, teacher):
+            model.model.to(dtype).eval()
+            model.dtype = dtype
+        for a in range(0, 3 * BATCH, BATCH):
+            batch = collate([data[i] for i in range(a, a + BATCH)])
+            with torch.no_grad():
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    asked = {key: batch[key] for key in ("input_ids", "attention_mask")}
+                    told_at = batch["labels"][:, 1:] != -100
+                    logits = [model.model(**asked).logits[:, :-1][told_at] for model in (student, teacher)]
+                found["TRL"].append(GKDTrainer.generalized_jsd_loss(*logits).item())
+                wide = GKDTrainer.generalized_jsd_loss(*(x.float() for x in logits))
+                found["TRL on float32 logits"].append(wide.item())
+                ours, theirs = (
+                    m.forward(ids[a : a + BATCH], told[a : a + BATCH], labels=False).told for m in (student, teacher)
+                )
+                found["ours"].append(losses.jsd(ours, theirs.log_softmax(-1)).mean().item())
+        shown = "; ".join(f"{name} {_shown(values)}" for name, values in found.items())
+        apart = [
+            max(abs(a - b) / abs(a) for a, b in zip(found[n], found["ours"], strict=True)) for n in list(found)[:2]
+        ]
+        print(f"  losses, {str(dtype)[6:]}: {shown}; ours are {apart[0]:.0e} and {apart[1]:.0e} away")
 
 
 def main(rounds: int = 3) -> None:
@@ -255,6 +285,7 @@ def main(rounds: int = 3) -> None:
             f"\n{workload}: {ROWS} rows, prompts of {np.mean([len(p) for p in prompts]):.0f} tokens, "
             f"of which all begin with the same {models.common_prefix(prompts)}"
         )
+        compare_losses(folder, task, workload == "rationale")
         for k in range(rounds):
             with_trl(folder, task, workload == "rationale", trl, check=k == 0)
             with_ours(folder, task, workload == "rationale", ours, check=k == 0)
@@ -268,8 +299,6 @@ def main(rounds: int = 3) -> None:
             )
         once, shared = ours.cache, ours.cache / EPOCHS
         print(f"  the teacher's signals: {once:.3f} s a batch once, {shared:.3f} s over {EPOCHS} epochs")
-        apart = max(abs(a - b) / abs(a) for a, b in zip(trl.losses, ours.losses, strict=True))
-        print(f"  losses of the first batches: TRL {_shown(trl.losses)}, ours {_shown(ours.losses)}; {apart:.1e} apart")
         print(f"  peak memory: {ours.peak / trl.peak:.2f} of TRL's")
         ratios[workload] = median(trl.seconds) / (median(ours.seconds) + ours.cache / EPOCHS)
     print(f"\nratio_rationale: {ratios['rationale']:.2f}")

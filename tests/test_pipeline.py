@@ -374,7 +374,7 @@ def test_a_student_finds_exactly_what_its_phases_name(base):
     assert (
         mixed["p_encoder"].notna() == (mixed["where"] == "finance/pool")
     ).all()  # it teaches in the first phase only
-    assert table(base / "data/inputs/tiny-gold/rows.parquet").columns.tolist() == list(rows.columns[:5])
+    assert table(base / "data/inputs/tiny-gold/rows.parquet").columns.tolist() == list(rows.columns[:6])
     for split in ("validation", "test"):
         scored = table(base / f"data/inputs/tiny-kd/{split}.parquet")
         assert scored["id"].tolist() == table(finance / f"{split}.parquet")["id"].tolist()
