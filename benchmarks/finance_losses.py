@@ -1,0 +1,152 @@
+"""What helps a small student: losses, temperatures, hidden states, several teachers, its own answers. Three seeds.
+
+    PYTHONPATH=src python benchmarks/finance_losses.py [seeds, 3 by default]
+
+Needs the teachers of a finished `dvc repro`. Every student here is one of the default experiment's with another loss:
+the 3-layer MiniLM (17 M, 360 optimizer steps of 16 rows) or SmolLM2's first 15 layers (81 M, LoRA, 120 steps of 8
+rows). All learn from the same rows, gold alone excepted. Scored on the test rows; each is compared with its control by
+a bootstrap over groups and seeds, paired by rows. Finished runs are kept in `.cache/finance_losses/`; a killed one
+continues. Writes `benchmarks/finance_losses.csv` and prints it as a table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from transformers.utils import logging
+
+from distillery import inputs, metrics, models, params, tasks, training
+
+logging.set_verbosity_error()
+POOL, GOLD = ["finance/pool", "finance/augmented"], ["finance/train"]
+TINY = {"model": "minilm-l6", "arch": "classifier", "init": {"layers": [0, 2, 5]}, "dtype": "bfloat16"}
+HALF = {
+    "model": "smollm2",
+    "arch": "causal",
+    "prompt": "plain",
+    "dtype": "bfloat16",
+    "init": {"layers": "first-15"},
+    "adapter": {"kind": "lora", "r": 16},
+}
+
+
+def two_phases(first: dict, second: dict, **more) -> list[dict]:
+    """Pool and paraphrases for 320 steps, then gold rows for 40, as the default experiment's headline student."""
+    return [
+        {"data": POOL, "steps": 320, "learning_rate": 2.0e-4, "loss": first, **more},
+        {"data": GOLD, "steps": 40, "learning_rate": 5.0e-5, "loss": second, **more},
+    ]
+
+
+def kd(temperature: float, teachers: list[str], **more) -> list[dict]:
+    return two_phases({"kl": 1.0}, {"ce": 0.5, "kl": 0.5}, teachers=teachers, temperature=temperature, **more)
+
+
+def gkd(**more) -> list[dict]:
+    return [
+        {"data": POOL, "teachers": ["smollm2"], "steps": 120, "batch_size": 8, "learning_rate": 1.0e-3}
+        | {"loss": {"jsd": 1.0}, **more}
+    ]
+
+
+# name -> (student, phases, control)
+STUDIES = {
+    "CE, gold alone": (TINY, [{"data": GOLD, "steps": 360, "learning_rate": 2.0e-4, "loss": {"ce": 1.0}}], None),
+    "CE on the teacher's labels": (TINY, two_phases({"ce": 1.0}, {"ce": 1.0}, teachers=["smollm2"]), "CE, gold alone"),
+    "KD, T = 2": (TINY, kd(2.0, ["smollm2"]), "CE on the teacher's labels"),
+    "KD, T = 5": (TINY, kd(5.0, ["smollm2"]), "KD, T = 2"),
+    "KD, T = 9": (TINY, kd(9.0, ["smollm2"]), "KD, T = 2"),
+    "KD from MiniLM-L6, T = 2": (TINY, kd(2.0, ["minilm-l6"]), "CE, gold alone"),
+    "PKD from MiniLM-L6, T = 2": (
+        TINY,
+        two_phases(
+            {"kl": 1.0, "pkd": 1.0}, {"ce": 0.5, "kl": 0.5, "pkd": 1.0}, teachers=["minilm-l6"], temperature=2.0
+        ),
+        "KD from MiniLM-L6, T = 2",
+    ),
+    "two teachers, by validation score, T = 2": (
+        TINY,
+        kd(2.0, ["smollm2", "minilm-l6"], mix="validation"),
+        "KD, T = 2",
+    ),
+    "half, label space, T = 2": (HALF, gkd(temperature=2.0), None),
+    "half, GKD off-policy": (HALF, gkd(space="vocabulary"), "half, label space, T = 2"),
+    "half, GKD on-policy": (HALF, gkd(space="vocabulary", on_policy=1.0, max_new_tokens=4), "half, GKD off-policy"),
+}
+
+
+def run(root: Path, P: params.Params, name: str, seed: int) -> dict:
+    """Accuracy and answers of one student and seed on the test rows; from `.cache` if it has been run before."""
+    given, phases, _ = STUDIES[name]
+    spec = params.Student.model_validate(given | {"phases": phases})
+    P = P.model_copy(update={"students": {"study": spec}})
+    tables = inputs.Tables(root)
+    rows, _ = inputs.rows_for(tables, P, "study")
+    experiment = inputs.experiment(root, P, "study")
+    test, validation = (pd.DataFrame(tables.rows(f"finance/{split}")) for split in ("test", "validation"))
+    key = training.run_key(name, experiment, seed, pd.DataFrame(rows).to_csv())
+    folder = root / ".cache" / "finance_losses" / key
+    if not (folder / "done.json").exists():
+        start = time.perf_counter()
+        task = tasks.Task.model_validate(experiment["task"])
+        student = training.build(spec, models.fetch(spec.model, P.models[spec.model]), task, seed)
+        training.run_phases(
+            student,
+            pd.DataFrame(rows),
+            spec,
+            folder=folder / "run",
+            seed=seed,
+            validation=validation.head(8),  # nobody looks at students on their way here
+            test=test.head(8),
+            scores={who: found["accuracy"] for who, found in experiment["teachers"].items()},
+            teachers={who: training.white_box(root, who, found) for who, found in experiment["open"].items()},
+        )
+        said = training.predicted(student, test)["prediction"].tolist()
+        with params.atomic(folder / "done.json") as path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"said": said, "seconds": round(time.perf_counter() - start, 1)}))
+    return json.loads((folder / "done.json").read_text())
+
+
+def main(seeds: int = 3) -> None:
+    root = params.root()
+    P = params.load()
+    test = pd.read_parquet(root / "data/processed/finance/test.parquet")
+    labels = tasks.load("finance-sentiment", root / "tasks").names
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout
+    said, lines = {}, []
+    for name, (_, _, control) in STUDIES.items():
+        found = [run(root, P, name, seed) for seed in range(seeds)]
+        said[name] = np.array([one["said"] for one in found])
+        drawn = metrics.bootstrap_scores(test["label"], said[name], labels, test["group"])
+        line = {"student": name, "seeds": seeds}
+        for score in ("accuracy", "macro_f1"):
+            mean = metrics.mean_scores(test["label"], said[name], labels)[score]
+            low, high = metrics.interval(drawn[score])
+            line |= {score: round(mean, 4), f"{score}_low": round(low, 4), f"{score}_high": round(high, 4)}
+        if control:
+            both = said[name], said[control]
+            gap = metrics.paired_difference(test["label"], *both, labels, test["group"])["accuracy"]
+            line |= {"control": control} | {f"difference_{k}": round(gap[k], 4) for k in ("mean", "low", "high", "p")}
+        line |= {"seconds_a_run": round(np.mean([one["seconds"] for one in found]), 1)}
+        lines.append(
+            line | {"threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), "commit": commit.strip()}
+        )
+        print(
+            f"{name}: accuracy {line['accuracy']:.3f} [{line['accuracy_low']:.3f}, {line['accuracy_high']:.3f}]",
+            flush=True,
+        )
+        with params.atomic(root / "benchmarks/finance_losses.csv") as path:
+            pd.DataFrame(lines).to_csv(path, index=False)
+    print(pd.DataFrame(lines).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
