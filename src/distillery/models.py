@@ -8,7 +8,6 @@ nowhere else.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
@@ -465,6 +464,7 @@ class Tree:
     branch: Tensor
     read: list[tuple[Tensor, Tensor]] | None = None
     mask: Tensor | None = None
+    kept: dict[int, tuple[Tensor, Tensor]] | None = None  # if a dict: gets each layer's own keys and values
 
     def to(self, device: torch.device) -> Tree:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
@@ -573,6 +573,9 @@ def tree_attention(
     """
     tree = _planted
     if tree.read is not None:
+        if tree.kept is not None:
+            by_row = (x[0].index_select(1, tree.own.flatten()).unflatten(1, tree.own.shape) for x in (key, value))
+            tree.kept[module.layer_idx] = tuple(x.transpose(0, 1) for x in by_row)
         return _attend_to_read(tree, query, key, value, *tree.read[module.layer_idx], scaling), None
     shared, (rows, width) = tree.shared, tree.own.shape
     heads, kv, d = query.shape[1], key.shape[1], query.shape[-1]
@@ -624,6 +627,123 @@ def _attend_to_read(
 
 
 AttentionInterface.register("tree", tree_attention)
+
+
+@dataclass
+class Writing:
+    """Rows that are being continued, one token a row and pass.
+
+    read: keys and values [kv, P, d] a layer of what all rows begin with, held once. keys, values: of each row's own
+    tokens, [rows, kv, room, d] a layer. length: [rows], how many there are, with the one in flight.
+    """
+
+    read: list[tuple[Tensor, Tensor]]
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: Tensor
+
+    def pick(self, rows: Tensor) -> None:
+        """Go on with some of the rows."""
+        self.keys, self.values = ([x[rows] for x in layers] for layers in (self.keys, self.values))
+        self.length = self.length[rows]
+
+
+_writing: Writing | None = None  # the batch in flight
+
+
+def writing_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each row's newest token to the shared tokens and its own. query [1, h, rows, d] -> [1, rows, h, d].
+
+    The shared tokens' keys and values are not repeated for every row, nor is anything copied from step to step.
+    """
+    state, layer = _writing, module.layer_idx
+    (heads, rows, d), kv = query.shape[1:], key.shape[1]
+    each, at = torch.arange(rows, device=query.device), state.length - 1
+    state.keys[layer][each, :, at] = key[0].transpose(0, 1).to(state.keys[layer].dtype)
+    state.values[layer][each, :, at] = value[0].transpose(0, 1).to(state.values[layer].dtype)
+    width = min(-(-int(state.length.max()) // 16) * 16, state.keys[layer].shape[2])
+    own_k, own_v = state.keys[layer][:, :, :width], state.values[layer][:, :, :width]
+    read_k, read_v = state.read[layer]
+    q = query[0].unflatten(0, (kv, heads // kv))
+    to_read = q.flatten(1, 2) @ read_k.to(q.dtype).transpose(-1, -2)
+    to_read = to_read.unflatten(1, (heads // kv, rows)).permute(2, 0, 1, 3)
+    within = q.permute(2, 0, 1, 3) @ own_k.to(q.dtype).transpose(-1, -2)
+    unseen = torch.arange(width, device=q.device) >= state.length[:, None]
+    within = within.masked_fill(unseen[:, None, None], torch.finfo(within.dtype).min)
+    scores = torch.cat([to_read, within], -1).float() * (d**-0.5 if scaling is None else scaling)
+    weights = scores.softmax(-1).to(q.dtype)
+    shared = read_k.shape[1]
+    out = weights[..., shared:] @ own_v.to(q.dtype)
+    from_read = weights[..., :shared].permute(1, 2, 0, 3).flatten(1, 2) @ read_v.to(q.dtype)
+    out = out + from_read.unflatten(1, (heads // kv, rows)).permute(2, 0, 1, 3)
+    return out.reshape(1, rows, heads, d), None
+
+
+AttentionInterface.register("writing", writing_attention)
+
+
+@torch.no_grad()
+def write_on(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    read: list[tuple[Tensor, Tensor]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    ends: set[int],
+) -> list[list[int]]:
+    """The tokens that a causal `model` writes after each prompt, up to and with one of `ends`.
+
+    read: see :func:`read_prefix`; all prompts begin with its P tokens. Greedy when `temperature` is 0, else drawn from
+    torch's random state.
+    """
+    global _writing
+    body, device = inner(model), next(model.parameters()).device
+    tree = plant(prompts, [[[0]]] * len(prompts), read).to(device)
+    tree.kept = {}
+    with attending_to(tree, body.config):
+        said = body(input_ids=tree.input_ids, position_ids=tree.position_ids, use_cache=False).last_hidden_state[0]
+    logits = head(model)(said[tree.at])
+    room = [tree.kept[layer] for layer in range(len(tree.kept))]
+    state = Writing(
+        read,
+        *([nn.functional.pad(kept[k], (0, 0, 0, max_new_tokens)) for kept in room] for k in (0, 1)),
+        torch.tensor([len(prompt) - read[0][0].shape[1] for prompt in prompts], device=device),
+    )
+    position = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    out: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    before = body.config._attn_implementation
+    body.config._attn_implementation, _writing = "writing", state
+    try:
+        for step in range(max_new_tokens):
+            if temperature:
+                token = torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
+            else:
+                token = logits.argmax(-1)
+            for i, t in zip(alive, token.tolist(), strict=True):
+                out[i].append(t)
+            going = [k for k, t in enumerate(token.tolist()) if t not in ends]
+            if not going or step + 1 == max_new_tokens:
+                break
+            if len(going) < len(alive):
+                rows = torch.tensor(going, device=device)
+                alive, token, position = [alive[k] for k in going], token[rows], position[rows]
+                state.pick(rows)
+            state.length = state.length + 1
+            said = body(input_ids=token[None], position_ids=position[None], use_cache=False).last_hidden_state[0]
+            logits, position = head(model)(said), position + 1
+    finally:
+        body.config._attn_implementation, _writing = before, None
+    return out
 
 
 @contextmanager
@@ -1085,43 +1205,53 @@ class LabelModel:
         self.model.eval()
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out: list[list[int]] = [[] for _ in ids]
-        pad = self.tokenizer.pad_token_id
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
-        settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        shared = common_prefix(ids) if ids and takes_trees(self.model) else 0
         # weights that are being trained lie in float32 whatever the precision of the products
         wide = any(weight.dtype == torch.float32 for weight in self.model.parameters())
         with torch.random.fork_rng(), self.autocast() if wide else nullcontext():
-            if shared:
-                prefix = torch.tensor([list(ids[0][:shared])], device=self.device)
-                read = self.model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+            read = read_prefix(self.model, ids[0][: common_prefix(ids)]) if ids and self.arch == "causal" else None
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 if wanted is not None and not any(wanted[i] for i in rows):
                     continue
                 torch.manual_seed(1_000_003 * seed + start)
-                own = [list(ids[i][shared:]) for i in rows]
-                width = max(map(len, own))
-                fill = [width - len(row) for row in own]  # between the shared tokens and the row's own
-                head = list(ids[rows[0]][:shared])
-                tokens = [head + [pad] * n + row for n, row in zip(fill, own, strict=True)]
-                seen = [[1] * shared + [0] * n + [1] * len(row) for n, row in zip(fill, own, strict=True)]
-                if self.arch == "seq2seq":  # an encoder is filled up on the right, as in training
-                    tokens = [row + [pad] * n for n, row in zip(fill, own, strict=True)]
-                    seen = [[1] * len(row) + [0] * n for n, row in zip(fill, own, strict=True)]
-                if shared:
-                    settings["past_key_values"] = copy.deepcopy(read)
-                    settings["past_key_values"].batch_repeat_interleave(len(rows))
-                made = self.model.generate(
-                    input_ids=torch.tensor(tokens, device=self.device),
-                    attention_mask=torch.tensor(seen, device=self.device),
-                    **settings,
+                prompts, settings = (
+                    [ids[i] for i in rows],
+                    {"max_new_tokens": max_new_tokens, "temperature": temperature},
                 )
-                made = made[:, 1 if self.arch == "seq2seq" else shared + width :].tolist()
-                end = self.tokenizer.eos_token_id
-                for i, row in zip(rows, made, strict=True):
-                    out[i] = row[: row.index(end) + 1] if end in row else row
+                if read:
+                    made = write_on(self.model, prompts, read, ends=self.ends(), **settings)
+                else:
+                    made = self._generate(prompts, **settings)
+                for i, tokens in zip(rows, made, strict=True):
+                    out[i] = tokens
                 if told:
-                    told(rows, [out[i] for i in rows])
+                    told(rows, made)
         self.model.train(training)
+        return out
+
+    def ends(self) -> set[int]:
+        """The tokens after which nothing more is written."""
+        also = getattr(self.model.generation_config, "eos_token_id", None)
+        return {self.tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float
+    ) -> list[list[int]]:
+        """:meth:`continue_` for models that take no trees."""
+        pad, width = self.tokenizer.pad_token_id, max(map(len, prompts))
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
+        settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        fill = [width - len(row) for row in prompts]
+        if self.arch == "seq2seq":  # an encoder is filled up on the right, as in training
+            tokens = [[*row, *[pad] * n] for n, row in zip(fill, prompts, strict=True)]
+            seen = [[1] * len(row) + [0] * n for n, row in zip(fill, prompts, strict=True)]
+        else:
+            tokens = [[*[pad] * n, *row] for n, row in zip(fill, prompts, strict=True)]
+            seen = [[0] * n + [1] * len(row) for n, row in zip(fill, prompts, strict=True)]
+        asked = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(seen)}
+        made = self.model.generate(**{k: v.to(self.device) for k, v in asked.items()}, **settings)
+        out = []
+        for row in made[:, 1 if self.arch == "seq2seq" else width :].tolist():
+            stop = next((k + 1 for k, token in enumerate(row) if token in self.ends()), len(row))
+            out.append(row[:stop])
         return out
