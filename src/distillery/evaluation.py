@@ -547,7 +547,7 @@ def rewritten(
             table.append({"model": name, "change": change, "rows": len(rows), "kept": kept.mean(), "kept_low": low,
                           "kept_high": high, "right_before": float((before == rows["label"]).mean()),
                           "right_after": float((after == rows["label"]).mean())})  # fmt: skip
-    columns = "model change rows kept kept_low kept_high right_before right_after".split()
+    columns = ["model", "change", "rows", "kept", "kept_low", "kept_high", "right_before", "right_after"]
     return pd.DataFrame(table, columns=columns), pd.DataFrame(examples, columns=["change", "before", "after"])
 
 

@@ -492,6 +492,11 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return min(n, min(len(row) for row in rows) - 1)
 
 
+# A library that compiles a kernel for every new shape (oneDNN, for bfloat16 on a CPU) should meet few of them: the
+# rows' own lengths and that of the whole are rounded up to these.
+ROUND = (8, 32)
+
+
 def plant(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[Sequence[int]]],
@@ -523,10 +528,8 @@ def plant(
             branch += [n_branch] * len(completion)
             n_branch += 1
         rows.append((start, end - start, len(ids) - start, spans))
-    # A library that compiles a kernel for every new shape (oneDNN, for bfloat16 on a CPU) should meet few of them: with
-    # lengths rounded up a step of SmolLM2 takes a fifth less.
-    width = -(-max(length for _, _, length, _ in rows) // 8) * 8
-    fill = -len(ids) % 32
+    width = -(-max(length for _, _, length, _ in rows) // ROUND[0]) * ROUND[0]
+    fill = -len(ids) % ROUND[1]
     own = torch.zeros(len(rows), width, dtype=torch.long)
     sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # a filler sees itself, or softmax gives NaN
     causal = torch.ones(width, width, dtype=torch.bool).tril()
