@@ -78,6 +78,8 @@ def test_the_experiments_in_the_readme_are_valid(tmp_path):
     assert found.models == {name: ours.models[name] for name in found.models}  # pins do not fall behind
     hub = YAML(typ="safe").load(block("models:\n  distilbert").replace("<commit>", "abc"))
     assert params.Model.model_validate(hub["models"]["distilbert"]).hub
+    far = YAML(typ="safe", pure=True).load(block("teachers:\n  far:"))["teachers"]
+    assert [params.validate(params.Teacher, spec, "README.md").kind for spec in far.values()] == ["api", "answers"]
 
 
 def test_a_table_of_ones_own_becomes_a_model(mine):
