@@ -157,6 +157,26 @@ def test_a_phase_finds_its_rows_and_mixes_its_teachers():
         training.phase_rows(frame, phase({"ce": 1.0}, data=["toy/augmented"]), LABELS)
 
 
+def test_of_the_pool_only_sure_or_agreed_labels_are_taken():
+    frame = toy(6)
+    frame.loc[2:, "where"], frame.loc[2:, "label"] = "toy/pool", None
+    one = [[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.9, 0.1, 0.0], [0.5, 0.3, 0.2]]
+    two = [[0.1, 0.9, 0.0], [0.1, 0.9, 0.0], [0.1, 0.9, 0.0], [0.4, 0.3, 0.3], [0.8, 0.1, 0.1], [0.9, 0.1, 0.0]]
+    frame["p_one"], frame["p_two"] = one, two
+
+    def texts(**take) -> list[str]:
+        spec = phase({"kl": 1.0}, data=["toy/train", "toy/pool"], teachers=["one", "two"], take=take)
+        return training.phase_rows(frame, spec, LABELS).texts
+
+    def where(*rows: int) -> list[str]:
+        return frame["text"].iloc[list(rows)].tolist()
+
+    assert texts() == where(0, 1, 2, 3, 4, 5)  # rows with a gold label stay whatever the teachers say
+    assert texts(agree=True) == where(0, 1, 3, 4, 5)
+    assert texts(confidence=0.6) == where(0, 1, 4, 5) and texts(confidence=0.6, agree=True) == where(0, 1, 4, 5)
+    assert texts(confidence=0.8) == where(0, 1, 4)
+
+
 def test_a_row_is_taught_by_those_who_answered_and_by_nobody_if_none_did():
     frame = toy(6)
     one, two = (np.stack(frame[f"p_{name}"].to_list()) for name in ("one", "two"))

@@ -374,6 +374,13 @@ class EarlyStopping(Section):
     every: Annotated[int, Field(gt=0)]  # optimizer steps between two looks at the validation split
 
 
+class Take(Section):
+    """Which pseudo-labels to learn from: of at least this confidence (of the teachers' mean), that all of them give."""
+
+    confidence: Fraction = 0.0
+    agree: bool = False
+
+
 class Phase(Training):
     """One leg of a student's training.
 
@@ -384,6 +391,7 @@ class Phase(Training):
     data: Annotated[list[str], Field(min_length=1)]  # `source/split`
     teachers: list[Name] = []
     mix: Literal["uniform", "validation", "confidence"] = "uniform"
+    take: Take = Take()  # of the rows without a gold label
     loss: Annotated[dict[Literal[LOSS_TERMS], Positive], Field(min_length=1)]
     space: Literal["labels", "vocabulary"] = "labels"
     temperature: Positive = 1.0

@@ -88,6 +88,19 @@ def white_box(root: Path, name: str, found: dict[str, Any]) -> WhiteBox:
     return WhiteBox(open_model, found, models.depth(at), root / ".cache" / "signals")
 
 
+def taken(rows: pd.DataFrame, phase: params.Phase) -> np.ndarray:
+    """Which of `rows` (label, `p_<teacher>`) `phase.take` leaves [n]: all with a gold label, and of the others those
+    whose teachers are sure enough of one label, or agree on it."""
+    keep = rows["label"].notna().to_numpy(copy=True)
+    for i in np.flatnonzero(~keep):
+        said = [rows[f"p_{teacher}"][i] for teacher in phase.teachers]
+        said = np.stack([p for p in said if p is not None] or [[0.0]])
+        mean = said.mean(0)
+        agree = (said.argmax(-1) == mean.argmax()).all()
+        keep[i] = mean.max() >= phase.take.confidence and (agree or not phase.take.agree)
+    return keep
+
+
 def phase_rows(
     frame: pd.DataFrame, phase: params.Phase, labels: Sequence[str], scores: dict[str, float] | None = None
 ) -> Rows:
@@ -99,6 +112,8 @@ def phase_rows(
     Raises UserError when a phase finds no row, or no rationale that it should learn from.
     """
     rows = frame[frame["where"].isin(phase.data)].reset_index(drop=True)
+    if phase.teachers and phase.take != params.Take():
+        rows = rows[taken(rows, phase)].reset_index(drop=True)
     told = np.stack([rows[f"p_{teacher}"].notna() for teacher in phase.teachers]) if phase.teachers else None
     if told is not None and not told.all():
         rows, told = rows[told.any(0)].reset_index(drop=True), told[:, told.any(0)]
