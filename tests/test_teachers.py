@@ -350,6 +350,7 @@ def test_rows_are_asked_about_with_their_own_examples_and_calibrated(experiment,
     P = prompted(P)
     gold = gold_rows(12).assign(group=[f"g{i // 2}" for i in range(12)])
     teacher = teachers.open_teacher("lm", P, TASK)
+    assert teacher.max_length == 512  # as long as its positions reach: examples take room
     teacher.shots = teachers.GoldShots(gold, 2)
     asked = gold.head(7)
     chosen = teacher.shots.choose(asked["text"].tolist(), asked["group"].tolist())

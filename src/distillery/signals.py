@@ -22,6 +22,9 @@ from distillery.models import Completion, LabelModel
 from distillery.params import UserError
 
 
+LONGEST = 4096  # tokens of a prompt to a teacher that is only prompted
+
+
 def open_teacher(
     name: str, spec: params.Teacher, origin: params.Model, task: tasks.Task, *, tuned: Path | None = None
 ) -> LabelModel:
@@ -42,7 +45,10 @@ def open_teacher(
     if adapters:
         model = models.with_adapters(model, tuned)
     tokenizer = models.load_tokenizer(folder, origin.trust_remote_code)
-    return LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=spec.dtype)
+    out = LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=spec.dtype)
+    if arch != "classifier" and spec.finetune is None:  # solved examples may make its prompt long
+        out.max_length = min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
+    return out
 
 
 @dataclass
