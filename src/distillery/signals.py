@@ -21,7 +21,6 @@ from distillery import losses, models, params, tasks
 from distillery.models import Completion, LabelModel
 from distillery.params import UserError
 
-
 LONGEST = 4096  # tokens of a prompt to a teacher that is only prompted
 
 
