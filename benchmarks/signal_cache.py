@@ -1,0 +1,171 @@
+"""What keeping a teacher's signals costs on the disk, and what it costs in the loss.
+
+    PYTHONPATH=src python benchmarks/signal_cache.py [training steps of the student, 12 by default]
+
+Teacher: SmolLM2-135M. Student: its first 15 layers, as they are and after some steps on these very rows: an untrained
+one is so far off that anything compared with it looks small. 24 rows of the finance corpus, each with its label and
+its rationale, in float32. Everything is asked for and kept by `signals.collect`, and the loss (`kl`) of what lies on
+the disk is compared with the loss of the full distributions in float32.
+
+Prints a markdown table a student. Error: sum |KL - KL of what is kept| / sum KL over the positions. "refused": a phase
+with `top_k` takes no other temperature than 1; in brackets, the error that it would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillery import losses, models, params, signals, tasks, training
+
+ROWS, PART, TOP, TEMPERATURES = 24, 4, (16, 64, 512), (1.0, 2.0, 5.0)
+KINDS = ("label", "rationale")
+
+
+def student_of(folder: Path, task: tasks.Task) -> models.LabelModel:
+    spec = {
+        "model": "smollm2",
+        "arch": "causal",
+        "prompt": "plain",
+        "init": {"layers": "first-15"},
+        "adapter": {"kind": "lora", "r": 16},
+        "phases": [],
+    }
+    return training.build(params.Student.model_validate(spec), folder, task, 0)
+
+
+def train(student: models.LabelModel, rows: training.Rows, steps: int, folder: Path) -> None:
+    phase = {
+        "data": ["finance/train"],
+        "loss": {"ce": 0.5, "rationale": 0.5},
+        "steps": steps,
+        "batch_size": 8,
+        "learning_rate": 2.0e-3,
+    }
+    training.run_phase(student, rows, params.Phase.model_validate(phase), folder=folder, seed=0, checkpoint_every=10**6)
+
+
+class Positions:
+    """The supervised positions of all rows, a few rows at a time."""
+
+    def __init__(self, rows: training.Rows, model: models.LabelModel):
+        self.ids = model.encode(rows.texts)
+        self.told = [model.completions(int(i), why) for i, why in zip(rows.targets, rows.rationales, strict=True)]
+        self.parts = [list(range(a, min(a + PART, len(rows)))) for a in range(0, len(rows), PART)]
+
+    def logits(self, model: models.LabelModel) -> list[Tensor]:
+        """[m, vocabulary] a part, float32."""
+        model.model.eval()
+        with torch.no_grad():
+            return [
+                model.forward([self.ids[i] for i in part], [self.told[i] for i in part], labels=False).told
+                for part in self.parts
+            ]
+
+    def of(self, part: list[int]) -> dict[str, Tensor]:
+        """Which positions of a part belong to the answer, and which to the reason after it."""
+        of_row = [(len(answer) - a, len(why) - b) for (answer, a), (why, b) in (self.told[i] for i in part)]
+        reason = torch.tensor([kind for lengths in of_row for kind in (0, 1) for _ in range(lengths[kind])]) == 1
+        return {"label": ~reason, "rationale": reason}
+
+
+def vocabulary_errors(
+    where: Positions, student: list[Tensor], teacher: list[Tensor], kept: signals.Signals, k: int | None
+) -> dict[tuple[str, float], float]:
+    """The relative error of the loss of what is `kept`, by position and temperature."""
+    apart: dict[tuple[str, float], list[float]] = {}
+    for part, ours, full in zip(where.parts, student, teacher, strict=True):
+        for temperature in TEMPERATURES:
+            exact = losses.kl(ours, full, temperature)
+            if k is None:
+                wrong = (losses.kl(ours, kept.logprobs(part), temperature) - exact).abs()
+            elif temperature == 1:
+                wrong = (losses.kl_top_k(ours, *kept.top(part)) - exact).abs()
+            else:  # nothing that is kept gives this loss
+                wrong = losses.top_k_error(ours, full, k, temperature) * exact
+            for kind, mask in where.of(part).items():
+                sums = apart.setdefault((kind, temperature), [0.0, 0.0])
+                sums[0] += wrong[mask].double().sum().item()
+                sums[1] += exact[mask].double().sum().item()
+    return {key: error / whole for key, (error, whole) in apart.items()}
+
+
+def label_errors(where: Positions, student: models.LabelModel, teacher: models.LabelModel, rows: training.Rows):
+    """The same in the space of the labels, kept as a row of float32 probabilities; and its bytes a row."""
+    kept = teacher.predict(rows.texts)
+    ours, full = [], []
+    with torch.no_grad():
+        for part in where.parts:
+            ids = [where.ids[i] for i in part]
+            ours.append(student.forward(ids).logits)
+            full.append(teacher.forward(ids).logits.double().log_softmax(-1))
+    ours, full = torch.cat(ours), torch.cat(full)
+    errors = {}
+    for temperature in TEMPERATURES:
+        exact = losses.kl(ours.double(), full, temperature)
+        wrong = (losses.kl(ours, torch.from_numpy(kept).log(), temperature) - exact).abs()
+        errors["label", temperature] = (wrong.sum() / exact.sum()).item()
+    return errors, kept.nbytes / len(rows)
+
+
+def line(name: str, size: float, errors: dict[tuple[str, float], float], refused: bool) -> str:
+    cells = [f"{size:,.0f}"]
+    for kind in KINDS:
+        for temperature in TEMPERATURES:
+            error = errors.get((kind, temperature))
+            shown = "-" if error is None else f"{error:.1%}" if error >= 5e-4 else f"{error:.0e}"
+            cells.append(f"refused ({shown})" if refused and temperature != 1 else shown)
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def main(steps: int = 12) -> None:
+    folder = models.fetch("smollm2", params.load().models["smollm2"])
+    task = tasks.load("finance-sentiment", params.root() / "tasks")
+    found = (params.root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
+    found = [json.loads(row) for row in found]
+    targets = np.array([task.names.index(row["label"]) for row in found])
+    rows = training.Rows([row["text"] for row in found], targets, rationales=[row["rationale"] for row in found])
+    teacher = models.LabelModel(
+        models.load(folder, "causal"), models.load_tokenizer(folder), task, "causal", prompt="plain"
+    )
+    where = Positions(rows, teacher)
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = {
+            k: signals.collect(
+                Path(scratch) / str(k),
+                lambda fold: teacher,
+                rows.texts,
+                fold=[-1] * ROWS,
+                completions=lambda model: where.told,
+                top_k=k,
+            )
+            for k in (None, *TOP)
+        }
+        full = [logits.log_softmax(-1) for logits in where.logits(teacher)]
+        counts = [sum(int(where.of(part)[kind].sum()) for part in where.parts) for kind in KINDS]
+        print(f"{ROWS} rows: {counts[0]} positions of labels, {counts[1]} of rationales, {full[0].shape[1]:,} tokens")
+        student = student_of(folder, task)
+        for trained in (0, steps):
+            if trained:
+                train(student, rows, trained, Path(scratch) / "run")
+            ours = where.logits(student)
+            print(f"\nStudent after {trained} steps\n")
+            at = [f"{kind}, T = {temperature:g}" for kind in KINDS for temperature in TEMPERATURES]
+            print(f"| kept | bytes a token | {' | '.join(at)} |")
+            print("|---|" + "---:|" * (1 + len(at)))
+            errors, size = label_errors(where, student, teacher, rows)
+            print(line("labels, exact (bytes a row)", size, errors, False))
+            for k in (None, *reversed(TOP)):
+                errors = vocabulary_errors(where, ours, full, kept[k], k)
+                name = "vocabulary, float16" if k is None else f"top {k} and the tail"
+                print(line(name, kept[k].bytes_a_token, errors, k is not None), flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
