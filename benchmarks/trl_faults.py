@@ -1,0 +1,37 @@
+"""TRL's faults: what its trainer gives and what ours gives, on the same tiny models.
+
+    PYTHONPATH=src python benchmarks/trl_faults.py
+
+Prints a markdown table. It runs what the tests run (`tests/faults.py`), which fail where ours has a fault too.
+"""
+
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import tiny
+from faults import CASES
+
+
+def shown(values: list[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def main() -> None:
+    print(f"TRL {version('trl')}; a fault without a number was found since the list was made.\n")
+    print("| fault | test in `tests/test_faults.py` | figures | TRL | ours |")
+    print("|---|---|---|---:|---:|")
+    with tempfile.TemporaryDirectory() as scratch:
+        tiny.build_models(Path(scratch))
+        for k, case in enumerate(CASES):
+            theirs, ours = case.measure(Path(scratch), Path(scratch) / f"{k}")
+            name = f"`test_trl_fault_{case.name}`"
+            print(f"| {case.number or '-'} | {name} | {case.shown} | {shown(theirs)} | {shown(ours)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
