@@ -316,22 +316,20 @@ def total(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def start(board: Board, name: str, settings: Settings, bank: pd.DataFrame, cache: Path) -> params.Model:
-    """The start `name`, tuned on this project's own corpus alone, as a model; it and its model before that, untrained,
-    are scored on all rows of `bank`."""
+    """The start `name`, tuned on this project's own corpus alone, as a model; scored on all rows of `bank`."""
     spec = settings.starts[name]
     source = params.Source(source="data/corpora/finance.jsonl", task="finance-sentiment", split=settings.split)
     corpus = pd.DataFrame(data.load(source, HERE.parent).rows)[["text", "label"]]
     far = data.nearest(corpus["text"].tolist(), bank["text"].tolist())[0] < NEAR_DUPLICATE - data.SLACK
     print(f"{name}: {far.sum()} of {len(corpus)} rows of the corpus, the others are near-twins", flush=True)
     frame = corpus[far].assign(where="finance/all")
-    legs = learn(spec, settings.models[spec.model], frame, {"validation": bank}, 0, name, cache, True)
-    folder = legs[-1][0] / "model"
+    part, cost = learn(spec, settings.models[spec.model], frame, {"validation": bank}, 0, name, cache)[-1]
+    folder = part / "model"
     if not folder.exists():
         model = training.build(spec, models.fetch(spec.model, settings.models[spec.model]), task(), 0)
-        load_model(model.model, str(legs[-1][0] / "weights.safetensors"))
+        load_model(model.model, str(part / "weights.safetensors"))
         models.save(model.model, model.tokenizer, folder)
-    for title, (part, cost) in ((f"{spec.model}, untrained", legs[0]), (f"{name}, no PhraseBank row", legs[-1])):
-        board.add(title, "control", 0, bank, answers_of(part)["validation"], cost)
+    board.add(f"{name}, no PhraseBank row", "control", 0, bank, answers_of(part)["validation"], cost)
     return params.Model(folder=str(folder))
 
 
