@@ -118,7 +118,7 @@ def main(rows: int = 1000, share: float = 0.3) -> None:
                 print(
                     f"{stored(path)} answers stored, {sum(proxy.calls.values())} calls, {again} calls in a second run, "
                     f"{time.perf_counter() - started:.0f} s; {twice} calls for an answer that had been received"
-                    + (f" ({lost} were on their way to a process that was killed)" if lost else "")
+                    + (f" ({lost} came when nobody waited any more: killed, or timed out)" if lost else "")
                 )
                 print(log.read_text().splitlines()[-1])
             with loopback.Proxy(port, key=secret) as proxy:
