@@ -952,11 +952,11 @@ CLASSIFIER_SNIPPET = """from transformers import pipeline
 
 classify = pipeline("text-classification", model=".")
 print(classify({example!r}))"""
-CAUSAL_SNIPPET = """import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+ANSWER_SNIPPET = """import torch
+from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".", dtype=torch.float32).eval()
+model = {auto}.from_pretrained(".", dtype=torch.float32).eval()
 
 
 def classify(text, before={before!r}, after={after!r}, answers={answers!r}):
@@ -965,12 +965,23 @@ def classify(text, before={before!r}, after={after!r}, answers={answers!r}):
     for answer in answers:  # the log-probability of every answer after the prompt
         tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+            logits = {logits}
         scores.append(logits.log_softmax(-1)[range(len(tokens)), tokens].sum())
     return dict(zip({labels!r}, torch.stack(scores).softmax(-1).tolist()))
 
 
 print(classify({example!r}))"""
+
+
+ANSWER_LOGITS = {  # of the answer's tokens, one by one
+    "causal": "model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]",
+    "seq2seq": "model(torch.tensor([prompt]), labels=torch.tensor([tokens])).logits[0]",
+}
+KINDS = {  # arch -> pipeline tag, class of transformers, in words
+    "classifier": ("text-classification", "AutoModelForSequenceClassification", "A classifier"),
+    "causal": ("text-generation", "AutoModelForCausalLM", "A causal language model"),
+    "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM", "An encoder-decoder"),
+}
 
 
 def _leg(phase: params.Phase) -> str:
@@ -989,7 +1000,8 @@ def write_card(folder: Path, spec: params.Student, task: tasks.Task, about: dict
     """
     example = said["text"].iloc[0]
     snippet = CLASSIFIER_SNIPPET.format(example=example)
-    if spec.arch == "causal":
+    pipeline, auto, what = KINDS[spec.arch]
+    if spec.arch != "classifier":
         mark = "\x00"
         tokenizer = models.load_tokenizer(folder)
         rendered = tasks.render(tasks.turns(task, mark, spec.few_shot), tokenizer, spec.prompt)
@@ -997,13 +1009,15 @@ def write_card(folder: Path, spec: params.Student, task: tasks.Task, about: dict
         answers = [tasks.answer(task, name, spec.prompt) for name in task.names]
         if all(ids[-1] == tokenizer.eos_token_id for ids in models.label_tokens(tokenizer, answers)):
             answers = [answer + tokenizer.eos_token for answer in answers]
-        snippet = CAUSAL_SNIPPET.format(
+        snippet = ANSWER_SNIPPET.format(
             before=before,
             after=after,
             answers=answers,
             labels=task.names,
-            special=spec.prompt == "plain",
+            special=spec.prompt == "plain" or spec.arch == "seq2seq",
             example=example,
+            auto=auto,
+            logits=ANSWER_LOGITS[spec.arch],
         )
     teachers = dict.fromkeys(name for phase in spec.phases for name in phase.teachers)
     test = about["test"]
@@ -1024,9 +1038,9 @@ def write_card(folder: Path, spec: params.Student, task: tasks.Task, about: dict
     ]
     phases = [f"{i}. {_leg(phase)}" for i, phase in enumerate(spec.phases, 1)]
     text = CARD.format(
-        pipeline="text-generation" if spec.arch == "causal" else "text-classification",
+        pipeline=pipeline,
         student=about["student"],
-        what="A causal language model" if spec.arch == "causal" else "A classifier",
+        what=what,
         labels=", ".join(task.names),
         teachers=", ".join(teachers) or "nobody: it learned from gold labels alone",
         parameters=about["parameters"],
