@@ -142,7 +142,11 @@ MISTAKES = [
     ("models.encoder", {"hub": "a/b"}, "models.encoder: a `hub` model needs a pinned `revision`"),
     # teachers
     ("teachers.llm.model", "lm", "teachers.llm.model: unknown model `lm`; known: llm, encoder"),
-    ("teachers.llm.kind", "llm", "teachers.llm.kind: must be 'lm', 'classifier', 'api' or 'answers', not 'llm'"),
+    (
+        "teachers.llm.kind",
+        "llm",
+        "teachers.llm.kind: must be 'lm', 'classifier', 'seq2seq', 'api' or 'answers', not",
+    ),
     ("teachers.llm.data", ["x"], "teachers.llm.data.0: unknown source `x`; known: news, bare, other"),
     ("teachers.llm.data", ["news", "other"], "teachers.llm.data: sources of one task only, not mood, topic"),
     ("teachers.llm.finetune.on", "news/test", "teachers.llm.finetune.on: `news/test` must be `source/split` with"),
@@ -195,7 +199,7 @@ MISTAKES = [
     # augment
     ("augment.source", "x", "augment.source: unknown source `x`; known: news, bare, other"),
     ("augment.teacher", "x", "augment.teacher: unknown teacher `x`; known: llm, encoder"),
-    ("augment.teacher", "encoder", "augment.teacher: `encoder` cannot write; needs `kind: lm or api`"),
+    ("augment.teacher", "encoder", "augment.teacher: `encoder` cannot write; needs `kind: lm or seq2seq or api`"),
     ("augment.source", "other", "augment.teacher: `llm` does not label that source"),
     ("augment.keep", {"same_labels": True}, "augment.keep.same_labels: unknown key; did you mean `same_label`?"),
     # students

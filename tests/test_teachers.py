@@ -474,3 +474,26 @@ def test_teachers_that_agree_are_more_often_right_and_the_table_says_so(experime
     assert table.loc[(False, 0.0), "precision"] == pytest.approx(6 / 7) and table.loc[(True, 0.0), "precision"] == 1
     assert table.loc[(True, 0.85), "rows"] == 6 and table.loc[(True, 0.0), "coverage"] == pytest.approx(6 / 7)
     assert table.loc[(True, 0.99), "rows"] == 0 and np.isnan(table.loc[(True, 0.99), "precision"])
+
+
+# ------------------------------------------------------------------------------- encoder-decoders
+
+
+def test_an_encoder_decoder_labels_learns_and_gives_reasons(experiment, tiny_models, tmp_path):
+    root, P = experiment
+    changes = {"kind": "seq2seq", "model": "tiny-t5", "prompt": "plain"}
+    spec = P.teachers["lm"].model_copy(update=changes)
+    origin = params.Model(folder=str(tiny_models / "tiny-t5"))
+    P = P.model_copy(update={"teachers": {"t5": spec}, "models": P.models | {"tiny-t5": origin}})
+    gold = gold_rows(6)
+    before = teachers.ask(teachers.open_teacher("t5", P, TASK), gold)
+    tuned, history = teachers.finetune("t5", P, TASK, gold, folder=tmp_path / "work")
+    after = teachers.ask(tuned, gold)
+    assert history["step"].max() == 2 and np.abs(after - before).max() > 1e-6
+    np.testing.assert_allclose(after.sum(1), 1, atol=1e-5)
+    models.save_trained(tuned.model, tuned.tokenizer, tmp_path / "fold")
+    again = teachers.open_teacher("t5", P, TASK, tuned=tmp_path / "fold")
+    np.testing.assert_allclose(teachers.ask(again, gold), after, atol=1e-5)
+    said = teachers.signals(gold, after, LABELS, -1)
+    told = teachers.add_rationales(root, "t5", P, TASK, gold, said)
+    assert told["rationale"].notna().sum() == 2

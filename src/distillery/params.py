@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 SPLITS = ("train", "pool", "validation", "test")
-WRITERS = ("lm", "api")  # kinds of teacher that write rationales and paraphrases
+WRITERS = ("lm", "seq2seq", "api")  # kinds of teacher that write rationales and paraphrases
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")  # in the phase's `space`
 STATE_TERMS = ("hidden", "pkd", "attention", "cosine")
 LOSS_TERMS = ("ce", *DIVERGENCES, "uld", *STATE_TERMS, "rationale", "prior")
@@ -305,7 +305,7 @@ class Teacher(Section):
     by what the prompt says of no text at all (`contextual`) or of many texts (`batch`).
     """
 
-    kind: Literal["lm", "classifier", "api", "answers"]
+    kind: Literal["lm", "classifier", "seq2seq", "api", "answers"]
     model: Name | None = None
     api: Api | None = None
     answers: Answers | None = None
