@@ -303,6 +303,25 @@ def test_rows_without_labels_are_all_pool(tmp_path):
     assert "label" not in data.read(tmp_path / "out", "pool")
 
 
+def test_a_filter_keeps_what_is_to_the_point(tmp_path):
+    told = [("en", "The flood rose"), ("en", "A quiet day"), ("de", "Die Flut stieg"), ("fr", "La crue monte")]
+    rows = [
+        {"text": f"{text} {more}", "label": ("up", "down")[i % 2], "language": language}
+        for i, more in enumerate(texts(24))
+        for language, text in told
+    ]
+    prepared = prepare(tmp_path, rows, filter={"languages": ["en", "de"], "keywords": ["flood", "Flut"]})
+    assert set(prepared.rows["language"]) == {"en", "de"} and len(prepared.rows) == 48
+    assert prepared.audit["dropped"]["other_language"] == 24
+    assert prepared.audit["dropped"]["without_keyword"] == 24
+    for wrong, line in (
+        ({"languages": ["pl"]}, "the filter leaves no row"),
+        ({"language": "x", "languages": ["en"]}, "no"),
+    ):
+        with pytest.raises(UserError, match=f"a.jsonl: {line}"):
+            prepare(tmp_path, rows, filter=wrong)
+
+
 QA = tasks.Task(kind="qa")
 
 

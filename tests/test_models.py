@@ -377,6 +377,20 @@ def test_a_long_text_loses_its_end_and_never_the_prompt(tiny_models):
     assert ids[-1] == encoder.tokenizer.sep_token_id
 
 
+def test_memory_by_formula(tiny_models):
+    """LLaMA-2 7B in the way of the published estimate: 12 bytes a parameter in 16 bits."""
+    model = models.load(tiny_models / "tiny-llama", "causal")
+    total = models.count_parameters(model)[0]
+    linear = 4 * (4 * 32 * 32 + 3 * 32 * 64)  # of 4 layers: attention's four, the feed-forward's three
+    full = models.predicted_memory(model, "full, 16 bits")
+    assert full["total"] == 12 * total and full["copies"] == 0
+    adapted = models.predicted_memory(model, "QLoRA, 4 bits", r=8)
+    trained = 8 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
+    assert adapted["gradients"] == 4 * trained and adapted["optimizer"] == 8 * trained
+    frozen = linear * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + 2 * (total - linear)
+    assert adapted["weights"] == pytest.approx(frozen + 4 * trained)
+
+
 @pytest.mark.parametrize(("kind", "arch"), [("llama", "causal"), ("bert", "classifier")])
 def test_an_option_that_a_row_lacks_has_no_probability(tiny_models, kind, arch):
     task = tasks.Task(kind="choice", labels={"A": "", "B": "", "C": ""})

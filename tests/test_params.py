@@ -130,6 +130,10 @@ MISTAKES = [
     ("data.news.split.test", 0, "data.news.split.test: must be greater than 0, not 0"),
     ("data.news.limit", 0, "data.news.limit: must be greater than 0, not 0"),
     ("data.news.near_duplicate", 85, "data.news.near_duplicate: must be less than or equal to 1, not 85"),
+    # a search
+    ("search", {"student": "kd"}, "search: nothing to choose: give `learning_rate` or `choose`"),
+    ("search", {"student": "no", "learning_rate": [0.1, 0.2]}, "search.student: unknown student `no`; known: "),
+    ("search", {"student": "kd", "phase": 9, "learning_rate": [0.1, 0.2]}, "search.phase: `kd` has no phase 9"),
     # models
     ("models.llm.sha256", "x", "models.llm.sha256: must be 64 digits of 0-9 and a-f or a list, not 'x'"),
     ("models.llm.sha256", DELETE, "models.llm: a `wheel` needs `sha256` and one of `gguf` or `folder`"),

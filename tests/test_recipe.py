@@ -41,6 +41,10 @@ def test_figures_of_the_source_beside_the_runs():
     assert table.loc[0, ["this run", "low", "high"]].tolist() == [0.5, 0.4, 0.6]
     assert table.loc[1:, "this run"].isna().all()  # no score is made up
     assert recipe.published(params.load(tiny.ROOT / "params.yaml"), board).empty
+    # a teacher has a line for each of several sources; the headline's counts
+    told = params.Recipe(source="x", published=[{"model": "smollm2", "scores": {"accuracy": 0.9}}])
+    board = pd.DataFrame({"model": ["smollm2 on finance", "smollm2 on other"], "accuracy": [0.5, 0.1]})
+    assert recipe.published(P.model_copy(update={"recipe": told}), board)["this run"].tolist() == [0.5]
 
 
 @pytest.fixture

@@ -131,6 +131,8 @@ def test_a_row_with_fewer_options_has_fewer_labels():
         ("kind: classification\nlabels: {1: x, 2: y}", "labels.1: must be text, not 1"),
         ("kind: classification\nlabels: {a: , b: y}", "labels.a: must be text, not None"),
         ('kind: classification\nlabels: {" a": x, b: y}', "labels. a: must be text without white space around it"),
+        (LABELS + "severity: {c: 1.0}", "(the whole file): `severity` names the unknown label 'c'; known: a, b"),
+        (LABELS + "severity: {a: 2.0}", "severity.a: must be less than or equal to 1, not 2.0"),
         ("kind: qa\nlabels: {a: x, b: y}", "(the whole file): `kind: qa` has no labels of its own: leave `labels` out"),
         (LABELS + "promt: {}", "promt: unknown key; did you mean `prompt`? allowed: kind, labels, prompt,"),
         (LABELS + "prompt: {sytem: x}", "prompt.sytem: unknown key; did you mean `system`? allowed: system,"),

@@ -655,6 +655,32 @@ def _tell_the_label(rows: pd.DataFrame, task: Task) -> list[str]:
     ]
 
 
+def _to_the_point(
+    raw: Raw, rows: pd.DataFrame, also: list[tuple[int, str]], spec: Source
+) -> tuple[pd.DataFrame, list[tuple[int, str]], dict[str, int]]:
+    """The rows that `spec.filter` lets through, and how many each step took. Raises UserError when none are left."""
+    wanted, counts = spec.filter, {}
+    if wanted is None:
+        return rows, also, counts
+    stay = pd.Series(True, index=rows.index)
+    if wanted.languages:
+        if wanted.language not in rows:
+            raise UserError(f"{raw.name}: no column `{wanted.language}` to filter languages by")
+        stay &= rows[wanted.language].isin(wanted.languages)
+        counts["other_language"] = int((~stay).sum())
+    if wanted.keywords:
+        words = re.compile("|".join(rf"\b{re.escape(word.casefold())}\b" for word in wanted.keywords))
+        found = rows["text"].map(lambda text: len(set(words.findall(text.casefold()))))
+        counts["without_keyword"] = int((stay & (found < wanted.least)).sum())
+        stay &= found >= wanted.least
+    if not stay.any():
+        raise UserError(f"{raw.name}: the filter leaves no row: {counts}")
+    kept = np.flatnonzero(stay)
+    position = {int(old): new for new, old in enumerate(kept)}
+    also = [(position[i], group) for i, group in also if i in position]
+    return rows.iloc[kept].reset_index(drop=True), also, counts
+
+
 def prepare(name: str, spec: Source, task: Task, base: Path) -> Prepared:
     """Read, clean, cluster, split and audit the source `name`; writes nothing.
 
@@ -663,6 +689,7 @@ def prepare(name: str, spec: Source, task: Task, base: Path) -> Prepared:
     """
     raw = load(spec, base)
     rows, also, counts = tidy(raw, spec, task)
+    rows, also, unfit = _to_the_point(raw, rows, also, spec)
     before = len(rows)
     if spec.limit:
         units = [group if group is not None else (i,) for i, group in enumerate(rows["group"])]
@@ -699,6 +726,7 @@ def prepare(name: str, spec: Source, task: Task, base: Path) -> Prepared:
             "blank": counts["blank"],
             "duplicates": counts["duplicates"],
             "over_limit": before - len(rows),
+            **unfit,
         },
         "columns_left_out": counts["columns_left_out"],
         "columns_left_out_of_pool": _tell_the_label(rows, task),

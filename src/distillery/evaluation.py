@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from distillery import data, metrics, params, robustness, teachers, training
+from distillery import data, metrics, params, robustness, tasks, teachers, training
 from distillery.models import LabelModel
 
 KINDS = (
@@ -50,6 +50,7 @@ class Scored:
     source: str
     predicted: np.ndarray  # [seeds, rows] labels
     probabilities: np.ndarray | None = None  # [seeds, rows, K]
+    tokens: dict[str, float] | None = None  # mean scores of free answers' words
     validation: np.ndarray | None = None  # [seeds, validation rows, K]
     parameters: int | None = None
     trainable: int | None = None
@@ -140,7 +141,8 @@ def _probabilities(tables: Sequence[pd.DataFrame]) -> np.ndarray:
 
 def _stack(tables: Sequence[pd.DataFrame]) -> dict[str, np.ndarray]:
     predicted = np.stack([t["prediction"].to_numpy(dtype=object) for t in tables])
-    return {"predicted": predicted, "probabilities": _probabilities(tables)}
+    tokens = {k: float(np.mean([t[k].mean() for t in tables])) for k in TOKENS if k in tables[0]}  # of free answers
+    return {"predicted": predicted, "probabilities": _probabilities(tables), "tokens": tokens}
 
 
 def _timing(folders: Sequence[Path], key: str) -> dict[str, float | None]:
@@ -157,10 +159,10 @@ def gather(root: Path, P: params.Params) -> Results:
     """
     students = {name: P.tested_on(name) for name in P.students}
     sources = [s for s in P.data if s in students.values()]
-    tasks = {s: data.read_task(root / f"data/processed/{s}") for s in sources}
-    labels = {s: task.names for s, task in tasks.items()}
+    asked = {s: data.read_task(root / f"data/processed/{s}") for s in sources}
+    labels = {s: task.names for s, task in asked.items()}
     # Free answers are right or wrong: there is no answer to be given always, and none to lean on.
-    closed = [s for s in sources if tasks[s].kind != "qa"]
+    closed = [s for s in sources if asked[s].kind != "qa"]
     tests = {s: data.read(root / f"data/processed/{s}", "test") for s in sources}
     validations = {s: data.read(root / f"data/processed/{s}", "validation") for s in sources}
     controls = {spec.control for spec in P.students.values()}
@@ -531,7 +533,8 @@ def rewritten(
         new = shuffled["text"].map(rule)
         asked[change] = shuffled.assign(new=new)[new != shuffled["text"]].head(e.rewritten_rows)
     asked["other words"] = shuffled.head(0) if paraphrases is None else paraphrases
-    asked = {change: rows for change, rows in asked.items() if len(rows)}
+    free = list(labels) == list(tasks.VERDICTS)  # another question has another answer, not another label
+    asked = {change: rows for change, rows in asked.items() if len(rows) and not free}
     for change, rows in asked.items():
         pairs = rows.head(EXAMPLES)[["text", "new"]].itertuples(index=False)
         examples += [{"change": change, "before": before, "after": after} for before, after in pairs]
@@ -583,6 +586,7 @@ def calibrated(results: Results, line: Scored) -> dict[str, float]:
     return pd.DataFrame(rows).mean().to_dict()
 
 
+TOKENS = ("token_f1", "token_precision", "token_recall")
 AVERAGED = ("balanced_accuracy", "macro_specificity", "weighted_f1", "mcc", "answer_bias", "commonest_answer")
 WITH_PROBABILITIES = ("log_loss", "brier", "ece", "risk_coverage_area")
 PER_LABEL = ("precision", "recall", "specificity")
@@ -614,6 +618,7 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
             metrics.classification_report(gold, said, p, labels)
             for said, p in zip(line.predicted, probabilities, strict=True)
         ]
+        row |= line.tokens or {}
         row |= {k: float(np.mean([r[k] for r in reports])) for k in (*AVERAGED, *WITH_PROBABILITIES) if k in reports[0]}
         row |= {
             f"{score}_{label}": float(np.mean([report["labels"][label][score] for report in reports]))
@@ -641,6 +646,7 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
 
     columns = ["model", "role", "source", "seeds", "parameters", "trainable", "megabytes"]
     columns += [f"{score}{end}" for score in metrics.SCORES for end in ("", "_low", "_high")]
+    columns += [k for k in TOKENS if any(k in row for row in rows)]
     columns += [*AVERAGED, *WITH_PROBABILITIES, "temperature", "ece_scaled", "log_loss_scaled", "pairs_right", "pairs"]
     columns += [f"{score}_{label}" for score in PER_LABEL for label in _all_labels(results)]
     columns += ["kl_to_teacher", "agreement_with_teacher", *TIMED, "train_seconds", "training_mb"]

@@ -7,7 +7,8 @@ defaults filled in, its model, its task, and the sha256 of the data files it rea
 ``experiment.json``      student, spec, models, source, task, teachers (validation scores); see :func:`experiment`
 ``rows.parquet``         where (`source/split`), id, text, label (None in a pool), group, and for every teacher
                          `p_<teacher>`: probabilities in the order of the task's labels, None on rows it does not teach,
-                         and `fold_<teacher>`: which of its models said so; `rationale`: a teacher's, or the row's own
+                         and `fold_<teacher>`: which of its models said so; `rationale`: a teacher's, or the row's own;
+                         of a `qa` task the accepted `answers`, and what each teacher said: `answer_<teacher>`
 ``validation.parquet``, ``test.parquet``   where, id, text, label, group of the source that the student is scored on
 
 The same inputs give the same bytes. An option of params.yaml that decides nothing here (a student's `control`, a
@@ -127,7 +128,8 @@ class Tables:
         source, split = where.split("/")
         path = f"data/augmented/{source}/rows" if split == "augmented" else f"data/processed/{source}/{split}"
         return [
-            {key: row.get(key) for key in (*ROW, "rationale")} | {"where": where} for row in self(f"{path}.parquet")
+            {key: row.get(key) for key in (*ROW, "rationale", "answers")} | {"where": where}
+            for row in self(f"{path}.parquet")
         ]
 
     def signals(self, who: str, where: str) -> dict[str, dict[str, Any]]:
@@ -170,6 +172,7 @@ def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]]
             for row in rows:
                 signal = said.get(row["id"], {})
                 row[f"p_{who}"], row[f"fold_{who}"] = signal.get("probabilities"), signal.get("fold")
+                row[f"answer_{who}"] = signal.get("answer")
                 if reasons:
                     row["rationale"] = row["rationale"] or signal.get("rationale")
         out += rows
@@ -177,13 +180,15 @@ def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]]
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], teachers: list[str] | None = None) -> None:
-    """Write `rows` as parquet; with `teachers` also what they say of them."""
+    """Write `rows` as parquet; with `teachers` also what they say of them. `answers` are those of a `qa` task alone."""
     import pyarrow as pa
     import pyarrow.parquet
 
-    fields = [pa.field(key, pa.string()) for key in (ROW if teachers is None else (*ROW, "rationale"))]
+    free = ["answers"] if any(row.get("answers") for row in rows) else []
+    fields = [pa.field(key, pa.string()) for key in (*ROW, *free, *(["rationale"] if teachers is not None else []))]
     for who in teachers or []:
         fields += [pa.field(f"p_{who}", pa.list_(pa.float32())), pa.field(f"fold_{who}", pa.int64())]
+        fields += [pa.field(f"answer_{who}", pa.string())] if any(row.get(f"answer_{who}") for row in rows) else []
     with params.atomic(path) as temporary, open(temporary, "wb") as file:
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), file)
 

@@ -47,6 +47,7 @@ from distillery.params import UserError
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
+ANSWER_TOKENS = 16  # that a free answer may take
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # no pickled weights, no code
 
 
@@ -428,6 +429,38 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         total += size
         trainable += size if parameter.requires_grad else 0
     return total, trainable
+
+
+MEMORY = {  # bytes a parameter: frozen linear layers, frozen rest, trained weights with gradient and AdamW's two states
+    "full, 32 bits": (0.0, 0.0, {"weights": 4, "gradients": 4, "optimizer": 8, "copies": 0}),
+    "full, 16 bits": (0.0, 0.0, {"weights": 2, "gradients": 2, "optimizer": 8, "copies": 0}),
+    "full, mixed": (0.0, 0.0, {"weights": 2, "gradients": 2, "optimizer": 8, "copies": 4}),  # weights in 32 bits beside
+    "LoRA, 16 bits": (2.0, 2.0, {"weights": 4, "gradients": 4, "optimizer": 8, "copies": 0}),
+    # 4 bits, and a scale for each 64 weights that takes 8 bits and 32 / 256 more (Dettmers et al. 2023, section 3)
+    "QLoRA, 4 bits": (
+        (4 + 8 / 64 + 32 / (64 * 256)) / 8,
+        2.0,
+        {"weights": 4, "gradients": 4, "optimizer": 8, "copies": 0},
+    ),
+}
+
+
+def predicted_memory(model: nn.Module, kind: str, r: int = 16) -> dict[str, float]:
+    """Bytes that training `model` holds, without activations: weights, gradients, optimizer, copies and their total.
+
+    kind: of `MEMORY`. r: rank of the adapters in every linear layer but the output head. Only shapes are looked at, so
+    a model on the `meta` device will do.
+    """
+    body = inner(model)
+    linear = [module for module in body.modules() if isinstance(module, nn.Linear)]
+    within = sum(module.weight.numel() for module in linear)
+    rest = sum(parameter.numel() for parameter in model.parameters()) - within
+    frozen_linear, frozen_rest, each = MEMORY[kind]
+    adapted = not kind.startswith("full")
+    trained = sum(r * (m.in_features + m.out_features) for m in linear) if adapted else within + rest
+    out = {what: float(size * trained) for what, size in each.items()}
+    out["weights"] += frozen_linear * within + frozen_rest * rest
+    return out | {"total": sum(out.values())}
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -953,7 +986,11 @@ class LabelModel:
         self.prompt, self.few_shot, self.max_length = prompt, few_shot, max_length
         self.dtype = getattr(torch, dtype)
         if arch != "classifier":
-            self.labels = label_tokens(tokenizer, [tasks.answer(task, name, prompt) for name in task.names])
+            # the answers of a `qa` task are those of the rows at hand: see :meth:`learn`
+            names = [] if task.kind == "qa" else task.names
+            self.labels = label_tokens(tokenizer, [tasks.answer(task, name, prompt) for name in names])
+        elif task.kind == "qa":
+            raise UserError("params.yaml: a classifier writes no answers: a `qa` task needs a model that does")
 
     @property
     def device(self) -> torch.device:
@@ -1022,7 +1059,7 @@ class LabelModel:
             if self.arch == "classifier":
                 return self._classify(ids, layers, maps)
             if not labels and not told:  # one token that is predicted and never fed costs nothing
-                told = [[(self.labels[0][:1], 1)]] * len(ids)
+                told = [[([self.tokenizer.eos_token_id], 1)]] * len(ids)
             asked = [
                 [*((tokens, len(tokens)) for tokens in (self.labels if labels else [])), *(told[i] if told else [])]
                 for i in range(len(ids))
@@ -1099,6 +1136,19 @@ class LabelModel:
         tokens, end = self.labels[label], [self.tokenizer.eos_token_id]
         return (tokens if tokens[-1:] == end else tokens + end), 0
 
+    def learn(self, answers: Sequence[str]) -> None:
+        """Let labels be the texts `answers`: the answers to the questions of a `qa` task."""
+        self.labels = [
+            self.tokenizer(tasks.answer(self.task, answer, self.prompt), add_special_tokens=False)["input_ids"]
+            for answer in answers
+        ]
+
+    def respond(self, texts: Sequence[str], max_new_tokens: int = ANSWER_TOKENS, batch_size: int = 32) -> list[str]:
+        """What the model answers to each of `texts`, greedily, up to the end of a line; as it was trained to."""
+        made = self.continue_(self.encode(texts), max_new_tokens=max_new_tokens, batch_size=batch_size)
+        told = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return [" ".join((text.strip().splitlines() or [""])[0].split()) for text in told]
+
     def completions(self, label: int, rationale: str | None = None) -> list[Completion]:
         """What a student is told of a row: the answer, then the reason if there is one."""
         return [self.answer(label), *([self.reason(label, rationale)] if rationale else [])]
@@ -1116,8 +1166,12 @@ class LabelModel:
     ) -> np.ndarray:
         """Probabilities over the task's labels [n, labels], float32, each row summing to 1. shots: see :meth:`encode`.
 
-        What all prompts begin with (instruction, solved examples) is read once, not once a batch.
+        What all prompts begin with (instruction, solved examples) is read once, not once a batch. Of a `qa` task the
+        answers are written, and every row is as likely right as wrong: nobody has looked yet.
         """
+        if self.task.kind == "qa":
+            self.respond(texts, batch_size=batch_size)
+            return np.full((len(texts), len(self.task.names)), 0.5, dtype=np.float32)
         training = self.model.training
         self.model.eval()
         ids = self.encode(texts, shots)

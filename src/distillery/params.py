@@ -106,6 +106,18 @@ class Columns(Section):
     rationale: str = "rationale"
 
 
+class Filter(Section):
+    """Which rows of a corpus are to the point: by language, then by words; the next step is a phase's `take`.
+
+    languages: what the column `language` may hold.  keywords: words or phrases, `least` of which a text must hold.
+    """
+
+    languages: Annotated[list[str], Field(min_length=1)] | None = None
+    language: str = "language"
+    keywords: list[str] = []
+    least: Annotated[int, Field(gt=0)] = 1
+
+
 class Source(Section):
     """One named data set. `source` is a .jsonl, .csv, .tsv or .parquet file, or `hub:owner/name[@revision]`."""
 
@@ -116,6 +128,7 @@ class Source(Section):
     columns: Columns = Columns()
     hub_config: str | None = None
     hub_split: str = "train"
+    filter: Filter | None = None
     seed: int = 0
     limit: Annotated[int, Field(gt=0)] | None = None
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.85
@@ -469,6 +482,31 @@ class Evaluate(Section):
     seed: int = 0
 
 
+class Search(Section):
+    """Random settings for one phase of a student, tried on a share of its gold rows: see `python -m distillery.search`.
+
+    phase: counted from 1.  learning_rate: lowest and highest.  choose: values for other keys of the phase.
+    """
+
+    student: Name
+    phase: Annotated[int, Field(gt=0)] = 1
+    sets: Annotated[int, Field(gt=0)] = 25
+    share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    folds: Annotated[int, Field(ge=2)] = 3
+    learning_rate: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    choose: dict[
+        Literal["batch_size", "temperature", "weight_decay", "warmup", "epochs", "steps", "schedule", "loss"],
+        Annotated[list[Any], Field(min_length=1)],
+    ] = {}
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _something_to_choose(self):
+        if not self.learning_rate and not self.choose:
+            raise ValueError("nothing to choose: give `learning_rate` or `choose`")
+        return self
+
+
 class Published(Section):
     """Figures of a published system, for one student or teacher as it is called here."""
 
@@ -496,6 +534,7 @@ class Params(Section):
     augment: Augment
     students: Annotated[dict[Name, Student], Field(min_length=1)]
     evaluate: Evaluate
+    search: Search | None = None
     recipe: Recipe | None = None
     scale: dict[Name, dict[str, Any]] = {}  # overlays, see `python -m distillery.recipe`
 
@@ -729,6 +768,10 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
         known("evaluate.pretrained_on", name, [*params.models, *params.teachers], "model or teacher")
         for source in sources:
             known(f"evaluate.pretrained_on.{name}", source, params.data, "source")
+    if params.search:
+        known("search.student", params.search.student, params.students, "student")
+        if params.search.phase > len(params.students[params.search.student].phases):
+            raise UserError(f"{file}: search.phase: `{params.search.student}` has no phase {params.search.phase}")
     known("evaluate.headline", params.evaluate.headline, params.students, "student")
     if len(set(params.seeds)) != len(params.seeds):
         raise UserError(f"{file}: seeds: each seed once, not {params.seeds}")

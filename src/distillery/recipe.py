@@ -112,8 +112,10 @@ def published(P: Params, board: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows = []
+    rows, source = [], P.tested_on(P.evaluate.headline)
     found = board.set_index("model")
+    # where several sources are tested, a teacher has a line for each
+    found = found.rename(index={f"{teacher} on {source}": teacher for teacher in P.teachers})
     for claim in P.recipe.published if P.recipe else []:
         for score, value in claim.scores.items():
             row = {"model": claim.model, "score": score, "published": value, "note": claim.note}
@@ -147,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     if (folder / TABLE).exists():
         import pandas as pd
 
-        print(pd.read_csv(folder / TABLE).fillna("").to_string(index=False, float_format="{:.4f}".format))
+        print(pd.read_csv(folder / TABLE).to_string(index=False, na_rep="", float_format="{:.4f}".format))
     recipe = params.load(folder / "params.yaml").recipe
     for line in recipe.differences if recipe else []:
         print(f"differs from the source: {line}")

@@ -66,6 +66,7 @@ class Task(Section):
     labels: Annotated[dict[Word, str], Field(min_length=2)]
     prompt: Prompt = Prompt()
     prompts: dict[Word, Prompt] = {}
+    severity: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # of labels that call for an alert
     verbalizer: dict[str, Word] = {}
     few_shot: list[Shot] = []
 
@@ -81,7 +82,7 @@ class Task(Section):
     @model_validator(mode="after")
     def _labels_fit(self):
         shots = [] if self.kind == "qa" else [shot.label for shot in self.few_shot]
-        for key, names in (("verbalizer", self.verbalizer), ("few_shot", shots)):
+        for key, names in (("severity", self.severity), ("verbalizer", self.verbalizer), ("few_shot", shots)):
             for name in names:
                 if name not in self.labels:
                     raise ValueError(f"`{key}` names the unknown label {name!r}; known: {', '.join(self.labels)}")

@@ -40,7 +40,8 @@ TICKER = re.compile(r"\$[A-Za-z]{1,6}\b|\b[A-Z]{2,6}\b")
 
 
 def gather(root: Path, P: params.Params, name: str) -> pd.DataFrame:
-    """Every row that teacher `name` labels: source, split, id, text, group, and the gold label (for scoring only).
+    """Every row that teacher `name` labels: source, split, id, text, group, and the gold label (for scoring only; of a
+    `qa` task also the accepted answers).
 
     Of answers from files, the rows that they are about. Raises UserError when there is none.
     """
@@ -50,8 +51,10 @@ def gather(root: Path, P: params.Params, name: str) -> pd.DataFrame:
         for split in params.SPLITS:
             rows = data.read(folder, split)
             if split == "pool":
-                rows = rows.merge(data.read(folder, "pool_labels")[["id", "label"]], on="id", validate="1:1")
-            parts.append(rows.assign(source=source, split=split)[["source", "split", "id", "text", "group", "label"]])
+                rows = rows.merge(data.read(folder, "pool_labels").drop(columns="rationale"), on="id", validate="1:1")
+            columns = ["source", "split", "id", "text", "group", "label"]
+            columns += ["answers"] if data.read_task(folder).kind == "qa" else []
+            parts.append(rows.assign(source=source, split=split)[columns])
     out = pd.concat([part for part in parts if len(part)], ignore_index=True)
     if P.teachers[name].kind == "answers":
         task = data.read_task(root / "data" / "processed" / P.sources_of(name)[0])
@@ -164,12 +167,11 @@ def finetune(
         P.models[spec.model].model_dump(),
         task.model_dump(),
         part,
-        rows[["id", "text", "label"]].to_csv(),
+        rows[["id", "text", "label", *(["answers"] if task.kind == "qa" else [])]].to_csv(),
     )
-    targets = np.array([task.names.index(label) for label in rows["label"]])
     history = training.run_phase(
         teacher,
-        training.Rows(rows["text"].tolist(), targets),
+        training.gold_rows(rows, task),
         spec.finetune,
         folder=folder / key,
         seed=spec.seed,
@@ -354,6 +356,22 @@ def signals(
     )
 
 
+def said_by(
+    teacher: LabelModel | ApiTeacher | FileTeacher, rows: pd.DataFrame, fold: np.ndarray | int, max_new_tokens: int
+) -> pd.DataFrame:
+    """What `teacher` says of `rows`, as :func:`signals` tells it.
+
+    Of a `qa` task the label is whether its answer is accepted, and there are the columns `answer` and its scores.
+    """
+    if teacher.task.kind != "qa":
+        return signals(rows, ask(teacher, rows), teacher.task.names, fold)
+    if not isinstance(teacher, LabelModel):
+        raise UserError("params.yaml: teachers: free answers are asked of `kind: lm` and `seq2seq` only, so far")
+    judged = training.judged(rows, teacher.respond(rows["text"].tolist(), max_new_tokens))
+    out = signals(rows, np.stack(judged["probabilities"].to_list()), teacher.task.names, fold)
+    return out.join(judged.drop(columns=["id", "label", "prediction", "probabilities"]))
+
+
 def cross_fit(
     name: str,
     P: params.Params,
@@ -371,8 +389,9 @@ def cross_fit(
     for k in sorted(set(fold)):
         rows = gold[fold == k]
         model = open_teacher(name, P, task, tuned=folder / str(k))
-        new = signals(rows, ask(model, rows), task.names, k).set_index(["source", "split", "id"])
-        said.loc[new.index, ["label", "fold"]] = new[["label", "fold"]]
+        new = said_by(model, rows, k, P.teachers[name].max_new_tokens).set_index(["source", "split", "id"])
+        plain = new.columns.drop("probabilities")
+        said.loc[new.index, plain] = new[plain]
         for key, value in new["probabilities"].items():
             said.at[key, "probabilities"] = value
     return said.reset_index()
@@ -382,11 +401,8 @@ def evaluate(rows: pd.DataFrame, said: pd.DataFrame, names: Sequence[str]) -> di
     """Scores of the signals `said` against the gold labels of `rows` that have one, per split; and how many answers
     could not be read."""
     keys = ["source", "split", "id"]
-    both = (
-        rows[[*keys, "label"]]
-        .dropna(subset="label")
-        .merge(said[[*keys, "label", "probabilities"]].rename(columns={"label": "prediction"}))
-    )
+    wanted = [*keys, "label", "probabilities", *(column for column in said if column.startswith("token_"))]
+    both = rows[[*keys, "label"]].dropna(subset="label").merge(said[wanted].rename(columns={"label": "prediction"}))
     return {
         split: training.scores(part, names) | {"unparsable": int(part["prediction"].isna().sum())}
         for split, part in both.groupby("split", sort=False)
@@ -408,6 +424,8 @@ def votes(root: Path, P: params.Params, source: str, split: str = "pool") -> tup
             stack[name] = said
     said = {name: of_one.loc[rows["id"]] for name, of_one in stack.items()}
     out = rows.reset_index(drop=True).assign(**{name: s["label"].to_numpy(object) for name, s in said.items()})
+    if out.empty:
+        return out, np.zeros((len(said), 0, 0))
     return out, np.stack([np.stack(s["probabilities"].to_list()) for s in said.values()]).astype(np.float64)
 
 

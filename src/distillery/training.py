@@ -46,6 +46,7 @@ class Rows:
     logprobs [n, labels]: the teachers' mixed distribution at T = 1, None when the phase has no teacher.
     rationales [n]: text, or None where there is none. weights {teacher: [n]}: of each teacher in a mix, row by row.
     folds {teacher: [n]}: which of its models may answer a row. prior [labels]: shares of the gold labels.
+    answers: of a `qa` task, what targets are indices of. accepted [n]: what is right, to score by.
     """
 
     texts: list[str]
@@ -55,6 +56,8 @@ class Rows:
     weights: dict[str, torch.Tensor] | None = None
     folds: dict[str, list[int]] | None = None
     prior: torch.Tensor | None = None
+    answers: list[str] | None = None
+    accepted: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -112,6 +115,8 @@ def phase_rows(
     Raises UserError when a phase finds no row, or no rationale that it should learn from.
     """
     rows = frame[frame["where"].isin(phase.data)].reset_index(drop=True)
+    if list(labels) == list(tasks.VERDICTS) and len(rows):
+        return question_rows(rows, phase)
     if phase.teachers and phase.take != params.Take():
         rows = rows[taken(rows, phase)].reset_index(drop=True)
     told = np.stack([rows[f"p_{teacher}"].notna() for teacher in phase.teachers]) if phase.teachers else None
@@ -158,6 +163,39 @@ def phase_rows(
     if f"fold_{phase.teachers[0]}" in rows:
         folds = {teacher: rows[f"fold_{teacher}"] for teacher in phase.teachers}
         out.folds = {teacher: found.fillna(-1).astype(int).tolist() for teacher, found in folds.items()}
+    return out
+
+
+def gold_rows(rows: pd.DataFrame, task: tasks.Task) -> Rows:
+    """Gold `rows` (text, label; accepted `answers` of a `qa` task) for a teacher to be tuned on."""
+    if task.kind != "qa":
+        return Rows(rows["text"].tolist(), np.array([task.names.index(label) for label in rows["label"]]))
+    told = [tasks.accepted(answers)[0] for answers in rows["answers"]]
+    answers = list(dict.fromkeys(told))
+    return Rows(rows["text"].tolist(), np.array([answers.index(answer) for answer in told]), answers=answers)
+
+
+def question_rows(rows: pd.DataFrame, phase: params.Phase) -> Rows:
+    """As :func:`phase_rows` for a `qa` task: gold answers, and where there are none the first that a teacher gave.
+
+    Raises UserError for a loss or an order that needs a distribution over labels, and for a row without an answer.
+    """
+    wrong = [term for term in phase.loss if term == "prior" or (term in params.DIVERGENCES and phase.space == "labels")]
+    if wrong or phase.order == "confidence":
+        what = f"loss.{wrong[0]}" if wrong else "order: confidence"
+        raise UserError(f"phases: {what}: answers are free text, not labels; use `ce`, or `space: vocabulary`")
+    known = rows["answers"] if "answers" in rows else [None] * len(rows)  # a pool's are hidden
+    told = [tasks.accepted(gold)[0] if isinstance(gold, str) else None for gold in known]
+    for teacher in phase.teachers:
+        told = [ours or theirs for ours, theirs in zip(told, rows[f"answer_{teacher}"], strict=True)]
+    if not all(told):
+        raise UserError(f"phases: {told.count(None) + told.count('')} rows of {', '.join(phase.data)} have no answer")
+    answers = list(dict.fromkeys(told))
+    index = {answer: i for i, answer in enumerate(answers)}
+    out = Rows(rows["text"].tolist(), np.array([index[answer] for answer in told]), answers=answers)
+    if phase.teachers:
+        out.weights = {teacher: torch.ones(len(rows), dtype=torch.double) for teacher in phase.teachers}
+        out.folds = {teacher: rows[f"fold_{teacher}"].astype(int).tolist() for teacher in phase.teachers}
     return out
 
 
@@ -231,6 +269,8 @@ class _Phase:
     def completions(self, model: LabelModel) -> list[list[Completion]]:
         """What every row's answer (and reason) is, in the tokens of `model`."""
         reasons = self.rows.rationales or [None] * len(self.rows)
+        if self.rows.answers is not None:
+            model.learn(self.rows.answers)
         return [model.completions(int(i), reason) for i, reason in zip(self.rows.targets, reasons, strict=True)]
 
     def _ask(self, name: str, teacher: WhiteBox) -> None:
@@ -265,9 +305,11 @@ class _Phase:
             if k not in opened:
                 opened.clear()  # one at a time
                 opened[k] = teacher.open(k)
+                if self.rows.answers is not None:
+                    opened[k].learn(self.rows.answers)
                 if spec.asks_tokens and "uld" not in self.weights:
                     ours, theirs = (
-                        [model.answer(i) for i in range(len(model.task.names))] for model in (student, opened[k])
+                        [model.answer(i) for i in range(len(model.labels))] for model in (student, opened[k])
                     )
                     signals.same_tokens(name, opened[k], ours, theirs)
             return opened[k]
@@ -505,15 +547,16 @@ class _Phase:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores on the validation split, for early stopping."""
-        rows = self.validation
-        probabilities = self.student.predict(rows.texts)
-        names = self.student.task.names
-        gold = [names[i] for i in rows.targets]
-        report = metrics.classification_report(gold, [names[i] for i in probabilities.argmax(-1)], probabilities, names)
-        scores = {f"eval_{k}": report[k] for k in ("accuracy", "macro_f1")} | {"eval_loss": report["log_loss"]}
-        self.log(scores)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
-        return scores
+        rows, names = self.validation, self.student.task.names
+        asked = pd.DataFrame({"id": "", "text": rows.texts, "label": [names[i] for i in rows.targets]})
+        if rows.accepted is not None:
+            asked["answers"] = rows.accepted
+        report = scores(predicted(self.student, asked), names)
+        f1 = report.get("token_f1", report["macro_f1"])  # of free answers
+        told = {"eval_accuracy": report["accuracy"], "eval_macro_f1": f1, "eval_loss": report["log_loss"]}
+        self.log(told)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, told)
+        return told
 
 
 class PlainTrainer(_Phase, Trainer):
@@ -833,6 +876,8 @@ def run_phases(
     folder.mkdir(parents=True, exist_ok=True)
     names = student.task.names
     held_out = Rows(validation["text"].tolist(), np.array([names.index(label) for label in validation["label"]]))
+    if student.task.kind == "qa":
+        held_out.accepted = validation["answers"].tolist()
     histories, said = [], []
     for k in range(len(spec.phases) + 1):
         done = folder / f"phase-{k}"
@@ -883,9 +928,15 @@ def _restore(model: Any, path: Path) -> None:
 
 
 def predicted(student: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows` (id, text, label) with what `student` says of them: id, label, prediction, probabilities."""
-    probabilities = student.predict(rows["text"].tolist())
-    names = student.task.names
+    """`rows` (id, text, label) with what `student` says of them: id, label, prediction, probabilities.
+
+    Of a `qa` task (rows with accepted `answers`) the prediction is `right` or `wrong`, with more columns: answer
+    (what was written), token_f1, token_precision, token_recall.
+    """
+    names, told = student.task.names, rows["text"].tolist()
+    if student.task.kind == "qa":
+        return judged(rows, student.respond(told))
+    probabilities = student.predict(told)
     return pd.DataFrame(
         {
             "id": rows["id"].tolist(),
@@ -896,18 +947,52 @@ def predicted(student: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def alerts(said: pd.DataFrame, task: tasks.Task) -> pd.DataFrame:
+    """Which of the predictions `said` call for an alert, the gravest first: id, alert (the label), confidence (its
+    probability) and severity, the task's severities weighted by the probabilities, both in [0, 1]."""
+    p = np.stack(said["probabilities"].to_list()) if len(said) else np.zeros((0, len(task.names)))
+    grave = np.array([task.severity.get(name, 0.0) for name in task.names])
+    out = pd.DataFrame({"id": said["id"], "alert": said["prediction"], "confidence": p.max(-1), "severity": p @ grave})
+    out = out[np.array([task.severity.get(label, 0) > 0 for label in out["alert"]], dtype=bool)]
+    return out.sort_values(["severity", "id"], ascending=[False, True], ignore_index=True)
+
+
+def judged(rows: pd.DataFrame, said: Sequence[str]) -> pd.DataFrame:
+    """The answers `said` to the questions `rows` (id, label, accepted `answers`), as :func:`predicted` tells them."""
+    # a question whose answer nobody knows has none that is right
+    pairs = [
+        (text, tasks.accepted(known)) if isinstance(known, str) else (None, [""])
+        for text, known in zip(said, rows["answers"], strict=True)
+    ]
+    right = np.array([metrics.exact_match(*pair) for pair in pairs])
+    shared = [metrics.token_overlap(*pair) for pair in pairs]
+    out = pd.DataFrame(shared, columns=["token_f1", "token_precision", "token_recall"]).astype(float)
+    out.insert(0, "answer", list(said))
+    out.insert(0, "probabilities", list(np.stack([right, 1 - right], 1).astype(np.float32)))
+    out.insert(0, "prediction", np.where(right == 1, *tasks.VERDICTS))
+    out.insert(0, "label", rows["label"].tolist())
+    out.insert(0, "id", rows["id"].tolist())
+    return out
+
+
 def answers(student: LabelModel, asked: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """What `student` says of the rows of every split in `asked`: split, id, label, prediction, probabilities."""
+    """What `student` says of the rows of every split in `asked`: split, and the columns of :func:`predicted`."""
     columns = ["split", "id", "label", "prediction", "probabilities"]
-    parts = [predicted(student, rows).assign(split=split) for split, rows in asked.items()]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+    parts = [predicted(student, rows) for rows in asked.values()]
+    parts = [part.assign(split=split)[["split", *part]] for split, part in zip(asked, parts, strict=True)]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
 def scores(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
-    """Every score of the predictions in `rows` (label, prediction, probabilities)."""
-    return metrics.classification_report(
+    """Every score of the predictions in `rows` (label, prediction, probabilities); of free answers also exact_match
+    and the mean token scores."""
+    report = metrics.classification_report(
         rows["label"].tolist(), rows["prediction"].tolist(), np.stack(rows["probabilities"].to_list()), names
     )
+    if "token_f1" in rows:
+        report["exact_match"] = report["accuracy"]
+        report |= {key: float(rows[key].mean()) for key in ("token_f1", "token_precision", "token_recall")}
+    return report
 
 
 CARD = """---
@@ -992,6 +1077,21 @@ def _leg(phase: params.Phase) -> str:
     return f"{length} on {', '.join(phase.data)}, {source} ({terms})"
 
 
+WRITER_SNIPPET = """from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = {auto}.from_pretrained(".").eval()
+
+
+def answer(text, before={before!r}, after={after!r}):
+    prompt = tokenizer(before + text + after, add_special_tokens={special}, return_tensors="pt")
+    made = model.generate(**prompt, max_new_tokens={most}, do_sample=False)[0, {start}:]
+    return tokenizer.decode(made, skip_special_tokens=True).strip()
+
+
+print(answer({example!r}))"""
+
+
 def write_card(folder: Path, spec: params.Student, task: tasks.Task, about: dict[str, Any], said: pd.DataFrame) -> None:
     """The model folder's README.md: what it is, how good, and code that uses it with `transformers` alone.
 
@@ -1006,6 +1106,18 @@ def write_card(folder: Path, spec: params.Student, task: tasks.Task, about: dict
         tokenizer = models.load_tokenizer(folder)
         rendered = tasks.render(tasks.turns(task, mark, spec.few_shot), tokenizer, spec.prompt)
         before, _, after = rendered.partition(mark)
+    if task.kind == "qa":
+        causal = spec.arch == "causal"
+        snippet = WRITER_SNIPPET.format(
+            auto=auto,
+            before=before,
+            after=after,
+            special=spec.prompt == "plain" or not causal,
+            most=models.ANSWER_TOKENS,
+            start='prompt["input_ids"].shape[1]' if causal else 1,
+            example=example,
+        )
+    elif spec.arch != "classifier":
         answers = [tasks.answer(task, name, spec.prompt) for name in task.names]
         if all(ids[-1] == tokenizer.eos_token_id for ids in models.label_tokens(tokenizer, answers)):
             answers = [answer + tokenizer.eos_token for answer in answers]

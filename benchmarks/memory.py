@@ -1,0 +1,118 @@
+"""What training holds in memory: by formula, and measured on a model at hand.
+
+    python benchmarks/memory.py [--layers first-15] [--batch 8] [--steps 4] [--out benchmarks/memory.csv]
+
+The formula counts weights, gradients, optimizer states and copies, not activations. It is printed for LLaMA-2 7B (the
+published claim: 84 GB in 16 bits against 4 GB in 4 bits with adapters) and for SmolLM2 as params.yaml has it; for the
+latter each way is also run in a process of its own, whose growth over an idle one is what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distillery import models, params, tasks, training
+
+GB = 1e9
+LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+WAYS = {  # what is measured: the kind of the formula, adapter and precision
+    "full, 32 bits": ("none", "float32"),
+    "LoRA, 16 bits": ("lora", "bfloat16"),
+    "QLoRA, 4 bits": ("qlora", "bfloat16"),
+}
+
+
+def measure(kind: str, layers: str, r: int, batch: int, steps: int) -> dict[str, float]:
+    """Bytes that a process grows by while it trains this way: at its peak, and what it holds at the end."""
+    adapter, dtype = WAYS[kind]
+    spec = params.Student(
+        model="smollm2",
+        arch="causal",
+        prompt="plain",
+        dtype=dtype,
+        init={"layers": layers},
+        adapter={"kind": adapter, "r": r},
+        phases=[],
+    )
+    folder = models.fetch("smollm2", params.load().models["smollm2"])
+    task = tasks.load("finance-sentiment")
+    rows = [f"Operating profit of company {i} rose to EUR 13.1 mn from EUR 8.7 mn in the quarter." for i in range(64)]
+    phase = params.Training(steps=steps, learning_rate=1.0e-5, batch_size=batch)
+    before = psutil.Process().memory_info().rss
+    student = training.build(spec, folder, task, seed=0)
+    with tempfile.TemporaryDirectory() as scratch:
+        training.run_phase(
+            student,
+            training.Rows(rows, torch.zeros(len(rows), dtype=torch.long).numpy()),
+            phase,
+            folder=Path(scratch),
+            seed=0,
+            checkpoint_every=10 * steps,
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    trainable = models.count_parameters(student.model)[1]
+    return {"held": psutil.Process().memory_info().rss - before, "peak": peak - before, "trainable": trainable}
+
+
+def line(model: str, kind: str, r: int, found: dict[str, float]) -> dict[str, object]:
+    gigabytes = {f"{what}_gb": round(size / GB, 3) for what, size in found.items() if what != "trainable"}
+    return {"model": model, "training": kind, "r": r or "", **gigabytes, "trainable": found.get("trainable", "")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--layers", default="first-15")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[4, 8, 32, 64])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        print(json.dumps(measure(asked.one[0], asked.layers, int(asked.one[1]), asked.batch, asked.steps)))
+        return
+
+    table = []
+    with init_empty_weights():
+        llama = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=32000, **LLAMA))
+    for kind in models.MEMORY:
+        r = 0 if kind.startswith("full") else 64
+        table.append(line("LLaMA-2 7B", kind, r, models.predicted_memory(llama, kind, r)))
+    own = models.load(models.fetch("smollm2", params.load().models["smollm2"]), "causal", layers=asked.layers)
+    for kind in WAYS:
+        for r in [0] if kind.startswith("full") else asked.ranks if kind.startswith("QLoRA") else [64]:
+            command = [sys.executable, __file__, "--one", kind, str(r or 1), "--layers", asked.layers]
+            command += ["--batch", str(asked.batch), "--steps", str(asked.steps)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            measured = {
+                f"measured_{k}" if k != "trainable" else k: v
+                for k, v in json.loads(done.stdout.splitlines()[-1]).items()
+            }
+            row = line(f"SmolLM2 {asked.layers}", kind, r, models.predicted_memory(own, kind, r) | measured)
+            table.append(row)
+            print(row, flush=True)
+    names = list(dict.fromkeys(key for row in table for key in row))
+    print("\n| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    for row in table:
+        print("| " + " | ".join(str(row.get(name, "")) for name in names) + " |")
+    if asked.out:
+        with params.atomic(asked.out) as path, path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(table)
+
+
+if __name__ == "__main__":
+    main()
