@@ -393,7 +393,7 @@ def test_the_best_prompt_on_validation_rows_is_taken_and_kept(experiment):
     opened = teachers.open_asked(root, "lm", P, task)
     assert opened.task.prompt == other and opened.prior.tolist() == [0.2, 0.3, 0.5]
     path.unlink()
-    with pytest.raises(UserError, match="teachers.lm.prompts: the task has no `short`; it has: none"):
+    with pytest.raises(UserError, match="teachers.lm.prompts: the task has no `short`; it has: meanings, bare"):
         teachers.try_prompts(root, "lm", P, TASK, rows)
 
 
