@@ -61,6 +61,13 @@ def plain(model, prompts, completions) -> torch.Tensor:
     return torch.stack(out)
 
 
+def told(model, prompts, completions) -> torch.Tensor:
+    """The same from token trees: [completions], summed over their tokens."""
+    hidden, index, target, branch, _ = models.states(model, prompts, completions)
+    taken = models.head(model)(hidden).float().log_softmax(-1)[index, target]
+    return torch.zeros(sum(map(len, completions))).index_add(0, branch, taken)
+
+
 def tokens(least: int, most: int):
     return st.lists(st.integers(3, VOCABULARY - 1), min_size=least, max_size=most)
 
@@ -83,7 +90,7 @@ def test_trees_say_what_plain_forward_passes_say(kind, labels):
         completions = [LABELS[labels]] * len(prompts)
         with torch.no_grad():
             expected = plain(causal(kind), prompts, completions)
-            assert torch.allclose(models.completion_logprobs(causal(kind), prompts, completions), expected, atol=1e-4)
+            assert torch.allclose(told(causal(kind), prompts, completions), expected, atol=1e-4)
 
     check()
 
@@ -94,7 +101,7 @@ def test_rows_may_have_completions_of_their_own():
     completions = [[[5]], [[5, 6], [7]], [[9, 9, 9], [5], [6, 5]]]
     for kind in CAUSAL:
         with torch.no_grad():
-            found = models.completion_logprobs(causal(kind), prompts, completions)
+            found = told(causal(kind), prompts, completions)
             assert torch.allclose(found, plain(causal(kind), prompts, completions), atol=1e-4), kind
 
 
@@ -149,7 +156,7 @@ def test_adapters_get_the_gradients_of_plain_forward_passes(kind, checkpointing)
     prompts, completions = [[3, 4, 8, 9], [3, 4, 10], [3, 4, 11, 12, 13]], [LABELS["a shared first token"]] * 3
     weights = torch.randn(9, generator=torch.Generator().manual_seed(1))
     gradients = []
-    for run in (plain, models.completion_logprobs):
+    for run in (plain, told):
         model.zero_grad()
         (run(model, prompts, completions) * weights).sum().backward()
         gradients.append({name: p.grad.clone() for name, p in adapters.items()})
@@ -162,7 +169,7 @@ def test_adapters_get_the_gradients_of_plain_forward_passes(kind, checkpointing)
 def test_a_single_row_and_rows_that_share_nothing_give_finite_gradients(prompts):
     model = causal("llama")
     model.zero_grad()
-    found = models.completion_logprobs(model, prompts, [LABELS["nested, with the end token"]] * len(prompts))
+    found = told(model, prompts, [LABELS["nested, with the end token"]] * len(prompts))
     found.sum().backward()
     assert found.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -175,7 +182,7 @@ def test_half_precision_stays_near():
     prompts, completions = [[3, 4, 8, 9], [3, 4, 10]], [LABELS["one token"]] * 2
     with torch.no_grad():
         exact = plain(model, prompts, completions)
-        half = models.completion_logprobs(model.bfloat16(), prompts, completions)
+        half = told(model.bfloat16(), prompts, completions)
     assert half.dtype == torch.float32 and torch.allclose(half, exact, atol=0.3)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,13 @@ def _from_wheel(name: str, spec: params.Model, scratch: Path) -> Path:
     from transformers import GgufConfig
 
     source = scratch / spec.gguf
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        quantization_config=GgufConfig(dequantize=True),  # packed weights could not be saved again
-        dtype=torch.bfloat16,
-    )
+    with redirect_stderr(io.StringIO()):  # a bar of its own that would fill the notebook
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=GgufConfig(dequantize=True),  # packed weights could not be saved again
+            dtype=torch.bfloat16,
+        )
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model.save_pretrained(scratch / "made")
     tokenizer.save_pretrained(scratch / "made")
@@ -604,8 +606,8 @@ def tree_attention(
     """Attention over a :class:`Tree`: each token sees the shared tokens and its own row's ancestors.
 
     query [1, h, T, d], key and value [1, h_kv, T, d] -> [1, T, h, d]. Rows are unpacked for the attention alone, so
-    that no row is scored against another; on a CPU plain products beat the fused kernel at these lengths (4 times,
-    forward and backward, 9 heads, 8 rows of 42 tokens). The softmax is taken in float32.
+    that no row is scored against another; on a CPU plain products beat the fused kernel's backward pass at these
+    lengths (`benchmarks/step_profile.py` shows both). The softmax is taken in float32.
     """
     tree = _planted
     if tree.read is not None:
@@ -865,13 +867,6 @@ def states(
         at_prompt = torch.stack([out.hidden_states[j].flatten(0, 1)[firsts] for j in layers], 1)
     distinct, index = torch.unique(at, return_inverse=True)
     return out.last_hidden_state.flatten(0, 1)[distinct], index, tree.target, tree.branch, at_prompt
-
-
-def completion_logprobs(model: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Any]) -> Tensor:
-    """Log-probability of every completion after its prompt: [branches], float32, summed over its tokens."""
-    hidden, index, target, branch, _ = states(model, prompts, completions)
-    taken = head(model)(hidden).float().log_softmax(-1)[index, target]
-    return torch.zeros(sum(map(len, completions)), device=taken.device).index_add(0, branch, taken)
 
 
 def label_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
