@@ -156,6 +156,7 @@ MISTAKES = [
     ("teachers.llm.finetune.on", "news/test", "teachers.llm.finetune.on: `news/test` must be `source/split` with"),
     ("teachers.llm.finetune.on", "x/train", "teachers.llm.finetune.on: unknown source `x`; known: news, bare, other"),
     ("teachers.llm.finetune.on", "other/train", "teachers.llm.finetune.on: `other` has another task than its data"),
+    ("teachers.llm.data", ["bare"], "teachers.llm.finetune.on: `news` is not among its `data`: add it there"),
     ("teachers.llm.finetune.steps", 3, "teachers.llm.finetune: needs exactly one of `epochs` or `steps`"),
     (
         "teachers.llm.finetune.learning_rate",

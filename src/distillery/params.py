@@ -720,6 +720,10 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
             source = split_of(f"teachers.{name}.finetune.on", teacher.finetune.on, ("train",))
             if params.data[source].task not in tasks:
                 raise UserError(f"{file}: teachers.{name}.finetune.on: `{source}` has another task than its data")
+            if source not in sources:
+                raise UserError(
+                    f"{file}: teachers.{name}.finetune.on: `{source}` is not among its `data`: add it there"
+                )
         elif teacher.kind == "classifier":
             raise UserError(f"{file}: teachers.{name}: a classifier needs `finetune`, its head starts untrained")
     known("augment.source", params.augment.source, params.data, "source")
