@@ -95,6 +95,7 @@ def test_modules_import_only_what_stands_left_of_them():
         "models",
         "signals",
         "training",
+        "card",
         "teachers",
         "evaluation",
         "report",

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import tiny
-from distillery import metrics, models, params, tasks, training
+from distillery import card, metrics, models, params, tasks, training
 from distillery.params import UserError
 
 TASK = tasks.load("finance-sentiment", tiny.ROOT / "tasks")
@@ -475,7 +475,40 @@ def test_on_policy_the_loss_is_a_mean_over_the_tokens_that_were_written(tiny_mod
                     n += len(tokens)
         assert len(written) == accumulate and 6 <= n <= 6 * longest
         assert found["jsd"] == pytest.approx(4 * total / n, rel=1e-3)
-    assert not list(tmp_path.glob("*/tokens.npy"))  # nothing is kept of a teacher that is asked anew
+    assert {path.name for path in tmp_path.iterdir()} == {"6", "2"}  # nothing is kept of a teacher that is asked anew
+
+
+def test_on_policy_a_teacher_of_another_tokenizer_is_refused(tiny_models, tmp_path):
+    student = learner(tiny_models, "causal", WORDS, prompt="plain")
+    spec = phase({"kl": 1.0}, space="vocabulary", on_policy=1.0)
+    box = training.WhiteBox(lambda fold: teacher(tiny_models, "seq2seq", WORDS), "t5", 4, tmp_path)
+    with pytest.raises(UserError, match="^teachers.one: its vocabulary does not fit"):
+        one_step(student, spec, toy(6).assign(fold_one=-1), tmp_path / "run", {"one": box})
+
+
+def test_on_policy_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(tiny_models, tmp_path):
+    opened = []
+
+    def open_fold(fold: int) -> models.LabelModel:
+        opened.append(fold)
+        return teacher(tiny_models, "causal", SHORT, seed=10 + fold)
+
+    student = learner(tiny_models, "causal", SHORT, scale=3, prompt="plain")
+    spec = phase({"kl": 1.0}, space="vocabulary", on_policy=1.0, batch_size=6, max_new_tokens=3)
+    rows = training.phase_rows(toy(6).assign(fold_one=[0, 1, -1, 1, 0, -1]), spec, LABELS)
+    box = {"one": training.WhiteBox(open_fold, "folds", 4, tmp_path)}
+    more = {"folder": tmp_path / "run", "seed": 0, "title": "", "checkpoint_every": 9, "teachers": box}
+    trainer = training.make_trainer(student, rows, spec, **more)
+    assert not opened  # nobody has written anything yet
+    picked = [0, 1, 2, 3, 4, 5]
+    written = [([5 + i, 6], 0) for i in picked]
+    (said,) = trainer.said_of(picked, written)
+    assert sorted(opened) == [-1, 0, 1]
+    for i, fold in enumerate([0, 1, -1, 1, 0, -1]):
+        model = teacher(tiny_models, "causal", SHORT, seed=10 + fold)
+        with torch.no_grad():
+            expected = plainly(model, rows.texts[i], written[i][0])[0].log_softmax(-1)
+        assert torch.allclose(said[2 * i : 2 * i + 2], expected, atol=1e-4)
 
 
 def test_the_shortcut_penalty_pulls_the_mean_prediction_to_the_gold_shares(tiny_models, tmp_path):
@@ -726,14 +759,14 @@ def test_the_cards_code_says_what_was_scored_without_this_package(tiny_models, t
             parameter.data.mul_(6 if parameter.dim() > 1 else 1)
         folder = tmp_path / name
         models.save(student.model, student.tokenizer, folder)
-        training.write_card(folder, spec, task, about, said)
-        card = (folder / "README.md").read_text()
+        card.write(folder, spec, task, about, said)
+        page = (folder / "README.md").read_text()
         low, high = metrics.interval(
             metrics.bootstrap_scores(gold, said["prediction"], LABELS, said["group"])["accuracy"]
         )
-        assert f"| accuracy | {100 * test['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |" in card
-        assert f"classify({frame['text'].iloc[0]!r})" in card and "EUR 13.1" not in card
-        assert "distilled from one." in card and "positive, neutral, negative" in card
+        assert f"| accuracy | {100 * test['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |" in page
+        assert f"classify({frame['text'].iloc[0]!r})" in page and "EUR 13.1" not in page
+        assert "distilled from one." in page and "positive, neutral, negative" in page
         expected[str(folder)] = training.predicted(training.reopen(spec, folder, task), frame)["probabilities"]
     done = subprocess.run(
         [sys.executable, "-c", READ, json.dumps(frame["text"].tolist()), *expected],

@@ -135,7 +135,9 @@ def phase_rows(
                 f"phases: no row in {', '.join(phase.data)} has a rationale; set the teacher's `rationales`"
             )
     if "prior" in phase.loss:
-        gold = torch.bincount(torch.from_numpy(frame["label"].map(index).dropna().to_numpy(int)), minlength=len(labels))
+        gold = torch.bincount(
+            torch.from_numpy(frame["label"].map(index).dropna().to_numpy(int, copy=True)), minlength=len(labels)
+        )
         out.prior = gold.double() if gold.sum() else torch.ones(len(labels))
     if not phase.teachers:
         return out
@@ -273,6 +275,17 @@ class _Phase:
             model.learn(self.rows.answers)
         return [model.completions(int(i), reason) for i, reason in zip(self.rows.targets, reasons, strict=True)]
 
+    def open(self, name: str, fold: int) -> LabelModel:
+        """The teacher's model for rows of `fold`. Raises UserError when its tokens are not the student's."""
+        model = self.teachers[name].open(fold)
+        model.model.eval()
+        if self.rows.answers is not None:
+            model.learn(self.rows.answers)
+        if self.spec.asks_tokens and "uld" not in self.weights:
+            ours, theirs = ([one.answer(i) for i in range(len(one.labels))] for one in (self.student, model))
+            signals.same_tokens(name, model, ours, theirs)
+        return model
+
     def _ask(self, name: str, teacher: WhiteBox) -> None:
         spec, student = self.spec, self.student
         layers: list[int] = []
@@ -299,28 +312,16 @@ class _Phase:
             layers = [theirs for _, theirs in self.pairs[name]]
         asks = spec.asks_tokens and spec.on_policy < 1
         fold = self.rows.folds[name] if self.rows.folds else [-1] * len(self.rows)
-        opened: dict[int, LabelModel] = {}
-
-        def open_model(k: int) -> LabelModel:
-            if k not in opened:
-                opened.clear()  # one at a time
-                opened[k] = teacher.open(k)
-                if self.rows.answers is not None:
-                    opened[k].learn(self.rows.answers)
-                if spec.asks_tokens and "uld" not in self.weights:
-                    ours, theirs = (
-                        [model.answer(i) for i in range(len(model.labels))] for model in (student, opened[k])
-                    )
-                    signals.same_tokens(name, opened[k], ours, theirs)
-            return opened[k]
-
+        if not asks and not layers:
+            return  # all that it will be asked about has yet to be written
         maps = "attention" in self.weights
-        told = [self.rows.targets.tolist(), self.rows.rationales, "uld" in self.weights] if asks else None
-        what = [self.rows.texts, told, fold, layers, maps, spec.top_k]
+        rows = self.rows
+        told = [rows.targets.tolist(), rows.rationales, rows.answers, "uld" in self.weights] if asks else None
+        what = [rows.texts, told, fold, layers, maps, spec.top_k]
         self.signals[name] = signals.collect(
             teacher.cache / signals.key(teacher.decides, what),
-            open_model,
-            self.rows.texts,
+            lambda k: self.open(name, k),
+            rows.texts,
             fold=fold,
             completions=self.completions if asks else None,
             top_k=spec.top_k,
@@ -452,15 +453,13 @@ class _Phase:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The divergences at every supervised token, or on-policy at every token that the student wrote."""
         spec, device, tokens = self.spec, told.device, self.supervised["compared"]
-        if sampled is not None:
-            told = told[kinds == SAMPLED]
-            teacher = self.said_of(picked, sampled)
-        elif spec.top_k:
+        if spec.top_k:
             top = (part.to(device) for part in self.signals[spec.teachers[0]].top(picked))
             value = losses.reduce(losses.kl_top_k(told, *top), None, tokens)
             return self.weights["kl"] * value, {"kl": value.detach()}
-        else:
-            teacher = [self.signals[name].logprobs(picked).to(device) for name in spec.teachers]
+        if sampled is not None:
+            told = told[kinds == SAMPLED]
+        teacher = [logprobs.to(device) for logprobs in self.said_of(picked, sampled)]
         try:
             cut = [losses.shared_vocabulary(told, one) for one in teacher]
         except ValueError as error:
@@ -478,8 +477,9 @@ class _Phase:
         each = torch.stack([self.rows.weights[name][picked].repeat_interleave(repeats) for name in spec.teachers])
         return self.compare(told[:, :width], losses.mix_teachers(torch.stack(teacher), each.to(device)), tokens)
 
-    def said_of(self, picked: list[int], sampled: list[Completion]) -> list[torch.Tensor]:
-        raise NotImplementedError  # of the on-policy trainer alone
+    def said_of(self, picked: list[int], sampled: list[Completion] | None) -> list[torch.Tensor]:
+        """Each teacher's log-probabilities at the tokens that are compared."""
+        return [self.signals[name].logprobs(picked) for name in self.spec.teachers]
 
     def compare_sorted(self, told: torch.Tensor, picked: list[int]) -> torch.Tensor:
         """Universal logit distance at the tokens that both tokenizations have; a mean over teachers."""
@@ -574,7 +574,8 @@ class OnPolicyTrainer(_Phase, GKDTrainer):
     """Distillation on answers that the student writes itself (Agarwal et al. 2024, GKD), the teacher asked about each.
 
     What is overridden, and the fault of TRL 1.16.0 that it mends:
-    `__init__`: refuses vocabularies that are padded differently; their shared ids are compared here.
+    `__init__`: knows one teacher and refuses vocabularies that are padded differently; here teachers are opened when
+    they are asked, each fold's its own, and the ids that both know are compared.
     `get_batch_samples` (in `_Phase`): divides by the data set's labels, not by the tokens that were written; here all
     answers of an optimizer step are written before its first backward pass, and counted.
     `training_step`: draws from Python's global random state and writes one micro-batch at a time.
@@ -582,11 +583,9 @@ class OnPolicyTrainer(_Phase, GKDTrainer):
     models over every position with full-vocabulary logits for the prompt.
     """
 
-    def __init__(self, *args: Any, teacher: LabelModel, **kwargs: Any):
-        config, student = teacher.model.config, kwargs["model"].config
-        own, config.vocab_size = config.vocab_size, student.vocab_size
-        super().__init__(*args, teacher_model=teacher.model, **kwargs)
-        config.vocab_size = own
+    def __init__(self, *args: Any, **kwargs: Any):
+        # the student stands in for the teacher, which is opened when it is asked: for each fold its own
+        super().__init__(*args, teacher_model=kwargs["model"], **kwargs)
         self.live: dict[str, LabelModel] = {}
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -607,9 +606,10 @@ class OnPolicyTrainer(_Phase, GKDTrainer):
         return [(tokens, 0) for tokens in written]
 
     @torch.no_grad()
-    def said_of(self, picked: list[int], sampled: list[Completion]) -> list[torch.Tensor]:
-        """Each teacher's log-probabilities at the tokens that the student wrote. Gold rows are asked of the teacher
-        that did not learn from them."""
+    def said_of(self, picked: list[int], sampled: list[Completion] | None) -> list[torch.Tensor]:
+        """As above, for tokens that the student wrote; gold rows go to the model that did not learn from them."""
+        if sampled is None:
+            return super().said_of(picked, sampled)
         out = []
         for name in self.spec.teachers:
             parts: list[torch.Tensor] = [torch.empty(0)] * len(picked)
@@ -617,8 +617,7 @@ class OnPolicyTrainer(_Phase, GKDTrainer):
             for k in sorted(set(folds)):
                 key = f"{name}/{k}"
                 if key not in self.live:
-                    self.live[key] = self.teachers[name].open(k)
-                    self.live[key].model.eval()
+                    self.live[key] = self.open(name, k)
                 mine = [j for j, fold in enumerate(folds) if fold == k]
                 ids = self.live[key].encode([self.rows.texts[picked[j]] for j in mine])
                 told = self.live[key].forward(ids, [[sampled[j]] for j in mine], labels=False).told
@@ -763,9 +762,7 @@ def make_trainer(
         wiring["processing_class"] = student.tokenizer
         common |= {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
         if getattr(spec, "on_policy", 0):
-            teacher = teachers[spec.teachers[0]].open(-1)
-            trainer = OnPolicyTrainer(args=GKDConfig(**common, disable_dropout=False), teacher=teacher, **wiring)
-            trainer.live[f"{spec.teachers[0]}/-1"] = teacher
+            trainer = OnPolicyTrainer(args=GKDConfig(**common, disable_dropout=False), **wiring)
         else:
             trainer = CausalTrainer(args=SFTConfig(**common), **wiring)
         for weight in trainer.model.parameters():
@@ -993,176 +990,3 @@ def scores(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
         report["exact_match"] = report["accuracy"]
         report |= {key: float(rows[key].mean()) for key in ("token_f1", "token_precision", "token_recall")}
     return report
-
-
-CARD = """---
-library_name: transformers
-pipeline_tag: {pipeline}
----
-# {student}
-
-{what} for the labels {labels}, distilled from {teachers}. {parameters:,} parameters, {megabytes:.0f} MB, seed {seed}.
-
-## Use
-
-```python
-{snippet}
-```
-
-## How good it is
-
-On {rows} test rows that it never saw; intervals (95 %) draw rows of one group together:
-
-| score | value |
-|---|---|
-{scores}
-
-| label | precision | sensitivity | specificity | F1 | rows |
-|---|--:|--:|--:|--:|--:|
-{per_label}
-
-## How it learned
-
-{phases}
-
-Other texts than those of its test rows may come out otherwise; nothing here says how it treats groups of people.
-"""
-CARD_SCORES = {
-    "mcc": "Matthews correlation",
-    "log_loss": "log loss",
-    "brier": "Brier score",
-    "ece": "calibration error",
-}
-CLASSIFIER_SNIPPET = """from transformers import pipeline
-
-classify = pipeline("text-classification", model=".")
-print(classify({example!r}))"""
-ANSWER_SNIPPET = """import torch
-from transformers import {auto}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = {auto}.from_pretrained(".", dtype=torch.float32).eval()
-
-
-def classify(text, before={before!r}, after={after!r}, answers={answers!r}):
-    prompt = tokenizer(before + text + after, add_special_tokens={special})["input_ids"]
-    scores = []
-    for answer in answers:  # the log-probability of every answer after the prompt
-        tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            logits = {logits}
-        scores.append(logits.log_softmax(-1)[range(len(tokens)), tokens].sum())
-    return dict(zip({labels!r}, torch.stack(scores).softmax(-1).tolist()))
-
-
-print(classify({example!r}))"""
-
-
-ANSWER_LOGITS = {  # of the answer's tokens, one by one
-    "causal": "model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]",
-    "seq2seq": "model(torch.tensor([prompt]), labels=torch.tensor([tokens])).logits[0]",
-}
-KINDS = {  # arch -> pipeline tag, class of transformers, in words
-    "classifier": ("text-classification", "AutoModelForSequenceClassification", "A classifier"),
-    "causal": ("text-generation", "AutoModelForCausalLM", "A causal language model"),
-    "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM", "An encoder-decoder"),
-}
-
-
-def _leg(phase: params.Phase) -> str:
-    """One phase in words."""
-    length = f"{phase.steps} steps" if phase.steps else f"{phase.epochs:g} epochs"
-    source = f"taught by {', '.join(phase.teachers)}" if phase.teachers else "by gold labels alone"
-    terms = ", ".join(f"{weight:g} {term}" for term, weight in phase.loss.items())
-    return f"{length} on {', '.join(phase.data)}, {source} ({terms})"
-
-
-WRITER_SNIPPET = """from transformers import {auto}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = {auto}.from_pretrained(".").eval()
-
-
-def answer(text, before={before!r}, after={after!r}):
-    prompt = tokenizer(before + text + after, add_special_tokens={special}, return_tensors="pt")
-    made = model.generate(**prompt, max_new_tokens={most}, do_sample=False)[0, {start}:]
-    return tokenizer.decode(made, skip_special_tokens=True).strip()
-
-
-print(answer({example!r}))"""
-
-
-def write_card(folder: Path, spec: params.Student, task: tasks.Task, about: dict[str, Any], said: pd.DataFrame) -> None:
-    """The model folder's README.md: what it is, how good, and code that uses it with `transformers` alone.
-
-    said: test rows (text, label, prediction, group); the first is the example. about["test"]: their scores. The
-    intervals are those of the report for one seed.
-    """
-    example = said["text"].iloc[0]
-    snippet = CLASSIFIER_SNIPPET.format(example=example)
-    pipeline, auto, what = KINDS[spec.arch]
-    if spec.arch != "classifier":
-        mark = "\x00"
-        tokenizer = models.load_tokenizer(folder)
-        rendered = tasks.render(tasks.turns(task, mark, spec.few_shot), tokenizer, spec.prompt)
-        before, _, after = rendered.partition(mark)
-    if task.kind == "qa":
-        causal = spec.arch == "causal"
-        snippet = WRITER_SNIPPET.format(
-            auto=auto,
-            before=before,
-            after=after,
-            special=spec.prompt == "plain" or not causal,
-            most=models.ANSWER_TOKENS,
-            start='prompt["input_ids"].shape[1]' if causal else 1,
-            example=example,
-        )
-    elif spec.arch != "classifier":
-        answers = [tasks.answer(task, name, spec.prompt) for name in task.names]
-        if all(ids[-1] == tokenizer.eos_token_id for ids in models.label_tokens(tokenizer, answers)):
-            answers = [answer + tokenizer.eos_token for answer in answers]
-        snippet = ANSWER_SNIPPET.format(
-            before=before,
-            after=after,
-            answers=answers,
-            labels=task.names,
-            special=spec.prompt == "plain" or spec.arch == "seq2seq",
-            example=example,
-            auto=auto,
-            logits=ANSWER_LOGITS[spec.arch],
-        )
-    teachers = dict.fromkeys(name for phase in spec.phases for name in phase.teachers)
-    test = about["test"]
-    drawn = metrics.bootstrap_scores(said["label"].tolist(), said["prediction"].tolist(), task.names, said["group"])
-    lines = []
-    for name, samples in drawn.items():
-        low, high = metrics.interval(samples)
-        title = name.replace("_f1", "-F1")
-        lines.append(f"| {title} | {100 * test[name]:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |")
-    lines += [
-        f"| {name.replace('_', ' ')} | {100 * test[name]:.1f} % |" for name in ("balanced_accuracy", "commonest_answer")
-    ]
-    lines += [f"| {title} | {test[name]:.3f} |" for name, title in CARD_SCORES.items()]
-    per_label = [
-        f"| {label} | {' | '.join(f'{100 * row[k]:.1f} %' for k in ('precision', 'recall', 'specificity', 'f1'))} "
-        f"| {row['support']} |"
-        for label, row in test["labels"].items()
-    ]
-    phases = [f"{i}. {_leg(phase)}" for i, phase in enumerate(spec.phases, 1)]
-    text = CARD.format(
-        pipeline=pipeline,
-        student=about["student"],
-        what=what,
-        labels=", ".join(task.names),
-        teachers=", ".join(teachers) or "nobody: it learned from gold labels alone",
-        parameters=about["parameters"],
-        megabytes=about["bytes_on_disk"] / 1e6,
-        scores="\n".join(lines),
-        per_label="\n".join(per_label),
-        phases="\n".join(phases) or "Not at all: it is as it was built.",
-        rows=test["rows"],
-        seed=about["seed"],
-        snippet=snippet,
-    )
-    with params.atomic(folder / "README.md") as path:
-        path.write_text(text, encoding="utf-8")

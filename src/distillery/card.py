@@ -1,0 +1,182 @@
+"""The model card: what a finished student is, how good, and code that uses it with `transformers` alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from distillery import metrics, models, params, tasks
+
+CARD = """---
+library_name: transformers
+pipeline_tag: {pipeline}
+---
+# {student}
+
+{what} for the labels {labels}, distilled from {teachers}. {parameters:,} parameters, {megabytes:.0f} MB, seed {seed}.
+
+## Use
+
+```python
+{snippet}
+```
+
+## How good it is
+
+On {rows} test rows that it never saw; intervals (95 %) draw rows of one group together:
+
+| score | value |
+|---|---|
+{scores}
+
+| label | precision | sensitivity | specificity | F1 | rows |
+|---|--:|--:|--:|--:|--:|
+{per_label}
+
+## How it learned
+
+{phases}
+
+Other texts than those of its test rows may come out otherwise; nothing here says how it treats groups of people.
+"""
+CARD_SCORES = {
+    "mcc": "Matthews correlation",
+    "log_loss": "log loss",
+    "brier": "Brier score",
+    "ece": "calibration error",
+}
+CLASSIFIER_SNIPPET = """from transformers import pipeline
+
+classify = pipeline("text-classification", model=".")
+print(classify({example!r}))"""
+ANSWER_SNIPPET = """import torch
+from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = {auto}.from_pretrained(".", dtype=torch.float32).eval()
+
+
+def classify(text, before={before!r}, after={after!r}, answers={answers!r}):
+    prompt = tokenizer(before + text + after, add_special_tokens={special})["input_ids"]
+    scores = []
+    for answer in answers:  # the log-probability of every answer after the prompt
+        tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = {logits}
+        scores.append(logits.log_softmax(-1)[range(len(tokens)), tokens].sum())
+    return dict(zip({labels!r}, torch.stack(scores).softmax(-1).tolist()))
+
+
+print(classify({example!r}))"""
+
+
+ANSWER_LOGITS = {  # of the answer's tokens, one by one
+    "causal": "model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]",
+    "seq2seq": "model(torch.tensor([prompt]), labels=torch.tensor([tokens])).logits[0]",
+}
+KINDS = {  # arch -> pipeline tag, class of transformers, in words
+    "classifier": ("text-classification", "AutoModelForSequenceClassification", "A classifier"),
+    "causal": ("text-generation", "AutoModelForCausalLM", "A causal language model"),
+    "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM", "An encoder-decoder"),
+}
+
+
+def _leg(phase: params.Phase) -> str:
+    """One phase in words."""
+    length = f"{phase.steps} steps" if phase.steps else f"{phase.epochs:g} epochs"
+    source = f"taught by {', '.join(phase.teachers)}" if phase.teachers else "by gold labels alone"
+    terms = ", ".join(f"{weight:g} {term}" for term, weight in phase.loss.items())
+    return f"{length} on {', '.join(phase.data)}, {source} ({terms})"
+
+
+WRITER_SNIPPET = """from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = {auto}.from_pretrained(".").eval()
+
+
+def answer(text, before={before!r}, after={after!r}):
+    prompt = tokenizer(before + text + after, add_special_tokens={special}, return_tensors="pt")
+    made = model.generate(**prompt, max_new_tokens={most}, do_sample=False)[0, {start}:]
+    return tokenizer.decode(made, skip_special_tokens=True).strip()
+
+
+print(answer({example!r}))"""
+
+
+def write(folder: Path, spec: params.Student, task: tasks.Task, about: dict[str, Any], said: pd.DataFrame) -> None:
+    """The model folder's README.md: what it is, how good, and code that uses it with `transformers` alone.
+
+    said: test rows (text, label, prediction, group); the first is the example. about["test"]: their scores. The
+    intervals are those of the report for one seed.
+    """
+    example = said["text"].iloc[0]
+    snippet = CLASSIFIER_SNIPPET.format(example=example)
+    pipeline, auto, what = KINDS[spec.arch]
+    if spec.arch != "classifier":
+        mark = "\x00"
+        tokenizer = models.load_tokenizer(folder)
+        rendered = tasks.render(tasks.turns(task, mark, spec.few_shot), tokenizer, spec.prompt)
+        before, _, after = rendered.partition(mark)
+    if task.kind == "qa":
+        causal = spec.arch == "causal"
+        snippet = WRITER_SNIPPET.format(
+            auto=auto,
+            before=before,
+            after=after,
+            special=spec.prompt == "plain" or not causal,
+            most=models.ANSWER_TOKENS,
+            start='prompt["input_ids"].shape[1]' if causal else 1,
+            example=example,
+        )
+    elif spec.arch != "classifier":
+        answers = [tasks.answer(task, name, spec.prompt) for name in task.names]
+        if all(ids[-1] == tokenizer.eos_token_id for ids in models.label_tokens(tokenizer, answers)):
+            answers = [answer + tokenizer.eos_token for answer in answers]
+        snippet = ANSWER_SNIPPET.format(
+            before=before,
+            after=after,
+            answers=answers,
+            labels=task.names,
+            special=spec.prompt == "plain" or spec.arch == "seq2seq",
+            example=example,
+            auto=auto,
+            logits=ANSWER_LOGITS[spec.arch],
+        )
+    teachers = dict.fromkeys(name for phase in spec.phases for name in phase.teachers)
+    test = about["test"]
+    drawn = metrics.bootstrap_scores(said["label"].tolist(), said["prediction"].tolist(), task.names, said["group"])
+    lines = []
+    for name, samples in drawn.items():
+        low, high = metrics.interval(samples)
+        title = name.replace("_f1", "-F1")
+        lines.append(f"| {title} | {100 * test[name]:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |")
+    lines += [
+        f"| {name.replace('_', ' ')} | {100 * test[name]:.1f} % |" for name in ("balanced_accuracy", "commonest_answer")
+    ]
+    lines += [f"| {title} | {test[name]:.3f} |" for name, title in CARD_SCORES.items()]
+    per_label = [
+        f"| {label} | {' | '.join(f'{100 * row[k]:.1f} %' for k in ('precision', 'recall', 'specificity', 'f1'))} "
+        f"| {row['support']} |"
+        for label, row in test["labels"].items()
+    ]
+    phases = [f"{i}. {_leg(phase)}" for i, phase in enumerate(spec.phases, 1)]
+    text = CARD.format(
+        pipeline=pipeline,
+        student=about["student"],
+        what=what,
+        labels=", ".join(task.names),
+        teachers=", ".join(teachers) or "nobody: it learned from gold labels alone",
+        parameters=about["parameters"],
+        megabytes=about["bytes_on_disk"] / 1e6,
+        scores="\n".join(lines),
+        per_label="\n".join(per_label),
+        phases="\n".join(phases) or "Not at all: it is as it was built.",
+        rows=test["rows"],
+        seed=about["seed"],
+        snippet=snippet,
+    )
+    with params.atomic(folder / "README.md") as path:
+        path.write_text(text, encoding="utf-8")
