@@ -1,4 +1,4 @@
-"""Recipes: overlays, folders of their own, the published figures beside a run's, and stand-ins built from a config."""
+"""Recipes: overlays, folders of their own, and stand-ins built from a config."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 
-import pandas as pd
 import pytest
 
 import tiny
@@ -24,27 +23,6 @@ def test_an_overlay_changes_keys_items_and_takes_away():
         "h": {"i": 6},
     }
     assert base["a"]["b"] == 1
-
-
-def test_figures_of_the_source_beside_the_runs():
-    said = {
-        "source": "a paper",
-        "published": [
-            {"model": "kd", "scores": {"accuracy": 0.9, "macro_f1": 0.8}, "note": "one seed"},
-            {"model": "gone", "scores": {"accuracy": 0.7}},
-        ],
-    }
-    P = params.load(tiny.ROOT / "params.yaml").model_copy(update={"recipe": params.Recipe.model_validate(said)})
-    board = pd.DataFrame({"model": ["kd"], "accuracy": [0.5], "accuracy_low": [0.4], "accuracy_high": [0.6]})
-    table = recipe.published(P, board)
-    assert table["published"].tolist() == [0.9, 0.8, 0.7]
-    assert table.loc[0, ["this run", "low", "high"]].tolist() == [0.5, 0.4, 0.6]
-    assert table.loc[1:, "this run"].isna().all()  # no score is made up
-    assert recipe.published(params.load(tiny.ROOT / "params.yaml"), board).empty
-    # a teacher has a line for each of several sources; the headline's counts
-    told = params.Recipe(source="x", published=[{"model": "smollm2", "scores": {"accuracy": 0.9}}])
-    board = pd.DataFrame({"model": ["smollm2 on finance", "smollm2 on other"], "accuracy": [0.5, 0.1]})
-    assert recipe.published(P.model_copy(update={"recipe": told}), board)["this run"].tolist() == [0.5]
 
 
 @pytest.fixture

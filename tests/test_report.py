@@ -407,13 +407,16 @@ document.title = JSON.stringify(out);
 </script></body>"""
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs chromium or google-chrome")
 def test_page_in_a_browser(finished, tmp_path):
     page = (finished[0] / "reports/index.html").read_text(encoding="utf-8").replace("</body>", CLICKS)
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
     options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,800"]
-    got = subprocess.run(["chromium", *options, "page.html"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    got = subprocess.run([BROWSER, *options, "page.html"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     out = json.loads(unescape(re.search(r"<title>(.*?)</title>", got.stdout).group(1)))
     assert len(out["descending"]) == len(finished[3]) and out["descending"] == sorted(out["descending"], reverse=True)
     assert out["ascending"] == out["descending"][::-1]
@@ -424,6 +427,39 @@ def test_page_in_a_browser(finished, tmp_path):
 
 
 EVIL = "<script>alert('pwned')</script> & \"quoted\" $x_1$ </script>"
+
+
+def test_figures_of_a_published_system_beside_the_runs(finished, tmp_path):
+    """Each of its scores beside this run's with its interval, in the table, the file and the page; none is made up."""
+    said = {
+        "source": "a paper & its code.",
+        "published": [
+            {"model": "tiny-kd", "scores": {"accuracy": 0.9, "macro_f1": 0.8}, "note": "one seed"},
+            {"model": "gone", "scores": {"accuracy": 0.7}},
+        ],
+        "differences": ["other <rows>"],
+    }
+    P = project(tmp_path, experiment(recipe=said))
+    results, board = run(tmp_path, P)
+    table = pd.read_csv(tmp_path / "reports/plots/published.csv")
+    assert table["published"].tolist() == [0.9, 0.8, 0.7]
+    assert table.loc[0, ["this run", "low", "high"]].tolist() == pytest.approx(
+        board.loc["tiny-kd", ["accuracy", "accuracy_low", "accuracy_high"]].tolist()
+    )
+    assert table.loc[1, "this run"] == pytest.approx(board.loc["tiny-kd", "macro_f1"]) and pd.isna(
+        table.loc[2, "this run"]
+    )
+    page = (tmp_path / "reports/index.html").read_text(encoding="utf-8")
+    part = page[page.index('<h2 id="published">') : page.index('<h2 id="pictures">')]
+    assert "a paper &amp; its code. A dash" in part and "other &lt;rows&gt;" in part and "one seed" in part
+    assert f"<td>0.9000</td><td>{board.loc['tiny-kd', 'accuracy']:.4f}<small>" in part and "<td>–</td>" in part
+    # a teacher has a line for each of several sources: the headline's counts
+    told = P.recipe.model_copy(update={"published": [params.Published(model="big", scores={"accuracy": 0.9})]})
+    lines = pd.DataFrame({"model": ["big on demo", "big on other"], "accuracy": [0.5, 0.1]})
+    assert evaluation.published(P.model_copy(update={"recipe": told}), lines)["this run"].tolist() == [0.5]
+    # no recipe, no table
+    assert not (finished[0] / "reports/plots/published.csv").exists()
+    assert 'id="published"' not in (finished[0] / "reports/index.html").read_text(encoding="utf-8")
 
 
 def test_everything_is_escaped(tmp_path):

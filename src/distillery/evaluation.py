@@ -661,6 +661,25 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
     return board.drop(columns="_order").reset_index(drop=True)
 
 
+def published(P: params.Params, board: pd.DataFrame) -> pd.DataFrame:
+    """The source's figures beside this run's: model, score, published, this run, low, high (its interval), note.
+
+    board: as :func:`leaderboard` makes it. What it has no score for is empty.
+    """
+    rows, source = [], P.tested_on(P.evaluate.headline)
+    found = board.set_index("model")
+    # where several sources are tested, a teacher has a line for each
+    found = found.rename(index={f"{teacher} on {source}": teacher for teacher in P.teachers})
+    for claim in P.recipe.published if P.recipe else []:
+        for score, value in claim.scores.items():
+            row = {"model": claim.model, "score": score, "published": value, "note": claim.note}
+            for column, name in {"this run": score, "low": f"{score}_low", "high": f"{score}_high"}.items():
+                known = claim.model in found.index and name in found
+                row[column] = found.loc[claim.model, name] if known else None
+            rows.append(row)
+    return pd.DataFrame(rows, columns=["model", "score", "published", "this run", "low", "high", "note"])
+
+
 def _judge(board: pd.DataFrame, confidence: float) -> None:
     """Correct all p of `board` for their number, in place, and put every comparison into a word."""
     p = board[["p", "teacher_p"]].astype(float).to_numpy().copy()

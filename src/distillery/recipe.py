@@ -14,15 +14,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ruamel.yaml import YAML
 
 from distillery import params
-from distillery.params import Params, UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
+from distillery.params import UserError
 
 COPIED = ("dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", "notebooks", "src", "tasks")
 TABLE = "reports/plots/published.csv"
@@ -103,27 +100,6 @@ def _copy(source: Path, target: Path) -> None:
     if not target.exists() or target.read_bytes() != source.read_bytes():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-
-
-def published(P: Params, board: pd.DataFrame) -> pd.DataFrame:
-    """The source's figures beside this run's: model, score, published, this run, low, high (its interval), note.
-
-    board: as :func:`distillery.evaluation.leaderboard` makes it. What it has no score for is empty.
-    """
-    import pandas as pd
-
-    rows, source = [], P.tested_on(P.evaluate.headline)
-    found = board.set_index("model")
-    # where several sources are tested, a teacher has a line for each
-    found = found.rename(index={f"{teacher} on {source}": teacher for teacher in P.teachers})
-    for claim in P.recipe.published if P.recipe else []:
-        for score, value in claim.scores.items():
-            row = {"model": claim.model, "score": score, "published": value, "note": claim.note}
-            for column, name in {"this run": score, "low": f"{score}_low", "high": f"{score}_high"}.items():
-                known = claim.model in found.index and name in found
-                row[column] = found.loc[claim.model, name] if known else None
-            rows.append(row)
-    return pd.DataFrame(rows, columns=["model", "score", "published", "this run", "low", "high", "note"])
 
 
 def run(folder: Path) -> int:

@@ -520,6 +520,8 @@ def write(root: Path, results: Results, board: pd.DataFrame, measured: Measured 
         "plots/reliability.csv": reliability(results).to_csv(index=False),
         "index.html": page(root, results, board, pictures, measured),
     }
+    if results.params.recipe:
+        texts["plots/published.csv"] = evaluation.published(results.params, board).to_csv(index=False)
     texts |= {f"figures/{name}.svg": text for name, text in pictures.items()}
     for name, text in texts.items():
         with params.atomic(folder / name) as path:
@@ -591,6 +593,8 @@ def page(root: Path, results: Results, board: pd.DataFrame, pictures: dict[str, 
         shown=[line.name for line in results.shown],
         timed=bool(measured.timing),
         closeness=_nested(evaluation.closeness(results), "model"),
+        recipe=results.params.recipe,
+        published=evaluation.published(results.params, board).astype(object).to_dict("records"),
         rewritten=_nested(measured.robustness, "change"),
         examples=_nested(measured.examples, "change"),
         pictures={name: inline(name, text) for name, text in pictures.items()},
