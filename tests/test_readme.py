@@ -10,10 +10,12 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from packaging.specifiers import SpecifierSet
 from ruamel.yaml import YAML
 
 import tiny
@@ -137,3 +139,15 @@ def test_the_printed_leaderboard_says_what_the_table_holds():
         "| +8.0 (+4.0 to +12.0) over gold: better |"
     )
     assert lines[3] == "| majority | majority | – | 66.1 % (63.0–69.4) | 66.1 % (63.0–69.4) | – |  |"
+
+
+def test_every_pin_installs_on_the_oldest_python_that_the_readme_promises():
+    """Whoever freezes the pins on a newer Python does not notice a package that has left the oldest behind."""
+    oldest = re.search(r"You need Python (3\.\d+) or newer", README)[1]
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    installed = {one.metadata["Name"].lower().replace("_", "-"): one for one in distributions()}
+    asked = {name: installed.get(name.lower().replace("_", "-")) for name in pins}
+    wanted = {name: one.metadata["Requires-Python"] or "" for name, one in asked.items() if one}
+    assert len(wanted) > 150
+    assert not {name: needs for name, needs in wanted.items() if f"{oldest}.0" not in SpecifierSet(needs)}
