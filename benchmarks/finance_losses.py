@@ -1,12 +1,12 @@
 """What helps a small student: losses, temperatures, hidden states, several teachers, its own answers. Three seeds.
 
-    PYTHONPATH=src python benchmarks/finance_losses.py [seeds, 3 by default]
+    PYTHONPATH=src python benchmarks/finance_losses.py [seeds, 3 by default] [how the names of students begin]
 
 Needs the teachers of a finished `dvc repro`. Every student here is one of the default experiment's with another loss:
 the 3-layer MiniLM (17 M, 360 optimizer steps of 16 rows) or SmolLM2's first 15 layers (81 M, LoRA, 120 steps of 8
-rows). All learn from the same rows, gold alone excepted. Scored on the test rows; each is compared with its control by
-a bootstrap over groups and seeds, paired by rows. Finished runs are kept in `.cache/finance_losses/`; a killed one
-continues. Writes `benchmarks/finance_losses.csv` and prints it as a table.
+rows), on the same rows unless its name says otherwise. Scored on the test rows; each is compared with its control by a
+bootstrap over groups and seeds, paired by rows. Finished runs are kept in `.cache/finance_losses/`; a killed one
+continues. Writes `benchmarks/finance_losses.csv`, where rows of students that were not asked for stay.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ def kd(temperature: float, teachers: list[str], **more) -> list[dict]:
     return two_phases({"kl": 1.0}, {"ce": 0.5, "kl": 0.5}, teachers=teachers, temperature=temperature, **more)
 
 
+def gold(loss: dict) -> list[dict]:
+    return [{"data": GOLD, "steps": 120, "batch_size": 8, "learning_rate": 2.0e-3, "loss": loss}]
+
+
 def gkd(**more) -> list[dict]:
     return [
         {"data": POOL, "teachers": ["smollm2"], "steps": 120, "batch_size": 8, "learning_rate": 1.0e-3}
@@ -76,6 +80,13 @@ STUDIES = {
         kd(2.0, ["smollm2", "minilm-l6"], mix="validation"),
         "KD, T = 2",
     ),
+    "KD, T = 2, without paraphrases": (
+        TINY,
+        [{**phase, "data": ["finance/pool"]} if phase["data"] == POOL else phase for phase in kd(2.0, ["smollm2"])],
+        "KD, T = 2",
+    ),
+    "half, gold labels": (HALF, gold({"ce": 1.0}), None),
+    "half, gold labels and reasons": (HALF, gold({"ce": 1.0, "rationale": 1.0}), "half, gold labels"),
     "half, label space, T = 2": (HALF, gkd(temperature=2.0), None),
     "half, GKD off-policy": (HALF, gkd(space="vocabulary"), "half, label space, T = 2"),
     "half, GKD on-policy": (HALF, gkd(space="vocabulary", on_policy=1.0, max_new_tokens=4), "half, GKD off-policy"),
@@ -115,16 +126,20 @@ def run(root: Path, P: params.Params, name: str, seed: int) -> dict:
     return json.loads((folder / "done.json").read_text())
 
 
-def main(seeds: int = 3) -> None:
+def main(seeds: int = 3, begins: str = "") -> None:
     root = params.root()
     P = params.load()
     test = pd.read_parquet(root / "data/processed/finance/test.parquet")
     labels = tasks.load("finance-sentiment", root / "tasks").names
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout
-    said, lines = {}, []
-    for name, (_, _, control) in STUDIES.items():
-        found = [run(root, P, name, seed) for seed in range(seeds)]
-        said[name] = np.array([one["said"] for one in found])
+    path = root / "benchmarks/finance_losses.csv"
+    lines = {line["student"]: line for line in pd.read_csv(path).to_dict("records")} if path.exists() else {}
+    runs: dict[str, list[dict]] = {}
+    for name in (name for name in STUDIES if name.startswith(begins)):
+        control = STUDIES[name][2]
+        for one in {name, control} - {None, *runs}:
+            runs[one] = [run(root, P, one, seed) for seed in range(seeds)]
+        said = {one: np.array([found["said"] for found in runs[one]]) for one in (name, control) if one}
         drawn = metrics.bootstrap_scores(test["label"], said[name], labels, test["group"])
         line = {"student": name, "seeds": seeds}
         for score in ("accuracy", "macro_f1"):
@@ -135,18 +150,17 @@ def main(seeds: int = 3) -> None:
             both = said[name], said[control]
             gap = metrics.paired_difference(test["label"], *both, labels, test["group"])["accuracy"]
             line |= {"control": control} | {f"difference_{k}": round(gap[k], 4) for k in ("mean", "low", "high", "p")}
-        line |= {"seconds_a_run": round(np.mean([one["seconds"] for one in found]), 1)}
-        lines.append(
-            line | {"threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), "commit": commit.strip()}
-        )
+        line |= {"seconds_a_run": round(np.mean([found["seconds"] for found in runs[name]]), 1)}
+        line |= {"threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), "commit": commit.strip()}
+        lines[name] = line
         print(
             f"{name}: accuracy {line['accuracy']:.3f} [{line['accuracy_low']:.3f}, {line['accuracy_high']:.3f}]",
             flush=True,
         )
-        with params.atomic(root / "benchmarks/finance_losses.csv") as path:
-            pd.DataFrame(lines).to_csv(path, index=False)
-    print(pd.DataFrame(lines).to_string(index=False))
+        with params.atomic(path) as new:
+            pd.DataFrame([lines[name] for name in STUDIES if name in lines]).to_csv(new, index=False)
+    print(pd.DataFrame(lines.values()).to_string(index=False))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:2]), *sys.argv[2:3])
