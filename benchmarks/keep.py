@@ -1,0 +1,62 @@
+"""Run a benchmark and keep what it printed, with what produced it.
+
+    PYTHONPATH=src python benchmarks/keep.py distill_step [its arguments]
+
+Writes `benchmarks/results/<name>.txt`: command, commit, machine, threads, date, seconds, then the output as printed
+(library warnings, which go to the other stream, left out). Nothing is written when the benchmark fails. Paths of this
+machine are shortened to `FOLDER/` and a name.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+from distillery import params
+
+
+def commit(root: Path) -> str:
+    """The commit of the code, with a `+` when it has been changed since."""
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "src", "benchmarks/*.py"], capture_output=True).stdout
+    return head + ("+" if changed else "")
+
+
+def main(name: str, *arguments: str) -> None:
+    root = params.root()
+    script = root / "benchmarks" / f"{name}.py"
+    if not script.exists():
+        known = ", ".join(sorted(path.stem for path in script.parent.glob("*.py")))
+        raise params.UserError(f"no benchmark `{name}`; there are: {known}")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(script), *arguments], cwd=root, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    cpu = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.*)", cpu.read_text()) if cpu.exists() else None
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    shown = [re.sub(r"^/(?:.*/)?([^/]+/?)$", r"FOLDER/\1", argument) for argument in arguments]
+    lines = [
+        f"command  PYTHONPATH=src python benchmarks/{name}.py {' '.join(shown)}".rstrip(),
+        f"commit   {commit(root)}",
+        f"machine  {model[1] if model else platform.processor()}, {os.cpu_count()} cores, {threads} threads",
+        f"date     {date.today()}, {time.perf_counter() - start:.0f} s",
+    ]
+    path = script.parent / "results" / f"{name}.txt"
+    with params.atomic(path) as new:
+        new.write_text("\n".join([*lines, "", done.stdout.rstrip()]) + "\n", encoding="utf-8")
+    print(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except params.UserError as mistake:
+        sys.exit(f"error: {mistake}")
