@@ -5,24 +5,31 @@
 Without names: each recipe that has a scale `small`. Runs what `make recipe NAME=... SCALE=small` runs, from nothing but
 fetched models: earlier results of that recipe are deleted first. Memory is the most that its processes held together
 (proportional set size). Writes `benchmarks/recipes.csv` after each: one row for every published figure, beside this
-run's with its interval; rows of recipes that were not named stay.
+run's with its interval; rows of recipes that were not named stay. The table in `recipes/README.md` is made from it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import psutil
 
 from distillery import models, params, recipe
 
-TABLE = "benchmarks/recipes.csv"
+TABLE, PAGE = "benchmarks/recipes.csv", "recipes/README.md"
+START, END = "<!-- runs -->", "<!-- /runs -->"
+COLUMNS = (
+    *("recipe", "scale", "seconds", "memory_gb", "exit", "model", "score", "published", "this run", "low", "high"),
+    *("note", "differences", "threads", "commit"),
+)
 
 
 def watched(command: list[str], **how: object) -> tuple[int, float, float]:
@@ -44,6 +51,46 @@ def watched(command: list[str], **how: object) -> tuple[int, float, float]:
     return process.wait(), time.perf_counter() - start, peak / 1e9
 
 
+def figures(rows: pd.DataFrame, column: str) -> str:
+    """`model score figure (interval)` of each row that has a figure in `column`."""
+    out = []
+    for row in rows.dropna(subset=["published"]).to_dict("records"):
+        said = "none" if pd.isna(row[column]) else f"{row[column]:.3f}"
+        if column == "this run" and pd.notna(row["low"]):
+            said += f" ({row['low']:.3f} to {row['high']:.3f})"
+        out.append(f"{row['model']} {row['score'].replace('_', ' ')} {said}")
+    return "<br>".join(out) or "none given"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """One line a recipe and scale."""
+    lines = ["| recipe | seconds | GB | published | here | what is different |", "|---|--:|--:|---|---|---|"]
+    for (name, scale), rows in table.groupby(["recipe", "scale"], sort=False):
+        first = rows.iloc[0]
+        cells = [f"{name}, {scale}" if scale else name, f"{first['seconds']:.0f}", f"{first['memory_gb']:.2f}"]
+        cells += [figures(rows, "published"), figures(rows, "this run"), "; ".join(json.loads(first["differences"]))]
+        lines.append(f"| {' | '.join(cells if first['exit'] == 0 else [*cells[:3], '', 'failed', ''])} |")
+    return "\n".join(lines)
+
+
+def keep(root: Path, rows: pd.DataFrame) -> None:
+    """Put the rows of one recipe and scale into the table, in place of those it had, and renew the page."""
+    (asked,) = set(zip(rows["recipe"], rows["scale"], strict=True))
+    if (root / TABLE).exists():
+        before = pd.read_csv(root / TABLE, dtype={"scale": str}, keep_default_na=False, na_values={"this run": ""})
+        others = [key != asked for key in zip(before["recipe"], before["scale"], strict=True)]
+        rows = pd.concat([part for part in (before[others], rows) if len(part)], ignore_index=True)
+    table = rows.reindex(columns=list(COLUMNS)).sort_values(["recipe", "scale"], kind="stable", ignore_index=True)
+    for column in ("published", "this run", "low", "high"):
+        table[column] = pd.to_numeric(table[column])
+    with params.atomic(root / TABLE) as path:
+        table.to_csv(path, index=False)
+    page = (root / PAGE).read_text(encoding="utf-8")
+    page = re.sub(rf"({START}\n).*?({END})", lambda m: f"{m[1]}{markdown(table)}\n{m[2]}", page, flags=re.S)
+    with params.atomic(root / PAGE) as path:
+        path.write_text(page, encoding="utf-8")
+
+
 def main(names: list[str]) -> None:
     root = params.root()
     found = sorted(path.stem for path in (root / "recipes").glob("*.yaml"))
@@ -56,31 +103,20 @@ def main(names: list[str]) -> None:
         experiment = recipe.experiment(root, name, scale or None)
         for model, spec in experiment["models"].items():  # fetching is no part of it
             models.fetch(model, params.validate(params.Model, spec, f"recipes/{name}.yaml"))
-        command = [sys.executable, "-m", "distillery.recipe", name, *(["--scale", scale] if scale else [])]
         print(f"{asked} ...", flush=True)
-        log = root / ".cache" / "recipes" / f"{name}-{scale}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w") as file:
-            status, seconds, memory = watched(command, cwd=root, stdout=file, stderr=subprocess.STDOUT)
-        line = {"recipe": name, "scale": scale, "seconds": round(seconds), "memory_gb": round(memory, 2)}
-        line |= {"exit": status, "cores": os.cpu_count(), "commit": commit.strip()}
-        rows = pd.DataFrame([{}])
-        if status == 0 and (folder / recipe.TABLE).exists():
-            rows = pd.read_csv(folder / recipe.TABLE)
-        said = params.load(folder / "params.yaml").recipe
-        rows = rows.assign(**line, differences=json.dumps(said.differences if said else [], ensure_ascii=False))
-        before = pd.read_csv(root / TABLE) if (root / TABLE).exists() else pd.DataFrame(columns=["recipe", "scale"])
-        before = before[(before["recipe"] != name) | (before["scale"].fillna("") != scale)]
-        parts = [part for part in (before, rows) if len(part)]
-        table = pd.concat(parts, ignore_index=True).sort_values(["recipe", "scale"], kind="stable")
-        columns = ["recipe", "scale", "seconds", "memory_gb", "exit", "model", "score", "published", "this run", "low"]
-        with params.atomic(root / TABLE) as path:
-            table.reindex(columns=[*columns, "high", "note", "differences", "cores", "commit"]).to_csv(
-                path, index=False
-            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "distillery.recipe", name, *(["--scale", scale] if scale else [])]
+        with open(folder.parent / f"{folder.name}.log", "w") as log:
+            status, seconds, memory = watched(command, cwd=root, stdout=log, stderr=subprocess.STDOUT)
+        about = {"recipe": name, "scale": scale, "seconds": round(seconds), "memory_gb": round(memory, 2)}
+        about |= {"exit": status, "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))}
+        said = experiment.get("recipe") or {}
+        about |= {"differences": json.dumps(said.get("differences", []), ensure_ascii=False), "commit": commit.strip()}
+        told = status == 0 and (folder / recipe.TABLE).exists()
+        rows = (pd.read_csv(folder / recipe.TABLE) if told else pd.DataFrame([{}])).assign(**about)
+        keep(root, rows)
         print(f"{asked}: exit {status}, {seconds:.0f} s, {memory:.2f} GB", flush=True)
-        shown = [column for column in ("model", "score", "published", "this run", "low", "high") if column in rows]
-        print(rows[shown].round(4).to_string(index=False), flush=True)
+        print(rows.reindex(columns=list(COLUMNS[5:11])).round(4).to_string(index=False), flush=True)
 
 
 if __name__ == "__main__":
