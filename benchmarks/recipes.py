@@ -77,7 +77,9 @@ def keep(root: Path, rows: pd.DataFrame) -> None:
     """Put the rows of one recipe and scale into the table, in place of those it had, and renew the page."""
     (asked,) = set(zip(rows["recipe"], rows["scale"], strict=True))
     if (root / TABLE).exists():
-        before = pd.read_csv(root / TABLE, dtype={"scale": str}, keep_default_na=False, na_values={"this run": ""})
+        before = pd.read_csv(
+            root / TABLE, dtype={"scale": str, "commit": str}, keep_default_na=False, na_values={"this run": ""}
+        )
         others = [key != asked for key in zip(before["recipe"], before["scale"], strict=True)]
         rows = pd.concat([part for part in (before[others], rows) if len(part)], ignore_index=True)
     table = rows.reindex(columns=list(COLUMNS)).sort_values(["recipe", "scale"], kind="stable", ignore_index=True)
