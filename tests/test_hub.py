@@ -49,21 +49,26 @@ print("\\n" + json.dumps(out))
 
 def ask(url: str, home: Path, jobs: list[tuple]) -> list[dict[str, Any]]:
     """What came of each job (kind, name, section, more), all in a process whose hub is at `url`."""
+    told = {"cache": str(home / "models"), "jobs": jobs}
+    return json.loads(with_hub(url, home, SCRIPT, told, tiny.ROOT).splitlines()[-1])
+
+
+def with_hub(url: str, home: Path, script: str, told: Any, folder: Path) -> str:
+    """What `script` prints in a process whose hub is at `url`; it reads `told` as JSON."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     clean |= {"HF_ENDPOINT": url, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     clean |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(tiny.ROOT / "src"), "NO_PROXY": "127.0.0.1"}
-    told = json.dumps({"cache": str(home / "models"), "jobs": jobs})
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input=told,
-        cwd=tiny.ROOT,
+        [sys.executable, "-c", script],
+        input=json.dumps(told),
+        cwd=folder,
         env=clean,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
 def parquet(rows: list[dict], labels: dict[str, list[str]] | None = None) -> bytes:
@@ -317,6 +322,16 @@ def tables() -> dict[str, hub.Repo]:
     }
 
 
+def few(source: params.Source) -> dict[str, Any]:
+    """A recipe's source for tables of 36 rows: the hub's words for shares are for many thousand."""
+    spec = source.model_dump(exclude_unset=True) | {"hub_split": "train", "near_duplicate": 1.0}
+    if source.hub_splits:
+        own = {part: text.partition("[")[0] for part, text in spec["hub_splits"].items()}
+        cut = {"train": "[:18]", "pool": "[18:24]", "validation": "[24:30]", "test": "[30:]"}
+        spec["hub_splits"] = {part: text + cut[part] for part, text in own.items()}
+    return spec
+
+
 def test_every_model_and_table_that_a_recipe_names_resolves(tmp_path):
     """By its id, at its revision, as the right class, with the columns, splits and configurations that are named."""
     from distillery import recipe
@@ -334,14 +349,7 @@ def test_every_model_and_table_that_a_recipe_names_resolves(tmp_path):
                 jobs.setdefault((P.models[model].hub, wanted), job)
         for name, source in P.data.items():
             if source.source.startswith("hub:"):
-                # the hub's words for shares are for tables of many thousand rows
-                spec = source.model_dump(exclude_unset=True)
-                spec["hub_split"] = "train"
-                if source.hub_splits:
-                    own = {part: text.partition("[")[0] for part, text in spec["hub_splits"].items()}
-                    cut = {"train": "[:18]", "pool": "[18:24]", "validation": "[24:30]", "test": "[30:]"}
-                    spec["hub_splits"] = {part: text + cut[part] for part, text in own.items()}
-                jobs.setdefault((source.source, ""), ("data", name, spec | {"near_duplicate": 1.0}, None))
+                jobs.setdefault((source.source, ""), ("data", name, few(source), None))
     with hub.serving(repos) as (url, _):
         found = dict(zip(jobs, ask(url, tmp_path, list(jobs.values())), strict=True))
     wrong = {key: value["error"] for key, value in found.items() if "error" in value}
@@ -357,3 +365,39 @@ def test_every_model_and_table_that_a_recipe_names_resolves(tmp_path):
             assert value["class"].lower().startswith(TYPES[name]) and value["class"].endswith(ending[wanted]), name
         else:
             assert value["rows"]["pool" if "news" in name else "train"] > 0
+
+
+NOTEBOOK = """
+import json, sys
+import matplotlib
+matplotlib.use("agg")
+cells = json.load(open("notebooks/01_data.ipynb"))["cells"]
+for name in json.loads(sys.stdin.read()):
+    there = {"__name__": "__main__"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), there)
+            there["source"] = name
+"""
+
+
+def test_the_data_notebook_shows_every_table_of_the_recipes(tmp_path):
+    """With the hub's own splits, without labels, with options, with written answers; each in its last cell's files."""
+    from distillery import recipe
+
+    repo, data = tiny.experiment(tmp_path / "repo"), {}
+    raw = params.read_yaml(repo / "params.yaml")
+    for teacher in raw["teachers"].values():
+        teacher["data"] = ["finance"]
+    for path in sorted((tiny.ROOT / "recipes").glob("*.yaml")):
+        P = params.validate(params.Params, recipe.experiment(tiny.ROOT, path.stem), path.name)
+        for name, source in P.data.items():
+            if source.source.startswith("hub:"):
+                data[f"{path.stem}-{name}"] = few(source)
+    (repo / "params.yaml").write_text(json.dumps(raw | {"data": raw["data"] | data}))  # JSON is YAML
+    with hub.serving(tables()) as (url, _):
+        with_hub(url, tmp_path, NOTEBOOK, list(data), repo)
+    kinds = {(source["task"], "hub_splits" in source) for source in data.values()}
+    assert len(kinds) >= 5 and any(source["columns"].get("label", "") is None for source in data.values())
+    for name in data:
+        assert (repo / f"data/processed/{name}/audit.json").exists(), name
