@@ -64,7 +64,7 @@ def by_forward(model: models.LabelModel, texts: list[str]) -> list[str]:
 
 
 def by_us(model: models.LabelModel, texts: list[str]) -> list[str]:
-    return [model.task.names[i] for i in model.predict(texts, batch_size=4 * BATCH).argmax(-1)]
+    return [model.task.names[i] for i in model.predict(texts).argmax(-1)]
 
 
 def measured(ask: Callable, *arguments: object) -> tuple[list[str], float, float]:

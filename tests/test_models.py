@@ -421,7 +421,8 @@ def test_predictions_hang_neither_on_the_batch_nor_on_the_order(tiny_models, kin
     assert np.abs(expected.sum(1) - 1).max() < 1e-5 and expected.std(0).min() > 1e-3
     order = np.random.default_rng(0).permutation(20)
     for size in (1, 3, 20):
-        found = student.predict([texts[i] for i in order], batch_size=size)
+        student.batch_size = size
+        found = student.predict([texts[i] for i in order])
         assert np.abs(found - expected[order]).max() < 1e-5
 
 

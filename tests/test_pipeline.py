@@ -19,7 +19,7 @@ import pytest
 from ruamel.yaml import YAML
 
 import tiny
-from distillery import params, stage, tasks
+from distillery import inputs, params, stage, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src/distillery"
@@ -401,6 +401,35 @@ def write_inputs(repo: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "distillery.inputs", "students"]
     env = os.environ | {"PYTHONPATH": "src"}
     return subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_reasons_are_for_the_label_that_a_row_is_taught_with():
+    """Not those that argue for another label, nor those of a teacher that the others outvote."""
+    row = {"label": None, "p_a": [0.6, 0.4], "p_b": [0.1, 0.9], "p_c": None}
+    assert inputs._reasons(row, ["a", "b", "c"], {"a": "up", "b": "down"}) == ["down"]
+    assert inputs._reasons(row | {"label": "x"}, ["a", "b", "c"], {"a": "up", "b": "down"}) == ["up", "down"]
+
+    class Held(inputs.Tables):
+        def __init__(self):
+            pass
+
+        def rows(self, where):
+            return [{"id": i, "label": None, "rationale": "hidden", "where": where} for i in "12"]
+
+        def signals(self, who, where):
+            p = {"a": [0.6, 0.4], "b": [0.1, 0.9]}[who]
+            return {
+                i: {"probabilities": p, "fold": -1, "rationale": f"{who} {i}", "contradicts": i == "2"} for i in "12"
+            }
+
+    def rows(teachers):
+        leg = {"data": ["s/pool"], "teachers": teachers, "loss": {"ce": 1.0, "rationale": 1.0}, "steps": 1}
+        student = params.Student(model="m", arch="causal", phases=[leg | {"learning_rate": 1e-3}])
+        teacher = params.Teacher(kind="lm", model="m")
+        P = params.Params.model_construct(students={"s": student}, teachers={"a": teacher, "b": teacher})
+        return [row["rationale"] for row in inputs.rows_for(Held(), P, "s")[0]]
+
+    assert rows(["a"]) == ["a 1", None] and rows(["a", "b"]) == ["b 1", None]
 
 
 def test_inputs_are_the_same_bytes_and_name_a_row_without_a_signal(base, tmp_path):

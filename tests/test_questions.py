@@ -39,6 +39,21 @@ def test_a_student_learns_to_write_the_answers(tiny_models, tmp_path):
     assert before["exact_match"] == 0 < after["exact_match"] == after["accuracy"] == after["token_f1"] == 1
 
 
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ({"loss": {"ce": 1.0, "rationale": 1.0}}, "loss.rationale"),
+        ({"loss": {"kl": 1.0}, "teachers": ["one"]}, "loss.kl"),
+        ({"teachers": ["one"], "take": {"confidence": 0.5}}, "take"),
+        ({"teachers": ["one", "two"], "mix": "validation"}, "mix"),
+        ({"teachers": ["one"], "order": "confidence"}, "order: confidence"),
+    ],
+)
+def test_what_needs_labels_is_refused(more, told):
+    with pytest.raises(UserError, match=f"^phases: {told}: answers are free text"):
+        training.phase_rows(QUESTIONS, params.Phase(**PHASE | more), TASK.names)
+
+
 def test_answers_are_judged_by_all_that_are_accepted():
     rows = QUESTIONS.assign(answers=["net sales | sales", "operating profit", None, "EUR"])
     said = training.judged(rows, ["The sales.", "profit of the quarter", "whatever", ""])

@@ -316,6 +316,46 @@ def test_rationales_are_for_the_gold_label_and_the_same_each_time(experiment):
     pd.testing.assert_frame_equal(told, teachers.add_rationales(root, "lm", P, TASK, rows, said))
 
 
+def test_nobody_is_asked_why_an_unreadable_answer_holds(experiment):
+    root, P = experiment
+    rows = gold_rows(6).assign(split="pool", label=None)
+    p = np.full((6, 3), 1 / 3)
+    p[[0, 2, 4]] = np.nan
+    spec = P.teachers["lm"].model_copy(update={"rationales": 6})
+    P = P.model_copy(update={"teachers": P.teachers | {"lm": spec}})
+    told = teachers.add_rationales(root, "lm", P, TASK, rows, teachers.signals(rows, p, LABELS, -1))
+    assert told["rationale"].notna().tolist() == [False, True] * 3
+
+
+def test_a_teacher_in_four_bits_answers_and_its_answers_have_a_key_of_their_own(experiment):
+    root, P = experiment
+    whole, packed = (prompted(P, quantize=way, dtype="bfloat16") for way in ("none", "nf4"))
+    models_, texts = [], gold_rows(6)["text"].tolist()
+    for one in (whole, packed):
+        models_.append(teachers.open_teacher("lm", one, TASK))
+    kinds = {type(module).__name__ for module in models_[1].model.modules()}
+    assert "Linear4bit" in kinds and "Linear4bit" not in {
+        type(module).__name__ for module in models_[0].model.modules()
+    }
+    p, q = (model.predict(texts) for model in models_)
+    assert np.isfinite(q).all() and np.abs(p - q).max() < 0.2 and (p != q).any()
+    asked = [teachers.who(one, "tiny-llama", model) for one, model in zip((whole, packed), models_, strict=True)]
+    assert [one["quantization"] for one in asked] == [None, "nf4"]
+    with pytest.raises(ValueError, match="`quantize` is for a `kind: lm` or `seq2seq` that is only prompted"):
+        params.Teacher.model_validate(P.teachers["lm"].model_dump() | {"quantize": "nf4"})
+
+
+def test_label_scores_are_asked_for_in_batches_of_the_teachers_size(experiment, monkeypatch):
+    root, P = experiment
+    teacher, sizes = teachers.open_teacher("lm", prompted(P, batch_size=4), TASK), []
+    forward = type(teacher).forward
+    monkeypatch.setattr(
+        type(teacher), "forward", lambda self, ids, *a, **k: sizes.append(len(ids)) or forward(self, ids, *a, **k)
+    )
+    teachers.ask(teacher, gold_rows(10))
+    assert sizes == [4, 4, 2]
+
+
 def test_a_reason_that_names_another_label_contradicts_its_own():
     assert teachers.contradicts(TASK, "This is clearly negative news.", "positive")
     assert not teachers.contradicts(TASK, "Not negative at all, but positive.", "positive")

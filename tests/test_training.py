@@ -361,10 +361,10 @@ def test_terms_over_hidden_states_are_those_of_the_paired_layers(tiny_models, tm
     frame = toy(6).assign(fold_one=-1, fold_two=-1)
     student = learner(tiny_models, arch, SHORT, scale=3, init={"layers": [0, 2]}, prompt="plain")
     terms = ["hidden", "pkd", "cosine", *(["attention"] if arch == "classifier" else [])]
-    expected = dict.fromkeys(terms, 0.0)
+    alone = {seed: dict.fromkeys(terms, 0.0) for seed in (1, 2)}
     at = -2 if arch == "causal" else 0  # the prompt's last token: one of the answer is fed after it
     with torch.no_grad():
-        for seed in (1, 2):
+        for seed, expected in alone.items():
             says = teacher(tiny_models, arch, SHORT, seed)
             for text, label in zip(frame["text"], frame["label"], strict=True):
                 if arch == "classifier":
@@ -377,19 +377,27 @@ def test_terms_over_hidden_states_are_those_of_the_paired_layers(tiny_models, tm
                     ours, theirs = (out[name] for out in outs)
                     at = {"causal": len(student.encode([text])[0]) - 1, "seq2seq": 0}[arch]
                 a, b = ours[1][0, at], theirs[2][0, at]
-                expected["hidden"] += (a - b).square().mean().item() / 12
+                expected["hidden"] += (a - b).square().mean().item() / 6
                 unit = torch.nn.functional.normalize
-                expected["pkd"] += (unit(a, dim=0) - unit(b, dim=0)).square().sum().item() / 12
+                expected["pkd"] += (unit(a, dim=0) - unit(b, dim=0)).square().sum().item() / 6
                 last = torch.cosine_similarity(ours[2][0, at], theirs[4][0, at], dim=0)
-                expected["cosine"] += (1 - last).item() / 12
+                expected["cosine"] += (1 - last).item() / 6
                 if arch == "classifier":
                     maps = (unit(h[0].square().sum(-1), dim=0) for h in (ours[1], theirs[2]))
-                    expected["attention"] += (next(maps) - next(maps)).norm().item() / 2 / 12
+                    expected["attention"] += (next(maps) - next(maps)).norm().item() / 2 / 6
     spec = phase(dict.fromkeys(terms, 0.25), teachers=["one", "two"], batch_size=3, accumulate=2, learning_rate=1e-9)
     boxes = white_boxes(tiny_models, tmp_path, one=arch, two=arch)
     found = one_step(student, spec, frame, tmp_path / "run", boxes)
     for term in terms:
-        assert found[term] == pytest.approx(expected[term], rel=1e-3), term
+        assert found[term] == pytest.approx((alone[1][term] + alone[2][term]) / 2, rel=1e-3), term
+    better = spec.model_copy(update={"mix": "validation"})
+    rows = training.phase_rows(frame, better, LABELS, {"one": 0.9, "two": 0.3})
+    one, two = (float(rows.weights[name][0]) for name in ("one", "two"))
+    assert one > 2 * two > 0
+    weighted = training.run_phase(student, rows, better, folder=tmp_path / "more", seed=0, teachers=boxes).iloc[0]
+    for term in terms:
+        mixed = (one * alone[1][term] + two * alone[2][term]) / (one + two)
+        assert weighted[term] == pytest.approx(mixed, rel=1e-3), term
     wrong = spec.model_copy(update={"layers": [[1, 9]]})
     with pytest.raises(UserError, match=r"^phases: layers: layer pair \(1, 9\) outside student 0..2, teacher 0..4"):
         one_step(student, wrong, frame, tmp_path / "wrong", boxes)
@@ -780,6 +788,49 @@ def test_the_cards_code_says_what_was_scored_without_this_package(tiny_models, t
         for answer, row in zip(answers, expected[folder], strict=True):
             given = {a["label"]: a["score"] for a in answer} if isinstance(answer, list) else answer
             assert [given[label] for label in LABELS] == pytest.approx(row.tolist(), rel=1e-3, abs=1e-6), folder
+
+
+WRITES = """
+import contextlib, io, json, os, re, sys
+sys.modules["distillery"] = None
+os.chdir(sys.argv[1])
+card, here = open("README.md").read(), {}
+with contextlib.redirect_stdout(io.StringIO()):
+    exec(re.search(r"```python\\n(.*?)```", card, re.S)[1], here)
+print(json.dumps([here["answer"](text) for text in json.loads(sys.argv[2])]))
+"""
+
+
+@pytest.mark.parametrize("arch", ["causal", "seq2seq"])
+def test_the_card_of_a_student_that_writes_answers(tiny_models, tmp_path, arch):
+    """Its code writes what was scored; its scores are those of answers, not of labels."""
+    task = tasks.Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
+    spec = params.Student(model="m", arch=arch, prompt="plain", phases=[phase({"ce": 1.0})])
+    student = training.build(spec, tiny_models / f"tiny-{KINDS[arch]}", task, 0)
+    rng = torch.Generator().manual_seed(3)
+    for parameter in student.model.parameters():
+        if parameter.dim() > 1:
+            parameter.data = torch.randn(parameter.shape, generator=rng) * 0.3
+    models.save(student.model, student.tokenizer, tmp_path / "model")
+    rows = toy(3).assign(label="right", answers=["a | b", "c", "d"], group=list("abc"))
+    said = training.predicted(training.reopen(spec, tmp_path / "model", task), rows)
+    about = {"student": "s", "seed": 0, "parameters": 1, "bytes_on_disk": 1, "test": training.scores(said, task.names)}
+    said = said.assign(text=rows["text"], group=rows["group"])
+    card.write(tmp_path / "model", spec, task, about, said)
+    page = (tmp_path / "model/README.md").read_text()
+    assert "that writes answers to questions" in page and "| exact match | " in page and "| token f1 | " in page
+    assert not re.search("right, wrong|Brier|macro|precision \\| sens", page)
+    done = subprocess.run(
+        [sys.executable, "-c", WRITES, str(tmp_path / "model"), json.dumps(rows["text"].tolist())],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    firsts = [
+        " ".join(text.splitlines()[0].split()) if text else "" for text in json.loads(done.stdout.splitlines()[-1])
+    ]
+    assert firsts == said["answer"].tolist()
 
 
 def test_all_kinds_of_adapter_train_the_adapter_alone(tiny_models):

@@ -147,7 +147,8 @@ class Tables:
 def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows that student `name` learns from, with its teachers' signals, and the names of those teachers.
 
-    A row's rationale is the first that one of its teachers gives; its own, where it has no teacher.
+    A row's rationale is the first that one of its teachers gives; its own, where it has no teacher. Left out are those
+    that argue for another label, and of an unlabelled row those of teachers that the others outvote.
     Raises UserError when a teacher has no signal for a row it should teach.
     """
     phases = P.students[name].phases
@@ -158,6 +159,7 @@ def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]]
     for where in dict.fromkeys(where for phase in phases for where in phase.data):
         rows = tables.rows(where)
         taught = [who for who in teachers if (where, who) in teaches]
+        told: dict[str, dict[str, str]] = {}
         for row in rows:
             row["rationale"] = row["rationale"] if reasons and not taught else None
         for who in teachers:
@@ -173,10 +175,23 @@ def rows_for(tables: Tables, P: Params, name: str) -> tuple[list[dict[str, Any]]
                 signal = said.get(row["id"], {})
                 row[f"p_{who}"], row[f"fold_{who}"] = signal.get("probabilities"), signal.get("fold")
                 row[f"answer_{who}"] = signal.get("answer")
-                if reasons:
-                    row["rationale"] = row["rationale"] or signal.get("rationale")
+                if reasons and signal.get("rationale") and not signal.get("contradicts"):
+                    told.setdefault(row["id"], {})[who] = signal["rationale"]
+        for row in rows:
+            if row["id"] in told:
+                row["rationale"] = next(iter(_reasons(row, taught, told[row["id"]])), None)
         out += rows
     return out, teachers
+
+
+def _reasons(row: dict[str, Any], taught: list[str], told: dict[str, str]) -> list[str]:
+    """The reasons in `told` (by teacher) that are for the label which the row is taught with."""
+    if row["label"] is not None:
+        return list(told.values())
+    said = {who: row[f"p_{who}"] for who in taught if row[f"p_{who}"] is not None}
+    together = [sum(column) for column in zip(*said.values(), strict=True)]
+    top = together.index(max(together))
+    return [reason for who, reason in told.items() if said[who].index(max(said[who])) == top]
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], teachers: list[str] | None = None) -> None:

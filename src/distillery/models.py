@@ -292,7 +292,8 @@ def load(
     unless the folder already has a head of just these labels).
     quantize: load the linear layers in 4 bits (NF4 with double quantization; Dettmers et al. 2023, QLoRA).
 
-    Raises UserError when the folder holds no such model or the layers do not exist.
+    Where there is a GPU the model lies on it. Raises UserError when the folder holds no such model or the layers do
+    not exist.
     """
     torch.manual_seed(seed)
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
@@ -334,7 +335,12 @@ def load(
             # bitsandbytes 0.50.2 repacks weights for a CPU at the first pass without gradients; training, merging and
             # generating after that fail, and so does any layer narrower than one block
             module.support_avx512bf16_for_cpu = False
-    return model
+    return model if quantize else model.to(device())  # what is quantized is put there while it loads
+
+
+def device() -> torch.device:
+    """Where models are asked: a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def nf4(dtype: str) -> Any:
@@ -946,15 +952,15 @@ class Forward:
 @torch.no_grad()
 def embeddings(folder: Path, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
     """Unit vectors [n, d] of `texts`: the mean of the last hidden states of the encoder in `folder` over the tokens."""
-    tokenizer, model = load_tokenizer(folder), AutoModel.from_pretrained(folder).eval()
+    tokenizer, model = load_tokenizer(folder), AutoModel.from_pretrained(folder).eval().to(device())
     out = []
     for start in range(0, len(texts), batch_size):
         batch = tokenizer(
             list(texts[start : start + batch_size]), padding=True, truncation=True, max_length=256, return_tensors="pt"
-        )
+        ).to(model.device)
         seen = batch["attention_mask"][..., None]
         mean = (model(**batch).last_hidden_state * seen).sum(1) / seen.sum(1)
-        out.append(nn.functional.normalize(mean.float(), dim=-1).numpy())
+        out.append(nn.functional.normalize(mean.float(), dim=-1).cpu().numpy())
     return np.concatenate(out) if out else np.zeros((0, model.config.hidden_size), dtype=np.float32)
 
 
@@ -976,7 +982,9 @@ class LabelModel:
         few_shot: int = 0,
         max_length: int = 256,
         dtype: str = "float32",
+        batch_size: int = 32,
     ):
+        self.batch_size = batch_size  # rows that are asked about at a time
         self.model, self.tokenizer, self.task, self.arch = model, tokenizer, task, arch
         self.prompt, self.few_shot, self.max_length = prompt, few_shot, max_length
         self.dtype = getattr(torch, dtype)
@@ -1138,9 +1146,9 @@ class LabelModel:
             for answer in answers
         ]
 
-    def respond(self, texts: Sequence[str], max_new_tokens: int = ANSWER_TOKENS, batch_size: int = 32) -> list[str]:
+    def respond(self, texts: Sequence[str], max_new_tokens: int = ANSWER_TOKENS) -> list[str]:
         """What the model answers to each of `texts`, greedily, up to the end of a line; as it was trained to."""
-        made = self.continue_(self.encode(texts), max_new_tokens=max_new_tokens, batch_size=batch_size)
+        made = self.continue_(self.encode(texts), max_new_tokens=max_new_tokens, batch_size=self.batch_size)
         told = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         return [" ".join((text.strip().splitlines() or [""])[0].split()) for text in told]
 
@@ -1156,16 +1164,14 @@ class LabelModel:
         return [*before, *after, self.tokenizer.eos_token_id], len(before)
 
     @torch.no_grad()
-    def predict(
-        self, texts: Sequence[str], batch_size: int = 32, shots: Sequence[Sequence[tasks.Shot]] | None = None
-    ) -> np.ndarray:
+    def predict(self, texts: Sequence[str], shots: Sequence[Sequence[tasks.Shot]] | None = None) -> np.ndarray:
         """Probabilities over the task's labels [n, labels], float32, each row summing to 1. shots: see :meth:`encode`.
 
         What all prompts begin with (instruction, solved examples) is read once, not once a batch. Of a `qa` task the
         answers are written, and every row is as likely right as wrong: nobody has looked yet.
         """
         if self.task.kind == "qa":
-            self.respond(texts, batch_size=batch_size)
+            self.respond(texts)
             return np.full((len(texts), len(self.task.names)), 0.5, dtype=np.float32)
         training = self.model.training
         self.model.eval()
@@ -1176,8 +1182,8 @@ class LabelModel:
         if self.arch == "causal" and len(ids) > 1:
             with self.autocast():
                 read = read_prefix(self.model, ids[0][: common_prefix(ids)])
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
             logits = self.forward([ids[i] for i in rows], read=read).logits
             for row, i in zip(logits, rows, strict=True):
                 row[tasks.possible(self.task, texts[i]) :] = -torch.inf  # an option that the row does not have

@@ -315,7 +315,8 @@ class Teacher(Section):
     For those that are only prompted: `prompts` of the task file are tried on validation rows beside its `prompt`, and
     the best is taken. `shots` says where the `few_shot` solved examples come from: the task file, gold rows, or for
     each row the gold rows most similar to it (by the encoder `embeddings`), never of its own group. `calibrate` divides
-    by what the prompt says of no text at all (`contextual`) or of many texts (`batch`).
+    by what the prompt says of no text at all (`contextual`) or of many texts (`batch`). `quantize: nf4` loads their
+    linear layers in 4 bits.
     """
 
     kind: Literal["lm", "classifier", "seq2seq", "api", "answers"]
@@ -334,10 +335,13 @@ class Teacher(Section):
     max_new_tokens: Annotated[int, Field(gt=0)] = 48
     batch_size: Annotated[int, Field(gt=0)] = 32
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["none", "nf4"] = "none"
     seed: int = 0
 
     @model_validator(mode="after")
     def _asked(self):
+        if self.quantize != "none" and (self.kind not in ("lm", "seq2seq") or self.finetune):
+            raise ValueError("`quantize` is for a `kind: lm` or `seq2seq` that is only prompted, without `finetune`")
         needed = self.kind if self.kind in ("api", "answers") else "model"
         for key in ("model", "api", "answers"):
             if (getattr(self, key) is not None) != (key == needed):

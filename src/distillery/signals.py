@@ -21,6 +21,7 @@ from distillery import losses, models, params, tasks
 from distillery.models import Completion, LabelModel
 from distillery.params import UserError
 
+MOST = 16  # rows at a time, of which whole vocabularies are kept
 LONGEST = 4096  # tokens of a prompt to a teacher that is only prompted
 
 
@@ -39,12 +40,14 @@ def open_teacher(
         labels=task.names,
         dtype=spec.dtype if arch != "classifier" and not trained else "float32",
         seed=spec.seed,
+        quantize=spec.quantize == "nf4",
         trust_remote_code=origin.trust_remote_code,
     )
     if adapters:
         model = models.with_adapters(model, tuned)
     tokenizer = models.load_tokenizer(folder, origin.trust_remote_code)
     out = LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=spec.dtype)
+    out.batch_size = spec.batch_size
     if arch != "classifier" and spec.finetune is None:  # solved examples may make its prompt long
         out.max_length = min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
     return out
@@ -123,7 +126,6 @@ def collect(
     top_k: int | None = None,
     layers: Sequence[int] = (),
     maps: bool = False,
-    batch_size: int = 16,
 ) -> Signals:
     """Ask a teacher about `texts` once and keep its answers in `folder`; read them from there if they are there.
 
@@ -145,6 +147,7 @@ def collect(
             if not files:
                 files = _allocate(scratch, teacher, ids, told, top_k, layers, maps)
             mine = sorted((i for i in range(len(texts)) if fold[i] == k), key=lambda i: len(ids[i]))
+            batch_size = min(MOST, teacher.batch_size)
             for a in range(0, len(mine), batch_size):
                 rows = mine[a : a + batch_size]
                 asked = [told[i] for i in rows] if told else None

@@ -1,6 +1,6 @@
 """Answers that were paid for, in money or in minutes: kept on arrival, never asked for again.
 
-One SQLite file (`.cache/answers.sqlite`) with two tables that any SQLite tool can read:
+One SQLite file (`.cache/answers/answers.sqlite`) with two tables that any SQLite tool can read:
 
 ``answers``  an answer each: `key`, `asker` (JSON: model, revision, adapter, template, dtype, label set, sampling, …),
              `prompt` (JSON), `sample` (number among answers to the same question), `answer` (text), `more` (JSON)

@@ -68,7 +68,7 @@ NO_CONTENT = ["N/A", "[MASK]", ""]  # Zhao et al. 2021
 CALIBRATIONS = ("none", "contextual", "batch")
 FOR_PRIOR = 128  # rows over which `calibrate: batch` takes its mean
 SAME_SHOTS = 4  # rows with the same solved examples from which it pays to ask about them by themselves
-STORE = Path(".cache/answers.sqlite")  # below the root: answers of endpoints, rationales, paraphrases
+STORE = Path(".cache/answers/answers.sqlite")  # below the root: answers of endpoints, rationales, paraphrases
 
 
 def open_teacher(
@@ -470,6 +470,8 @@ def add_rationales(
     open_rows = rows.index[rows["split"].isin(["train", "pool"])]
     chosen = np.random.default_rng(spec.seed).permutation(open_rows)[: spec.rationales]
     labels = [rows["label"][i] if rows["split"][i] == "train" else said["label"][i] for i in chosen]
+    read = [isinstance(label, str) for label in labels]  # nobody can say why an unreadable answer holds
+    chosen, labels = chosen[read], [label for label, ok in zip(labels, read, strict=True) if ok]
     said = said.copy()
     if spec.kind == "answers":
         open_rows = said.index[said["split"].isin(["train", "pool"])]
@@ -512,7 +514,7 @@ def who(P: params.Params, model: str | None, teacher: LabelModel | ApiTeacher) -
         "adapter": None,
         "template": hashlib.sha256(str(template).encode()).hexdigest(),
         "dtype": dtype,
-        "quantization": None,
+        "quantization": "nf4" if getattr(teacher.model, "is_loaded_in_4bit", False) else None,
         "writer": version("transformers"),
     }
 

@@ -182,9 +182,13 @@ def question_rows(rows: pd.DataFrame, phase: params.Phase) -> Rows:
 
     Raises UserError for a loss or an order that needs a distribution over labels, and for a row without an answer.
     """
-    wrong = [term for term in phase.loss if term == "prior" or (term in params.DIVERGENCES and phase.space == "labels")]
-    if wrong or phase.order == "confidence":
-        what = f"loss.{wrong[0]}" if wrong else "order: confidence"
+    barred = {"prior", "rationale", *(params.DIVERGENCES if phase.space == "labels" else ())}
+    wrong = [f"loss.{term}" for term in phase.loss if term in barred]
+    wrong += ["order: confidence"] if phase.order == "confidence" else []
+    wrong += ["rationales"] if phase.rationales else []
+    wrong += [key for key in ("take", "mix") if getattr(phase, key) != params.Phase.model_fields[key].default]
+    if wrong:
+        what = wrong[0]
         raise UserError(f"phases: {what}: answers are free text, not labels; use `ce`, or `space: vocabulary`")
     known = rows["answers"] if "answers" in rows else [None] * len(rows)  # a pool's are hidden
     told = [tasks.accepted(gold)[0] if isinstance(gold, str) else None for gold in known]
@@ -482,23 +486,31 @@ class _Phase:
         return [self.signals[name].logprobs(picked) for name in self.spec.teachers]
 
     def compare_sorted(self, told: torch.Tensor, picked: list[int]) -> torch.Tensor:
-        """Universal logit distance at the tokens that both tokenizations have; a mean over teachers."""
+        """Universal logit distance at the tokens that both tokenizations have; over teachers as `mix` says."""
         counts = np.cumsum([0, *(len(row) for row in self.told)])
         total = torch.zeros((), device=told.device)
         for name in self.spec.teachers:
             lengths, mine, theirs, at, begin = self.signals[name].lengths, [], [], 0, 0
-            for i in picked:
+            shares, each = self.share(name, picked).tolist(), []
+            for i, share in zip(picked, shares, strict=True):
                 for j, (tokens, skip) in enumerate(self.told[i]):
                     own, other = len(tokens) - skip, int(lengths[counts[i] + j])
                     mine += range(at, at + min(own, other))
                     theirs += range(begin, begin + min(own, other))
+                    each += [share] * min(own, other)
                     at, begin = at + own, begin + other
             teacher = self.signals[name].logprobs(picked)[theirs].to(told.device)
-            total = total + losses.universal_logit_distance(told[mine], teacher).sum() / len(self.spec.teachers)
+            far = losses.universal_logit_distance(told[mine], teacher)
+            total = total + (far * torch.tensor(each, dtype=far.dtype, device=far.device)).sum()
         return total / self.supervised["compared"]
 
+    def share(self, name: str, picked: list[int]) -> torch.Tensor:
+        """What teacher `name` counts for each row in `picked` [rows], of 1 for all teachers together."""
+        weights = self.rows.weights
+        return weights[name][picked] / sum(weights[who][picked] for who in self.spec.teachers)
+
     def compare_states(self, out: models.Forward, picked: list[int]) -> dict[str, torch.Tensor]:
-        """The sums over rows of the terms that compare hidden states, each a mean over the teachers."""
+        """The sums over rows of the terms that compare hidden states, over teachers as `mix` says."""
         values: dict[str, torch.Tensor] = {}
         for name, found in self.signals.items():
             ours, theirs = out.states, found.hidden(picked).to(out.states.device)
@@ -523,7 +535,7 @@ class _Phase:
                         row = losses.attention_transfer_maps(out.maps[:, :n], maps[:, :n])
                 except ValueError as error:
                     raise UserError(f"phases: loss.{term}: teacher `{name}`: {error}") from None
-                values[term] = values.get(term, 0) + row.sum() / len(self.signals)
+                values[term] = values.get(term, 0) + (row * self.share(name, picked).to(row)).sum()
         return values
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
