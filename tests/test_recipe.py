@@ -49,6 +49,8 @@ def test_a_recipe_has_a_folder_of_its_own(repository):
         before
         == subprocess.run(["git", "status", "--porcelain"], cwd=repository, capture_output=True, text=True).stdout
     )
+    for shared in (".cache/models", ".cache/answers"):  # nothing is fetched or paid for twice
+        assert (small / shared).resolve() == (whole / shared).resolve() == repository / shared
     (small / "runs").mkdir()
     kept = (small / "src/distillery/params.py").stat().st_mtime_ns
     (repository / "notebooks" / "01_data.ipynb").unlink()

@@ -84,6 +84,8 @@ def test_what_a_search_needs_is_told_in_one_line(repository):
     few = P.search.model_copy(update={"share": 0.01, "folds": 3})
     with pytest.raises(UserError, match=r"^params.yaml: search.share: \d gold rows are too few for 3 folds"):
         search.search(repo, P.model_copy(update={"search": few}))
+    with pytest.raises(UserError, match=r"distillery.search: unknown option --wirte; there is: --write"):
+        search.main(["--wirte"])
     (repo / "data/inputs/tiny-gold/rows.parquet").unlink()
     with pytest.raises(UserError, match=r"rows.parquet: not there yet; run `dvc repro inputs` first"):
         search.search(repo, P)

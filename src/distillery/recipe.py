@@ -2,7 +2,8 @@
 
 A recipe runs in a folder of its own, `.cache/recipes/<name>` (or `<name>-<scale>`): a copy of the code, notebooks,
 tasks and corpora as they are now, with the recipe as its params.yaml and with its own DVC cache. So the experiment in
-force and what it wrote stay as they are, and recipes may run side by side. Fetched models are shared.
+force and what it wrote stay as they are, and recipes may run side by side. Shared are fetched models, and the
+store of answers: what one recipe has paid for, another one does not buy again.
 """
 
 from __future__ import annotations
@@ -74,11 +75,11 @@ def prepare_into(root: Path, raw: dict[str, Any], folder: Path, name: str) -> Pa
             _copy(source, target)
     # no git in there: DVC works without, and the repository's own history is not concerned
     (folder / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
-    models = folder / ".cache" / "models"
-    if not models.exists():
-        models.parent.mkdir(exist_ok=True)
-        (root / ".cache" / "models").mkdir(parents=True, exist_ok=True)
-        models.symlink_to(root / ".cache" / "models")
+    for shared in (".cache/models", ".cache/answers"):
+        if not (folder / shared).exists():
+            (folder / shared).parent.mkdir(exist_ok=True)
+            (root / shared).mkdir(parents=True, exist_ok=True)
+            (folder / shared).symlink_to(root / shared)
     with params.atomic(folder / "params.yaml") as path, path.open("w", encoding="utf-8") as file:
         YAML(typ="safe", pure=True).dump(raw, file)
     try:

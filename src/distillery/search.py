@@ -80,7 +80,7 @@ def search(root: Path, P: Params) -> pd.DataFrame:
     path = root / "data" / "inputs" / spec.student / "rows.parquet"
     if not path.exists():
         raise UserError(f"{path.relative_to(root)}: not there yet; run `dvc repro inputs` first")
-    rows = pd.read_parquet(path)
+    rows, decides = pd.read_parquet(path), path.with_name("experiment.json").read_text(encoding="utf-8")
     gold = rows[rows["where"].isin(P.students[spec.student].phases[spec.phase - 1].data) & rows["label"].notna()]
     gold = share_of(gold, spec.share, spec.seed)
     if gold["group"].nunique() < spec.folds:
@@ -94,7 +94,7 @@ def search(root: Path, P: Params) -> pd.DataFrame:
         for k, (train, held_out) in enumerate(parts):
             student = P.students[spec.student].model_dump()
             phase = student.pop("phases")[spec.phase - 1] | chosen
-            key = training.run_key(student, phase, spec.seed, spec.folds, k, gold.to_json())
+            key = training.run_key(student, phase, spec.seed, spec.folds, k, gold.to_json(), decides)
             kept = root / ".cache" / "search" / f"{key}.json"
             if not kept.exists():
                 score = trial(root, P, chosen, gold.iloc[train], gold.iloc[held_out], key)
@@ -119,6 +119,8 @@ def write(root: Path, P: Params, best: dict[str, Any]) -> None:
 
 def main(arguments: list[str]) -> None:
     """Search, show what was tried, keep the best. Raises UserError."""
+    if unknown := set(arguments) - {"--write"}:
+        raise UserError(f"python -m distillery.search: unknown option {sorted(unknown)[0]}; there is: --write")
     root, P = params.root(), params.load()
     tried = search(root, P)
     print(tried.head(10).to_string(index=False))
