@@ -429,6 +429,29 @@ def test_page_in_a_browser(finished, tmp_path):
 EVIL = "<script>alert('pwned')</script> & \"quoted\" $x_1$ </script>"
 
 
+def test_what_each_phase_gave(finished):
+    root, P, results, _ = finished
+    found = evaluation.legs(root, results).set_index(["model", "after phase"])
+    for name in P.students:
+        assert found.loc[(name, 1), "accuracy"] == pytest.approx(
+            np.mean([table_["right"].mean() for table_ in phases_of(root, name, P.seeds)])
+        )
+        gain = found.loc[(name, 1), "accuracy"] - found.loc[(name, 0), "accuracy"]
+        assert found.loc[(name, 1), "gain"] == pytest.approx(gain) and np.isnan(found.loc[(name, 0), "gain"])
+    page = (root / "reports/index.html").read_text(encoding="utf-8")
+    assert "What each phase gave" in page and page.count("no training") == len(P.students)
+
+
+def phases_of(root, name, seeds):
+    """Each run's answers on the test rows after its first phase, and whether they are right."""
+    for seed in seeds:
+        rows = pd.read_parquet(root / f"runs/{name}-{seed}/phases.parquet")
+        rows = rows[(rows["split"] == "test") & (rows["phase"] == 1)].set_index("id")
+        yield rows.assign(
+            right=rows["prediction"] == data.read(root / "data/processed/demo", "test").set_index("id")["label"]
+        )
+
+
 def test_figures_of_a_published_system_beside_the_runs(finished, tmp_path):
     """Each of its scores beside this run's with its interval, in the table, the file and the page; none is made up."""
     said = {

@@ -15,7 +15,7 @@ pipeline_tag: {pipeline}
 ---
 # {student}
 
-{what} for the labels {labels}, distilled from {teachers}. {parameters:,} parameters, {megabytes:.0f} MB, seed {seed}.
+{what} {job}, distilled from {teachers}. {parameters:,} parameters, {megabytes:.0f} MB, seed {seed}.
 
 ## Use
 
@@ -30,16 +30,17 @@ On {rows} test rows that it never saw; intervals (95 %) draw rows of one group t
 | score | value |
 |---|---|
 {scores}
-
-| label | precision | sensitivity | specificity | F1 | rows |
-|---|--:|--:|--:|--:|--:|
 {per_label}
-
 ## How it learned
 
 {phases}
 
 Other texts than those of its test rows may come out otherwise; nothing here says how it treats groups of people.
+"""
+PER_LABEL = """
+| label | precision | sensitivity | specificity | F1 | rows |
+|---|--:|--:|--:|--:|--:|
+{rows}
 """
 CARD_SCORES = {
     "mcc": "Matthews correlation",
@@ -148,15 +149,16 @@ def write(folder: Path, spec: params.Student, task: tasks.Task, about: dict[str,
     teachers = dict.fromkeys(name for phase in spec.phases for name in phase.teachers)
     test = about["test"]
     drawn = metrics.bootstrap_scores(said["label"].tolist(), said["prediction"].tolist(), task.names, said["group"])
+    free = task.kind == "qa"  # written answers are right or wrong: labels and certainty say nothing
     lines = []
     for name, samples in drawn.items():
         low, high = metrics.interval(samples)
-        title = name.replace("_f1", "-F1")
-        lines.append(f"| {title} | {100 * test[name]:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |")
-    lines += [
-        f"| {name.replace('_', ' ')} | {100 * test[name]:.1f} % |" for name in ("balanced_accuracy", "commonest_answer")
-    ]
-    lines += [f"| {title} | {test[name]:.3f} |" for name, title in CARD_SCORES.items()]
+        title = "exact match" if free else name.replace("_f1", "-F1")
+        if not free or name == "accuracy":
+            lines.append(f"| {title} | {100 * test[name]:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |")
+    more = ("token_f1", "token_precision", "token_recall") if free else ("balanced_accuracy", "commonest_answer")
+    lines += [f"| {name.replace('_', ' ')} | {100 * test[name]:.1f} % |" for name in more]
+    lines += [] if free else [f"| {title} | {test[name]:.3f} |" for name, title in CARD_SCORES.items()]
     per_label = [
         f"| {label} | {' | '.join(f'{100 * row[k]:.1f} %' for k in ('precision', 'recall', 'specificity', 'f1'))} "
         f"| {row['support']} |"
@@ -167,12 +169,12 @@ def write(folder: Path, spec: params.Student, task: tasks.Task, about: dict[str,
         pipeline=pipeline,
         student=about["student"],
         what=what,
-        labels=", ".join(task.names),
+        job="that writes answers to questions" if free else f"for the labels {', '.join(task.names)}",
         teachers=", ".join(teachers) or "nobody: it learned from gold labels alone",
         parameters=about["parameters"],
         megabytes=about["bytes_on_disk"] / 1e6,
         scores="\n".join(lines),
-        per_label="\n".join(per_label),
+        per_label="" if free else PER_LABEL.format(rows="\n".join(per_label)),
         phases="\n".join(phases) or "Not at all: it is as it was built.",
         rows=test["rows"],
         seed=about["seed"],

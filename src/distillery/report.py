@@ -439,8 +439,11 @@ def figure_history(results: Results) -> Figure:
         for axes, name in zip(many.flat, names, strict=False):
             rows = results.history[results.history["model"] == name]
             for i, (_, run) in enumerate(rows.groupby("seed", sort=False)):
-                smooth = run["loss"].rolling(max(1, len(run) // 60), min_periods=1).mean()
-                axes.plot(run["step"], smooth, lw=1.2, color=LABEL_COLOURS[i % len(LABEL_COLOURS)], alpha=0.85)
+                colour = LABEL_COLOURS[i % len(LABEL_COLOURS)]
+                axes.plot(run["step"], run["loss"], lw=0.7, color=colour, alpha=0.3)
+                for _, leg in run.groupby("phase"):
+                    smooth = leg["loss"].rolling(max(3, len(leg) // 20), min_periods=1).mean()
+                    axes.plot(leg["step"], smooth, lw=1.4, color=colour, alpha=0.9)
             starts = rows.groupby("phase")["step"].min().iloc[1:]
             for start in starts:
                 axes.axvline(start, color=MUTED, lw=0.8, ls=":")
@@ -452,7 +455,11 @@ def figure_history(results: Results) -> Figure:
                 axes.yaxis.set_minor_locator(NullLocator())
         for axes in many[:, 0]:
             axes.set_ylabel("loss, logarithmic")
-        figure.supxlabel("optimizer step; one line a seed, a dotted rule between phases", fontsize=8, color=MUTED)
+        figure.supxlabel(
+            "optimizer step; a line a seed, bold its rolling mean; a dotted rule between phases",
+            fontsize=8,
+            color=MUTED,
+        )
     return figure
 
 
@@ -592,6 +599,7 @@ def page(root: Path, results: Results, board: pd.DataFrame, pictures: dict[str, 
         trained=[row for row in rows if row["role"] in TRAINED],
         shown=[line.name for line in results.shown],
         timed=bool(measured.timing),
+        legs=_nested(evaluation.legs(root, results).astype(object), "model"),
         closeness=_nested(evaluation.closeness(results), "model"),
         recipe=results.params.recipe,
         published=evaluation.published(results.params, board).astype(object).to_dict("records"),
