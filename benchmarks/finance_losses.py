@@ -60,6 +60,11 @@ def gkd(**more) -> list[dict]:
     ]
 
 
+def warm(**more) -> list[dict]:
+    """GKD for half of the steps, from where gold labels led: Agarwal et al. (2024) start from a tuned student, too."""
+    return [phase | {"steps": 60} for phase in (*gold({"ce": 1.0}), *gkd(**more))]
+
+
 # name -> (student, phases, control)
 STUDIES = {
     "CE, gold alone": (TINY, [{"data": GOLD, "steps": 360, "learning_rate": 2.0e-4, "loss": {"ce": 1.0}}], None),
@@ -89,7 +94,12 @@ STUDIES = {
     "half, gold labels and reasons": (HALF, gold({"ce": 1.0, "rationale": 1.0}), "half, gold labels"),
     "half, label space, T = 2": (HALF, gkd(temperature=2.0), None),
     "half, GKD off-policy": (HALF, gkd(space="vocabulary"), "half, label space, T = 2"),
-    "half, GKD on-policy": (HALF, gkd(space="vocabulary", on_policy=1.0, max_new_tokens=4), "half, GKD off-policy"),
+    "half, gold labels, then GKD off-policy": (HALF, warm(space="vocabulary"), "half, gold labels"),
+    "half, gold labels, then GKD on-policy": (
+        HALF,
+        warm(space="vocabulary", on_policy=1.0, max_new_tokens=4),
+        "half, gold labels, then GKD off-policy",
+    ),
 }
 
 
