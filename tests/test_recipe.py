@@ -90,7 +90,8 @@ def test_every_recipe_is_a_whole_experiment_at_every_scale(name, tmp_path):
     for scale in [None, *(raw.get("scale") or {})]:
         folder = recipe.prepare_into(tiny.ROOT, recipe.experiment(tiny.ROOT, name, scale), tmp_path / str(scale), name)
         loaded = params.load(folder / "params.yaml")
-        models = {claim.model for claim in loaded.recipe.published} if loaded.recipe else set()
+        claims = loaded.recipe.published if loaded.recipe else []
+        models = {claim.model for claim in claims if not claim.model.endswith("(not run here)")}
         assert models <= {*loaded.students, *loaded.teachers, *(f"{s}, untrained" for s in loaded.students)}
     if "scale" in raw:  # a published system: where it is from, what it needs, and what small means
         assert loaded.recipe.source and loaded.recipe.needs and loaded.recipe.differences
