@@ -224,7 +224,9 @@ def test_a_stage_asks_an_endpoint_once_and_writes_the_key_nowhere(server, tmp_pa
         assert sum(proxy.calls.values()) == calls and signals.read_bytes() == before
     frame = pd.read_parquet(signals)
     known = frame["label"].notna()
-    assert 0 < known.sum() < len(frame) and frame["rationale"].notna().sum() == 2
+    assert 0 < known.sum() < len(frame)
+    told = frame["rationale"].notna()  # of two rows; nobody is asked why an answer holds that could not be read
+    assert 1 <= told.sum() <= 2 and (known | frame["split"].eq("train"))[told].all()
     found = json.loads((repo / "data/teacher/far/metrics.json").read_text())
     assert sum(found[split]["unparsable"] for split in params.SPLITS) == (~known).sum()
     assert json.loads((repo / "data/teacher/far/asked.json").read_text())["prompt"] in (None, "bare")
