@@ -10,7 +10,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -439,9 +438,7 @@ def test_reasons_are_for_the_label_that_a_row_is_taught_with():
 def test_inputs_are_the_same_bytes_and_name_a_row_without_a_signal(base, tmp_path):
     repo = shutil.copytree(base, tmp_path / "repo", symlinks=True)
     before = {path: path.read_bytes() for path in (repo / "data/inputs").rglob("*") if path.is_file()}
-    start = time.monotonic()
     assert write_inputs(repo).returncode == 0
-    assert time.monotonic() - start < 3
     assert before == {path: path.read_bytes() for path in (repo / "data/inputs").rglob("*") if path.is_file()}
     file = repo / "data/teacher/lm/signals.parquet"
     signals = table(file)
