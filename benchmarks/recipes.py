@@ -52,14 +52,16 @@ def watched(command: list[str], **how: object) -> tuple[int, float, float]:
 
 
 def figures(rows: pd.DataFrame, column: str) -> str:
-    """`model score figure (interval)` of each row that has a figure in `column`."""
+    """`model score figure (interval)` of each row of the table; `none given` where it has no figure in `column`."""
+    if rows[column].isna().all():
+        return "none given"
     out = []
-    for row in rows.dropna(subset=["published"]).to_dict("records"):
+    for row in rows.dropna(subset=["score"]).to_dict("records"):
         said = "none" if pd.isna(row[column]) else f"{row[column]:.3f}"
         if column == "this run" and pd.notna(row["low"]):
             said += f" ({row['low']:.3f} to {row['high']:.3f})"
         out.append(f"{row['model']} {row['score'].replace('_', ' ')} {said}")
-    return "<br>".join(out) or "none given"
+    return "<br>".join(out)
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -67,10 +69,25 @@ def markdown(table: pd.DataFrame) -> str:
     lines = ["| recipe | seconds | GB | published | here | what is different |", "|---|--:|--:|---|---|---|"]
     for (name, scale), rows in table.groupby(["recipe", "scale"], sort=False):
         first = rows.iloc[0]
-        cells = [f"{name}, {scale}" if scale else name, f"{first['seconds']:.0f}", f"{first['memory_gb']:.2f}"]
+        cells = [
+            f"{name}, {scale}" if scale else name,
+            f"{first['seconds']:.0f}",
+            "" if pd.isna(first["memory_gb"]) else f"{first['memory_gb']:.2f}",
+        ]
         cells += [figures(rows, "published"), figures(rows, "this run"), "; ".join(json.loads(first["differences"]))]
         lines.append(f"| {' | '.join(cells if first['exit'] == 0 else [*cells[:3], '', 'failed', ''])} |")
     return "\n".join(lines)
+
+
+def told(folder: Path) -> pd.DataFrame:
+    """The source's figures beside the run's; where a recipe has none, the accuracy of everyone who was trained."""
+    table = pd.read_csv(folder / recipe.TABLE) if (folder / recipe.TABLE).exists() else pd.DataFrame()
+    if len(table):
+        return table
+    board = pd.read_csv(folder / "reports" / "leaderboard.csv")
+    board = board[board["role"].isin(["teacher", "student", "control"])].rename(columns={"accuracy": "this run"})
+    board = board.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
+    return board[["model", "this run", "low", "high"]].assign(score="accuracy")
 
 
 def keep(root: Path, rows: pd.DataFrame) -> None:
@@ -114,8 +131,7 @@ def main(names: list[str]) -> None:
         about |= {"exit": status, "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))}
         said = experiment.get("recipe") or {}
         about |= {"differences": json.dumps(said.get("differences", []), ensure_ascii=False), "commit": commit.strip()}
-        told = status == 0 and (folder / recipe.TABLE).exists()
-        rows = (pd.read_csv(folder / recipe.TABLE) if told else pd.DataFrame([{}])).assign(**about)
+        rows = told(folder).assign(**about) if status == 0 else pd.DataFrame([about])
         keep(root, rows)
         print(f"{asked}: exit {status}, {seconds:.0f} s, {memory:.2f} GB", flush=True)
         print(rows.reindex(columns=list(COLUMNS[5:11])).round(4).to_string(index=False), flush=True)
