@@ -5,7 +5,8 @@
 Without names: each recipe that has a scale `small`. Runs what `make recipe NAME=... SCALE=small` runs, from nothing but
 fetched models: earlier results of that recipe are deleted first. Memory is the most that its processes held together
 (proportional set size). Writes `benchmarks/recipes.csv` after each: one row for every published figure, beside this
-run's with its interval; rows of recipes that were not named stay. The table in `recipes/README.md` is made from it.
+run's with its interval, and one for everyone else who was trained; rows of recipes that were not named stay. The table
+in `recipes/README.md` is made from it.
 """
 
 from __future__ import annotations
@@ -52,16 +53,14 @@ def watched(command: list[str], **how: object) -> tuple[int, float, float]:
 
 
 def figures(rows: pd.DataFrame, column: str) -> str:
-    """`model score figure (interval)` of each row of the table; `none given` where it has no figure in `column`."""
-    if rows[column].isna().all():
-        return "none given"
+    """`model score figure (interval)` of each model's first score, where it has a figure in `column`."""
     out = []
-    for row in rows.dropna(subset=["score"]).to_dict("records"):
-        said = "none" if pd.isna(row[column]) else f"{row[column]:.3f}"
+    for row in rows.drop_duplicates("model").dropna(subset=[column]).to_dict("records"):
+        said = f"{row[column]:.3f}"
         if column == "this run" and pd.notna(row["low"]):
             said += f" ({row['low']:.3f} to {row['high']:.3f})"
         out.append(f"{row['model']} {row['score'].replace('_', ' ')} {said}")
-    return "<br>".join(out)
+    return "<br>".join(out) or "none"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -80,28 +79,23 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def told(folder: Path) -> pd.DataFrame:
-    """The source's figures beside the run's; where a recipe has none, the accuracy of everyone who was trained."""
-    table = pd.read_csv(folder / recipe.TABLE) if (folder / recipe.TABLE).exists() else pd.DataFrame()
-    if len(table):
-        return table
+    """The source's figures beside the run's, then the accuracy of everyone trained here of whom the source has none."""
+    table = pd.read_csv(folder / recipe.TABLE) if (folder / recipe.TABLE).exists() else pd.DataFrame({"model": []})
     board = pd.read_csv(folder / "reports" / "leaderboard.csv")
-    board = board[board["role"].isin(["teacher", "student", "control"])].rename(columns={"accuracy": "this run"})
-    board = board.rename(columns={"accuracy_low": "low", "accuracy_high": "high"})
-    return board[["model", "this run", "low", "high"]].assign(score="accuracy")
+    board = board[board["role"].isin(["teacher", "student", "control"]) & ~board["model"].isin(table["model"])]
+    board = board.rename(columns={"accuracy": "this run", "accuracy_low": "low", "accuracy_high": "high"})
+    others = board[["model", "this run", "low", "high"]].assign(score="accuracy")
+    return pd.concat([part for part in (table, others) if len(part)], ignore_index=True)
 
 
 def keep(root: Path, rows: pd.DataFrame) -> None:
     """Put the rows of one recipe and scale into the table, in place of those it had, and renew the page."""
     (asked,) = set(zip(rows["recipe"], rows["scale"], strict=True))
     if (root / TABLE).exists():
-        before = pd.read_csv(
-            root / TABLE, dtype={"scale": str, "commit": str}, keep_default_na=False, na_values={"this run": ""}
-        )
+        before = pd.read_csv(root / TABLE, dtype={"scale": str, "commit": str}).fillna({"scale": ""})
         others = [key != asked for key in zip(before["recipe"], before["scale"], strict=True)]
         rows = pd.concat([part for part in (before[others], rows) if len(part)], ignore_index=True)
     table = rows.reindex(columns=list(COLUMNS)).sort_values(["recipe", "scale"], kind="stable", ignore_index=True)
-    for column in ("published", "this run", "low", "high"):
-        table[column] = pd.to_numeric(table[column])
     with params.atomic(root / TABLE) as path:
         table.to_csv(path, index=False)
     page = (root / PAGE).read_text(encoding="utf-8")
