@@ -53,9 +53,9 @@ def watched(command: list[str], **how: object) -> tuple[int, float, float]:
 
 
 def figures(rows: pd.DataFrame, column: str) -> str:
-    """`model score figure (interval)` of each model's first score, where it has a figure in `column`."""
-    out = []
-    for row in rows.drop_duplicates("model").dropna(subset=[column]).to_dict("records"):
+    """`model score figure (interval)` of each model's first score with a figure in `column`; speed comes last."""
+    out, slow = [], rows["score"].str.contains("second|latency", na=False)
+    for row in pd.concat([rows[~slow], rows[slow]]).drop_duplicates("model").dropna(subset=[column]).to_dict("records"):
         said = f"{row[column]:.3f}"
         if column == "this run" and pd.notna(row["low"]):
             said += f" ({row['low']:.3f} to {row['high']:.3f})"
