@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from keep import commit
 from transformers.utils import logging
 
 from distillery import inputs, metrics, models, params, tasks, training
@@ -141,7 +141,7 @@ def main(seeds: int = 3, begins: str = "") -> None:
     P = params.load()
     test = pd.read_parquet(root / "data/processed/finance/test.parquet")
     labels = tasks.load("finance-sentiment", root / "tasks").names
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout
+    code = commit(root)
     path = root / "benchmarks/finance_losses.csv"
     lines = {line["student"]: line for line in pd.read_csv(path).to_dict("records")} if path.exists() else {}
     runs: dict[str, list[dict]] = {}
@@ -161,7 +161,7 @@ def main(seeds: int = 3, begins: str = "") -> None:
             gap = metrics.paired_difference(test["label"], *both, labels, test["group"])["accuracy"]
             line |= {"control": control} | {f"difference_{k}": round(gap[k], 4) for k in ("mean", "low", "high", "p")}
         line |= {"seconds_a_run": round(np.mean([found["seconds"] for found in runs[name]]), 1)}
-        line |= {"threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), "commit": commit.strip()}
+        line |= {"threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), "commit": code}
         lines[name] = line
         print(
             f"{name}: accuracy {line['accuracy']:.3f} [{line['accuracy_low']:.3f}, {line['accuracy_high']:.3f}]",

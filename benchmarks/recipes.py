@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
+from keep import commit
 
 from distillery import models, params, recipe
 
@@ -108,7 +109,7 @@ def main(names: list[str]) -> None:
     root = params.root()
     found = sorted(path.stem for path in (root / "recipes").glob("*.yaml"))
     names = names or [f"{name}:small" for name in found if "scale" in params.read_yaml(root / f"recipes/{name}.yaml")]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True).stdout
+    code = commit(root)
     for asked in names:
         name, _, scale = asked.partition(":")
         folder = root / ".cache" / "recipes" / (f"{name}-{scale}" if scale else name)
@@ -124,7 +125,7 @@ def main(names: list[str]) -> None:
         about = {"recipe": name, "scale": scale, "seconds": round(seconds), "memory_gb": round(memory, 2)}
         about |= {"exit": status, "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))}
         said = experiment.get("recipe") or {}
-        about |= {"differences": json.dumps(said.get("differences", []), ensure_ascii=False), "commit": commit.strip()}
+        about |= {"differences": json.dumps(said.get("differences", []), ensure_ascii=False), "commit": code}
         rows = told(folder).assign(**about) if status == 0 else pd.DataFrame([about])
         keep(root, rows)
         print(f"{asked}: exit {status}, {seconds:.0f} s, {memory:.2f} GB", flush=True)
