@@ -443,12 +443,12 @@ def test_what_each_phase_gave(finished):
 
 
 def phases_of(root, name, seeds):
-    """Each run's answers on the test rows after its first phase, and whether they are right."""
+    """Each run's answers on the validation rows after its first phase, and whether they are right."""
     for seed in seeds:
         rows = pd.read_parquet(root / f"runs/{name}-{seed}/phases.parquet")
-        rows = rows[(rows["split"] == "test") & (rows["phase"] == 1)].set_index("id")
+        rows = rows[(rows["split"] == "validation") & (rows["phase"] == 1)].set_index("id")
         yield rows.assign(
-            right=rows["prediction"] == data.read(root / "data/processed/demo", "test").set_index("id")["label"]
+            right=rows["prediction"] == data.read(root / "data/processed/demo", "validation").set_index("id")["label"]
         )
 
 

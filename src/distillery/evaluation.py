@@ -702,14 +702,14 @@ def _all_labels(results: Results) -> list[str]:
 
 
 def legs(root: Path, results: Results) -> pd.DataFrame:
-    """What each phase gave: model, after phase (0: as it was built), accuracy on the test rows (mean over seeds) and
-    gain over the phase before."""
+    """What each phase gave: model, after phase (0: as it was built), accuracy on the validation rows (mean over seeds;
+    test rows are asked about at both ends only) and gain over the phase before."""
     P, parts = results.params, []
     for name in P.students:
-        gold = results.tests[P.tested_on(name)].set_index("id")["label"]
+        gold = results.validations[P.tested_on(name)].set_index("id")["label"]
         runs = [_read(root / f"runs/{name}-{seed}/phases.parquet", root) for seed in P.seeds]
         rows = pd.concat(runs, ignore_index=True)
-        rows = rows[rows["split"] == "test"]
+        rows = rows[rows["split"] == "validation"]
         mean = rows["prediction"].eq(rows["id"].map(gold)).groupby(rows["phase"]).mean()
         found = {"model": name, "after phase": mean.index, "accuracy": mean.to_numpy(), "gain": mean.diff().to_numpy()}
         parts.append(pd.DataFrame(found))
