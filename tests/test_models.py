@@ -680,3 +680,68 @@ def test_a_hub_out_of_reach_is_told_in_one_line(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="cannot fetch me/good@"):
         models.fetch("tiny", params.Model(hub="me/good", revision=COMMIT), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------ what training need not touch
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0, None]))
+@settings(max_examples=25, deadline=None)
+def test_an_embedding_of_seen_rows_learns_what_the_whole_one_learns(seed, padding):
+    """AdamW without decay moves no row that has never had a gradient: then both are the same training."""
+    draw = torch.Generator().manual_seed(seed)
+    whole, target = torch.nn.Embedding(50, 6, padding_idx=padding), torch.randn(50, 6, generator=draw)
+    whole.weight.data = torch.randn(50, 6, generator=draw)
+    before = whole.weight.detach().clone()
+    ids = [0, *torch.randperm(50, generator=draw)[:9].tolist()]
+    copy = torch.nn.Embedding(50, 6, padding_idx=padding)
+    copy.weight.data = before.clone()
+    seen = models.SeenRows(copy, ids)
+    assert [name for name, p in seen.named_parameters() if p.requires_grad] == ["rows"] and len(seen.rows) == len(
+        set(ids)
+    )
+    ours, theirs = (torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.0) for m in (seen, whole))
+    for _ in range(8):
+        batch = torch.tensor(ids)[torch.randint(len(ids), (3, 4), generator=draw)]
+        for module, optimizer in ((seen, ours), (whole, theirs)):
+            optimizer.zero_grad()
+            (module(batch) - target[batch]).square().sum().backward()
+            optimizer.step()
+        with torch.no_grad():  # between steps any token may be asked about
+            torch.testing.assert_close(seen(torch.arange(50)), whole(torch.arange(50)), rtol=0, atol=1e-6)
+    end = seen.written()
+    assert end is copy
+    others = [i for i in range(50) if i not in ids]
+    assert torch.equal(end.weight[others], before[others]) and not torch.equal(end.weight[ids], before[ids])
+    with pytest.raises(IndexError):
+        seen(torch.tensor(others[:1]))
+
+
+@given(st.integers(0, 2**31), st.floats(0.05, 0.9), st.sampled_from([(3,), (7, 5), (64, 33)]))
+@settings(max_examples=25, deadline=None)
+def test_dropout_by_bits_drops_its_share_and_scales_what_stays(seed, p, shape):
+    module = models.Dropout(p)
+    x = torch.ones(shape, requires_grad=True)
+    torch.manual_seed(seed)
+    said = module(x)
+    said.sum().backward()
+    assert torch.equal(x.grad, said)
+    assert all(value == 0 or value == pytest.approx(1 / (1 - p), rel=1e-3) for value in said.unique().tolist())
+    torch.manual_seed(seed)
+    assert torch.equal(module(x), said)
+    assert not torch.equal(module(torch.ones(64, 64)), module(torch.ones(64, 64)))
+    assert torch.equal(module.eval()(x), x)
+
+
+def test_dropout_by_bits_draws_every_element_alone():
+    torch.manual_seed(0)
+    n = 400_000
+    kept = (models.Dropout(0.1)(torch.ones(n)) > 0).double()
+    sigma = (0.09 / n) ** 0.5
+    assert abs(kept.mean() - 0.9) < 4 * sigma
+    lanes = kept.view(-1, 4)  # four elements share one draw of 64 bits
+    assert (abs(lanes.mean(0) - 0.9) < 4 * 2 * sigma).all()
+    apart = torch.corrcoef(lanes.T) - torch.eye(4)
+    assert abs(apart).max() < 4 / (n / 4) ** 0.5
+    assert abs(torch.corrcoef(torch.stack([kept[:-1], kept[1:]]))[0, 1]) < 4 / n**0.5
+    assert models.Dropout(0.0)(torch.ones(3)).tolist() == [1, 1, 1] and models.Dropout(1.0)(torch.ones(3)).sum() == 0

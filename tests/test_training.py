@@ -95,6 +95,23 @@ def trained(student, frame, spec, folder, **more) -> pd.DataFrame:
     return training.run_phase(student, training.phase_rows(frame, spec, LABELS), spec, folder=folder, seed=0, **more)
 
 
+def test_a_classifier_keeps_the_embeddings_of_words_it_has_not_seen(tiny_models, tmp_path):
+    """No gradient reaches them, and none is kept for them; for all else the student ends as it began."""
+    student = learner(tiny_models, "classifier", dropout=True)
+    before = student.model.get_input_embeddings()
+    weight = before.weight.detach().clone()
+    frame = toy(12)
+    seen = sorted({token for ids in student.encode(frame["text"].tolist()) for token in ids})
+    trained(student, frame, phase({"ce": 1.0}, epochs=2, weight_decay=0.1), tmp_path)
+    after = student.model.get_input_embeddings()
+    assert after is before and after.weight.requires_grad
+    others = np.setdiff1d(np.arange(len(weight)), seen)
+    assert len(others) > 10 and torch.equal(after.weight[others], weight[others])
+    moved = (after.weight != weight).any(-1)[seen]
+    assert moved.all()
+    assert not any("rows" in name for name in student.model.state_dict())
+
+
 # ------------------------------------------------------------------------------- rows and their order
 
 

@@ -147,7 +147,7 @@ def collect(
             if not files:
                 files = _allocate(scratch, teacher, ids, told, top_k, layers, maps)
             mine = sorted((i for i in range(len(texts)) if fold[i] == k), key=lambda i: len(ids[i]))
-            batch_size = min(MOST, teacher.batch_size)
+            batch_size = min(MOST, teacher.batch_size) if told else teacher.batch_size
             for a in range(0, len(mine), batch_size):
                 rows = mine[a : a + batch_size]
                 asked = [told[i] for i in rows] if told else None
