@@ -1,6 +1,6 @@
 """One distillation step: TRL's GKDTrainer against this repository's trainer, side by side.
 
-    PYTHONPATH=src python benchmarks/distill_step.py [rounds, 3 by default]
+    PYTHONPATH=src python benchmarks/distill_step.py [rounds, 2 by default]
 
 The same teacher (SmolLM2-135M, 30 layers), student (its first 15, LoRA r=16 on all linear layers), rows, tokens,
 divergence (JSD over the vocabulary, beta 0.5, T 1) at the same supervised positions, batch of 8, bfloat16, no gradient
@@ -269,7 +269,7 @@ def compare_losses(folder: Path, task: tasks.Task, rationales: bool) -> None:
         print(f"  losses, {str(dtype)[6:]}: {shown}; ours are {apart[0]:.0e} and {apart[1]:.0e} away")
 
 
-def main(rounds: int = 3) -> None:
+def main(rounds: int = 2) -> None:
     root = params.root()
     folder = models.fetch("smollm2", params.load().models["smollm2"])
     task = tasks.load("finance-sentiment", root / "tasks")
