@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -411,6 +412,49 @@ def test_rows_are_asked_about_with_their_own_examples_and_calibrated(experiment,
     teacher.prior = None
     np.testing.assert_allclose(teachers.prior_of(teacher, "contextual", asked), empty, atol=1e-5)
     assert teachers.prior_of(teacher, "none", asked) is None
+
+
+@pytest.mark.parametrize("kind", ["labels", "answers"])
+def test_a_killed_teacher_goes_on_where_it_stood_and_a_second_run_asks_nothing(experiment, tmp_path, monkeypatch, kind):
+    root, P = experiment
+    P = prompted(P, batch_size=3, dtype="bfloat16")
+    task = TASK if kind == "labels" else tasks.Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
+    rows, calls, allowed = gold_rows(10).assign(answers="a"), [], 99
+    inside = "forward" if kind == "labels" else "_generate"
+    original = getattr(models.LabelModel, inside)
+
+    def counted(self, prompts, *args, **more):
+        calls.append(len(prompts))
+        if len(calls) > allowed:
+            raise KeyboardInterrupt
+        return original(self, prompts, *args, **more)
+
+    monkeypatch.setattr(models.LabelModel, inside, counted)
+    monkeypatch.setattr(models, "read_prefix", lambda *_: None)
+
+    def run(folder: Path, **changes) -> pd.DataFrame:
+        calls.clear()
+        teacher = teachers.open_asked(folder, "lm", prompted(P, **changes), task, {"prompt": None, "prior": None})
+        return teachers.said_by(teacher, rows, -1, 4)
+
+    whole = run(tmp_path / "whole")
+    assert calls == [3, 3, 3, 1]
+    allowed = 2
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed")
+    allowed = 99
+    rest = run(tmp_path / "killed")
+    assert calls == [3, 1]
+    pd.testing.assert_frame_equal(rest, whole)  # to the bit
+    pd.testing.assert_frame_equal(run(tmp_path / "killed"), whole)
+    assert calls == []
+    run(tmp_path / "killed", dtype="float32")  # another precision gives other answers
+    assert calls == [3, 3, 3, 1]
+    with sqlite3.connect(tmp_path / "killed" / teachers.STORE) as store:
+        kept = store.execute("SELECT prompt, answer FROM answers").fetchall()
+    assert len(kept) == 20 and all(any(text in json.loads(prompt) for text in rows["text"]) for prompt, _ in kept)
+    if kind == "labels":
+        assert all(json.loads(answer).keys() == set(LABELS) for _, answer in kept)
 
 
 def test_the_best_prompt_on_validation_rows_is_taken_and_kept(experiment):

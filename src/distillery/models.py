@@ -495,6 +495,14 @@ class Dropout(nn.Dropout):
         return input * keep.to(input.dtype).mul_(2**16 / (2**16 - dropped))
 
 
+def drop_by_bits(model: nn.Module) -> None:
+    """Replace every `nn.Dropout` in `model` by :class:`Dropout`."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, Dropout(child.p))
+
+
 class SeenRows(nn.Module):
     """An embedding of which only the rows of `ids` are trained: no other row has a gradient, so gradient, AdamW's two
     states and their passes over memory need hold no other. A small encoder's vocabulary is most of its weights, and
@@ -532,6 +540,19 @@ class SeenRows(nn.Module):
         """The embedding with what has been learned written into it."""
         self.whole.weight[self.used] = self.rows
         return self.whole
+
+
+def train_seen_rows(model: PreTrainedModel, ids: Iterable[int]) -> None:
+    """Of `model`'s input embedding train the rows `ids` alone, if it is trained at all; see :class:`SeenRows`."""
+    embedding = model.get_input_embeddings()
+    if type(embedding) is nn.Embedding and embedding.weight.requires_grad:
+        model.set_input_embeddings(SeenRows(embedding, ids))
+
+
+def train_all_rows(model: PreTrainedModel) -> None:
+    """Undo :func:`train_seen_rows`; what has been learned stays."""
+    if isinstance(seen := model.get_input_embeddings(), SeenRows):
+        model.set_input_embeddings(seen.written().requires_grad_())
 
 
 @dataclass
@@ -1198,11 +1219,32 @@ class LabelModel:
             for answer in answers
         ]
 
-    def respond(self, texts: Sequence[str], max_new_tokens: int = ANSWER_TOKENS) -> list[str]:
-        """What the model answers to each of `texts`, greedily, up to the end of a line; as it was trained to."""
-        made = self.continue_(self.encode(texts), max_new_tokens=max_new_tokens, batch_size=self.batch_size)
-        told = self.tokenizer.batch_decode(made, skip_special_tokens=True)
-        return [" ".join((text.strip().splitlines() or [""])[0].split()) for text in told]
+    def respond(
+        self,
+        texts: Sequence[str],
+        max_new_tokens: int = ANSWER_TOKENS,
+        *,
+        known: Sequence[str | None] | None = None,
+        keep: Callable[[list[int], list[str]], None] | None = None,
+    ) -> list[str]:
+        """What the model answers to each of `texts`, greedily, up to the end of a line; as it was trained to.
+
+        known, keep: as in :meth:`generate`.
+        """
+        out = [None] * len(texts) if known is None else list(known)
+        wanted = [text is None for text in out]
+
+        def told(rows: list[int], tokens: list[list[int]]) -> None:
+            new = [i for i in rows if wanted[i]]
+            for i, text in zip(rows, self.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+                if wanted[i]:
+                    out[i] = " ".join((text.strip().splitlines() or [""])[0].split())
+            if keep:
+                keep(new, [out[i] for i in new])
+
+        settings = {"max_new_tokens": max_new_tokens, "batch_size": self.batch_size}
+        self.continue_(self.encode(texts), wanted=wanted, told=told, **settings)
+        return out
 
     def completions(self, label: int, rationale: str | None = None) -> list[Completion]:
         """What a student is told of a row: the answer, then the reason if there is one."""
@@ -1216,30 +1258,51 @@ class LabelModel:
         return [*before, *after, self.tokenizer.eos_token_id], len(before)
 
     @torch.no_grad()
-    def predict(self, texts: Sequence[str], shots: Sequence[Sequence[tasks.Shot]] | None = None) -> np.ndarray:
+    def predict(
+        self,
+        texts: Sequence[str],
+        shots: Sequence[Sequence[tasks.Shot]] | None = None,
+        *,
+        known: Sequence[Sequence[float] | None] | None = None,
+        keep: Callable[[list[int], np.ndarray], None] | None = None,
+    ) -> np.ndarray:
         """Probabilities over the task's labels [n, labels], float32, each row summing to 1. shots: see :meth:`encode`.
 
         What all prompts begin with (instruction, solved examples) is read once, not once a batch. Of a `qa` task the
         answers are written, and every row is as likely right as wrong: nobody has looked yet.
+
+        known: probabilities from an earlier run, None where there are none. keep: called after every batch with the
+        indices and probabilities that were not known. Batches are cut from all rows, so a run that continues says, to
+        the bit, what it would have said.
         """
         if self.task.kind == "qa":
             self.respond(texts)
             return np.full((len(texts), len(self.task.names)), 0.5, dtype=np.float32)
-        training = self.model.training
-        self.model.eval()
         ids = self.encode(texts, shots)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = np.zeros((len(ids), len(self.task.names)), dtype=np.float32)
+        wanted = np.array([known is None or known[i] is None for i in range(len(ids))], dtype=bool)
+        for i in np.flatnonzero(~wanted):
+            out[i] = known[i]
+        if not wanted.any():
+            return out
+        training = self.model.training
+        self.model.eval()
         read = None
         if self.arch == "causal" and len(ids) > 1:
             with self.autocast():
                 read = read_prefix(self.model, ids[0][: common_prefix(ids)])
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
+            new = [i for i in rows if wanted[i]]
+            if not new:
+                continue
             logits = self.forward([ids[i] for i in rows], read=read).logits
             for row, i in zip(logits, rows, strict=True):
                 row[tasks.possible(self.task, texts[i]) :] = -torch.inf  # an option that the row does not have
-            out[rows] = logits.softmax(-1).cpu().numpy()
+            out[new] = logits.softmax(-1).cpu().numpy()[wanted[rows]]
+            if keep:
+                keep(new, out[new])
         self.model.train(training)
         return out
 

@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ def ask(teacher: LabelModel | ApiTeacher | FileTeacher, rows: pd.DataFrame) -> n
         return teacher.look_up(rows)
     texts, shots, prior = rows["text"].tolist(), getattr(teacher, "shots", None), getattr(teacher, "prior", None)
     if shots is None:
-        out = teacher.predict(texts)
+        out = label(teacher, texts)
     else:
         chosen = shots.choose(texts, rows["group"].tolist())
         out = np.zeros((len(rows), len(teacher.task.names)), dtype=np.float32)
@@ -239,11 +240,69 @@ def ask(teacher: LabelModel | ApiTeacher | FileTeacher, rows: pd.DataFrame) -> n
             together.setdefault(which if which in often else None, []).append(i)
         for where in together.values():
             solved = [[shots.shots[k] for k in chosen[i]] for i in where]
-            out[where] = teacher.predict([texts[i] for i in where], shots=solved)
+            out[where] = label(teacher, [texts[i] for i in where], solved)
     if prior is not None:
         out = out / np.maximum(prior, 1e-6)
         out = out / out.sum(-1, keepdims=True)
     return out
+
+
+@dataclass
+class Memory:
+    """Where what a local teacher said is kept, row by row. asker: see :func:`who`."""
+
+    store: Store
+    asker: dict[str, Any]
+
+    def questions(self, teacher: LabelModel, prompts: Sequence[str], **what: Any) -> list[Question]:
+        code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (models, tasks))).hexdigest()
+        asker = self.asker | {"max_length": teacher.max_length, "code": code} | what
+        return [Question(asker, prompt) for prompt in prompts]
+
+
+def label(
+    teacher: LabelModel | ApiTeacher, texts: Sequence[str], solved: Sequence[Sequence[tasks.Shot]] | None = None
+) -> np.ndarray:
+    """:meth:`LabelModel.predict`, with nothing asked that the teacher's memory has, and every answer kept there."""
+    memory: Memory | None = getattr(teacher, "memory", None)
+    if memory is None or teacher.task.kind == "qa":
+        return teacher.predict(texts, shots=solved) if solved is not None else teacher.predict(texts)
+    names = teacher.task.names
+    words = {name: tasks.answer(teacher.task, name, teacher.prompt) for name in names}
+    prompts = [shown(teacher, text, solved[i] if solved else teacher.few_shot) for i, text in enumerate(texts)]
+    questions = memory.questions(teacher, prompts, asks="label", labels=words)
+    known = [[json.loads(a.text)[name] for name in names] if a else None for a in memory.store.get(questions)]
+
+    def keep(rows: list[int], said: np.ndarray) -> None:
+        answers = (Answer(json.dumps(dict(zip(names, p, strict=True)))) for p in said.astype(float).tolist())
+        memory.store.put(zip((questions[i] for i in rows), answers, strict=True))
+
+    return teacher.predict(texts, shots=solved, known=known, keep=keep)
+
+
+def respond(teacher: LabelModel, texts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """:meth:`LabelModel.respond`, with nothing asked that the teacher's memory has, and every answer kept there."""
+    memory: Memory | None = getattr(teacher, "memory", None)
+    if memory is None:
+        return teacher.respond(texts, max_new_tokens)
+    prompts = [shown(teacher, text, teacher.few_shot) for text in texts]
+    questions = memory.questions(teacher, prompts, asks="answer", max_new_tokens=max_new_tokens)
+
+    def keep(rows: list[int], said: list[str]) -> None:
+        memory.store.put((questions[i], Answer(text)) for i, text in zip(rows, said, strict=True))
+
+    known = [answer.text if answer else None for answer in memory.store.get(questions)]
+    return teacher.respond(texts, max_new_tokens, known=known, keep=keep)
+
+
+def shown(teacher: LabelModel | ApiTeacher, text: str, solved: Sequence[tasks.Shot] | int) -> str:
+    """The prompt for `text`, to the letter, with the examples `solved`, or so many of the task file's."""
+    if teacher.arch == "classifier":
+        return text
+    turns = tasks.turns(teacher.task, text, solved)
+    if teacher.arch == "api":
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    return tasks.render(turns, teacher.tokenizer, teacher.prompt)
 
 
 def rendered(teacher: LabelModel | ApiTeacher | FileTeacher, row: pd.Series) -> str:
@@ -251,14 +310,9 @@ def rendered(teacher: LabelModel | ApiTeacher | FileTeacher, row: pd.Series) -> 
     if isinstance(teacher, FileTeacher):
         (key,) = teacher.keys(pd.DataFrame([row]))
         return f"{row['text']}\n\n{teacher.known[key].drop(columns='key').to_string(index=False)}"
-    if teacher.arch == "classifier":
-        return row["text"]
     shots = getattr(teacher, "shots", None)
     solved = [shots.shots[k] for k in shots.choose([row["text"]], [row["group"]])[0]] if shots else teacher.few_shot
-    turns = tasks.turns(teacher.task, row["text"], solved)
-    if teacher.arch == "api":
-        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-    return tasks.render(turns, teacher.tokenizer, teacher.prompt)
+    return shown(teacher, row["text"], solved)
 
 
 def prior_of(teacher: LabelModel | ApiTeacher, how: str, unlabelled: pd.DataFrame) -> np.ndarray | None:
@@ -294,6 +348,8 @@ def open_asked(
         encoder = models.fetch(spec.embeddings, P.models[spec.embeddings]) if spec.embeddings else None
         teacher.shots = GoldShots(rows[rows["split"] == "train"], spec.few_shot, encoder, spec.seed)
     teacher.prior = None if how["prior"] is None else np.array(how["prior"])
+    if isinstance(teacher, LabelModel):
+        teacher.memory = Memory(Store(root / STORE), who(P, spec.model, teacher))
     return teacher
 
 
@@ -367,7 +423,7 @@ def said_by(
         return signals(rows, ask(teacher, rows), teacher.task.names, fold)
     if not isinstance(teacher, LabelModel):
         raise UserError("params.yaml: teachers: free answers are asked of `kind: lm` and `seq2seq` only, so far")
-    judged = training.judged(rows, teacher.respond(rows["text"].tolist(), max_new_tokens))
+    judged = training.judged(rows, respond(teacher, rows["text"].tolist(), max_new_tokens))
     out = signals(rows, np.stack(judged["probabilities"].to_list()), teacher.task.names, fold)
     return out.join(judged.drop(columns=["id", "label", "prediction", "probabilities"]))
 

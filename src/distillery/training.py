@@ -271,14 +271,9 @@ class _Phase:
         if isinstance(spec, params.Phase) and (spec.asks_tokens or spec.asks_states):
             for name in spec.teachers:
                 self._ask(name, self.teachers[name])
-        for module in list(self.model.modules()):
-            for child, dropout in module.named_children():
-                if type(dropout) is torch.nn.Dropout:
-                    setattr(module, child, models.Dropout(dropout.p))
-        embedding = self.model.get_input_embeddings()
-        if student.arch == "classifier" and embedding.weight.requires_grad and type(embedding) is torch.nn.Embedding:
-            seen = {student.tokenizer.pad_token_id, *(token for ids in self.ids for token in ids)}
-            self.model.set_input_embeddings(models.SeenRows(embedding, seen))
+        models.drop_by_bits(self.model)
+        if student.arch == "classifier":  # other models' embeddings are also their output head
+            models.train_seen_rows(self.model, {student.tokenizer.pad_token_id, *(t for ids in self.ids for t in ids)})
 
     def completions(self, model: LabelModel) -> list[list[Completion]]:
         """What every row's answer (and reason) is, in the tokens of `model`."""
@@ -715,8 +710,7 @@ def run_phase(
     finally:
         if hasattr(student.model, "projections"):  # they have served; the student goes without them
             del student.model.projections
-        if isinstance(seen := student.model.get_input_embeddings(), models.SeenRows):
-            student.model.set_input_embeddings(seen.written().requires_grad_())
+        models.train_all_rows(student.model)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     history = pd.DataFrame(logged, columns=list(dict.fromkeys([*HISTORY, *(k for entry in logged for k in entry)])))
     terms = [k for k in history if k.startswith("term_")]
