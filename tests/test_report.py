@@ -652,6 +652,32 @@ def test_free_answers_have_no_commonest_one(tmp_path):
     assert "For comparison, the untrained student is right on" in (tmp_path / "reports/index.html").read_text()
 
 
+def test_the_page_shows_what_was_written_where_answers_are_free(tmp_path):
+    rng = np.random.default_rng(0)
+    corpus = [
+        {"id": f"r{i}", "text": " ".join(rng.choice(WORDS, 9)), "label": [f"answer {i}", f"{i}"]} for i in range(200)
+    ]
+    P = project(tmp_path, experiment(seeds=[0]), corpus=corpus, task="kind: qa\n")
+    for path in [*tmp_path.glob("runs/*/predictions.parquet"), *tmp_path.glob("data/teacher/*/signals.parquet")]:
+        rows = pd.read_parquet(path)
+        rows["answer"] = [f"<{path.parent.name} says {i}>" for i in rows["id"]]
+        rows.assign(token_f1=0.5, token_precision=0.4, token_recall=0.6).to_parquet(path)
+    results, _ = run(tmp_path, P)
+    html = (tmp_path / "reports/index.html").read_text()
+    row = evaluation.disagreements(results).iloc[0]
+    assert row["accepted"] == f"answer {row['id'][1:]} or {row['id'][1:]}"
+    for text in (
+        f"accepted: {row['accepted']}",
+        f"student: &lt;tiny-kd-0 says {row['id']}&gt;",
+        "Exact match",
+        "P 40.0",
+    ):
+        assert text in html
+    assert f"teacher: &lt;big says {row['id']}&gt;" in html
+    for text in ("Macro-F1", "What is taken for what", "specificity of each label", "gold: right"):
+        assert text not in html
+
+
 def test_a_student_that_beats_its_teacher(tmp_path):
     P = project(tmp_path, right={"big": 0.4})
     results, board = run(tmp_path, P, SPEEDS | {"tiny-kd": 20.0})

@@ -51,6 +51,7 @@ class Scored:
     predicted: np.ndarray  # [seeds, rows] labels
     probabilities: np.ndarray | None = None  # [seeds, rows, K]
     tokens: dict[str, float] | None = None  # mean scores of free answers' words
+    written: np.ndarray | None = None  # [rows] free answers of the first seed
     validation: np.ndarray | None = None  # [seeds, validation rows, K]
     parameters: int | None = None
     trainable: int | None = None
@@ -142,7 +143,8 @@ def _probabilities(tables: Sequence[pd.DataFrame]) -> np.ndarray:
 def _stack(tables: Sequence[pd.DataFrame]) -> dict[str, np.ndarray]:
     predicted = np.stack([t["prediction"].to_numpy(dtype=object) for t in tables])
     tokens = {k: float(np.mean([t[k].mean() for t in tables])) for k in TOKENS if k in tables[0]}  # of free answers
-    return {"predicted": predicted, "probabilities": _probabilities(tables), "tokens": tokens}
+    written = tables[0]["answer"].to_numpy(dtype=object) if "answer" in tables[0] else None
+    return {"predicted": predicted, "probabilities": _probabilities(tables), "tokens": tokens, "written": written}
 
 
 def _timing(folders: Sequence[Path], key: str) -> dict[str, float | None]:
@@ -755,18 +757,24 @@ def disagreements(results: Results) -> pd.DataFrame:
 
     Columns id, text, gold, student, student_probability, rationale (of the corpus), kind (one of KINDS), differs; with
     a teacher also teacher, teacher_probability, teacher_rationale. Of several seeds the first one's predictions.
+    Of free answers also accepted (what is right), student_written and teacher_written.
     """
     head = results.headline
     test = results.tests[head.source]
     rows = pd.DataFrame({"id": test["id"], "text": test["text"], "gold": test["label"], "student": head.predicted[0]})
     rows["student_probability"] = head.probabilities[0].max(1)
     rows["rationale"] = test["rationale"]
+    if head.written is not None:
+        rows["accepted"] = [" or ".join(tasks.accepted(known)) for known in test["answers"]]
+        rows["student_written"] = head.written
     signal = results.signals.get((head.teacher, head.source))
     right = rows["student"] == rows["gold"]
     if signal is not None:
         rows["teacher"] = signal["prediction"].where(signal["prediction"].notna(), UNREADABLE)
         rows["teacher_probability"] = np.stack(signal["probabilities"].to_numpy()).max(1)
         rows["teacher_rationale"] = signal["rationale"]
+        if head.written is not None:
+            rows["teacher_written"] = signal["answer"]
         taught = rows["teacher"] == rows["gold"]
         cases = [right & taught, right, taught]
         rows["kind"] = np.select(
