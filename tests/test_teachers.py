@@ -457,6 +457,16 @@ def test_a_killed_teacher_goes_on_where_it_stood_and_a_second_run_asks_nothing(e
         assert all(json.loads(answer).keys() == set(LABELS) for _, answer in kept)
 
 
+def test_a_teacher_that_will_be_tuned_can_be_shown_many_examples_before(experiment):
+    root, P = experiment
+    task = TASK.model_copy(update={"few_shot": list(TASK.few_shot) * 2})
+    assert P.teachers["lm"].finetune and teachers.open_teacher("lm", P, task).max_length == 256
+    asked = teachers.open_asked(root, "lm", P, task, {"prompt": None, "prior": None})
+    asked.few_shot = len(task.few_shot)
+    assert len(asked.encode(["Profit rose."])[0]) > 256
+    assert teachers.ask(asked, gold_rows(3)).shape == (3, 3)
+
+
 def test_the_best_prompt_on_validation_rows_is_taken_and_kept(experiment):
     root, P = experiment
     other = TASK.prompt.model_copy(update={"instruction": "Say the opposite.", "system": ""})

@@ -48,9 +48,14 @@ def open_teacher(
     tokenizer = models.load_tokenizer(folder, origin.trust_remote_code)
     out = LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=spec.dtype)
     out.batch_size = spec.batch_size
-    if arch != "classifier" and spec.finetune is None:  # solved examples may make its prompt long
-        out.max_length = min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
+    if arch != "classifier" and spec.finetune is None:
+        out.max_length = room(out)
     return out
+
+
+def room(model: LabelModel) -> int:
+    """Tokens that the prompt of a `model` that is only prompted may have: solved examples make it long."""
+    return min(LONGEST, getattr(model.model.config, "max_position_embeddings", None) or LONGEST)
 
 
 @dataclass

@@ -349,6 +349,7 @@ def open_asked(
         teacher.shots = GoldShots(rows[rows["split"] == "train"], spec.few_shot, encoder, spec.seed)
     teacher.prior = None if how["prior"] is None else np.array(how["prior"])
     if isinstance(teacher, LabelModel):
+        teacher.max_length = signals_of.room(teacher)  # also that of one that is yet to be tuned, on shorter prompts
         teacher.memory = Memory(Store(root / STORE), who(P, spec.model, teacher))
     return teacher
 
