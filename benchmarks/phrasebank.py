@@ -68,12 +68,15 @@ class Teacher(params.Student):
 
 
 class Settings(params.Section):
-    """`phrasebank.yaml`: what is trained. Phases name `50agree/train`, `allagree/train` and `headlines/pool`; those of
-    `starts` name `finance/all`, this project's own corpus. A start is trained once, and a model for all that follows.
+    """`phrasebank.yaml`: what is trained. Phases name `50agree/train`, `allagree/train` and the pools that teachers alone
+    label: `headlines/pool`, `own/pool` and `spliced/pool`; those of `starts` name `finance/all`, this project's own
+    corpus with its labels. A start is trained once, and a model for all that follows.
     """
 
     split: params.Split
     headlines: params.Count  # how many of the pool, those nearest to the training sentences
+    own: bool = False  # whether the texts of this project's corpus are a pool
+    spliced: params.Count = 0  # sentences made of two training sentences, for each that can be cut
     models: dict[params.Name, params.Model]
     starts: dict[params.Name, params.Student] = {}
     teachers: dict[params.Name, Teacher]
@@ -164,14 +167,44 @@ def read_headlines(folder: Path) -> list[str]:
     return list(texts)
 
 
-def draw(bank: pd.DataFrame, pool: Sequence[str], settings: Settings, seed: int, cache: Path) -> pd.DataFrame:
-    """The rows of one seed: where (`50agree/<split>`, `headlines/pool`), id, text, label, group, allagree.
+CUT = re.compile(r"(?: ,| ;| and| but| while| from| to| in| as| with| of)(?= )")
+LEAST = 15  # characters that a part has
 
-    Headlines that nearly equal a validation or test sentence are left out; of the rest, those nearest to a training
-    sentence stay.
+
+def splice(texts: Sequence[str], n: int, seed: int) -> list[str]:
+    """New sentences for a teacher to label: each of `texts` up to one of its commas, conjunctions or prepositions, and
+    then what follows the same word in another, `n` times. They are of the benchmark's kind as no other text at hand is,
+    and often say something that no sentence of it says.
     """
-    code = inspect.getsource(draw) + inspect.getsource(data)
-    key = training.run_key(code, bank.to_csv(), list(pool), settings.split.model_dump(), settings.headlines, seed)
+    rng, known = np.random.default_rng(seed), set(texts)
+    heads: list[tuple[str, str]] = []
+    tails: dict[str, list[str]] = {}
+    for text in texts:
+        cuts = [m for m in CUT.finditer(text) if LEAST < m.end() < len(text) - LEAST]
+        if cuts:
+            cut = cuts[rng.integers(len(cuts))]
+            heads.append((text[: cut.end()], cut[0]))
+            tails.setdefault(cut[0], []).append(text[cut.end() :])
+    made = [head + tails[word][rng.integers(len(tails[word]))] for _ in range(n) for head, word in heads]
+    return list(dict.fromkeys(text for text in made if text not in known))
+
+
+def corpus() -> list[dict[str, Any]]:
+    """The rows of this project's own corpus."""
+    source = params.Source(source="data/corpora/finance.jsonl", task="finance-sentiment")
+    return data.load(source, HERE.parent).rows
+
+
+def draw(bank: pd.DataFrame, pool: Sequence[str], settings: Settings, seed: int, cache: Path) -> pd.DataFrame:
+    """The rows of one seed: where (`50agree/<split>`, `<pool>/pool`), id, text, label, group, allagree.
+
+    Pool texts that nearly equal a validation or test sentence are left out; of the headlines, those nearest to a
+    training sentence stay.
+    """
+    code = inspect.getsource(draw) + inspect.getsource(splice) + inspect.getsource(data)
+    own = [row["text"] for row in corpus()] if settings.own else []
+    about = settings.model_dump(include={"split", "headlines", "spliced"})
+    key = training.run_key(code, bank.to_csv(), list(pool), own, about, seed)
     kept = cache / f"rows-{key}.parquet"
     if kept.exists():
         return pd.read_parquet(kept)
@@ -183,13 +216,21 @@ def draw(bank: pd.DataFrame, pool: Sequence[str], settings: Settings, seed: int,
     audit = prepared.audit["across_splits"]["digits_masked"]
     print(f"seed {seed}: {prepared.audit['rows']} rows, {audit['pairs_above']} near-twins across splits", flush=True)
     rows = prepared.rows.assign(where=[f"50agree/{part}" for part in prepared.split])
+    held_out = rows["text"][rows["where"].isin(["50agree/validation", "50agree/test"])].tolist()
+    train = rows["text"][rows["where"] == "50agree/train"].tolist()
+
+    def far(texts: Sequence[str]) -> list[str]:
+        away = data.nearest(list(texts), held_out)[0] < NEAR_DUPLICATE - data.SLACK if texts else []
+        return [text for text, ok in zip(texts, away, strict=True) if ok]
+
+    pools = {"own": far(own), "spliced": far(splice(train, settings.spliced, seed))}
     if pool and settings.headlines:
-        held_out = rows["text"][rows["where"].isin(["50agree/validation", "50agree/test"])].tolist()
-        far = np.flatnonzero(data.nearest(pool, held_out)[0] < NEAR_DUPLICATE - data.SLACK)
-        near = data.nearest([pool[i] for i in far], rows["text"][rows["where"] == "50agree/train"].tolist())[0]
-        chosen = sorted(far[np.argsort(-near, kind="stable")[: settings.headlines]])
-        extra = pd.DataFrame({"text": [pool[i] for i in chosen], "id": [f"h{i:06d}" for i in chosen]})
-        rows = pd.concat([rows, extra.assign(where="headlines/pool", allagree=False)], ignore_index=True)
+        lines = far(pool)
+        near = data.nearest(lines, train)[0]
+        pools["headlines"] = [lines[i] for i in sorted(np.argsort(-near, kind="stable")[: settings.headlines])]
+    for name, texts in pools.items():
+        extra = pd.DataFrame({"text": texts, "id": [f"{name}-{i:06d}" for i in range(len(texts))]})
+        rows = pd.concat([rows, extra.assign(where=f"{name}/pool", allagree=False)], ignore_index=True)
     rows = rows.assign(allagree=rows["allagree"].astype(bool))
     with params.atomic(kept) as new:
         rows[["where", "id", "text", "label", "group", "allagree"]].to_parquet(new)
@@ -318,11 +359,10 @@ def total(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def start(board: Board, name: str, settings: Settings, bank: pd.DataFrame, cache: Path) -> params.Model:
     """The start `name`, tuned on this project's own corpus alone, as a model; scored on all rows of `bank`."""
     spec = settings.starts[name]
-    source = params.Source(source="data/corpora/finance.jsonl", task="finance-sentiment", split=settings.split)
-    corpus = pd.DataFrame(data.load(source, HERE.parent).rows)[["text", "label"]]
-    far = data.nearest(corpus["text"].tolist(), bank["text"].tolist())[0] < NEAR_DUPLICATE - data.SLACK
-    print(f"{name}: {far.sum()} of {len(corpus)} rows of the corpus, the others are near-twins", flush=True)
-    frame = corpus[far].assign(where="finance/all")
+    own = pd.DataFrame(corpus())[["text", "label"]]
+    far = data.nearest(own["text"].tolist(), bank["text"].tolist())[0] < NEAR_DUPLICATE - data.SLACK
+    print(f"{name}: {far.sum()} of {len(own)} rows of the corpus, the others are near-twins", flush=True)
+    frame = own[far].assign(where="finance/all")
     part, cost = learn(spec, settings.models[spec.model], frame, {"validation": bank}, 0, name, cache)[-1]
     folder = part / "model"
     if not folder.exists():
