@@ -68,8 +68,8 @@ class Teacher(params.Student):
 
 
 class Settings(params.Section):
-    """`phrasebank.yaml`: what is trained. Phases name `50agree/train`, `allagree/train` and the pools that teachers alone
-    label: `headlines/pool`, `own/pool` and `spliced/pool`; those of `starts` name `finance/all`, this project's own
+    """`phrasebank.yaml`: what is trained. Phases name `50agree/train`, `allagree/train` and the pools, which teachers
+    alone label: `headlines/pool`, `own/pool`, `spliced/pool`; those of `starts` name `finance/all`, this project's own
     corpus with its labels. A start is trained once, and a model for all that follows.
     """
 
@@ -189,9 +189,9 @@ def splice(texts: Sequence[str], n: int, seed: int) -> list[str]:
     return list(dict.fromkeys(text for text in made if text not in known))
 
 
-def corpus() -> list[dict[str, Any]]:
+def corpus(split: params.Split) -> list[dict[str, Any]]:
     """The rows of this project's own corpus."""
-    source = params.Source(source="data/corpora/finance.jsonl", task="finance-sentiment")
+    source = params.Source(source="data/corpora/finance.jsonl", task="finance-sentiment", split=split)
     return data.load(source, HERE.parent).rows
 
 
@@ -202,7 +202,7 @@ def draw(bank: pd.DataFrame, pool: Sequence[str], settings: Settings, seed: int,
     training sentence stay.
     """
     code = inspect.getsource(draw) + inspect.getsource(splice) + inspect.getsource(data)
-    own = [row["text"] for row in corpus()] if settings.own else []
+    own = [row["text"] for row in corpus(settings.split)] if settings.own else []
     about = settings.model_dump(include={"split", "headlines", "spliced"})
     key = training.run_key(code, bank.to_csv(), list(pool), own, about, seed)
     kept = cache / f"rows-{key}.parquet"
@@ -359,7 +359,7 @@ def total(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def start(board: Board, name: str, settings: Settings, bank: pd.DataFrame, cache: Path) -> params.Model:
     """The start `name`, tuned on this project's own corpus alone, as a model; scored on all rows of `bank`."""
     spec = settings.starts[name]
-    own = pd.DataFrame(corpus())[["text", "label"]]
+    own = pd.DataFrame(corpus(settings.split))[["text", "label"]]
     far = data.nearest(own["text"].tolist(), bank["text"].tolist())[0] < NEAR_DUPLICATE - data.SLACK
     print(f"{name}: {far.sum()} of {len(own)} rows of the corpus, the others are near-twins", flush=True)
     frame = own[far].assign(where="finance/all")

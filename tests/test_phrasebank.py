@@ -126,11 +126,27 @@ def test_every_seed_draws_a_split_without_twins_across_it(bank, files, headlines
             [0.75 * len(rows), 0.10 * len(rows), 0.15 * len(rows)], abs=12
         )
         for part in ("validation", "test"):
-            for other in {"50agree/train", "headlines/pool", "50agree/validation"} - {f"50agree/{part}"}:
+            for other in set(texts) - {"50agree/test", f"50agree/{part}"}:
                 assert data.nearest(texts[f"50agree/{part}"], texts[other])[0].max() < 0.85
-        assert len(texts["headlines/pool"]) == 8
+        assert len(texts["headlines/pool"]) == 8 and len(texts["own/pool"]) > 2000 and "spliced/pool" in texts
         seen.append(texts["50agree/test"])
     assert seen[0] != seen[1]
+
+
+def test_spliced_sentences_join_two_at_the_same_word(bank):
+    texts = [
+        f"The {kind} of Company {i} {moved} to EUR {i}.1 mn from EUR {i + 7} mn in the same quarter of {1990 + i} ."
+        for i, (kind, moved) in enumerate(itertools.product(["operating profit", "net sales"], ["rose", "fell"] * 4))
+    ]
+    made = bank.splice(texts, 3, 0)
+    assert made == bank.splice(texts, 3, 0) != bank.splice(texts, 3, 1)
+    assert len(made) == len(set(made)) > 15 and not set(made) & set(texts)
+    for text in made:
+        cuts = [m.end() for m in bank.CUT.finditer(text)]
+        heads = [cut for cut in cuts if any(a.startswith(text[:cut]) for a in texts)]
+        word = {cut: text[:cut].rsplit(" ", 1)[1] for cut in heads}
+        assert any(any(b.endswith(f"{word[cut]}{text[cut:]}") for b in texts) for cut in heads), text
+    assert bank.splice(texts, 0, 0) == [] == bank.splice([], 3, 0)
 
 
 def test_a_run_writes_its_tables_and_a_second_one_trains_nothing(
