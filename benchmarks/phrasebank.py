@@ -201,7 +201,7 @@ def draw(bank: pd.DataFrame, pool: Sequence[str], settings: Settings, seed: int,
     Pool texts that nearly equal a validation or test sentence are left out; of the headlines, those nearest to a
     training sentence stay.
     """
-    code = inspect.getsource(draw) + inspect.getsource(splice) + inspect.getsource(data)
+    code = "".join(map(inspect.getsource, (draw, splice, data))) + CUT.pattern + str(LEAST)
     own = [row["text"] for row in corpus(settings.split)] if settings.own else []
     about = settings.model_dump(include={"split", "headlines", "spliced"})
     key = training.run_key(code, bank.to_csv(), list(pool), own, about, seed)
@@ -386,13 +386,14 @@ def teach(name: str, settings: Settings, rows: pd.DataFrame, seed: int, cache: P
     said, costs = np.zeros((len(rows), len(task().names))), []
     for k in range(spec.folds):
         asked = {"held out": rows[fold == k]}
-        asked |= {w.rpartition("/")[2]: part for w, part in rows.groupby("where") if w != "50agree/train"}
+        asked |= {w.removeprefix("50agree/"): part for w, part in rows.groupby("where") if w != "50agree/train"}
         title = f"seed {seed}, {name} without fold {k}"
         folder, cost = learn(spec, settings.models[spec.model], rows[fold != k], asked, seed, title, cache)[-1]
         answers = answers_of(folder)
         for part, table in asked.items():
             said[table.index] += answers[part] / (1 if part == "held out" else spec.folds)
         costs.append(cost)
+    assert np.allclose(said.sum(1), 1, atol=1e-4), "a row that nobody was asked about"
     return said, total(costs) | {"parameters": costs[0]["parameters"] * spec.folds}
 
 
@@ -450,7 +451,7 @@ class Board:
         return table.sort_values("subset", key=lambda s: s.map(SUBSETS.index), kind="stable", ignore_index=True)
 
     def differences(self, students: dict[str, params.Student]) -> list[str]:
-        """Each student against the control that differs in one thing, on the same test rows of the same seeds."""
+        """Each student against its control, on the same test rows of the same seeds."""
         lines = []
         for (name, spec), subset in itertools.product(students.items(), SUBSETS):
             keys = [key for who in (name, spec.control) for key in self.runs if key[:2] == (subset, who)]

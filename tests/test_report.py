@@ -674,7 +674,7 @@ def test_the_page_shows_what_was_written_where_answers_are_free(tmp_path):
     ):
         assert text in html
     assert f"teacher: &lt;big says {row['id']}&gt;" in html
-    for text in ("Macro-F1", "What is taken for what", "specificity of each label", "gold: right"):
+    for text in ("Macro-F1", "What is taken for what", "specificity of each label", "gold: right", "Like its teacher"):
         assert text not in html
 
 

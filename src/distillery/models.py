@@ -544,6 +544,8 @@ class SeenRows(nn.Module):
 
 def train_seen_rows(model: PreTrainedModel, ids: Iterable[int]) -> None:
     """Of `model`'s input embedding train the rows `ids` alone, if it is trained at all; see :class:`SeenRows`."""
+    if model.config.is_encoder_decoder:
+        return  # its embedding is shared by encoder and decoder
     embedding = model.get_input_embeddings()
     if type(embedding) is nn.Embedding and embedding.weight.requires_grad:
         model.set_input_embeddings(SeenRows(embedding, ids))
@@ -1233,6 +1235,8 @@ class LabelModel:
         """
         out = [None] * len(texts) if known is None else list(known)
         wanted = [text is None for text in out]
+        if not any(wanted):
+            return out
 
         def told(rows: list[int], tokens: list[list[int]]) -> None:
             new = [i for i in rows if wanted[i]]

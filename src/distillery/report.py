@@ -568,7 +568,9 @@ def page(root: Path, results: Results, board: pd.DataFrame, pictures: dict[str, 
     """The self-contained page: no network, every text of the data escaped."""
     browse = evaluation.disagreements(results)
     errors = browse.head(MAX_ROWS).copy()
-    for column in {"text", "rationale", "teacher_rationale", "student_written", "teacher_written"} & set(errors):
+    for column in {"text", "rationale", "teacher_rationale", "accepted", "student_written", "teacher_written"} & set(
+        errors
+    ):
         errors[column] = [_short(text) for text in errors[column]]
     rows = board.astype(object).where(board.notna(), None).to_dict("records")
     span = max(0.0, board["accuracy_low"].min() - 0.03), min(1.0, board["accuracy_high"].max() + 0.03)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.model_selection import StratifiedGroupKFold
 
 from distillery import data, metrics, models, params, tasks, training
@@ -69,7 +70,7 @@ NO_CONTENT = ["N/A", "[MASK]", ""]  # Zhao et al. 2021
 CALIBRATIONS = ("none", "contextual", "batch")
 FOR_PRIOR = 128  # rows over which `calibrate: batch` takes its mean
 SAME_SHOTS = 4  # rows with the same solved examples from which it pays to ask about them by themselves
-STORE = Path(".cache/answers/answers.sqlite")  # below the root: answers of endpoints, rationales, paraphrases
+STORE = Path(".cache/answers/answers.sqlite")  # below the root: all that endpoints and prompted models have said
 
 
 def open_teacher(
@@ -255,9 +256,23 @@ class Memory:
     asker: dict[str, Any]
 
     def questions(self, teacher: LabelModel, prompts: Sequence[str], **what: Any) -> list[Question]:
-        code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (models, tasks))).hexdigest()
-        asker = self.asker | {"max_length": teacher.max_length, "code": code} | what
-        return [Question(asker, prompt) for prompt in prompts]
+        """What is asked of each of `prompts`. Rows that are asked about together share batches, and with them the last
+        bits of their answers: those of other company, code or threads are answers to another question."""
+        code = b"".join(Path(module.__file__).read_bytes() for module in (models, tasks))
+        about = {
+            "max_length": teacher.max_length,
+            "weights": str(next(teacher.model.parameters()).dtype),
+            "batch_size": teacher.batch_size,
+            "together": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+            "code": hashlib.sha256(code).hexdigest(),
+            "machine": [version("torch"), torch.get_num_threads(), teacher.device.type],
+        }
+        seen: Counter[str] = Counter()
+        out = []
+        for prompt in prompts:
+            out.append(Question(self.asker | about | what, prompt, seen[prompt]))
+            seen[prompt] += 1
+        return out
 
 
 def label(
@@ -268,7 +283,7 @@ def label(
     if memory is None or teacher.task.kind == "qa":
         return teacher.predict(texts, shots=solved) if solved is not None else teacher.predict(texts)
     names = teacher.task.names
-    words = {name: tasks.answer(teacher.task, name, teacher.prompt) for name in names}
+    words = [[name, tasks.answer(teacher.task, name, teacher.prompt)] for name in names]
     prompts = [shown(teacher, text, solved[i] if solved else teacher.few_shot) for i, text in enumerate(texts)]
     questions = memory.questions(teacher, prompts, asks="label", labels=words)
     known = [[json.loads(a.text)[name] for name in names] if a else None for a in memory.store.get(questions)]
@@ -349,8 +364,9 @@ def open_asked(
         teacher.shots = GoldShots(rows[rows["split"] == "train"], spec.few_shot, encoder, spec.seed)
     teacher.prior = None if how["prior"] is None else np.array(how["prior"])
     if isinstance(teacher, LabelModel):
-        teacher.max_length = signals_of.room(teacher)  # also that of one that is yet to be tuned, on shorter prompts
-        teacher.memory = Memory(Store(root / STORE), who(P, spec.model, teacher))
+        if teacher.arch != "classifier":  # also one that is yet to be tuned, on shorter prompts
+            teacher.max_length = signals_of.room(teacher)
+        teacher.memory = Memory(Store(root / STORE), who(P, spec.model, teacher) | {"seed": spec.seed})
     return teacher
 
 
