@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from distillery import models, params, tasks, teachers
+from distillery import evaluation, models, params, tasks, teachers
 from distillery.params import UserError
 
 TASK = tasks.load("finance-sentiment", tiny.ROOT / "tasks")
@@ -455,6 +455,20 @@ def test_a_killed_teacher_goes_on_where_it_stood_and_a_second_run_asks_nothing(e
     assert len(kept) == 20 and all(any(text in json.loads(prompt) for text in rows["text"]) for prompt, _ in kept)
     if kind == "labels":
         assert all(json.loads(answer).keys() == set(LABELS) for _, answer in kept)
+
+
+def test_a_prompted_teacher_is_measured_with_its_own_examples_and_calibration(experiment, monkeypatch):
+    root, P = experiment
+    P = prompted(P, few_shot=len(TASK.few_shot) + 3, shots="gold")
+    monkeypatch.setattr(teachers, "gather", lambda *_: gold_rows(20))
+    teacher = teachers.open_asked(root, "lm", P, TASK, {"prompt": None, "prior": [0.5, 0.3, 0.2]})
+    rows, calls = gold_rows(30).tail(4), []
+    wanted, predict = teachers.ask(teacher, rows), models.LabelModel.predict
+    monkeypatch.setattr(models.LabelModel, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
+    say = evaluation.speaker(teacher)
+    for n in (1, 2):  # nothing is remembered: it is timed
+        np.testing.assert_allclose(say(rows["text"].tolist()), wanted, atol=1e-6)
+        assert len(calls) == n
 
 
 def test_a_teacher_that_will_be_tuned_can_be_shown_many_examples_before(experiment):

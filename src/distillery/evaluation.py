@@ -443,6 +443,15 @@ def peak_memory(work: Callable[[], Any]) -> tuple[Any, float | None]:
     return work(), max(0.0, held("VmHWM") - before)
 
 
+def speaker(model: LabelModel) -> Callable[[Sequence[str]], np.ndarray]:
+    """Texts to probabilities [n, labels], computed anew each time: of a teacher that is only prompted with the prompt,
+    solved examples and calibration that it has in the run."""
+    if not hasattr(model, "prior"):
+        return model.predict
+    model.memory = None
+    return lambda texts: teachers.ask(model, pd.DataFrame({"id": "", "text": list(texts), "group": None}))
+
+
 def measure(root: Path, results: Results) -> Measured:
     """Open every trained model that is tested where the headline is, and run it on test rows of that source.
 
@@ -460,14 +469,15 @@ def measure(root: Path, results: Results) -> Measured:
 
     def opened(line: Scored) -> LabelModel:
         if line.role == "teacher":
-            tuned = root / f"data/teacher/{line.key}/model" if P.teachers[line.key].finetune else None
-            return teachers.open_teacher(line.key, P, task, tuned=tuned)
+            if not P.teachers[line.key].finetune:
+                return teachers.open_asked(root, line.key, P, task)
+            return teachers.open_teacher(line.key, P, task, tuned=root / f"data/teacher/{line.key}/model")
         spec = P.students[line.key]
         return training.reopen(spec, root / f"runs/{line.key}-{P.seeds[0]}/model", task, spec.dtype)
 
     def opened_and_run(line: Scored) -> LabelModel:
         model = opened(line)
-        model.predict(texts[:32])
+        speaker(model)(texts[:32])
         return model
 
     first = opened_and_run(lines[0])  # kept: what libraries take when first used is no model's memory
@@ -480,7 +490,7 @@ def measure(root: Path, results: Results) -> Measured:
         if shapes[line.name] not in models:
             models[shapes[line.name]], memory[shapes[line.name]] = peak_memory(lambda line=line: opened_and_run(line))
     del first
-    scorers = {shape: model.predict for shape, model in models.items()}
+    scorers = {shape: speaker(model) for shape, model in models.items()}
     rate, alone = throughput(scorers, texts), latency(scorers, texts[:LATENCY_ROWS])
     timing = {}
     for name, shape in shapes.items():
@@ -492,7 +502,7 @@ def measure(root: Path, results: Results) -> Measured:
     for line in (line for line in results.shown if line.name in shapes):
         told = [name for name in shapes if shapes[name] == shapes[line.name]]
         scorers[line.name] = models[shapes[line.name]] if line.name == told[0] else opened(line)
-    said = {name: model.predict for name, model in scorers.items()}
+    said = {name: speaker(model) for name, model in scorers.items()}
     return Measured(timing, *rewritten(results, said, paraphrased(root, results)))
 
 
