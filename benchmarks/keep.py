@@ -4,7 +4,7 @@
 
 Writes `benchmarks/results/<name>.txt`: command, commit, machine, threads, date, seconds, then the output as printed
 (library warnings, which go to the other stream, left out). Nothing is written when the benchmark fails. Paths of this
-machine are shortened to `FOLDER/` and a name.
+machine, among the arguments and in the output, are shortened to `FOLDER/` and a name.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ def commit(root: Path) -> str:
     return head + ("+" if changed else "")
 
 
+def shortened(text: str) -> str:
+    """`text` without what only this machine has: folders of absolute paths, all but their last part."""
+    return re.sub(r"(?<![\w:/.~-])/(?:[\w.+-]+/)+([\w.+-]+)", r"FOLDER/\1", text)
+
+
 def main(name: str, *arguments: str) -> None:
     root = params.root()
     script = root / "benchmarks" / f"{name}.py"
@@ -42,7 +47,7 @@ def main(name: str, *arguments: str) -> None:
     cpu = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.*)", cpu.read_text()) if cpu.exists() else None
     threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
-    shown = [re.sub(r"^/(?:.*/)?([^/]+/?)$", r"FOLDER/\1", argument) for argument in arguments]
+    shown = [shortened(argument) for argument in arguments]
     lines = [
         f"command  PYTHONPATH=src python benchmarks/{name}.py {' '.join(shown)}".rstrip(),
         f"commit   {commit(root)}",
@@ -51,7 +56,7 @@ def main(name: str, *arguments: str) -> None:
     ]
     path = script.parent / "results" / f"{name}.txt"
     with params.atomic(path) as new:
-        new.write_text("\n".join([*lines, "", done.stdout.rstrip()]) + "\n", encoding="utf-8")
+        new.write_text("\n".join([*lines, "", shortened(done.stdout.rstrip())]) + "\n", encoding="utf-8")
     print(path.read_text(encoding="utf-8"))
 
 
