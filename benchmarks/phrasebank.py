@@ -21,7 +21,6 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+from keep import commit
 from pydantic import Field, model_validator
 from safetensors.torch import load_model, save_model
 
@@ -240,15 +240,6 @@ def draw(bank: pd.DataFrame, pool: Sequence[str], settings: Settings, seed: int,
 # -------------------------------------------------------------------------------------------------- parts of the work
 
 
-def commit() -> str:
-    """The commit of the code, with a `+` when it has been changed since."""
-    say = ["git", "-C", str(HERE.parent)]
-    done = subprocess.run([*say, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    files = ["src", *(str(HERE / f"phrasebank.{end}") for end in ("py", "yaml"))]
-    changed = subprocess.run([*say, "status", "--porcelain", *files], capture_output=True)
-    return done.stdout.strip() + ("+" if changed.stdout else "") if done.returncode == 0 else ""
-
-
 @contextmanager
 def clock(path: Path) -> Iterator[None]:
     """Adds the processor time of the block to the seconds in the file `path`, kept up to date for a run that dies."""
@@ -283,7 +274,7 @@ def finish(folder: Path, answers: dict[str, np.ndarray], parameters: int) -> dic
     with params.atomic(folder / "answers.npz") as new, open(new, "wb") as file:
         np.savez(file, **answers)
     minutes = float((folder / "seconds").read_text()) / 60 if (folder / "seconds").exists() else 0.0
-    about = {"minutes": minutes, "parameters": parameters, "commit": commit()}
+    about = {"minutes": minutes, "parameters": parameters, "commit": commit(HERE.parent)}
     with params.atomic(folder / "about.json") as new:
         new.write_text(json.dumps(about))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -510,7 +501,7 @@ def run(board: Board, settings: Settings, student: str, rows: pd.DataFrame, seed
     asked = {part: rows[rows["where"] == f"50agree/{part}"] for part in ("validation", "test")}
     test = asked["test"]
     commonest = names.index(rows["label"][rows["where"] == "50agree/train"].mode()[0])
-    free = {"minutes": 0.0, "parameters": None, "commit": commit()}
+    free = {"minutes": 0.0, "parameters": None, "commit": commit(HERE.parent)}
     board.add("commonest label", "control", seed, test, np.eye(len(names))[[commonest] * len(test)], free)
     frame = rows
     for name in dict.fromkeys(who for phase in spec.phases for who in phase.teachers):

@@ -717,6 +717,14 @@ def test_an_embedding_of_seen_rows_learns_what_the_whole_one_learns(seed, paddin
         seen(torch.tensor(others[:1]))
 
 
+def test_an_embedding_that_encoder_and_decoder_share_is_trained_whole():
+    config = transformers.T5Config(**SMALL, d_model=16, d_ff=24, d_kv=4, num_layers=1, num_heads=2)
+    model = transformers.T5ForSequenceClassification(config)
+    before = model.get_input_embeddings()
+    models.train_seen_rows(model, [1, 2])
+    assert model.get_input_embeddings() is before and before.weight.requires_grad
+
+
 @given(st.integers(0, 2**31), st.floats(0.05, 0.9), st.sampled_from([(3,), (7, 5), (64, 33)]))
 @settings(max_examples=25, deadline=None)
 def test_dropout_by_bits_drops_its_share_and_scales_what_stays(seed, p, shape):

@@ -23,6 +23,7 @@ WORDS = {"positive": "rose", "neutral": "was at par with", "negative": "fell fro
 
 @pytest.fixture(scope="module")
 def bank():
+    sys.path.insert(0, str(FILE.parent))  # as when it is run
     spec = importlib.util.spec_from_file_location("phrasebank", FILE)
     module = sys.modules["phrasebank"] = importlib.util.module_from_spec(spec)  # pydantic looks there
     spec.loader.exec_module(module)

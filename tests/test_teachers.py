@@ -474,6 +474,8 @@ def test_a_prompted_teacher_is_measured_with_its_own_examples_and_calibration(ex
 def test_a_teacher_that_will_be_tuned_can_be_shown_many_examples_before(experiment):
     root, P = experiment
     task = TASK.model_copy(update={"few_shot": list(TASK.few_shot) * 2})
+    encoder = teachers.open_asked(root, "encoder", P, TASK, {"prompt": None, "prior": None})
+    assert encoder.max_length == teachers.open_teacher("encoder", P, TASK).max_length  # of its tokenizer's making
     assert P.teachers["lm"].finetune and teachers.open_teacher("lm", P, task).max_length == 256
     asked = teachers.open_asked(root, "lm", P, task, {"prompt": None, "prior": None})
     asked.few_shot = len(task.few_shot)

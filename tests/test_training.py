@@ -110,6 +110,8 @@ def test_a_classifier_keeps_the_embeddings_of_words_it_has_not_seen(tiny_models,
     moved = (after.weight != weight).any(-1)[seen]
     assert moved.all()
     assert not any("rows" in name for name in student.model.state_dict())
+    dropouts = [module for module in student.model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropouts and all(type(module) is models.Dropout and module.p > 0 for module in dropouts)
 
 
 # ------------------------------------------------------------------------------- rows and their order

@@ -506,7 +506,8 @@ def drop_by_bits(model: nn.Module) -> None:
 class SeenRows(nn.Module):
     """An embedding of which only the rows of `ids` are trained: no other row has a gradient, so gradient, AdamW's two
     states and their passes over memory need hold no other. A small encoder's vocabulary is most of its weights, and
-    the texts of a phase use a tenth of it.
+    the texts of a phase use a part of it: of MiniLM's 30,522 words this project's finance corpus has 7,459, 320 rows
+    of it 2,918.
 
     While gradients are recorded, input_ids must be of `ids`; otherwise any token is read. Weight decay leaves the
     other rows alone: it holds down what is trained.
@@ -1111,11 +1112,14 @@ class LabelModel:
             )
         return ids
 
+    def rendered(self, text: str, solved: Sequence[tasks.Shot] | int) -> str:
+        """The prompt of a generative model for `text`, with the examples `solved`, or so many of the task file's."""
+        return tasks.render(tasks.turns(self.task, text, solved), self.tokenizer, self.prompt)
+
     def _prompt_ids(self, text: str, shots: Sequence[tasks.Shot] | None = None) -> list[int]:
-        turns = tasks.turns(self.task, text, self.few_shot if shots is None else shots)
-        rendered = tasks.render(turns, self.tokenizer, self.prompt)
         special = self.prompt == "plain" or self.arch == "seq2seq"  # an encoder wants the end token it was trained with
-        return self.tokenizer(rendered, add_special_tokens=special)["input_ids"]
+        prompt = self.rendered(text, self.few_shot if shots is None else shots)
+        return self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
 
     def forward(
         self,

@@ -314,10 +314,10 @@ def shown(teacher: LabelModel | ApiTeacher, text: str, solved: Sequence[tasks.Sh
     """The prompt for `text`, to the letter, with the examples `solved`, or so many of the task file's."""
     if teacher.arch == "classifier":
         return text
-    turns = tasks.turns(teacher.task, text, solved)
     if teacher.arch == "api":
+        turns = tasks.turns(teacher.task, text, solved)
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-    return tasks.render(turns, teacher.tokenizer, teacher.prompt)
+    return teacher.rendered(text, solved)
 
 
 def rendered(teacher: LabelModel | ApiTeacher | FileTeacher, row: pd.Series) -> str:
