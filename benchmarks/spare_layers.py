@@ -1,0 +1,81 @@
+"""Which layers can SmolLM2 do without, as a language model?
+
+    PYTHONPATH=src python benchmarks/spare_layers.py [layers to keep, 15 by default] [sentences, 12 by default]
+
+Layers are left out one by one, each time the one whose absence costs the least, measured in nats a token of next-token
+loss on unlabelled sentences (the pool of the finance corpus), without any training. Beside it: as many first
+layers, and as many of both ends.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from distillery import data, models, params, tasks
+
+
+class Reader:
+    """A causal language model as a list of layers to choose from, and the sentences that it is to predict."""
+
+    def __init__(self, folder: object, texts: list[str]):
+        tokenizer = models.load_tokenizer(folder)
+        self.whole = models.load(folder, "causal").eval()
+        self.layers = list(self.whole.model.layers)
+        ids = [tokenizer(text)["input_ids"] for text in texts]
+        length = max(map(len, ids))
+        tokens = torch.tensor([row + [0] * (length - len(row)) for row in ids])  # causal: what follows changes nothing
+        real = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in ids])
+        self.wanted, self.next = real[:, 1:], tokens[:, 1:][real[:, 1:]]
+        self.first = self.whole.model.embed_tokens(tokens)
+        self.places = torch.arange(length)[None]
+        self.turns = self.whole.model.rotary_emb(self.first, self.places)
+        self.mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+
+    def through(self, state: Tensor, kept: list[int]) -> Tensor:
+        for i in kept:
+            state = self.layers[i](
+                state, attention_mask=self.mask, position_embeddings=self.turns, position_ids=self.places
+            )
+        return state
+
+    def nats(self, kept: list[int], state: Tensor | None = None) -> float:
+        """Cross-entropy a token when `state`, or the token vectors, pass the layers `kept`."""
+        state = self.through(self.first if state is None else state, kept)
+        state = self.whole.model.norm(state[:, :-1][self.wanted])
+        return float(nn.functional.cross_entropy(self.whole.lm_head(state), self.next))
+
+
+@torch.no_grad()
+def main(keep: int = 15, sentences: int = 12) -> None:
+    P, root = params.load(), params.root()
+    spec = P.data["finance"]
+    found = data.prepare("finance", spec, tasks.load(spec.task, root / "tasks"), root)
+    texts = found.rows["text"][found.split == "pool"].head(sentences).tolist()
+    reader = Reader(models.fetch("smollm2", P.models["smollm2"]), texts)
+    depth = len(reader.layers)
+    kept = list(range(depth))
+    print(f"{len(texts)} sentences, {len(reader.next)} tokens\n")
+    print("| layers | nats a token | first layers | both ends | left |")
+    print("|--:|--:|--:|--:|---|")
+    print(f"| {depth} | {reader.nats(kept):.2f} | | | all |", flush=True)
+    while len(kept) > keep:
+        state, costs = reader.first, []
+        for place, layer in enumerate(kept):
+            costs.append((reader.nats(kept[place + 1 :], state), layer))
+            state = reader.through(state, [layer])
+        cost, layer = min(costs)
+        kept.remove(layer)
+        n = len(kept)
+        ends = list(range((n + 1) // 2)) + list(range(depth - n // 2, depth))
+        others = f"{reader.nats(list(range(n))):.2f} | {reader.nats(ends):.2f}"
+        print(f"| {n} | {cost:.2f} | {others} | {', '.join(map(str, kept))} |", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(*map(int, sys.argv[1:]))
+    except params.UserError as mistake:
+        sys.exit(f"error: {mistake}")
