@@ -442,17 +442,23 @@ class Board:
         return table.sort_values("subset", key=lambda s: s.map(SUBSETS.index), kind="stable", ignore_index=True)
 
     def differences(self, students: dict[str, params.Student]) -> list[str]:
-        """Each student against its control, on the same test rows of the same seeds."""
-        lines = []
-        for (name, spec), subset in itertools.product(students.items(), SUBSETS):
-            keys = [key for who in (name, spec.control) for key in self.runs if key[:2] == (subset, who)]
+        """Each student that has a control against it and all who have none, on the same test rows of the same seeds."""
+        lines, controls = [], [who for who, spec in students.items() if spec.control is None]
+        pairs = [
+            (name, who)
+            for name, spec in students.items()
+            if spec.control is not None
+            for who in dict.fromkeys([spec.control, *controls])
+        ]
+        for (name, control), subset in itertools.product(pairs, SUBSETS):
+            keys = [key for who in (name, control) for key in self.runs if key[:2] == (subset, who)]
             if len(keys) < 2:
                 continue
             both = [seed for seed in self.runs[keys[0]] if seed in self.runs[keys[1]]]
             ours, theirs = (self.samples(key, both) for key in keys)
             for score in ("accuracy", "macro_f1"):
                 low, high = metrics.interval(ours[score][1] - theirs[score][1])
-                cells = (subset, name, spec.control, str(len(both)), score, f"{ours[score][0] - theirs[score][0]:+.4f}")
+                cells = (subset, name, control, str(len(both)), score, f"{ours[score][0] - theirs[score][0]:+.4f}")
                 lines.append(f"| {' | '.join(cells)} | {low:+.4f} to {high:+.4f} |")
         return lines
 

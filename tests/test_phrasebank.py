@@ -201,8 +201,11 @@ def test_the_board_counts_right_answers_seed_by_seed(bank):
     assert table.loc[("50agree", "m"), ["seeds", "minutes", "params_m", "commit"]].tolist() == [2, 2.0, 5.0, "abc"]
     for seed in (0, 1):
         board.add("c", "control", seed, gold, wrong, cost)
+        board.add("longer", "control", seed, gold, right, cost)
     student = bank.params.Student(model="x", arch="classifier", phases=[], control="c")
-    lines = board.differences({"m": student})
+    longer = bank.params.Student(model="x", arch="classifier", phases=[])
+    lines = board.differences({"m": student, "longer": longer})
+    assert len(lines) == 8 and "| 50agree | m | longer | 2 | accuracy | -0.2500 |" in lines[4]
     assert (
         "| 50agree | m | c | 2 | accuracy | +0.7500 |" in lines[0]
         and "| allagree | m | c | 2 | accuracy | +1.0000 | +1" in lines[2]
