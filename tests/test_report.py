@@ -804,3 +804,25 @@ def test_pictures_are_deterministic_and_follow_the_theme(finished):
     assert one == two
     page = str(report.inline("cost", one))
     assert "var(--ink)" in page and report.INK not in page and "<metadata" not in page and "xmlns" not in page
+
+
+@pytest.mark.parametrize(
+    "dots",
+    [
+        [(17.4, 0.657), (17.4, 0.589), (22.7, 0.609), (81.4, 0.655), (134.5, 0.739)],
+        [(20, 0.6), (21, 0.6), (20, 0.61), (130, 0.62)],
+        [(20, 0.6)],
+    ],
+)
+def test_names_of_dots_run_into_no_other_dot_or_name(dots):
+    board = pd.DataFrame(dots, columns=["parameters", "accuracy"])
+    board = board.assign(model=[f"student-{i}" for i in range(len(dots))], role="student")
+    board = board.assign(accuracy_low=board["accuracy"] - 0.04, accuracy_high=board["accuracy"] + 0.04)
+    figure = report.figure_cost(None, board)
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    names = [text.get_window_extent() for text in axes.texts]
+    assert sorted(text.get_text() for text in axes.texts) == board["model"].tolist()
+    for i, box in enumerate(names):
+        assert not box.count_overlaps(names[:i] + names[i + 1 :]), board["model"][i]
+        assert not any(box.contains(*axes.transData.transform(dot)) for dot in dots), board["model"][i]

@@ -25,6 +25,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+from matplotlib.transforms import Bbox
 
 from distillery import evaluation, metrics, params
 from distillery.evaluation import KINDS, ROLES, TRAINED, Measured, Results
@@ -309,15 +310,10 @@ def figure_cost(results: Results, board: pd.DataFrame, cost: str = "parameters")
         figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
         front = rows[rows["accuracy"] > rows["accuracy"].cummax().shift(fill_value=-1)]
         axes.step(front["cost"], front["accuracy"], where="post", color=MUTED, lw=1, ls=(0, (4, 3)))
-        before = []
         for _, row in rows.iterrows():
             at, colour = (row["cost"], row["accuracy"]), COLOURS[row["role"]]
             axes.plot([at[0]] * 2, [row["accuracy_low"], row["accuracy_high"]], color=colour, lw=2, alpha=0.4)
             axes.plot(*at, "o", color=colour, ms=7)
-            # one close to its left neighbour is named below its dot: side by side the names would run into each other
-            close = any(at[0] < 2.5 * x and abs(at[1] - y) < 0.02 for x, y in before)
-            axes.annotate(row["model"], at, (7, -11 if close else 4), textcoords="offset points", fontsize=8)
-            before.append(at)
         axes.set_xscale("log")
         if len(rows):
             axes.set_xlim(rows["cost"].min() / 1.5, rows["cost"].max() * 2.2)
@@ -328,7 +324,27 @@ def figure_cost(results: Results, board: pd.DataFrame, cost: str = "parameters")
         axes.set_xlabel(COSTS[cost][0])
         axes.set_ylabel("accuracy")
         _roles(axes, rows)
+        _names(axes, [(row["model"], (row["cost"], row["accuracy"])) for _, row in rows.iterrows()])
     return figure
+
+
+def _names(axes: Any, dots: list[tuple[str, tuple[float, float]]]) -> None:
+    """Writes each name beside its dot: right or left, above or below, where it first meets no other dot or name."""
+    axes.figure.canvas.draw()  # only now it is known where things are
+    points = axes.figure.dpi / 72
+    taken = [Bbox.from_bounds(*(axes.transData.transform(at) - 4 * points), *[8 * points] * 2) for _, at in dots]
+    for name, at in dots:
+        places = [((7, 4), "left"), ((7, -11), "left"), ((-7, 4), "right"), ((-7, -11), "right")]
+        tried = [
+            axes.annotate(name, at, place, textcoords="offset points", ha=side, fontsize=8) for place, side in places
+        ]
+        boxes = [text.get_window_extent() for text in tried]
+        inside = [axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) for box in boxes]
+        free = [i for i, box in enumerate(boxes) if inside[i] and not box.count_overlaps(taken)]
+        chosen = free[0] if free else 0
+        for text in tried[:chosen] + tried[chosen + 1 :]:
+            text.remove()
+        taken.append(boxes[chosen])
 
 
 def figure_reliability(results: Results) -> Figure:
