@@ -157,6 +157,12 @@ MISTAKES = [
     ("teachers.llm.finetune.on", "x/train", "teachers.llm.finetune.on: unknown source `x`; known: news, bare, other"),
     ("teachers.llm.finetune.on", "other/train", "teachers.llm.finetune.on: `other` has another task than its data"),
     ("teachers.llm.data", ["bare"], "teachers.llm.finetune.on: `news` is not among its `data`: add it there"),
+    ("teachers.llm.finetune.folds", 1, "teachers.llm.finetune.folds: must be 0 or greater than or equal to 2, not 1"),
+    (
+        "teachers.llm.finetune.folds",
+        0,
+        "students.kd.phases.0.data: `news/augmented`: `llm` was tuned on these rows, or",
+    ),
     ("teachers.llm.finetune.steps", 3, "teachers.llm.finetune: needs exactly one of `epochs` or `steps`"),
     (
         "teachers.llm.finetune.learning_rate",
@@ -265,6 +271,16 @@ def test_two_tasks_in_one_student(folder):
     second = copy.deepcopy(raw["students"]["gold"]["phases"][0]) | {"data": ["other/train"]}
     raw["students"]["gold"]["phases"].append(second)
     with pytest.raises(UserError, match="students.gold.phases: one task only, not mood, topic"):
+        load(folder, raw)
+
+
+def test_a_teacher_without_folds_teaches_on_rows_it_was_not_tuned_on(folder):
+    raw = changed("teachers.llm.finetune.folds", 0)
+    raw["students"]["kd"]["phases"] = raw["students"]["kd"]["phases"][:1]
+    raw["students"]["kd"]["phases"][0]["data"] = ["news/pool", "bare/train"]
+    assert load(folder, raw).teachers["llm"].finetune.folds == 0
+    raw["students"]["kd"]["phases"][0]["data"] = ["news/pool", "news/train"]
+    with pytest.raises(UserError, match=r"students.kd.phases.0.data: `news/train`: `llm` was tuned on these rows"):
         load(folder, raw)
 
 

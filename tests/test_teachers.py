@@ -191,6 +191,9 @@ def test_gold_rows_are_answered_by_the_model_that_did_not_see_them(experiment):
         not np.allclose(a, b, atol=0.05) for a, b in zip(said.probabilities, memorised.probabilities, strict=True)
     ]
     assert changed == [False] * 3 + [True] * 6
+    nobody = teachers.folds(gold, 0, seed=0)
+    left = teachers.cross_fit("encoder", P, TASK, gold, nobody, root / "no folder", memorised)
+    assert left["id"].tolist() == other["id"].tolist() and left.columns.tolist() == memorised.columns.tolist()
 
 
 def test_a_paraphrase_is_answered_by_the_fold_of_its_row(experiment):
@@ -216,6 +219,8 @@ def test_a_paraphrase_is_answered_by_the_fold_of_its_row(experiment):
     assert set(said["split"]) == {"augmented"} and set(said["teacher"]) == {"encoder"}
     for i, k in enumerate(said["fold"]):
         assert np.abs(said["probabilities"][i] - answers(root, f"folds/{k}", P, [kept["text"][i]])[0]).max() < 1e-5
+    known[known["id"] != kept["source_id"][1]].to_parquet(root / "data/teacher/encoder/signals.parquet")
+    assert teachers.label_paraphrases(root, P, TASK, kept, gold)["id"].tolist() == ["b#1", "b#0"]
     nothing = teachers.label_paraphrases(root, P, TASK, kept[:0], gold)
     assert nothing.empty and nothing.columns.tolist() == said.columns.tolist()
 

@@ -337,9 +337,14 @@ def contamination(root: Path, P: params.Params, line: Scored, tests: dict[str, p
         out.append(Check("contamination", False, text, (line.name,)))
     facts = _read(root / f"data/teacher/{line.key}/metrics.json", root)
     scores = [(facts.get(part) or {}).get("accuracy") for part in ("memorised", "train", "test")]
+    memorised, unseen, scored = scores
+    if unseen is None and not spec.finetune.folds and not out:
+        text = (
+            f"{line.name} was tuned on none of the rows that it is scored on, and says nothing of {spec.finetune.on}."
+        )
+        out.append(Check("contamination", True, text, (line.name,)))
     if None in scores:
         return out
-    memorised, unseen, scored = scores
     figures = f"right on {_percent(memorised)} of the rows it was tuned on, on {_percent(unseen)} of them where a fold "
     figures += f"left them out, on {_percent(scored)} of the test rows"
     if memorised - unseen >= 0.1 and memorised - scored < (memorised - unseen) / 4:

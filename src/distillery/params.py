@@ -228,11 +228,14 @@ class Training(Section):
 
 
 class Finetune(Training):
-    """Fine-tuning of a teacher on gold rows, and `folds` more on parts of them for out-of-fold signals."""
+    """Fine-tuning of a teacher on gold rows, and `folds` more on parts of them for out-of-fold signals.
+
+    folds: 0 where no student learns from this teacher about the rows it was tuned on; it then says nothing of them.
+    """
 
     on: str
     lora: Lora | None = None
-    folds: Annotated[int, Field(ge=2)] = 2
+    folds: Literal[0] | Annotated[int, Field(ge=2)] = 2
 
 
 class Price(Section):
@@ -762,6 +765,14 @@ def _check_references(params: Params, file: str, folder: Path) -> None:
                     raise UserError(f"{file}: {key}.data: `{where}`: only `{params.augment.source}` is augmented")
             for teacher in phase.teachers:
                 known(f"{key}.teachers", teacher, params.teachers, "teacher")
+                tuned = params.teachers[teacher].finetune
+                for where in phase.data if tuned and not tuned.folds else []:
+                    source, split = where.split("/")
+                    if source == tuned.on.split("/")[0] and split != "pool":
+                        raise UserError(
+                            f"{file}: {key}.data: `{where}`: `{teacher}` was tuned on these rows, or on those they are "
+                            "made of, and says nothing of them without folds (finetune.folds: 0)"
+                        )
                 for source in sources:
                     known(f"{key}.teachers", teacher, _labelling(params, source), f"teacher for `{source}`")
         if len(seen) > 1:

@@ -183,10 +183,12 @@ def finetune(
 
 
 def folds(rows: pd.DataFrame, k: int, seed: int) -> np.ndarray:
-    """Fold of every row [n], 0 to k - 1: whole groups, labels spread evenly.
+    """Fold of every row [n], 0 to k - 1: whole groups, labels spread evenly; -1, of none, when k is 0.
 
     Raises UserError when there are fewer groups than folds.
     """
+    if not k:
+        return np.full(len(rows), -1)
     if rows["group"].nunique() < k:
         raise UserError(f"teachers: finetune.folds: {k} folds need {k} groups, there are {rows['group'].nunique()}")
     splitter = StratifiedGroupKFold(k, shuffle=True, random_state=seed)
@@ -454,15 +456,18 @@ def cross_fit(
     folder: Path,
     said: pd.DataFrame,
 ) -> pd.DataFrame:
-    """`said`, with the gold rows answered by the fold models in `folder` that were tuned without them.
+    """`said`, with the gold rows answered by the fold models in `folder` that were tuned without them; without those of
+    no fold.
 
     gold: rows (source, split, id, text). fold: [len(gold)], see :func:`folds`.
     """
-    said = said.set_index(["source", "split", "id"])
-    for k in sorted(set(fold)):
+    keys = ["source", "split", "id"]
+    said = said.set_index(keys)
+    said = said.drop(pd.MultiIndex.from_frame(gold.loc[fold < 0, keys]))
+    for k in sorted(set(fold[fold >= 0])):
         rows = gold[fold == k]
         model = open_teacher(name, P, task, tuned=folder / str(k))
-        new = said_by(model, rows, k, P.teachers[name].max_new_tokens).set_index(["source", "split", "id"])
+        new = said_by(model, rows, k, P.teachers[name].max_new_tokens).set_index(keys)
         plain = new.columns.drop("probabilities")
         said.loc[new.index, plain] = new[plain]
         for key, value in new["probabilities"].items():
@@ -776,7 +781,8 @@ def judge(
 def label_paraphrases(
     root: Path, P: params.Params, task: tasks.Task, kept: pd.DataFrame, gold: pd.DataFrame
 ) -> pd.DataFrame:
-    """Every teacher's signal for every kept paraphrase, by the model that was not tuned on the row it was made of."""
+    """Every teacher's signal for every kept paraphrase, by the model that was not tuned on the row it was made of; none
+    of a teacher that has no such model."""
     source, out = P.augment.source, []
     rows = kept[["id", "text", "group", "source_id"]].assign(source=source, split="augmented")
     for name, spec in P.teachers.items():
@@ -788,7 +794,7 @@ def label_paraphrases(
             known = pd.read_parquet(folder / "signals.parquet", columns=["source", "split", "id", "fold"])
             known = known[(known["source"] == source) & (known["split"] == "train")].set_index("id")["fold"]
             fold = rows["source_id"].map(known)
-        for k in sorted(fold.unique()):
+        for k in sorted(map(int, fold.dropna().unique())):
             where = folder / "folds" / str(k) if k >= 0 else folder / "model"
             part = rows[fold == k]
             model = open_teacher(name, P, task, tuned=where) if spec.finetune else open_asked(root, name, P, task)
