@@ -26,13 +26,15 @@ class Reader:
         self.layers = list(self.whole.model.layers)
         ids = [tokenizer(text)["input_ids"] for text in texts]
         length = max(map(len, ids))
-        tokens = torch.tensor([row + [0] * (length - len(row)) for row in ids])  # causal: what follows changes nothing
-        real = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in ids])
+        here = self.whole.device
+        rows = [row + [0] * (length - len(row)) for row in ids]  # causal: what follows changes nothing
+        tokens = torch.tensor(rows, device=here)
+        real = torch.tensor([[k < len(row) for k in range(length)] for row in ids], device=here)
         self.wanted, self.next = real[:, 1:], tokens[:, 1:][real[:, 1:]]
         self.first = self.whole.model.embed_tokens(tokens)
-        self.places = torch.arange(length)[None]
+        self.places = torch.arange(length, device=here)[None]
         self.turns = self.whole.model.rotary_emb(self.first, self.places)
-        self.mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+        self.mask = torch.full((length, length), float("-inf"), device=here).triu(1)[None, None]
 
     def through(self, state: Tensor, kept: list[int]) -> Tensor:
         for i in kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import resource
 import socket
@@ -753,3 +754,22 @@ def test_dropout_by_bits_draws_every_element_alone():
     assert abs(apart).max() < 4 / (n / 4) ** 0.5
     assert abs(torch.corrcoef(torch.stack([kept[:-1], kept[1:]]))[0, 1]) < 4 / n**0.5
     assert models.Dropout(0.0)(torch.ones(3)).tolist() == [1, 1, 1] and models.Dropout(1.0)(torch.ones(3)).sum() == 0
+
+
+# ------------------------------------------------------------------------------- which layers can be spared
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3], [0, 2], [3]])
+def test_the_benchmark_of_spare_layers_reads_as_the_cut_model_does(tiny_models, monkeypatch, kept):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    texts = ["Sales rose.", "The loss widened a lot."]
+    reader = importlib.import_module("spare_layers").Reader(tiny_models / "tiny-llama", texts)
+    model = models.load(tiny_models / "tiny-llama", "causal", layers=kept).eval()
+    tokenizer = models.load_tokenizer(tiny_models / "tiny-llama")
+    told = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        logits = model(ids).logits[0, :-1]
+        told += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").tolist()
+    with torch.no_grad():
+        assert reader.nats(kept) == pytest.approx(np.mean(told), abs=1e-5)

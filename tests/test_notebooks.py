@@ -168,6 +168,24 @@ def test_a_teacher_signals_every_row_and_gold_rows_out_of_fold(ran, teacher):
     assert list((ran / folder / "model").glob("*.safetensors")) and (ran / folder / "timing.json").exists()
 
 
+def test_a_teacher_without_folds_says_nothing_of_gold_rows(ran, tmp_path):
+    repo = shutil.copytree(ran, tmp_path / "repo", symlinks=True)
+
+    def without(tree):
+        tree["teachers"]["lm"]["finetune"]["folds"] = 0
+        for phase in (phase for student in tree["students"].values() for phase in student["phases"]):
+            if "lm" in phase.get("teachers", []):
+                phase["data"] = ["finance/pool"]
+
+    edit(repo, without)
+    assert "teach@lm" in dvc(repo, "repro", "teach@lm")
+    said = pd.read_parquet(repo / "data/teacher/lm/signals.parquet")
+    before = pd.read_parquet(ran / "data/teacher/lm/signals.parquet").query("split != 'train'")
+    assert said["id"].tolist() == before["id"].tolist() and said["label"].tolist() == before["label"].tolist()
+    assert said["rationale"].notna().sum() == 2 and set(said["split"][said["rationale"].notna()]) == {"pool"}
+    assert not (repo / "data/teacher/lm/folds").exists()
+
+
 def test_paraphrases_are_kept_or_dropped_for_a_reason_and_signalled(ran):
     folder = "data/augmented/finance"
     gold = pd.read_parquet(ran / "data/processed/finance/train.parquet").set_index("id")

@@ -583,7 +583,8 @@ def test_signals_from_memory_are_told(tmp_path):
     assert text.startswith(f"What big says of {number} of the {number} rows of demo/train comes from a model that was")
 
 
-def test_a_teacher_without_folds_says_nothing_of_what_it_was_tuned_on(tmp_path):
+@pytest.mark.parametrize(("test", "passed"), [(0.97, False), (0.75, True)])
+def test_a_teacher_without_folds_is_judged_by_validation_rows(tmp_path, test, passed):
     spec = experiment()
     spec["teachers"]["big"]["finetune"] = {"on": "demo/train", "steps": 1, "learning_rate": 1e-3, "folds": 0}
     for student in spec["students"].values():
@@ -591,10 +592,11 @@ def test_a_teacher_without_folds_says_nothing_of_what_it_was_tuned_on(tmp_path):
             phase | ({"data": ["demo/pool"]} if "teachers" in phase else {}) for phase in student["phases"]
         ]
     P = project(tmp_path, spec)
-    facts = {"memorised": {"accuracy": 1.0}, "test": {"accuracy": 0.7}, "parameters": 134_500_000}
+    scores = {"memorised": 0.98, "validation": 0.7, "test": test}
+    facts = {name: {"accuracy": value} for name, value in scores.items()} | {"parameters": 134_500_000}
     put(tmp_path / "data/teacher/big/metrics.json", facts)
     (check,) = [c for c in evaluation.gather(tmp_path, P).checks if c.kind == "contamination"]
-    assert check.passed and check.text.endswith("and says nothing of demo/train.")
+    assert check.passed == passed and "on 70 % of validation" in check.text
 
 
 def test_a_model_that_knew_the_source_before_is_told(tmp_path):

@@ -336,17 +336,15 @@ def contamination(root: Path, P: params.Params, line: Scored, tests: dict[str, p
         text += "that was tuned on those very rows: students learn its memory, not its judgement."
         out.append(Check("contamination", False, text, (line.name,)))
     facts = _read(root / f"data/teacher/{line.key}/metrics.json", root)
-    scores = [(facts.get(part) or {}).get("accuracy") for part in ("memorised", "train", "test")]
-    memorised, unseen, scored = scores
-    if unseen is None and not spec.finetune.folds and not out:
-        text = (
-            f"{line.name} was tuned on none of the rows that it is scored on, and says nothing of {spec.finetune.on}."
-        )
-        out.append(Check("contamination", True, text, (line.name,)))
+    held_out = (
+        ("train", "of them where a fold left them out") if spec.finetune.folds else ("validation", "of validation")
+    )
+    scores = [(facts.get(part) or {}).get("accuracy") for part in ("memorised", held_out[0], "test")]
     if None in scores:
         return out
-    figures = f"right on {_percent(memorised)} of the rows it was tuned on, on {_percent(unseen)} of them where a fold "
-    figures += f"left them out, on {_percent(scored)} of the test rows"
+    memorised, unseen, scored = scores
+    figures = f"right on {_percent(memorised)} of the rows it was tuned on, on {_percent(unseen)} {held_out[1]}, "
+    figures += f"on {_percent(scored)} of the test rows"
     if memorised - unseen >= 0.1 and memorised - scored < (memorised - unseen) / 4:
         text = f"{line.name} is {figures}: it does as well there as on what it has memorised, so it has seen them."
         out.append(Check("contamination", False, text, (line.name,)))
