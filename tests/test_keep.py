@@ -1,0 +1,42 @@
+"""What a kept benchmark output may say of the machine that printed it."""
+
+import importlib
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def keep(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module("keep")
+
+
+@pytest.mark.parametrize(
+    ("printed", "kept"),
+    [
+        ("searched /home/me/some-run/out, 0 keys", "searched FOLDER/out, 0 keys"),
+        ("--data /srv/data/fpb", "--data FOLDER/fpb"),
+        ("17.0 rows/s and tokens/s", "17.0 rows/s and tokens/s"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("benchmarks/results/teach.txt", "benchmarks/results/teach.txt"),
+    ],
+)
+def test_folders_of_the_machine_are_left_out(keep, printed, kept):
+    assert keep.shortened(printed) == kept
+
+
+@pytest.mark.parametrize("file", ["src/a.py", "recipes/a.yaml", "notebooks/a.ipynb", "tasks/a.yaml", "dvc.yaml"])
+def test_a_commit_says_when_what_decides_a_result_has_changed(keep, tmp_path, file):
+    def git(*arguments):
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True)
+
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("1")
+    git("init"), git("add", "."), git("commit", "-m", "first")
+    (tmp_path / "notes.md").write_text("decides nothing")
+    assert not keep.commit(tmp_path).endswith("+")
+    (tmp_path / file).write_text("2")
+    assert keep.commit(tmp_path).endswith("+")
