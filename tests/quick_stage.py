@@ -112,6 +112,9 @@ def evaluate() -> None:
     put("reports/figures/leaderboard.svg", "<svg/>")
     put("reports/index.html", key(P.model_dump()))
     put("reports/timing.json", {})
+    for run in (f"{s}-{seed}" for s in P.students for seed in P.seeds):
+        put(f"reports/cards/{run}.md", run)
+        put(f"runs/{run}/model/README.md", key(P.model_dump()))  # into an output of another stage
 
 
 notebook, values = sys.argv[1], sys.argv[4::3]

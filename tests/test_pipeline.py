@@ -19,7 +19,7 @@ import pytest
 from ruamel.yaml import YAML
 
 import tiny
-from distillery import inputs, params, stage, tasks
+from distillery import fingerprint, inputs, params, stage, strip, tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src/distillery"
@@ -35,54 +35,85 @@ def pipeline() -> dict[str, dict[str, Any]]:
 # ------------------------------------------------------------------------------- modules
 
 
-def imported(code: str) -> set[str]:
-    """The modules of ours that `code` names in its imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    names = {name.split(".")[1] for name in found if name.startswith("distillery.")}
-    return {name for name in names if (PACKAGE / f"{name}.py").exists()}
+def stages(kinds: dict[str, str]) -> dict[str, dict[str, str]]:
+    """The modules of each stage with their fingerprints, as `strip` writes them for teachers of these kinds."""
+    return strip.stages_code({name: strip.stripped(ROOT / f"notebooks/{name}.ipynb") for name in NOTEBOOKS}, kinds)
 
 
-def with_their_imports(modules: set[str]) -> set[str]:
-    todo, done = set(modules), set()
-    while todo:
-        done.add(module := todo.pop())
-        todo |= imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8")) - done
-    return done
+REALLY_IMPORTED = """
+import json, sys
+{code}
+print("modules", json.dumps([name for name in sys.modules if name.startswith("distillery.")]))
+"""
+
+
+def imports_of(code: str) -> str:
+    """The import statements at the top level of `code`."""
+    return "\n".join(
+        ast.unparse(node) for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)
+    )
 
 
 def code_of(notebook: str) -> str:
-    cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    return re.sub(r"^[ \t]*[%!].*$", "", code, flags=re.M)  # IPython's own lines
+    return strip.code_of(strip.stripped(ROOT / f"notebooks/{notebook}.ipynb"))
 
 
-def test_the_imports_are_found_wherever_they_stand():
-    code = (
-        "import distillery.tasks as t\nfrom distillery import params, root\ndef f():\n    from distillery.data import x"
-    )
-    assert imported(code) == {"tasks", "params", "data"}
+def test_a_stage_depends_on_what_python_itself_imports_for_it():
+    """Against `sys.modules` after the imports were run: what is found in the source must at least hold that."""
+    found = stages({"lm": "lm"})
+    entries = {name: imports_of(code_of(name)) for name in NOTEBOOKS} | {"inputs": "import distillery.inputs"}
+    for name, code in entries.items():
+        command = [sys.executable, "-c", REALLY_IMPORTED.format(code=code)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ | PATHS)
+        loaded = set(json.loads(done.stdout.split("modules ")[-1]))
+        listed = {"02_teach": "02_teach-lm", "inputs": "inputs-teachers"}.get(name, name)
+        assert loaded <= set(found[listed]), name
+        lazy = set(found[listed]) - loaded
+        assert lazy <= LAZY.get(name, set()), f"{name}: {lazy} is nowhere imported"
 
 
-@pytest.mark.parametrize("name", [name for name in pipeline() if name != "strip"])
-def test_a_stage_depends_on_exactly_the_modules_it_imports(name):
-    body = pipeline()[name]
-    entry = re.search(r"-m distillery\.(\w+)(?: (0\w+))?", body["cmd"])
-    needed = with_their_imports(imported(code_of(entry[2])) if entry[2] else {entry[1]})
-    expected = {f"src/distillery/{module}.py" for module in needed}
-    expected |= {"src/distillery/templates"} if "report" in needed else set()
-    listed = [dep for dep in body["deps"] if dep.startswith("src/")]
-    assert sorted(listed) == sorted(expected), f"dvc.yaml, stage {name}: these are the modules it imports"
-    assert not entry[2] or f"build/notebooks/{entry[2]}.ipynb" in body["deps"]
+PATHS = {"PYTHONPATH": str(ROOT / "src")}
+LAZY: dict[str, set[str]] = {}  # modules that a function imports when it is called
+
+
+def test_every_stage_of_dvc_yaml_reads_the_file_of_its_modules():
+    written = {re.sub("-lm$", "-${key}", name) for name in stages({"lm": "lm"})}
+    for name, body in pipeline().items():
+        if name == "strip":
+            continue
+        listed = [dep for dep in body["deps"] if dep.startswith("build/code/")]
+        assert len(listed) == 1 and Path(listed[0]).stem in written, name
+        entry = re.search(r"-m distillery\.(\w+) (\w+)", body["cmd"])
+        expected = entry[2] if entry[1] == "stage" else f"inputs-{entry[2]}"
+        assert Path(listed[0]).stem.removesuffix("-${key}") == expected
+        assert not [dep for dep in body["deps"] if dep.endswith(".py")]
+        assert entry[1] != "stage" or f"build/notebooks/{entry[2]}.ipynb" in body["deps"]
+
+
+def test_every_module_is_a_part_of_some_stage_or_known_to_be_none():
+    modules = {f"distillery.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    used = {module for found in stages({"far": "api"}).values() for module in found}
+    assert modules - used == {f"distillery.{name}" for name in ("recipe", "search", "stage")}
+
+
+def test_only_an_endpoint_depends_on_the_client():
+    found = stages({"near": "lm", "far": "api"})
+    assert "distillery.api" in found["02_teach-far"] and "distillery.api" not in found["02_teach-near"]
+    assert "distillery.api" in found["05_evaluate"] and "distillery.api" not in stages({"near": "lm"})["05_evaluate"]
+
+
+def test_a_student_does_not_depend_on_its_card_or_on_the_report():
+    assert not {"distillery.card", "distillery.report"} & set(stages({"lm": "lm"})["04_distill"])
 
 
 def test_the_package_itself_imports_nothing():
     # `src/distillery/__init__.py` is no dependency of any stage, so nothing may hang on it
-    assert not imported((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    assert not fingerprint.imported((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+
+
+def imported(module: str) -> set[str]:
+    names = fingerprint.imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    return {name.removeprefix("distillery.") for name in names} - {"fingerprint"}
 
 
 def test_modules_import_only_what_stands_left_of_them():
@@ -102,9 +133,9 @@ def test_modules_import_only_what_stands_left_of_them():
     )
     for i, module in enumerate(order):
         below = {"losses", "metrics", "robustness", *order[:i]}
-        assert imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8")) <= below, module
+        assert imported(module) <= below, module
     for module in ("losses", "metrics", "robustness"):
-        assert not imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8")), module
+        assert not imported(module), module
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
@@ -143,7 +174,7 @@ def base(tmp_path_factory) -> Path:
     repo = tiny.experiment(tmp_path_factory.mktemp("base") / "repo")
     shutil.copy(ROOT / "tests/quick_stage.py", repo / "src/distillery/stage.py")
     for name in NOTEBOOKS:
-        toy_notebook(repo / f"notebooks/{name}.ipynb", f"'{name}'")
+        toy_notebook(repo / f"notebooks/{name}.ipynb", imports_of(code_of(name)))
     ran = rerun(repo)
     assert ran == {
         *("data@finance", "teacher-inputs", "teach@lm", "teach@encoder", "augment", "inputs"),
@@ -217,6 +248,19 @@ def own_data(repo: Path) -> None:
     tree["teachers"]["mine"] = encoder | {"data": ["mine"], "finetune": encoder["finetune"] | {"on": "mine/train"}}
     with (repo / "params.yaml").open("w", encoding="utf-8") as out:
         YAML().dump(json.loads(json.dumps(tree)), out)
+
+
+def prose_everywhere(repo: Path) -> None:
+    """Other docstrings, comments and annotations of functions, and another layout, in each module of the package."""
+    for path in (repo / "src/distillery").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                node.returns = ast.Name("object")
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node) is not None:
+                node.body[0] = ast.Expr(ast.Constant("Other words."))
+        # comments go, for a syntax tree has none; `from __future__` stays behind the docstring
+        path.write_text(ast.unparse(ast.fix_missing_locations(tree)) + "\n# a last remark\n", encoding="utf-8")
 
 
 SMOKE = params.read_yaml(ROOT / "tests/smoke.yaml")
@@ -295,10 +339,21 @@ CHANGES: dict[str, tuple[Change, list[str]]] = {
         ),
         ["data@finance", "evaluate"],
     ),
-    "a cell of 04_distill": (lambda repo: toy_notebook(repo / "notebooks/04_distill.ipynb", "'other'"), DISTILL),
-    "the losses": (
-        appending("src/distillery/losses.py", "# more\n"),
+    "a cell of 04_distill": (
+        lambda repo: toy_notebook(repo / "notebooks/04_distill.ipynb", imports_of(code_of("04_distill")) + "\n'other'"),
+        DISTILL,
+    ),
+    "the code of the losses": (
+        replacing("src/distillery/losses.py", "IGNORE = -100", "IGNORE = -101"),
         ["teach@lm", "teach@encoder", "augment", *DISTILL, "evaluate"],
+    ),
+    "a comment and a docstring in every module": (lambda repo: prose_everywhere(repo), []),
+    "the code of the model card, and of the API client": (
+        both(
+            replacing("src/distillery/card.py", "## Use", "## How to use it"),
+            replacing("src/distillery/api.py", "EMPTY = 3", "EMPTY = 4"),
+        ),
+        ["evaluate"],
     ),
 }
 

@@ -786,8 +786,8 @@ def test_the_cards_code_says_what_was_scored_without_this_package(tiny_models, t
             parameter.data.mul_(6 if parameter.dim() > 1 else 1)
         folder = tmp_path / name
         models.save(student.model, student.tokenizer, folder)
-        card.write(folder, spec, task, about, said)
-        page = (folder / "README.md").read_text()
+        page = card.text(folder, spec, task, about, said)
+        (folder / "README.md").write_text(page)
         low, high = metrics.interval(
             metrics.bootstrap_scores(gold, said["prediction"], LABELS, said["group"])["accuracy"]
         )
@@ -835,8 +835,8 @@ def test_the_card_of_a_student_that_writes_answers(tiny_models, tmp_path, arch):
     said = training.predicted(training.reopen(spec, tmp_path / "model", task), rows)
     about = {"student": "s", "seed": 0, "parameters": 1, "bytes_on_disk": 1, "test": training.scores(said, task.names)}
     said = said.assign(text=rows["text"], group=rows["group"])
-    card.write(tmp_path / "model", spec, task, about, said)
-    page = (tmp_path / "model/README.md").read_text()
+    page = card.text(tmp_path / "model", spec, task, about, said)
+    (tmp_path / "model/README.md").write_text(page)
     assert "that writes answers to questions" in page and "| exact match | " in page and "| token f1 | " in page
     assert not re.search("right, wrong|Brier|macro|precision \\| sens", page)
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,8 @@ def answer(text, before={before!r}, after={after!r}):
 print(answer({example!r}))"""
 
 
-def write(folder: Path, spec: params.Student, task: tasks.Task, about: dict[str, Any], said: pd.DataFrame) -> None:
-    """The model folder's README.md: what it is, how good, and code that uses it with `transformers` alone.
+def text(folder: Path, spec: params.Student, task: tasks.Task, about: dict[str, Any], said: pd.DataFrame) -> str:
+    """The card of the model in `folder`: what it is, how good, and code that uses it with `transformers` alone.
 
     said: test rows (text, label, prediction, group); the first is the example. about["test"]: their scores. The
     intervals are those of the report for one seed.
@@ -165,7 +166,7 @@ def write(folder: Path, spec: params.Student, task: tasks.Task, about: dict[str,
         for label, row in test["labels"].items()
     ]
     phases = [f"{i}. {_leg(phase)}" for i, phase in enumerate(spec.phases, 1)]
-    text = CARD.format(
+    return CARD.format(
         pipeline=pipeline,
         student=about["student"],
         what=what,
@@ -180,5 +181,24 @@ def write(folder: Path, spec: params.Student, task: tasks.Task, about: dict[str,
         seed=about["seed"],
         snippet=snippet,
     )
-    with params.atomic(folder / "README.md") as path:
-        path.write_text(text, encoding="utf-8")
+
+
+def write_all(root: Path, P: params.Params) -> None:
+    """Write the card of every run to `reports/cards/<run>.md` and, as README.md, into its model folder.
+
+    DVC ignores the copy in the model folder: it comes after the run's own outputs. Raises UserError when a run is
+    missing.
+    """
+    for name, spec in P.students.items():
+        inputs = root / f"data/inputs/{name}"
+        task = tasks.Task.model_validate(json.loads((inputs / "experiment.json").read_text(encoding="utf-8"))["task"])
+        test = pd.read_parquet(inputs / "test.parquet")
+        for run in (f"{name}-{seed}" for seed in P.seeds):
+            folder = root / "runs" / run
+            about = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            said = pd.read_parquet(folder / "predictions.parquet")
+            said = said[said["split"] == "test"].assign(text=test["text"].to_numpy(), group=test["group"].to_numpy())
+            card = text(folder / "model", spec, task, about, said)
+            for path in (root / f"reports/cards/{run}.md", folder / "model" / "README.md"):
+                with params.atomic(path) as scratch:
+                    scratch.write_text(card, encoding="utf-8")

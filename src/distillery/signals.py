@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distillery import losses, models, params, tasks
+from distillery.fingerprint import code_digest
 from distillery.models import Completion, LabelModel
 from distillery.params import UserError
 
@@ -219,10 +220,7 @@ def _allocate(
 
 def key(*parts: object) -> str:
     """A name for signals: a hash of `parts` and of the code that computes them."""
-    digest = hashlib.sha256()
-    for module in (losses, models, tasks):
-        digest.update(Path(module.__file__).read_bytes())
-    digest.update(Path(__file__).read_bytes())
+    digest = hashlib.sha256(code_digest("losses", "models", "signals", "tasks").encode())
     for part in parts:
         digest.update(json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]

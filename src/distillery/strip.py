@@ -6,6 +6,8 @@
 ``build/models/<name>.json``   what a model's local folder holds
 ``build/recipe.json``          the published figures to be shown beside this run's, if params.yaml is a recipe
 ``build/answers/<name>.json``  what the files of a teacher with `kind: answers` hold
+``build/code/<module>``        the fingerprint of every module: its code without comments, docstrings and layout
+``build/code/stages/<stage>.json``  the modules that a stage imports, directly or not, with their fingerprints
 
 It runs at every `dvc repro` and takes a second; the stages behind it look at what it wrote.
 """
@@ -14,13 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 try:
-    from distillery import params, tasks
+    from distillery import fingerprint, params, tasks
 except ModuleNotFoundError as missing:
     sys.exit(
         f"error: {sys.executable} has no package `{missing.name}`; "
@@ -65,6 +68,46 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+OF_KIND = {"api": "distillery.api"}  # modules that only a teacher of this kind needs
+
+
+def code_of(notebook: dict[str, Any]) -> str:
+    """The Python code of a stripped notebook, without the lines that are IPython's own."""
+    code = "\n".join(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    return re.sub(r"^[ \t]*[%!].*$", "", code, flags=re.M)
+
+
+def stages_code(notebooks: dict[str, dict[str, Any]], kinds: dict[str, str]) -> dict[str, dict[str, str]]:
+    """What every stage depends on in code: stage -> module -> fingerprint.
+
+    notebooks: name -> stripped notebook. kinds: teacher -> kind; only a stage in which a teacher of its kind takes part
+    depends on a module of `OF_KIND`.
+    """
+    used = set(kinds.values())
+    entries = {f"inputs-{what}": ({"distillery.inputs"}, used) for what in ("teachers", "students")}
+    for name, notebook in notebooks.items():
+        imported = fingerprint.imported(code_of(notebook))
+        if name.startswith("02_"):
+            entries |= {f"{name}-{teacher}": (imported, {kind}) for teacher, kind in kinds.items()}
+        else:
+            entries[name] = (imported, used)
+    out = {}
+    for stage, (modules, wanted) in entries.items():
+        without = [module for kind, module in OF_KIND.items() if kind not in wanted]
+        out[stage] = {module: fingerprint.digest(module) for module in fingerprint.closure(modules, without=without)}
+    return out
+
+
+def write_code(build: Path, notebooks: dict[str, dict[str, Any]], kinds: dict[str, str]) -> None:
+    """Write `build/code`: every module's fingerprint, and the modules of every stage."""
+    for file in sorted(fingerprint.PACKAGE.rglob("*.py")):
+        target = build / "code" / file.relative_to(fingerprint.PACKAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(fingerprint.normalized(file.read_text(encoding="utf-8")), encoding="utf-8")
+    for stage, modules in stages_code(notebooks, kinds).items():
+        write_json(build / "code" / "stages" / f"{stage}.json", modules)
+
+
 def main() -> None:
     """Check params.yaml and the task files it names, then write `build/`. Raises UserError."""
     root = params.root()
@@ -77,11 +120,13 @@ def main() -> None:
             "another one; set `per_row: 0`"
         )
     build = root / "build"
-    for name in ("notebooks", "sources", "models", "answers"):
+    for name in ("notebooks", "sources", "models", "answers", "code"):
         shutil.rmtree(build / name, ignore_errors=True)
         (build / name).mkdir(parents=True)
-    for notebook in sorted((root / "notebooks").glob("*.ipynb")):
-        write_json(build / "notebooks" / notebook.name, stripped(notebook))
+    notebooks = {path.stem: stripped(path) for path in sorted((root / "notebooks").glob("*.ipynb"))}
+    for name, notebook in notebooks.items():
+        write_json(build / "notebooks" / f"{name}.ipynb", notebook)
+    write_code(build, notebooks, {name: teacher.kind for name, teacher in experiment.teachers.items()})
     for name, source in experiment.data.items():
         file = root / source.source  # an absolute path stays what it is
         if source.source.startswith("hub:"):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,10 +20,13 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from distillery import data, metrics, models, params, tasks, training
 from distillery import signals as signals_of
-from distillery.api import ApiTeacher, Endpoint
+from distillery.fingerprint import code_digest
 from distillery.models import LabelModel
 from distillery.params import UserError
 from distillery.store import Answer, Question, Store
+
+if TYPE_CHECKING:
+    from distillery.api import ApiTeacher
 
 # A paraphrase that trades one of these families for the other says the opposite.
 DIRECTIONS = {
@@ -79,6 +82,8 @@ def open_teacher(
     """The teacher `name` as it was fetched, or `tuned`: as it lies in that folder (whole, or as adapters)."""
     spec = P.teachers[name]
     if spec.kind == "api":
+        from distillery.api import ApiTeacher, Endpoint  # here: other teachers do not depend on it
+
         return ApiTeacher(Endpoint(name, spec.api, Store(params.root() / STORE)), task, spec.few_shot)
     if spec.kind == "answers":
         by = "id" if spec.answers.columns.id else "text"
@@ -260,13 +265,12 @@ class Memory:
     def questions(self, teacher: LabelModel, prompts: Sequence[str], **what: Any) -> list[Question]:
         """What is asked of each of `prompts`. Rows that are asked about together share batches, and with them the last
         bits of their answers: those of other company, code or threads are answers to another question."""
-        code = b"".join(Path(module.__file__).read_bytes() for module in (models, tasks))
         about = {
             "max_length": teacher.max_length,
             "weights": str(next(teacher.model.parameters()).dtype),
             "batch_size": teacher.batch_size,
             "together": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-            "code": hashlib.sha256(code).hexdigest(),
+            "code": code_digest("models", "tasks"),
             "machine": [version("torch"), torch.get_num_threads(), teacher.device.type],
         }
         seen: Counter[str] = Counter()

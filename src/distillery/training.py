@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from distillery import losses, metrics, models, params, signals, tasks
+from distillery.fingerprint import code_digest
 from distillery.models import Completion, LabelModel
 from distillery.params import UserError
 
@@ -856,10 +857,8 @@ def reopen(spec: params.Student, folder: Path, task: tasks.Task, dtype: str = "f
 
 def run_key(*parts: Any) -> str:
     """A name for a run's checkpoints: a hash of `parts` and of the code and libraries that compute the run."""
-    digest = hashlib.sha256()
-    for module in (losses, metrics, models, params, signals, tasks):
-        digest.update(Path(module.__file__).read_bytes())
-    digest.update(Path(__file__).read_bytes())
+    code = code_digest("losses", "metrics", "models", "params", "signals", "tasks", "training")
+    digest = hashlib.sha256(code.encode())
     versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")}
     digest.update(json.dumps([versions, torch.get_num_threads()]).encode())
     for part in parts:

@@ -1,0 +1,123 @@
+"""Fingerprints: what changes them, and what does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from distillery import fingerprint
+
+CODE = '''"""What it is for."""
+from dataclasses import dataclass
+
+LIMIT: int = 3  # rows
+
+
+@dataclass
+class Row:
+    """A row."""
+
+    text: str
+    size: int = 0
+
+
+def double(x: int, *more: int, by: float = 2.0, **rest: object) -> float:
+    """Twice `x`."""
+    result: float = x * by  # the product
+    return result
+'''
+
+SAME = {
+    "a comment": ("# the product", "# of both"),
+    "a docstring": ("Twice `x`.", "`x`, two times."),
+    "the docstring of a class": ("A row.", "One row."),
+    "the docstring of the module": ("What it is for.", "What else it is for."),
+    "the annotation of an argument": ("x: int", "x: float"),
+    "the annotation of a returned value": ("-> float", "-> object"),
+    "the annotation of a local variable": ("result: float", "result: object"),
+    "white space": ("x * by", "x  *  by"),
+}
+OTHER = {
+    "a value": ("LIMIT: int = 3", "LIMIT: int = 4"),
+    "a default": ("by: float = 2.0", "by: float = 3.0"),
+    "an expression": ("x * by", "x + by"),
+    "the annotation of a field, on which a dataclass acts": ("text: str", "text: bytes"),
+    "a decorator": ("@dataclass\n", "@dataclass(frozen=True)\n"),
+    "a name": ("double", "twice"),
+}
+
+
+@pytest.mark.parametrize("what", SAME)
+def test_prose_and_layout_change_nothing(what):
+    old, new = SAME[what]
+    assert old in CODE
+    assert fingerprint.normalized(CODE.replace(old, new)) == fingerprint.normalized(CODE)
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_what_decides_a_result_changes_it(what):
+    old, new = OTHER[what]
+    assert old in CODE
+    assert fingerprint.normalized(CODE.replace(old, new)) != fingerprint.normalized(CODE)
+
+
+def test_a_function_of_a_docstring_alone_still_is_one():
+    code = fingerprint.normalized('def f():\n    """Nothing."""\n')
+    compile(code, "f", "exec")
+    assert code == fingerprint.normalized("def f():\n    pass\n")
+
+
+def test_what_is_left_computes_what_the_whole_computes():
+    whole, left = {}, {}
+    exec(compile(CODE, "whole", "exec"), whole)
+    exec(compile(fingerprint.normalized(CODE), "left", "exec"), left)
+    assert left["double"](3) == whole["double"](3) == 6 and left["Row"]("a") == left["Row"]("a", 0)
+
+
+@pytest.fixture
+def package(tmp_path):
+    files = {
+        "__init__.py": "",
+        "low.py": "A = 1",
+        "near/__init__.py": "",
+        "near/one.py": "from toy import low",
+        "near/two.py": "def f():\n    from toy.near.one import x\n",
+        "typed.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from toy.near import two\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "toy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "toy" / name).write_text(text)
+    return tmp_path / "toy"
+
+
+def test_imports_are_found_wherever_they_stand(package):
+    code = "import toy.low as l\nimport json\ndef f():\n    from toy.near import two, other\n"
+    assert fingerprint.imported(code, package) == {"toy.low", "toy.near", "toy.near.two"}
+
+
+def test_imports_for_type_checkers_alone_do_not_count(package):
+    assert fingerprint.imported((package / "typed.py").read_text(), package) == set()
+
+
+def test_a_closure_follows_imports_and_stops_at_what_is_left_out(package):
+    everything = ["toy.low", "toy.near", "toy.near.one", "toy.near.two"]
+    assert fingerprint.closure({"toy.near.two"}, package) == sorted([*everything[1:], "toy.low"])
+    assert fingerprint.closure({"toy.near.two", "toy.near"}, package, without=["toy.near.one"]) == [
+        "toy.near",
+        "toy.near.two",
+    ]
+
+
+def test_one_digest_for_a_module_or_all_of_a_package(package, monkeypatch):
+    monkeypatch.setattr(fingerprint, "PACKAGE", package)
+    fingerprint.code_digest.cache_clear()
+    near, low = fingerprint.code_digest("near"), fingerprint.code_digest("low")
+    (package / "near/one.py").write_text("from toy import low  # more")
+    (package / "low.py").write_text("A = 2")
+    fingerprint.code_digest.cache_clear()
+    assert fingerprint.code_digest("near") == near and fingerprint.code_digest("low") != low
+    fingerprint.code_digest.cache_clear()
+
+
+def test_an_unknown_module_is_told():
+    with pytest.raises(ValueError, match="no module distillery.nothing"):
+        fingerprint.digest("distillery.nothing")
