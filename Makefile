@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Stages run `python -m distillery.stage ...`: the environment's own python must be the first that a shell finds.
+# Stages run `python -m distillery run ...`: the environment's own python must be the first that a shell finds.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -20,7 +20,7 @@ help: ## what can be made
 
 repro: $(VENV)/.installed ## run every stage that is out of date, up to reports/index.html
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "error: this folder is no git repository, and DVC needs one; run: git init" >&2; exit 1; }
-	@python -m distillery.params
+	@python -m distillery check
 	@dvc repro
 	@$(MAKE) --no-print-directory report
 
@@ -31,7 +31,7 @@ test: $(VENV)/.installed ## every check: style, clean notebooks, tests
 	@OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
 
 recipe: $(VENV)/.installed ## run a published system in a folder of its own: make recipe NAME=pkd-albert [SCALE=small]
-	@python -m distillery.recipe $(if $(NAME),'$(NAME)',$(error name a recipe: make recipe NAME=pkd-albert)) $(if $(SCALE),--scale '$(SCALE)')
+	@python -m distillery recipe $(if $(NAME),'$(NAME)',$(error name a recipe: make recipe NAME=pkd-albert)) $(if $(SCALE),--scale '$(SCALE)')
 
 lab: $(VENV)/.installed ## open the notebooks in JupyterLab
 	@jupyter lab notebooks

@@ -25,24 +25,30 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import loopback  # noqa: E402
-from distillery import api, params, store, tasks  # noqa: E402
+from distillery.config.load import validate_section  # noqa: E402
+from distillery.config.schema import ApiConfig  # noqa: E402
+from distillery.errors import UserError  # noqa: E402
+from distillery.tasks.schema import Task, load_task  # noqa: E402
+from distillery.teachers.api.client import Endpoint  # noqa: E402
+from distillery.teachers.api.teacher import ApiTeacher  # noqa: E402
+from distillery.teachers.cache import AnswerStore  # noqa: E402
 
 VARIABLE = "DISTILLERY_BENCHMARK_KEY"
 MODEL = "speaker"
 
 
-def questions(task: tasks.Task, rows: int) -> list[str]:
+def questions(task: Task, rows: int) -> list[str]:
     import tiny
 
     texts = list(dict.fromkeys(tiny.texts()))
     return [texts[i % len(texts)] + (f" ({i // len(texts)})" if i >= len(texts) else "") for i in range(rows)]
 
 
-def teacher(url: str, path: Path, model: str, variable: str = VARIABLE) -> api.ApiTeacher:
+def teacher(url: str, path: Path, model: str, variable: str = VARIABLE) -> ApiTeacher:
     settings = {"model": model, "base_url": url, "key": variable, "max_tokens": 1, "timeout": 3.0, "attempts": 30}
-    spec = params.validate(params.Api, settings | {"concurrency": 12}, "benchmark")
-    task = tasks.load("finance-sentiment", ROOT / "tasks")
-    return api.ApiTeacher(api.Endpoint("benchmark", spec, store.Store(path)), task)
+    spec = validate_section(ApiConfig, settings | {"concurrency": 12}, "benchmark")
+    task = load_task("finance-sentiment", ROOT / "tasks")
+    return ApiTeacher(Endpoint("benchmark", spec, AnswerStore(path)), task)
 
 
 def ask(url: str, path: str, model: str, rows: str) -> None:
@@ -82,7 +88,7 @@ def stored(path: Path) -> int:
 def refused(url: str, path: Path, model: str, variable: str) -> str:
     try:
         teacher(url, path, model, variable).predict(["Profit rose."])
-    except params.UserError as error:
+    except UserError as error:
         return str(error)
     raise SystemExit("was not refused")
 
@@ -90,7 +96,7 @@ def refused(url: str, path: Path, model: str, variable: str) -> str:
 def main(rows: int = 1000, share: float = 0.3) -> None:
     secret = "sk-" + secrets.token_hex(16)
     os.environ |= {VARIABLE: secret, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    task = tasks.load("finance-sentiment", ROOT / "tasks")
+    task = load_task("finance-sentiment", ROOT / "tasks")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         speaker = loopback.build_speaker(folder / MODEL, task.words)
@@ -103,7 +109,7 @@ def main(rows: int = 1000, share: float = 0.3) -> None:
                     before = sum(proxy.calls.values())
                     run(proxy.url, path, str(speaker), rows, 0, log)  # once more: it must ask nothing
                     again = sum(proxy.calls.values()) - before
-                kept = store.Store(path)
+                kept = AnswerStore(path)
                 with kept._using() as connection:
                     (noted,) = connection.execute("SELECT asker FROM calls LIMIT 1").fetchone()
                     (twice,) = connection.execute(

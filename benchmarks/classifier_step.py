@@ -40,7 +40,19 @@ from transformers import (
     TrainingArguments,
 )
 
-from distillery import losses, models, params, tasks, training
+from distillery import losses
+from distillery.config.load import load_params
+from distillery.config.schema import PhaseConfig, StudentConfig
+from distillery.files import repository_root
+from distillery.models.fetch import fetch_model
+from distillery.models.label_model import LabelModel
+from distillery.models.load import load_model, load_tokenizer
+from distillery.tasks.schema import Task, load_task
+from distillery.training.phase_loss import PhaseTrainerMixin
+from distillery.training.rows import TrainingRows
+from distillery.training.student import build_student
+from distillery.training.teacher_models import OpenableTeacher
+from distillery.training.trainers import build_trainer
 
 BATCH, EPOCHS, ROWS, STEPS, CHECKED = 16, 3, 320, {"plain": 11, "ours": 21}, 3
 LOSS, TEMPERATURE = {"ce": 0.5, "kl": 0.5, "pkd": 1.0}, 2.0
@@ -65,7 +77,7 @@ class OnlineTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.teacher = teacher.eval()
         depths = (net.config.num_hidden_layers for net in (self.model, teacher))
-        self.pairs = losses.layer_map(*depths, "skip")
+        self.pairs = losses.pair_layers(*depths, "skip")
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -76,7 +88,7 @@ class OnlineTrainer(Trainer):
         said = model(**inputs, output_hidden_states=True)
         ours = torch.stack([said.hidden_states[j][:, 0] for j, _ in self.pairs], 1)
         theirs = torch.stack([told.hidden_states[j][:, 0] for _, j in self.pairs], 1)
-        loss, _ = losses.mixed(
+        loss, _ = losses.combine_terms(
             {term: weight for term, weight in LOSS.items() if term != "pkd"},
             said.logits,
             targets=labels,
@@ -112,25 +124,25 @@ class Profiler(TrainerCallback):
         return ", ".join(f"{kind} {s / self.wall:.0%}" for kind, s in spent.most_common())
 
 
-def teacher_of(folder: Path, task: tasks.Task, dtype: str) -> models.LabelModel:
-    model = models.load(folder, "classifier", labels=task.names, seed=1)
-    return models.LabelModel(model, models.load_tokenizer(folder), task, "classifier", dtype=dtype)
+def teacher_of(folder: Path, task: Task, dtype: str) -> LabelModel:
+    model = load_model(folder, "classifier", labels=task.names, seed=1)
+    return LabelModel(model, load_tokenizer(folder), task, "classifier", dtype=dtype)
 
 
-def student_of(folder: Path, task: tasks.Task, dtype: str) -> models.LabelModel:
+def student_of(folder: Path, task: Task, dtype: str) -> LabelModel:
     spec = {"model": "minilm-l6", "arch": "classifier", "init": {"layers": LAYERS}, "dtype": dtype, "phases": []}
-    return training.build(params.Student.model_validate(spec), folder, task, 0)
+    return build_student(StudentConfig.model_validate(spec), folder, task, 0)
 
 
-def rows_of(task: tasks.Task, n: int | None = ROWS) -> training.Rows:
-    lines = (params.root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:n]
+def rows_of(task: Task, n: int | None = ROWS) -> TrainingRows:
+    lines = (repository_root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:n]
     found = [json.loads(line) for line in lines]
     targets = np.array([task.names.index(row["label"]) for row in found])
-    return training.Rows([row["text"] for row in found], targets)
+    return TrainingRows([row["text"] for row in found], targets)
 
 
 def plain(
-    folder: Path, task: tasks.Task, out: Path, dtype: str, steps: int, callbacks: list[TrainerCallback]
+    folder: Path, task: Task, out: Path, dtype: str, steps: int, callbacks: list[TrainerCallback]
 ) -> OnlineTrainer:
     rows, teacher, student = rows_of(task), teacher_of(folder, task, dtype), student_of(folder, task, dtype)
     encoded = student.tokenizer(rows.texts, truncation=True)["input_ids"]
@@ -160,8 +172,8 @@ def plain(
 
 
 def ours(
-    folder: Path, task: tasks.Task, out: Path, dtype: str, steps: int, callbacks: list[TrainerCallback]
-) -> tuple[training._Phase, float]:
+    folder: Path, task: Task, out: Path, dtype: str, steps: int, callbacks: list[TrainerCallback]
+) -> tuple[PhaseTrainerMixin, float]:
     """The trainer, and the seconds that asking the teacher took."""
     rows, teacher = rows_of(task), teacher_of(folder, task, dtype)
     student = student_of(folder, task, dtype)
@@ -176,17 +188,17 @@ def ours(
         "learning_rate": 1e-4,
     }
     asked = [teacher]
-    white_box = training.WhiteBox(
+    white_box = OpenableTeacher(
         lambda fold: asked.pop(), ["minilm-l6", dtype], teacher.model.config.num_hidden_layers, out / "signals"
     )
     start = time.perf_counter()
     rows.logprobs = torch.from_numpy(teacher.predict(rows.texts)).log()
     rows.weights = {"minilm-l6": torch.ones(len(rows), dtype=torch.double)}
     del teacher  # it has no part in the training
-    trainer = training.make_trainer(
+    trainer = build_trainer(
         student,
         rows,
-        params.Phase.model_validate(phase),
+        PhaseConfig.model_validate(phase),
         folder=out / "ours",
         seed=0,
         title="ours",
@@ -232,9 +244,9 @@ def examine(trainer: Any, seen: Seen) -> None:
 
 
 def main(rounds: int = 3) -> None:
-    folder = models.fetch("minilm-l6", params.load().models["minilm-l6"])
-    task = tasks.load("finance-sentiment", params.root() / "tasks")
-    tokenizer = models.load_tokenizer(folder)
+    folder = fetch_model("minilm-l6", load_params().models["minilm-l6"])
+    task = load_task("finance-sentiment", repository_root() / "tasks")
+    tokenizer = load_tokenizer(folder)
     words = [len({i for row in tokenizer(rows_of(task, n).texts)["input_ids"] for i in row}) for n in (ROWS, None)]
     print(f"of {len(tokenizer):,} words {words[0]:,} occur in these {ROWS} rows, {words[1]:,} in the whole corpus")
     speed = matrix_peak()

@@ -33,7 +33,20 @@ from transformers import PrinterCallback, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.utils import DataCollatorForChatML
 
-from distillery import losses, models, params, tasks, training
+from distillery import losses
+from distillery.config.load import load_params
+from distillery.config.schema import PhaseConfig, StudentConfig
+from distillery.files import repository_root
+from distillery.models.fetch import fetch_model
+from distillery.models.label_model import Completion, LabelModel
+from distillery.models.load import load_model, load_tokenizer
+from distillery.models.packed.token_tree import common_prefix
+from distillery.tasks.prompts import chat_turns
+from distillery.tasks.schema import Task, load_task
+from distillery.training.rows import TrainingRows
+from distillery.training.student import build_student
+from distillery.training.teacher_models import OpenableTeacher
+from distillery.training.trainers import build_trainer
 
 BATCH, EPOCHS, ROWS, STEPS = 8, 3, 96, {"trl": 4, "ours": 11}
 REASON = "\nBecause: "
@@ -61,10 +74,10 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-class Whole(models.LabelModel):
+class Whole(LabelModel):
     """Supervises answer and reason as one sequence, which is what TRL does."""
 
-    def completions(self, label: int, rationale: str | None = None) -> list[models.Completion]:
+    def completions(self, label: int, rationale: str | None = None) -> list[Completion]:
         text = self.task.names[label] + (REASON + rationale if rationale else "")
         return [(self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id], 0)]
 
@@ -92,13 +105,13 @@ def matrix_peak() -> float:
 
 
 def tokenizer_of(folder: Path):
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-def student_of(folder: Path, task: tasks.Task) -> models.LabelModel:
-    spec = params.Student.model_validate(
+def student_of(folder: Path, task: Task) -> LabelModel:
+    spec = StudentConfig.model_validate(
         {
             "model": "smollm2",
             "arch": "causal",
@@ -108,29 +121,27 @@ def student_of(folder: Path, task: tasks.Task) -> models.LabelModel:
             "phases": [],
         }
     )
-    built = training.build(spec, folder, task, 0)
+    built = build_student(spec, folder, task, 0)
     return Whole(built.model, tokenizer_of(folder), task, "causal", dtype="bfloat16")
 
 
-def teacher_of(folder: Path, task: tasks.Task) -> models.LabelModel:
-    return Whole(
-        models.load(folder, "causal", dtype="bfloat16"), tokenizer_of(folder), task, "causal", dtype="bfloat16"
-    )
+def teacher_of(folder: Path, task: Task) -> LabelModel:
+    return Whole(load_model(folder, "causal", dtype="bfloat16"), tokenizer_of(folder), task, "causal", dtype="bfloat16")
 
 
-def rows_of(task: tasks.Task, rationales: bool) -> tuple[training.Rows, Dataset]:
-    lines = (params.root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
+def rows_of(task: Task, rationales: bool) -> tuple[TrainingRows, Dataset]:
+    lines = (repository_root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
     found = [json.loads(line) for line in lines]
     texts, targets = [row["text"] for row in found], np.array([task.names.index(row["label"]) for row in found])
     reasons = [row["rationale"] for row in found] if rationales else None
     messages = []
     for i, row in enumerate(found):
         said = row["label"] + (REASON + row["rationale"] if rationales else "")
-        messages.append([*tasks.turns(task, texts[i]), {"role": "assistant", "content": said}])
-    return training.Rows(texts, targets, rationales=reasons), Dataset.from_dict({"messages": messages})
+        messages.append([*chat_turns(task, texts[i]), {"role": "assistant", "content": said}])
+    return TrainingRows(texts, targets, rationales=reasons), Dataset.from_dict({"messages": messages})
 
 
-def with_trl(folder: Path, task: tasks.Task, rationales: bool, seen: Measured, check: bool) -> None:
+def with_trl(folder: Path, task: Task, rationales: bool, seen: Measured, check: bool) -> None:
     reset_peak()
     _, data = rows_of(task, rationales)
     student, teacher = student_of(folder, task), teacher_of(folder, task)
@@ -178,10 +189,10 @@ def with_trl(folder: Path, task: tasks.Task, rationales: bool, seen: Measured, c
     seen.peak = max(seen.peak, peak())
 
 
-def with_ours(folder: Path, task: tasks.Task, rationales: bool, seen: Measured, check: bool) -> None:
+def with_ours(folder: Path, task: Task, rationales: bool, seen: Measured, check: bool) -> None:
     reset_peak()
     rows, _ = rows_of(task, rationales)
-    phase = params.Phase.model_validate(
+    phase = PhaseConfig.model_validate(
         {
             "data": ["finance/train"],
             "teachers": ["smollm2"],
@@ -194,13 +205,13 @@ def with_ours(folder: Path, task: tasks.Task, rationales: bool, seen: Measured, 
         }
     )
     with tempfile.TemporaryDirectory() as out:
-        asked = training.WhiteBox(lambda fold: teacher_of(folder, task), "smollm2", 30, Path(out) / "signals")
+        asked = OpenableTeacher(lambda fold: teacher_of(folder, task), "smollm2", 30, Path(out) / "signals")
         student = student_of(folder, task)
         start = time.perf_counter()
         teacher_of(folder, task)
         opening = time.perf_counter() - start
         start = time.perf_counter()
-        trainer = training.make_trainer(
+        trainer = build_trainer(
             student,
             rows,
             phase,
@@ -235,7 +246,7 @@ def with_ours(folder: Path, task: tasks.Task, rationales: bool, seen: Measured, 
     seen.peak = max(seen.peak, peak())
 
 
-def compare_losses(folder: Path, task: tasks.Task, rationales: bool) -> None:
+def compare_losses(folder: Path, task: Task, rationales: bool) -> None:
     """TRL's loss and ours of three batches, in float32 and in bfloat16. There TRL takes the log-softmax in bfloat16:
     beside it stands the same formula on its logits widened to float32."""
     rows, data = rows_of(task, rationales)
@@ -270,9 +281,9 @@ def compare_losses(folder: Path, task: tasks.Task, rationales: bool) -> None:
 
 
 def main(rounds: int = 2) -> None:
-    root = params.root()
-    folder = models.fetch("smollm2", params.load().models["smollm2"])
-    task = tasks.load("finance-sentiment", root / "tasks")
+    root = repository_root()
+    folder = fetch_model("smollm2", load_params().models["smollm2"])
+    task = load_task("finance-sentiment", root / "tasks")
     speed = matrix_peak()
     print(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, bfloat16 products at {speed / 1e9:,.0f} GFLOP/s"
@@ -283,7 +294,7 @@ def main(rounds: int = 2) -> None:
         prompts = student_of(folder, task).encode(rows_of(task, False)[0].texts)
         print(
             f"\n{workload}: {ROWS} rows, prompts of {np.mean([len(p) for p in prompts]):.0f} tokens, "
-            f"of which all begin with the same {models.common_prefix(prompts)}"
+            f"of which all begin with the same {common_prefix(prompts)}"
         )
         compare_losses(folder, task, workload == "rationale")
         for k in range(rounds):

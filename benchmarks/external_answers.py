@@ -17,23 +17,28 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from distillery import data, metrics, params, tasks, teachers
+from distillery import metrics
+from distillery.config.load import validate_section
+from distillery.config.schema import AnswerFilesConfig
+from distillery.data.cleaning import normalize_text
+from distillery.tasks.schema import load_task
+from distillery.teachers.file import read_answer_files
 
 COLUMNS = {"text": "original_sent", "answer": "text_output"}
 
 
 def gold_of(path: Path) -> dict[str, str]:
     lines = path.read_bytes().decode("latin-1").splitlines()
-    return {data.clean(text): label.strip() for text, _, label in (line.rpartition("@") for line in lines) if text}
+    return {normalize_text(text): label.strip() for text, _, label in (line.rpartition("@") for line in lines) if text}
 
 
 def main(folder: str, gold_file: str) -> None:
-    task, gold = tasks.load("finance-sentiment"), gold_of(Path(gold_file))
+    task, gold = load_task("finance-sentiment"), gold_of(Path(gold_file))
     lines = []
     for model in sorted({file.name.split("_")[0] for file in Path(folder).glob("*.csv")}):
         files = sorted(str(file) for file in Path(folder).glob(f"{model}_*.csv"))
-        spec = params.validate(params.Answers, {"files": files, "columns": COLUMNS}, "params.yaml")
-        answers = teachers.read_answers(spec, task, Path())
+        spec = validate_section(AnswerFilesConfig, {"files": files, "columns": COLUMNS}, "params.yaml")
+        answers = read_answer_files(spec, task, Path())
         fate = answers["fate"].value_counts()
         given = answers[answers["fate"] != "repeats the answer before"]
         known = given[given["key"].isin(gold)]

@@ -22,7 +22,17 @@ import pandas as pd
 from keep import commit
 from transformers.utils import logging
 
-from distillery import inputs, metrics, models, params, tasks, training
+from distillery import metrics
+from distillery.config.load import load_params
+from distillery.config.schema import Params, StudentConfig
+from distillery.files import atomic_write, repository_root
+from distillery.models.fetch import fetch_model
+from distillery.models.predictions import predict_rows
+from distillery.pipeline.inputs import StageTables, experiment_record, student_rows
+from distillery.tasks.schema import Task, load_task
+from distillery.training.run import run_key, train_phases
+from distillery.training.student import build_student
+from distillery.training.teacher_models import openable_teacher
 
 logging.set_verbosity_error()
 POOL, GOLD = ["finance/pool", "finance/augmented"], ["finance/train"]
@@ -103,22 +113,22 @@ STUDIES = {
 }
 
 
-def run(root: Path, P: params.Params, name: str, seed: int) -> dict:
+def run(root: Path, P: Params, name: str, seed: int) -> dict:
     """Accuracy and answers of one student and seed on the test rows; from `.cache` if it has been run before."""
     given, phases, _ = STUDIES[name]
-    spec = params.Student.model_validate(given | {"phases": phases})
+    spec = StudentConfig.model_validate(given | {"phases": phases})
     P = P.model_copy(update={"students": {"study": spec}})
-    tables = inputs.Tables(root)
-    rows, _ = inputs.rows_for(tables, P, "study")
-    experiment = inputs.experiment(root, P, "study")
+    tables = StageTables(root)
+    rows, _ = student_rows(tables, P, "study")
+    experiment = experiment_record(root, P, "study")
     test, validation = (pd.DataFrame(tables.rows(f"finance/{split}")) for split in ("test", "validation"))
-    key = training.run_key(name, experiment, seed, pd.DataFrame(rows).to_csv())
+    key = run_key(name, experiment, seed, pd.DataFrame(rows).to_csv())
     folder = root / ".cache" / "finance_losses" / key
     if not (folder / "done.json").exists():
         start = time.perf_counter()
-        task = tasks.Task.model_validate(experiment["task"])
-        student = training.build(spec, models.fetch(spec.model, P.models[spec.model]), task, seed)
-        training.run_phases(
+        task = Task.model_validate(experiment["task"])
+        student = build_student(spec, fetch_model(spec.model, P.models[spec.model]), task, seed)
+        train_phases(
             student,
             pd.DataFrame(rows),
             spec,
@@ -127,20 +137,20 @@ def run(root: Path, P: params.Params, name: str, seed: int) -> dict:
             validation=validation.head(8),  # nobody looks at students on their way here
             test=test.head(8),
             scores={who: found["accuracy"] for who, found in experiment["teachers"].items()},
-            teachers={who: training.white_box(root, who, found) for who, found in experiment["open"].items()},
+            teachers={who: openable_teacher(root, who, found) for who, found in experiment["open"].items()},
         )
-        said = training.predicted(student, test)["prediction"].tolist()
-        with params.atomic(folder / "done.json") as path:
+        said = predict_rows(student, test)["prediction"].tolist()
+        with atomic_write(folder / "done.json") as path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"said": said, "seconds": round(time.perf_counter() - start, 1)}))
     return json.loads((folder / "done.json").read_text())
 
 
 def main(seeds: int = 3, begins: str = "") -> None:
-    root = params.root()
-    P = params.load()
+    root = repository_root()
+    P = load_params()
     test = pd.read_parquet(root / "data/processed/finance/test.parquet")
-    labels = tasks.load("finance-sentiment", root / "tasks").names
+    labels = load_task("finance-sentiment", root / "tasks").names
     code = commit(root)
     path = root / "benchmarks/finance_losses.csv"
     lines = {line["student"]: line for line in pd.read_csv(path).to_dict("records")} if path.exists() else {}
@@ -167,7 +177,7 @@ def main(seeds: int = 3, begins: str = "") -> None:
             f"{name}: accuracy {line['accuracy']:.3f} [{line['accuracy_low']:.3f}, {line['accuracy_high']:.3f}]",
             flush=True,
         )
-        with params.atomic(path) as new:
+        with atomic_write(path) as new:
             pd.DataFrame([lines[name] for name in STUDIES if name in lines]).to_csv(new, index=False)
     print(pd.DataFrame(lines.values()).to_string(index=False))
 

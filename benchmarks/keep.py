@@ -18,7 +18,8 @@ import time
 from datetime import date
 from pathlib import Path
 
-from distillery import params
+from distillery.errors import UserError
+from distillery.files import atomic_write, repository_root
 
 
 def commit(root: Path) -> str:
@@ -36,11 +37,11 @@ def shortened(text: str) -> str:
 
 
 def main(name: str, *arguments: str) -> None:
-    root = params.root()
+    root = repository_root()
     script = root / "benchmarks" / f"{name}.py"
     if not script.exists():
         known = ", ".join(sorted(path.stem for path in script.parent.glob("*.py")))
-        raise params.UserError(f"no benchmark `{name}`; there are: {known}")
+        raise UserError(f"no benchmark `{name}`; there are: {known}")
     start = time.perf_counter()
     done = subprocess.run([sys.executable, str(script), *arguments], cwd=root, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -56,7 +57,7 @@ def main(name: str, *arguments: str) -> None:
         f"date     {date.today()}, {time.perf_counter() - start:.0f} s",
     ]
     path = script.parent / "results" / f"{name}.txt"
-    with params.atomic(path) as new:
+    with atomic_write(path) as new:
         new.write_text("\n".join([*lines, "", shortened(done.stdout.rstrip())]) + "\n", encoding="utf-8")
     print(path.read_text(encoding="utf-8"))
 
@@ -64,5 +65,5 @@ def main(name: str, *arguments: str) -> None:
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
-    except params.UserError as mistake:
+    except UserError as mistake:
         sys.exit(f"error: {mistake}")

@@ -23,7 +23,16 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distillery import models, params, tasks, training
+from distillery.config.load import load_params
+from distillery.config.schema import StudentConfig, TrainingConfig
+from distillery.files import atomic_write
+from distillery.models.fetch import fetch_model
+from distillery.models.load import load_model
+from distillery.models.memory import BYTES_PER_PARAMETER, count_parameters, predicted_memory
+from distillery.tasks.schema import load_task
+from distillery.training.rows import TrainingRows
+from distillery.training.run import train_phase
+from distillery.training.student import build_student
 
 GB = 1e9
 LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -37,7 +46,7 @@ WAYS = {  # what is measured: the kind of the formula, adapter and precision
 def measure(kind: str, layers: str, r: int, batch: int, steps: int) -> dict[str, float]:
     """Bytes that a process grows by while it trains this way: at its peak, and what it holds at the end."""
     adapter, dtype = WAYS[kind]
-    spec = params.Student(
+    spec = StudentConfig(
         model="smollm2",
         arch="causal",
         prompt="plain",
@@ -46,23 +55,23 @@ def measure(kind: str, layers: str, r: int, batch: int, steps: int) -> dict[str,
         adapter={"kind": adapter, "r": r},
         phases=[],
     )
-    folder = models.fetch("smollm2", params.load().models["smollm2"])
-    task = tasks.load("finance-sentiment")
+    folder = fetch_model("smollm2", load_params().models["smollm2"])
+    task = load_task("finance-sentiment")
     rows = [f"Operating profit of company {i} rose to EUR 13.1 mn from EUR 8.7 mn in the quarter." for i in range(64)]
-    phase = params.Training(steps=steps, learning_rate=1.0e-5, batch_size=batch)
+    phase = TrainingConfig(steps=steps, learning_rate=1.0e-5, batch_size=batch)
     before = psutil.Process().memory_info().rss
-    student = training.build(spec, folder, task, seed=0)
+    student = build_student(spec, folder, task, seed=0)
     with tempfile.TemporaryDirectory() as scratch:
-        training.run_phase(
+        train_phase(
             student,
-            training.Rows(rows, torch.zeros(len(rows), dtype=torch.long).numpy()),
+            TrainingRows(rows, torch.zeros(len(rows), dtype=torch.long).numpy()),
             phase,
             folder=Path(scratch),
             seed=0,
             checkpoint_every=10 * steps,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    trainable = models.count_parameters(student.model)[1]
+    trainable = count_parameters(student.model)[1]
     return {"held": psutil.Process().memory_info().rss - before, "peak": peak - before, "trainable": trainable}
 
 
@@ -87,10 +96,10 @@ def main() -> None:
     table = []
     with init_empty_weights():
         llama = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=32000, **LLAMA))
-    for kind in models.MEMORY:
+    for kind in BYTES_PER_PARAMETER:
         r = 0 if kind.startswith("full") else 64
-        table.append(line("LLaMA-2 7B", kind, r, models.predicted_memory(llama, kind, r)))
-    own = models.load(models.fetch("smollm2", params.load().models["smollm2"]), "causal", layers=asked.layers)
+        table.append(line("LLaMA-2 7B", kind, r, predicted_memory(llama, kind, r)))
+    own = load_model(fetch_model("smollm2", load_params().models["smollm2"]), "causal", layers=asked.layers)
     for kind in WAYS:
         for r in [0] if kind.startswith("full") else asked.ranks if kind.startswith("QLoRA") else [64]:
             command = [sys.executable, __file__, "--one", kind, str(r or 1), "--layers", asked.layers]
@@ -100,7 +109,7 @@ def main() -> None:
                 f"measured_{k}" if k != "trainable" else k: v
                 for k, v in json.loads(done.stdout.splitlines()[-1]).items()
             }
-            row = line(f"SmolLM2 {asked.layers}", kind, r, models.predicted_memory(own, kind, r) | measured)
+            row = line(f"SmolLM2 {asked.layers}", kind, r, predicted_memory(own, kind, r) | measured)
             table.append(row)
             print(row, flush=True)
     names = list(dict.fromkeys(key for row in table for key in row))
@@ -108,7 +117,7 @@ def main() -> None:
     for row in table:
         print("| " + " | ".join(str(row.get(name, "")) for name in names) + " |")
     if asked.out:
-        with params.atomic(asked.out) as path, path.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(asked.out) as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(table)

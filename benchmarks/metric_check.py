@@ -87,7 +87,7 @@ def risk_coverage(c: dict) -> float:
 
 
 def floored(p: np.ndarray) -> np.ndarray:
-    return np.maximum(p, metrics.FLOOR)
+    return np.maximum(p, metrics.PROBABILITY_FLOOR)
 
 
 def kl(c: dict) -> float:
@@ -108,7 +108,7 @@ def scaled_loss(c: dict) -> float:
 
 
 def our_scaled_loss(c: dict) -> float:
-    return metrics.log_loss(c["true"], metrics.tempered(c["p"], metrics.fit_temperature(c["true"], c["p"])))
+    return metrics.log_loss(c["true"], metrics.apply_temperature(c["p"], metrics.fit_temperature(c["true"], c["p"])))
 
 
 def bootstrap(c: dict) -> np.ndarray:
@@ -208,7 +208,7 @@ CHECKS: list[tuple[str, str, Callable, Callable, float]] = [
                               for row, t in zip(c["p"], c["true"], strict=True)])), 1e-12),
     ("calibration error, 15 bins", "SciPy", ours("ece"), ece, 1e-9),
     ("risk-coverage area", DEFINITION, ours("risk_coverage_area"), risk_coverage, 1e-9),
-    ("KL to the teacher", "SciPy", lambda c: float(metrics.kl(c["p"], c["q"]).mean()), kl, 1e-9),
+    ("KL to the teacher", "SciPy", lambda c: float(metrics.kl_divergence(c["p"], c["q"]).mean()), kl, 1e-9),
     ("answer bias", DEFINITION, ours("answer_bias"),
      lambda c: sum(abs((c["gold"] == x).mean() - (c["predicted"] == x).mean()) for x in c["labels"]) / 2, 1e-12),
     ("share of the commonest answer", DEFINITION, ours("commonest_answer"),

@@ -31,12 +31,30 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+import safetensors.torch
 from keep import commit
 from pydantic import Field, model_validator
-from safetensors.torch import load_model, save_model
 
-from distillery import data, metrics, models, params, strip, tasks, teachers, training
-from distillery.params import UserError
+from distillery import metrics
+from distillery.config.load import load_params, validate_section
+from distillery.config.schema import Count, ModelConfig, Name, Section, SourceConfig, SplitShares, StudentConfig
+from distillery.data.cleaning import normalize_text
+from distillery.data.near_duplicates import SIMILARITY_SLACK, cluster_near_duplicates, nearest_texts
+from distillery.data.prepare import prepare_source
+from distillery.data.readers import read_source
+from distillery.errors import UserError
+from distillery.files import atomic_write, file_digest, read_yaml
+from distillery.fingerprint import code_digest
+from distillery.models.fetch import fetch_model
+from distillery.models.label_model import LabelModel
+from distillery.models.load import load_model, load_tokenizer
+from distillery.models.memory import count_parameters
+from distillery.models.save import save_model
+from distillery.tasks.schema import Task, load_task
+from distillery.teachers.finetune import assign_folds
+from distillery.training.rows import TrainingRows, phase_rows
+from distillery.training.run import run_key, train_phase
+from distillery.training.student import build_student
 
 HERE = Path(__file__).resolve().parent
 SUBSETS = ("50agree", "allagree")
@@ -57,30 +75,30 @@ PUBLISHED = (
     ("allagree", "ALBERT, labels alone", 11.7, 1, (0.9529,), 0.9313),
 )
 RESAMPLES = 2000
-NEAR_DUPLICATE = params.Source.model_fields["near_duplicate"].default
+NEAR_DUPLICATE = SourceConfig.model_fields["near_duplicate"].default
 EMPTY = "<!-- table -->\n<!-- end -->\n\n<!-- gains -->\n<!-- end -->\n"
 
 
-class Teacher(params.Student):
+class Teacher(StudentConfig):
     """A teacher is tuned in phases like a student, on gold labels, `folds` times, each time without one fold."""
 
     folds: Annotated[int, Field(ge=2)]
 
 
-class Settings(params.Section):
+class Settings(Section):
     """`phrasebank.yaml`: what is trained. Phases name `50agree/train`, `allagree/train` and the pools, which teachers
     alone label: `headlines/pool`, `own/pool`, `spliced/pool`; those of `starts` name `finance/all`, this project's own
     corpus with its labels. A start is trained once, and a model for all that follows.
     """
 
-    split: params.Split
-    headlines: params.Count  # how many of the pool, those nearest to the training sentences
+    split: SplitShares
+    headlines: Count  # how many of the pool, those nearest to the training sentences
     own: bool = False  # whether the texts of this project's corpus are a pool
-    spliced: params.Count = 0  # sentences made of two training sentences, for each that can be cut
-    models: dict[params.Name, params.Model]
-    starts: dict[params.Name, params.Student] = {}
-    teachers: dict[params.Name, Teacher]
-    students: Annotated[dict[params.Name, params.Student], Field(min_length=1)]
+    spliced: Count = 0  # sentences made of two training sentences, for each that can be cut
+    models: dict[Name, ModelConfig]
+    starts: dict[Name, StudentConfig] = {}
+    teachers: dict[Name, Teacher]
+    students: Annotated[dict[Name, StudentConfig], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _names_fit(self):
@@ -109,15 +127,15 @@ def read_sentences(path: Path) -> list[tuple[str, str]]:
     labels, rows = sorted(task().names), []
     for number, line in enumerate(text.split("\n"), 1):
         sentence, _, label = line.strip().rpartition("@")
-        if line.strip() and not (data.clean(sentence) and label in labels):
+        if line.strip() and not (normalize_text(sentence) and label in labels):
             raise UserError(f"{path.name}, line {number}: must be `sentence@label` with one of {', '.join(labels)}")
         if line.strip():
-            rows.append((data.clean(sentence), label))
+            rows.append((normalize_text(sentence), label))
     return rows
 
 
-def task() -> tasks.Task:
-    return tasks.load("finance-sentiment", HERE.parent / "tasks")
+def task() -> Task:
+    return load_task("finance-sentiment", HERE.parent / "tasks")
 
 
 def spelling(text: str) -> str:
@@ -159,7 +177,7 @@ def read_headlines(folder: Path) -> list[str]:
             text = content.decode("cp1252")
         for row in csv.DictReader(io.StringIO(text, newline="")):
             for column in ("Headlines", "Description"):
-                line = data.clean((row.get(column) or "").split("\n")[-1])  # some rows begin with a section's name
+                line = normalize_text((row.get(column) or "").split("\n")[-1])  # some rows begin with a section's name
                 if len(line.split()) >= 5:
                     texts[line] = None
     if not texts:
@@ -189,10 +207,10 @@ def splice(texts: Sequence[str], n: int, seed: int) -> list[str]:
     return list(dict.fromkeys(text for text in made if text not in known))
 
 
-def corpus(split: params.Split) -> list[dict[str, Any]]:
+def corpus(split: SplitShares) -> list[dict[str, Any]]:
     """The rows of this project's own corpus."""
-    source = params.Source(source="data/corpora/finance.jsonl", task="finance-sentiment", split=split)
-    return data.load(source, HERE.parent).rows
+    source = SourceConfig(source="data/corpora/finance.jsonl", task="finance-sentiment", split=split)
+    return read_source(source, HERE.parent).rows
 
 
 def draw(bank: pd.DataFrame, pool: Sequence[str], settings: Settings, seed: int, cache: Path) -> pd.DataFrame:
@@ -201,18 +219,18 @@ def draw(bank: pd.DataFrame, pool: Sequence[str], settings: Settings, seed: int,
     Pool texts that nearly equal a validation or test sentence are left out; of the headlines, those nearest to a
     training sentence stay.
     """
-    code = "".join(map(inspect.getsource, (draw, splice, data))) + CUT.pattern + str(LEAST)
+    code = "".join(map(inspect.getsource, (draw, splice))) + code_digest("data") + CUT.pattern + str(LEAST)
     own = [row["text"] for row in corpus(settings.split)] if settings.own else []
     about = settings.model_dump(include={"split", "headlines", "spliced"})
-    key = training.run_key(code, bank.to_csv(), list(pool), own, about, seed)
+    key = run_key(code, bank.to_csv(), list(pool), own, about, seed)
     kept = cache / f"rows-{key}.parquet"
     if kept.exists():
         return pd.read_parquet(kept)
     path = cache / "50agree.jsonl"
-    with params.atomic(path) as new:
+    with atomic_write(path) as new:
         bank[["text", "label", "allagree"]].to_json(new, orient="records", lines=True, force_ascii=False)
-    spec = params.Source(source=path.name, task="finance-sentiment", split=settings.split, seed=seed)
-    prepared = data.prepare("50agree", spec, task(), cache)
+    spec = SourceConfig(source=path.name, task="finance-sentiment", split=settings.split, seed=seed)
+    prepared = prepare_source("50agree", spec, task(), cache)
     audit = prepared.audit["across_splits"]["digits_masked"]
     print(f"seed {seed}: {prepared.audit['rows']} rows, {audit['pairs_above']} near-twins across splits", flush=True)
     rows = prepared.rows.assign(where=[f"50agree/{part}" for part in prepared.split])
@@ -220,19 +238,19 @@ def draw(bank: pd.DataFrame, pool: Sequence[str], settings: Settings, seed: int,
     train = rows["text"][rows["where"] == "50agree/train"].tolist()
 
     def far(texts: Sequence[str]) -> list[str]:
-        away = data.nearest(list(texts), held_out)[0] < NEAR_DUPLICATE - data.SLACK if texts else []
+        away = nearest_texts(list(texts), held_out)[0] < NEAR_DUPLICATE - SIMILARITY_SLACK if texts else []
         return [text for text, ok in zip(texts, away, strict=True) if ok]
 
     pools = {"own": far(own), "spliced": far(splice(train, settings.spliced, seed))}
     if pool and settings.headlines:
         lines = far(pool)
-        near = data.nearest(lines, train)[0]
+        near = nearest_texts(lines, train)[0]
         pools["headlines"] = [lines[i] for i in sorted(np.argsort(-near, kind="stable")[: settings.headlines])]
     for name, texts in pools.items():
         extra = pd.DataFrame({"text": texts, "id": [f"{name}-{i:06d}" for i in range(len(texts))]})
         rows = pd.concat([rows, extra.assign(where=f"{name}/pool", allagree=False)], ignore_index=True)
     rows = rows.assign(allagree=rows["allagree"].astype(bool))
-    with params.atomic(kept) as new:
+    with atomic_write(kept) as new:
         rows[["where", "id", "text", "label", "group", "allagree"]].to_parquet(new)
     return pd.read_parquet(kept)
 
@@ -247,7 +265,7 @@ def clock(path: Path) -> Iterator[None]:
     start, over = time.process_time(), threading.Event()
 
     def note() -> None:
-        with params.atomic(path) as new:
+        with atomic_write(path) as new:
             new.write_text(str(before + time.process_time() - start))
 
     def tick() -> None:
@@ -271,11 +289,11 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 def finish(folder: Path, answers: dict[str, np.ndarray], parameters: int) -> dict[str, Any]:
     """Write what a part says (name -> probabilities) and cost; drop its checkpoints."""
-    with params.atomic(folder / "answers.npz") as new, open(new, "wb") as file:
+    with atomic_write(folder / "answers.npz") as new, open(new, "wb") as file:
         np.savez(file, **answers)
     minutes = float((folder / "seconds").read_text()) / 60 if (folder / "seconds").exists() else 0.0
     about = {"minutes": minutes, "parameters": parameters, "commit": commit(HERE.parent)}
-    with params.atomic(folder / "about.json") as new:
+    with atomic_write(folder / "about.json") as new:
         new.write_text(json.dumps(about))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return about
@@ -287,8 +305,8 @@ def answers_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def learn(
-    spec: params.Student,
-    model: params.Model,
+    spec: StudentConfig,
+    model: ModelConfig,
     frame: pd.DataFrame,
     asked: dict[str, pd.DataFrame],
     seed: int,
@@ -303,27 +321,27 @@ def learn(
     """
     names = task().names
     gold = np.array([names.index(label) for label in asked["validation"]["label"]])
-    validation = training.Rows(asked["validation"]["text"].tolist(), gold)
+    validation = TrainingRows(asked["validation"]["text"].tolist(), gold)
     start = spec.model_dump(exclude={"phases", "control", "checkpoint_every", "folds"})
     texts = {part: rows["text"].tolist() for part, rows in asked.items()}
-    key = training.run_key(inspect.getsource(learn), start, model.model_dump(), seed, texts, gold.tolist())
+    key = run_key(inspect.getsource(learn), start, model.model_dump(), seed, texts, gold.tolist())
     student, before, out = None, None, []
     for k in range(0 if untrained else 1, len(spec.phases) + 1):
         if k:
             phase = spec.phases[k - 1]
-            rows = training.phase_rows(frame, phase, names)
+            rows = phase_rows(frame, phase, names)
             signals = b"" if rows.logprobs is None else rows.logprobs.numpy().tobytes()
-            key = training.run_key(key, phase.model_dump(), rows.texts, rows.targets.tolist(), signals)
+            key = run_key(key, phase.model_dump(), rows.texts, rows.targets.tolist(), signals)
         folder = cache / key
         if not finished(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if student is None:
-                student = training.build(spec, models.fetch(spec.model, model), task(), seed)
+                student = build_student(spec, fetch_model(spec.model, model), task(), seed)
                 if before is not None:
-                    load_model(student.model, str(before / "weights.safetensors"))
+                    safetensors.torch.load_model(student.model, str(before / "weights.safetensors"))
             if k:
                 with clock(folder / "seconds"):
-                    training.run_phase(
+                    train_phase(
                         student,
                         rows,
                         phase,
@@ -333,10 +351,10 @@ def learn(
                         checkpoint_every=spec.checkpoint_every,
                         validation=validation,
                     )
-                with params.atomic(folder / "weights.safetensors") as new:
-                    save_model(student.model, str(new))
+                with atomic_write(folder / "weights.safetensors") as new:
+                    safetensors.torch.save_model(student.model, str(new))
             answers = {part: student.predict(texts[part]) for part in asked}
-            finish(folder, answers, models.count_parameters(student.model)[0])
+            finish(folder, answers, count_parameters(student.model)[0])
         before = folder if k else None
         out.append((folder, finished(folder)))
     return [(folder, total([cost for _, cost in out[: k + 1]])) for k, (folder, _) in enumerate(out)]
@@ -347,21 +365,21 @@ def total(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"minutes": sum(c["minutes"] for c in costs), "parameters": costs[-1]["parameters"], "commit": commits}
 
 
-def start(board: Board, name: str, settings: Settings, bank: pd.DataFrame, cache: Path) -> params.Model:
+def start(board: Board, name: str, settings: Settings, bank: pd.DataFrame, cache: Path) -> ModelConfig:
     """The start `name`, tuned on this project's own corpus alone, as a model; scored on all rows of `bank`."""
     spec = settings.starts[name]
     own = pd.DataFrame(corpus(settings.split))[["text", "label"]]
-    far = data.nearest(own["text"].tolist(), bank["text"].tolist())[0] < NEAR_DUPLICATE - data.SLACK
+    far = nearest_texts(own["text"].tolist(), bank["text"].tolist())[0] < NEAR_DUPLICATE - SIMILARITY_SLACK
     print(f"{name}: {far.sum()} of {len(own)} rows of the corpus, the others are near-twins", flush=True)
     frame = own[far].assign(where="finance/all")
     part, cost = learn(spec, settings.models[spec.model], frame, {"validation": bank}, 0, name, cache)[-1]
     folder = part / "model"
     if not folder.exists():
-        model = training.build(spec, models.fetch(spec.model, settings.models[spec.model]), task(), 0)
-        load_model(model.model, str(part / "weights.safetensors"))
-        models.save(model.model, model.tokenizer, folder)
+        model = build_student(spec, fetch_model(spec.model, settings.models[spec.model]), task(), 0)
+        safetensors.torch.load_model(model.model, str(part / "weights.safetensors"))
+        save_model(model.model, model.tokenizer, folder)
     board.add(f"{name}, no PhraseBank row", "control", 0, bank, answers_of(part)["validation"], cost)
-    return params.Model(folder=str(folder))
+    return ModelConfig(folder=str(folder))
 
 
 def teach(name: str, settings: Settings, rows: pd.DataFrame, seed: int, cache: Path) -> tuple[np.ndarray, dict]:
@@ -373,7 +391,7 @@ def teach(name: str, settings: Settings, rows: pd.DataFrame, seed: int, cache: P
     spec = settings.teachers[name]
     train = rows[rows["where"] == "50agree/train"]
     fold = pd.Series(-1, index=rows.index)
-    fold[train.index] = teachers.folds(train, spec.folds, seed)
+    fold[train.index] = assign_folds(train, spec.folds, seed)
     said, costs = np.zeros((len(rows), len(task().names))), []
     for k in range(spec.folds):
         asked = {"held out": rows[fold == k]}
@@ -441,7 +459,7 @@ class Board:
         table = pd.DataFrame(rows, columns=list(COLUMNS))
         return table.sort_values("subset", key=lambda s: s.map(SUBSETS.index), kind="stable", ignore_index=True)
 
-    def differences(self, students: dict[str, params.Student]) -> list[str]:
+    def differences(self, students: dict[str, StudentConfig]) -> list[str]:
         """Each student that has a control against it and all who have none, on the same test rows of the same seeds."""
         lines, controls = [], [who for who, spec in students.items() if spec.control is None]
         pairs = [
@@ -471,7 +489,7 @@ def replace(text: str, name: str, block: str) -> str:
 def write(board: Board, settings: Settings, folder: Path) -> None:
     """`phrasebank.csv`, and the tables between the marks of `phrasebank.md`."""
     table = board.table()
-    with params.atomic(folder / "phrasebank.csv") as new:
+    with atomic_write(folder / "phrasebank.csv") as new:
         table.to_csv(new, index=False, float_format="%.6g")
 
     def cell(row: Any, score: str) -> str:
@@ -494,7 +512,7 @@ def write(board: Board, settings: Settings, folder: Path) -> None:
     text = path.read_text(encoding="utf-8") if path.exists() else EMPTY
     text = replace(text, "table", "\n".join(lines))
     text = replace(text, "gains", "\n".join([*gains, *board.differences(settings.students)]))
-    with params.atomic(path) as new:
+    with atomic_write(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
@@ -545,19 +563,19 @@ def own(board: Board, folder: Path, bank: pd.DataFrame, cache: Path) -> None:
     timing = json.loads((folder / "timing.json").read_text())
     teaches = folder.parent.name == "teacher"
     name = folder.name if teaches else folder.name.rpartition("-")[0]
-    sections = params.load().teachers if teaches else params.load().students
+    sections = load_params().teachers if teaches else load_params().students
     if name not in sections:
         raise UserError(f"--own {folder}: params.yaml knows no `{name}`; known: {', '.join(sections)}")
     spec, texts = sections[name], bank["text"].tolist()
-    key = training.run_key(inspect.getsource(own), strip.digest(folder / "model"), spec.model_dump(), texts)
+    key = run_key(inspect.getsource(own), file_digest(folder / "model"), spec.model_dump(), texts)
     part = cache / f"own-{key}"
     if not finished(part):
         architecture = json.loads((folder / "model" / "config.json").read_text())["architectures"][0]
         arch = "causal" if architecture.endswith("ForCausalLM") else "classifier"
-        model = models.load(folder / "model", arch, labels=task().names)
+        model = load_model(folder / "model", arch, labels=task().names)
         extras = {"prompt": spec.prompt, "few_shot": spec.few_shot, "dtype": spec.dtype}
-        asked = models.LabelModel(model, models.load_tokenizer(folder / "model"), task(), arch, **extras)
-        finish(part, {"all": asked.predict(texts)}, models.count_parameters(model)[0])
+        asked = LabelModel(model, load_tokenizer(folder / "model"), task(), arch, **extras)
+        finish(part, {"all": asked.predict(texts)}, count_parameters(model)[0])
     seconds = timing.get("train_seconds", timing.get("seconds"))
     title = f"{name}, this project's corpus only"
     cost = finished(part) | {"minutes": seconds / 60}
@@ -575,12 +593,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=HERE.parent / ".cache" / "phrasebank")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of phrasebank.csv and phrasebank.md")
     given = parser.parse_args(arguments)
-    settings = params.validate(Settings, params.read_yaml(given.settings), given.settings.name)
+    settings = validate_section(Settings, read_yaml(given.settings), given.settings.name)
     given.cache.mkdir(parents=True, exist_ok=True)
     bank = phrasebank(given.data)
     pool = read_headlines(given.headlines) if given.headlines else []
     board = Board()
-    clustered = bank.assign(group=data.near_duplicates(bank["text"].tolist(), NEAR_DUPLICATE))
+    clustered = bank.assign(group=cluster_near_duplicates(bank["text"].tolist(), NEAR_DUPLICATE))
     begun = {name: start(board, name, settings, clustered, given.cache) for name in settings.starts}
     settings = settings.model_copy(update={"models": settings.models | begun})
     for student, seed in itertools.product(settings.students, range(given.seeds)):

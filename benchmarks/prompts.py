@@ -15,20 +15,30 @@ from pathlib import Path
 
 import pandas as pd
 
-from distillery import data, metrics, params, tasks, teachers
+from distillery import metrics
+from distillery.config.load import load_params, validate_section
+from distillery.config.schema import Params, TeacherConfig
+from distillery.data.prepare import prepare_source
+from distillery.data.storage import write_source
+from distillery.files import repository_root
+from distillery.tasks.schema import Task, load_task
+from distillery.teachers.base import gather_rows, open_prompted_teacher
+from distillery.teachers.local import predict_labels
+from distillery.teachers.prompt_search import PRIOR_ROWS, compare_prompts, estimate_label_prior
+from distillery.teachers.signals import signal_table
 
 SHOTS = (("task", 0), ("task", 3), ("gold", 6), ("similar", 4))
 
 
-def asked_so(P: params.Params, task: tasks.Task, shots: str, n: int) -> params.Params:
+def asked_so(P: Params, task: Task, shots: str, n: int) -> Params:
     """`P` with a teacher `smollm2` that is only prompted, with `n` solved examples from `shots`."""
     spec = {"kind": "lm", "model": "smollm2", "dtype": "bfloat16", "prompts": [*task.prompts], "few_shot": n}
     spec |= {"shots": shots, "embeddings": "minilm-l6" if shots == "similar" else None}
-    return P.model_copy(update={"teachers": {"smollm2": params.validate(params.Teacher, spec, "benchmark")}})
+    return P.model_copy(update={"teachers": {"smollm2": validate_section(TeacherConfig, spec, "benchmark")}})
 
 
 def line(teacher: object, rows: pd.DataFrame, labels: list[str]) -> dict[str, float]:
-    said = teachers.signals(rows, teachers.ask(teacher, rows), labels, -1)["label"].tolist()
+    said = signal_table(rows, predict_labels(teacher, rows), labels, -1)["label"].tolist()
     drawn = metrics.bootstrap_scores(rows["label"].tolist(), said, labels, rows["group"].tolist())
     scores = metrics.mean_scores(rows["label"].tolist(), said, labels)
     low, high = metrics.interval(drawn["accuracy"])
@@ -36,27 +46,29 @@ def line(teacher: object, rows: pd.DataFrame, labels: list[str]) -> dict[str, fl
 
 
 def main(rows: int = 100) -> None:
-    P, root = params.load(), params.root()
-    task = tasks.load(P.data["finance"].task, root / "tasks")
+    P, root = load_params(), repository_root()
+    task = load_task(P.data["finance"].task, root / "tasks")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        data.write(data.prepare("finance", P.data["finance"], task, root), folder / "data/processed/finance")
-        every = teachers.gather(folder, asked_so(P, task, "task", 0), "smollm2")
+        write_source(prepare_source("finance", P.data["finance"], task, root), folder / "data/processed/finance")
+        every = gather_rows(folder, asked_so(P, task, "task", 0), "smollm2")
         few = every[every["split"].isin(["validation", "test"])].groupby("split").head(rows)
         every = pd.concat([every[every["split"].isin(["train", "pool"])], few], ignore_index=True)
         tables = []
         for shots, n in SHOTS:
-            table, _ = teachers.try_prompts(folder, "smollm2", asked_so(P, task, shots, n), task, every)
+            table, _ = compare_prompts(folder, "smollm2", asked_so(P, task, shots, n), task, every)
             tables.append(table.drop(columns="unparsable").assign(examples=n, of=shots))
             print(tables[-1].round(3).to_string(index=False), flush=True)
         best = pd.concat(tables, ignore_index=True).sort_values("macro_f1", kind="stable").iloc[-1]
         test = every[every["split"] == "test"].reset_index(drop=True)
         plain = {"prompt": None, "prior": None}
-        before = teachers.open_asked(folder, "smollm2", asked_so(P, task, "task", 0), task, plain)
+        before = open_prompted_teacher(folder, "smollm2", asked_so(P, task, "task", 0), task, plain)
         how = plain | {"prompt": None if best["prompt"] == "prompt" else best["prompt"]}
-        after = teachers.open_asked(folder, "smollm2", asked_so(P, task, best["of"], int(best["examples"])), task, how)
-        unlabelled = every[every["split"] == "pool"].head(teachers.FOR_PRIOR).reset_index(drop=True)
-        after.prior = teachers.prior_of(after, best["calibrate"], unlabelled)
+        after = open_prompted_teacher(
+            folder, "smollm2", asked_so(P, task, best["of"], int(best["examples"])), task, how
+        )
+        unlabelled = every[every["split"] == "pool"].head(PRIOR_ROWS).reset_index(drop=True)
+        after.prior = estimate_label_prior(after, best["calibrate"], unlabelled)
         found = {"before": line(before, test, task.names), "after": line(after, test, task.names)}
         print(f"\n{len(test)} test rows, before: the first prompt as it is; after: the best on validation rows,")
         print(f"`{best['prompt']}` with {best['examples']} examples ({best['of']}), calibration {best['calibrate']}")

@@ -24,7 +24,12 @@ import pandas as pd
 import psutil
 from keep import commit
 
-from distillery import models, params, recipe
+from distillery.config.load import validate_section
+from distillery.config.schema import ModelConfig
+from distillery.errors import UserError
+from distillery.files import atomic_write, read_yaml, repository_root
+from distillery.models.fetch import fetch_model
+from distillery.pipeline.recipe import PUBLISHED_TABLE, load_recipe
 
 TABLE, PAGE = "benchmarks/recipes.csv", "recipes/README.md"
 START, END = "<!-- runs -->", "<!-- /runs -->"
@@ -81,7 +86,9 @@ def markdown(table: pd.DataFrame) -> str:
 
 def told(folder: Path) -> pd.DataFrame:
     """The source's figures beside the run's, then the accuracy of everyone trained here of whom the source has none."""
-    table = pd.read_csv(folder / recipe.TABLE) if (folder / recipe.TABLE).exists() else pd.DataFrame({"model": []})
+    table = (
+        pd.read_csv(folder / PUBLISHED_TABLE) if (folder / PUBLISHED_TABLE).exists() else pd.DataFrame({"model": []})
+    )
     board = pd.read_csv(folder / "reports" / "leaderboard.csv")
     board = board[board["role"].isin(["teacher", "student", "control"]) & ~board["model"].isin(table["model"])]
     board = board.rename(columns={"accuracy": "this run", "accuracy_low": "low", "accuracy_high": "high"})
@@ -97,29 +104,29 @@ def keep(root: Path, rows: pd.DataFrame) -> None:
         others = [key != asked for key in zip(before["recipe"], before["scale"], strict=True)]
         rows = pd.concat([part for part in (before[others], rows) if len(part)], ignore_index=True)
     table = rows.reindex(columns=list(COLUMNS)).sort_values(["recipe", "scale"], kind="stable", ignore_index=True)
-    with params.atomic(root / TABLE) as path:
+    with atomic_write(root / TABLE) as path:
         table.to_csv(path, index=False)
     page = (root / PAGE).read_text(encoding="utf-8")
     page = re.sub(rf"({START}\n).*?({END})", lambda m: f"{m[1]}{markdown(table)}\n{m[2]}", page, flags=re.S)
-    with params.atomic(root / PAGE) as path:
+    with atomic_write(root / PAGE) as path:
         path.write_text(page, encoding="utf-8")
 
 
 def main(names: list[str]) -> None:
-    root = params.root()
+    root = repository_root()
     found = sorted(path.stem for path in (root / "recipes").glob("*.yaml"))
-    names = names or [f"{name}:small" for name in found if "scale" in params.read_yaml(root / f"recipes/{name}.yaml")]
+    names = names or [f"{name}:small" for name in found if "scale" in read_yaml(root / f"recipes/{name}.yaml")]
     code = commit(root)
     for asked in names:
         name, _, scale = asked.partition(":")
         folder = root / ".cache" / "recipes" / (f"{name}-{scale}" if scale else name)
         shutil.rmtree(folder, ignore_errors=True)
-        experiment = recipe.experiment(root, name, scale or None)
+        experiment = load_recipe(root, name, scale or None)
         for model, spec in experiment["models"].items():  # fetching is no part of it
-            models.fetch(model, params.validate(params.Model, spec, f"recipes/{name}.yaml"))
+            fetch_model(model, validate_section(ModelConfig, spec, f"recipes/{name}.yaml"))
         print(f"{asked} ...", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "distillery.recipe", name, *(["--scale", scale] if scale else [])]
+        command = [sys.executable, "-m", "distillery", "recipe", name, *(["--scale", scale] if scale else [])]
         with open(folder.parent / f"{folder.name}.log", "w") as log:
             status, seconds, memory = watched(command, cwd=root, stdout=log, stderr=subprocess.STDOUT)
         about = {"recipe": name, "scale": scale, "seconds": round(seconds), "memory_gb": round(memory, 2)}
@@ -135,5 +142,5 @@ def main(names: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except params.UserError as mistake:
+    except UserError as mistake:
         sys.exit(f"error: {mistake}")

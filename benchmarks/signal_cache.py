@@ -22,13 +22,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillery import losses, models, params, signals, tasks, training
+from distillery import losses
+from distillery.config.load import load_params
+from distillery.config.schema import PhaseConfig, StudentConfig
+from distillery.files import repository_root
+from distillery.models.fetch import fetch_model
+from distillery.models.label_model import LabelModel
+from distillery.models.load import load_model, load_tokenizer
+from distillery.tasks.schema import Task, load_task
+from distillery.training.rows import TrainingRows
+from distillery.training.run import train_phase
+from distillery.training.student import build_student
+from distillery.training.teacher_outputs import TeacherOutputs, collect_teacher_outputs
 
 ROWS, PART, TOP, TEMPERATURES = 24, 4, (16, 64, 512), (1.0, 2.0, 5.0)
 KINDS = ("label", "rationale")
 
 
-def student_of(folder: Path, task: tasks.Task) -> models.LabelModel:
+def student_of(folder: Path, task: Task) -> LabelModel:
     spec = {
         "model": "smollm2",
         "arch": "causal",
@@ -37,10 +48,10 @@ def student_of(folder: Path, task: tasks.Task) -> models.LabelModel:
         "adapter": {"kind": "lora", "r": 16},
         "phases": [],
     }
-    return training.build(params.Student.model_validate(spec), folder, task, 0)
+    return build_student(StudentConfig.model_validate(spec), folder, task, 0)
 
 
-def train(student: models.LabelModel, rows: training.Rows, steps: int, folder: Path) -> None:
+def train(student: LabelModel, rows: TrainingRows, steps: int, folder: Path) -> None:
     phase = {
         "data": ["finance/train"],
         "loss": {"ce": 0.5, "rationale": 0.5},
@@ -48,18 +59,18 @@ def train(student: models.LabelModel, rows: training.Rows, steps: int, folder: P
         "batch_size": 8,
         "learning_rate": 2.0e-3,
     }
-    training.run_phase(student, rows, params.Phase.model_validate(phase), folder=folder, seed=0, checkpoint_every=10**6)
+    train_phase(student, rows, PhaseConfig.model_validate(phase), folder=folder, seed=0, checkpoint_every=10**6)
 
 
 class Positions:
     """The supervised positions of all rows, a few rows at a time."""
 
-    def __init__(self, rows: training.Rows, model: models.LabelModel):
+    def __init__(self, rows: TrainingRows, model: LabelModel):
         self.ids = model.encode(rows.texts)
         self.told = [model.completions(int(i), why) for i, why in zip(rows.targets, rows.rationales, strict=True)]
         self.parts = [list(range(a, min(a + PART, len(rows)))) for a in range(0, len(rows), PART)]
 
-    def logits(self, model: models.LabelModel) -> list[Tensor]:
+    def logits(self, model: LabelModel) -> list[Tensor]:
         """[m, vocabulary] a part, float32."""
         model.model.eval()
         with torch.no_grad():
@@ -76,7 +87,7 @@ class Positions:
 
 
 def vocabulary_errors(
-    where: Positions, student: list[Tensor], teacher: list[Tensor], kept: signals.Signals, k: int | None
+    where: Positions, student: list[Tensor], teacher: list[Tensor], kept: TeacherOutputs, k: int | None
 ) -> dict[tuple[str, float], float]:
     """The relative error of the loss of what is `kept`, by position and temperature."""
     apart: dict[tuple[str, float], list[float]] = {}
@@ -96,7 +107,7 @@ def vocabulary_errors(
     return {key: error / whole for key, (error, whole) in apart.items()}
 
 
-def label_errors(where: Positions, student: models.LabelModel, teacher: models.LabelModel, rows: training.Rows):
+def label_errors(where: Positions, student: LabelModel, teacher: LabelModel, rows: TrainingRows):
     """The same in the space of the labels, kept as a row of float32 probabilities; and its bytes a row."""
     kept = teacher.predict(rows.texts)
     ours, full = [], []
@@ -125,19 +136,17 @@ def line(name: str, size: float, errors: dict[tuple[str, float], float], refused
 
 
 def main(steps: int = 12) -> None:
-    folder = models.fetch("smollm2", params.load().models["smollm2"])
-    task = tasks.load("finance-sentiment", params.root() / "tasks")
-    found = (params.root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
+    folder = fetch_model("smollm2", load_params().models["smollm2"])
+    task = load_task("finance-sentiment", repository_root() / "tasks")
+    found = (repository_root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
     found = [json.loads(row) for row in found]
     targets = np.array([task.names.index(row["label"]) for row in found])
-    rows = training.Rows([row["text"] for row in found], targets, rationales=[row["rationale"] for row in found])
-    teacher = models.LabelModel(
-        models.load(folder, "causal"), models.load_tokenizer(folder), task, "causal", prompt="plain"
-    )
+    rows = TrainingRows([row["text"] for row in found], targets, rationales=[row["rationale"] for row in found])
+    teacher = LabelModel(load_model(folder, "causal"), load_tokenizer(folder), task, "causal", prompt="plain")
     where = Positions(rows, teacher)
     with tempfile.TemporaryDirectory() as scratch:
         kept = {
-            k: signals.collect(
+            k: collect_teacher_outputs(
                 Path(scratch) / str(k),
                 lambda fold: teacher,
                 rows.texts,

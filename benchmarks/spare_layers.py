@@ -14,15 +14,21 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from distillery import data, models, params, tasks
+from distillery.config.load import load_params
+from distillery.data.prepare import prepare_source
+from distillery.errors import UserError
+from distillery.files import repository_root
+from distillery.models.fetch import fetch_model
+from distillery.models.load import load_model, load_tokenizer
+from distillery.tasks.schema import load_task
 
 
 class Reader:
     """A causal language model as a list of layers to choose from, and the sentences that it is to predict."""
 
     def __init__(self, folder: object, texts: list[str]):
-        tokenizer = models.load_tokenizer(folder)
-        self.whole = models.load(folder, "causal").eval()
+        tokenizer = load_tokenizer(folder)
+        self.whole = load_model(folder, "causal").eval()
         self.layers = list(self.whole.model.layers)
         ids = [tokenizer(text)["input_ids"] for text in texts]
         length = max(map(len, ids))
@@ -52,11 +58,11 @@ class Reader:
 
 @torch.no_grad()
 def main(keep: int = 15, sentences: int = 12) -> None:
-    P, root = params.load(), params.root()
+    P, root = load_params(), repository_root()
     spec = P.data["finance"]
-    found = data.prepare("finance", spec, tasks.load(spec.task, root / "tasks"), root)
+    found = prepare_source("finance", spec, load_task(spec.task, root / "tasks"), root)
     texts = found.rows["text"][found.split == "pool"].head(sentences).tolist()
-    reader = Reader(models.fetch("smollm2", P.models["smollm2"]), texts)
+    reader = Reader(fetch_model("smollm2", P.models["smollm2"]), texts)
     depth = len(reader.layers)
     kept = list(range(depth))
     print(f"{len(texts)} sentences, {len(reader.next)} tokens\n")
@@ -79,5 +85,5 @@ def main(keep: int = 15, sentences: int = 12) -> None:
 if __name__ == "__main__":
     try:
         main(*map(int, sys.argv[1:]))
-    except params.UserError as mistake:
+    except UserError as mistake:
         sys.exit(f"error: {mistake}")

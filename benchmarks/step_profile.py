@@ -20,13 +20,23 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from distillery import losses, models, params, tasks, training
+from distillery import losses
+from distillery.config.load import load_params
+from distillery.config.schema import StudentConfig
+from distillery.files import repository_root
+from distillery.models.fast_cpu import train_used_embeddings, use_bit_dropout
+from distillery.models.fetch import fetch_model
+from distillery.models.label_model import LabelModel
+from distillery.models.layers import output_head, transformer_body
+from distillery.models.packed import token_tree
+from distillery.tasks.schema import load_task
+from distillery.training.student import build_student
 
 BATCH, BATCHES = 8, 12
 Step = Callable[[list[list[int]], list[list[int]]], torch.Tensor]
 
 
-def ways(student: models.LabelModel) -> dict[str, Step]:
+def ways(student: LabelModel) -> dict[str, Step]:
     """Name -> logits [tokens told, vocabulary] of rows (prompts, answers), in the order in which we came to them."""
     model = student.model
 
@@ -48,18 +58,18 @@ def ways(student: models.LabelModel) -> dict[str, Step]:
 
     def gathered(prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
         batch, at = padded(prompts, answers)
-        said = models.inner(model)(**batch, use_cache=False).last_hidden_state
-        return models.head(model)(torch.cat([said[i, row] for i, row in enumerate(at)]))
+        said = transformer_body(model)(**batch, use_cache=False).last_hidden_state
+        return output_head(model)(torch.cat([said[i, row] for i, row in enumerate(at)]))
 
     def trees(prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
         return student.forward(prompts, [[(a, 0)] for a in answers], labels=False).told
 
     def exact(prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
-        rounded, models.ROUND = models.ROUND, (1, 1)
+        rounded, token_tree.LENGTH_MULTIPLES = token_tree.LENGTH_MULTIPLES, (1, 1)
         try:
             return trees(prompts, answers)
         finally:
-            models.ROUND = rounded
+            token_tree.LENGTH_MULTIPLES = rounded
 
     return {
         "logits at every position": everywhere,
@@ -74,9 +84,9 @@ def encoder_step(
     by_length: bool, seen: bool, bits: bool
 ) -> tuple[list[list[int]], Callable[[list[int]], tuple[float, float]]]:
     """Batches of row numbers, and a step of the encoder student on one of them: seconds forward, seconds after it."""
-    root, size = params.root(), 16
-    folder = models.fetch("minilm-l6", params.load().models["minilm-l6"])
-    task = tasks.load("finance-sentiment", root / "tasks")
+    root, size = repository_root(), 16
+    folder = fetch_model("minilm-l6", load_params().models["minilm-l6"])
+    task = load_task("finance-sentiment", root / "tasks")
     spec = {
         "model": "minilm-l6",
         "arch": "classifier",
@@ -84,15 +94,15 @@ def encoder_step(
         "dtype": "bfloat16",
         "phases": [],
     }
-    student = training.build(params.Student.model_validate(spec), folder, task, 0)
+    student = build_student(StudentConfig.model_validate(spec), folder, task, 0)
     lines = (root / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[: size * BATCHES]
     ids = student.encode([json.loads(line)["text"] for line in lines])
     target = torch.tensor([task.names.index(json.loads(line)["label"]) for line in lines])
     order = sorted(range(len(ids)), key=lambda i: len(ids[i])) if by_length else list(range(len(ids)))
     if seen:
-        models.train_seen_rows(student.model, {student.tokenizer.pad_token_id, *(t for row in ids for t in row)})
+        train_used_embeddings(student.model, {student.tokenizer.pad_token_id, *(t for row in ids for t in row)})
     if bits:
-        models.drop_by_bits(student.model)
+        use_bit_dropout(student.model)
     student.model.train()
     trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -129,17 +139,17 @@ def measure(name: str, batches: list, step: Callable[..., tuple[float, float]], 
 
 
 def main() -> None:
-    root = params.root()
-    folder = models.fetch("smollm2", params.load().models["smollm2"])
+    root = repository_root()
+    folder = fetch_model("smollm2", load_params().models["smollm2"])
     spec = {"model": "smollm2", "arch": "causal", "init": {"layers": "first-15"}, "adapter": {"kind": "lora", "r": 16}}
-    spec = params.Student.model_validate(spec | {"prompt": "plain", "dtype": "bfloat16", "phases": []})
-    student = training.build(spec, folder, tasks.load("finance-sentiment", root / "tasks"), 0)
+    spec = StudentConfig.model_validate(spec | {"prompt": "plain", "dtype": "bfloat16", "phases": []})
+    student = build_student(spec, folder, load_task("finance-sentiment", root / "tasks"), 0)
     student.model.train()
     lines = (root / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[: BATCH * BATCHES]
     rows = sorted(student.encode([json.loads(line)["text"] for line in lines]), key=len)
     batches = [rows[a : a + BATCH] for a in range(0, len(rows), BATCH)]
     answers = [student.answer(i % 3)[0] for i in range(BATCH)]
-    teacher = torch.randn(sum(map(len, answers)), models.head(student.model).weight.shape[0]).log_softmax(-1)
+    teacher = torch.randn(sum(map(len, answers)), output_head(student.model).weight.shape[0]).log_softmax(-1)
     before = None
     for name, way in ways(student).items():
 

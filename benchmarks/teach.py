@@ -24,46 +24,56 @@ import psutil
 import torch
 from transformers import pipeline
 
-from distillery import data, models, params, tasks
+from distillery.config.load import load_params
+from distillery.data.prepare import prepare_source
+from distillery.files import repository_root
+from distillery.models.fetch import fetch_model
+from distillery.models.label_model import LabelModel
+from distillery.models.load import load_model, load_tokenizer
+from distillery.models.packed.token_tree import common_prefix
+from distillery.tasks.prompts import chat_turns, render_prompt
+from distillery.tasks.schema import FewShotExample, Task, load_task
 
 SHOTS, BATCH = 8, 16
 
 
-def questions(rows: int) -> tuple[tasks.Task, list[str]]:
+def questions(rows: int) -> tuple[Task, list[str]]:
     """The finance task with `SHOTS` gold rows as its solved examples, labels taking turns; and `rows` test texts."""
-    P, root = params.load(), params.root()
+    P, root = load_params(), repository_root()
     source = P.data["finance"]
-    task = tasks.load(source.task, root / "tasks")
-    prepared = data.prepare("finance", source, task, root)
+    task = load_task(source.task, root / "tasks")
+    prepared = prepare_source("finance", source, task, root)
     gold, test = prepared.rows[prepared.split == "train"], prepared.rows[prepared.split == "test"]
     turn = gold.groupby("label").cumcount() * len(task.names) + gold["label"].map(task.names.index)
     shots = gold.loc[turn.sort_values().index[:SHOTS], ["text", "label"]].to_dict("records")
-    return task.model_copy(update={"few_shot": [tasks.Shot(**shot) for shot in shots]}), test["text"].tolist()[:rows]
+    return task.model_copy(update={"few_shot": [FewShotExample(**shot) for shot in shots]}), test["text"].tolist()[
+        :rows
+    ]
 
 
-def by_pipeline(model: models.LabelModel, texts: list[str]) -> list[str]:
+def by_pipeline(model: LabelModel, texts: list[str]) -> list[str]:
     write = pipeline("text-generation", model=model.model, tokenizer=model.tokenizer, batch_size=BATCH)
     length = max(map(len, model.labels))
-    chats = [tasks.turns(model.task, text, SHOTS) for text in texts]
+    chats = [chat_turns(model.task, text, SHOTS) for text in texts]
     said = write(chats, max_new_tokens=length, do_sample=False, return_full_text=False)
     return [answers[0]["generated_text"].strip() for answers in said]
 
 
 @torch.inference_mode()
-def by_forward(model: models.LabelModel, texts: list[str]) -> list[str]:
+def by_forward(model: LabelModel, texts: list[str]) -> list[str]:
     firsts = [label[0] for label in model.labels]
     assert all(len(label) == 1 for label in model.labels), "one forward pass scores labels of one token only"
     out = []
     for start in range(0, len(texts), BATCH):
-        chats = [tasks.turns(model.task, text, SHOTS) for text in texts[start : start + BATCH]]
-        prompts = [tasks.render(chat, model.tokenizer) for chat in chats]
+        chats = [chat_turns(model.task, text, SHOTS) for text in texts[start : start + BATCH]]
+        prompts = [render_prompt(chat, model.tokenizer) for chat in chats]
         batch = model.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False)
         logits = model.model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1, firsts]
         out += [model.task.names[i] for i in logits.argmax(-1)]
     return out
 
 
-def by_us(model: models.LabelModel, texts: list[str]) -> list[str]:
+def by_us(model: LabelModel, texts: list[str]) -> list[str]:
     return [model.task.names[i] for i in model.predict(texts).argmax(-1)]
 
 
@@ -90,12 +100,12 @@ def measured(ask: Callable, *arguments: object) -> tuple[list[str], float, float
     return said, seconds, (peak - before) / 1e6
 
 
-def opened(dtype: str, task: tasks.Task) -> models.LabelModel:
-    folder = models.fetch("smollm2", params.load().models["smollm2"])
-    tokenizer = models.load_tokenizer(folder)
+def opened(dtype: str, task: Task) -> LabelModel:
+    folder = fetch_model("smollm2", load_params().models["smollm2"])
+    tokenizer = load_tokenizer(folder)
     tokenizer.padding_side = "left"  # as generation wants it
-    model = models.load(folder, "causal", dtype=dtype).eval()
-    return models.LabelModel(model, tokenizer, task, "causal", few_shot=SHOTS, max_length=4096, dtype=dtype)
+    model = load_model(folder, "causal", dtype=dtype).eval()
+    return LabelModel(model, tokenizer, task, "causal", few_shot=SHOTS, max_length=4096, dtype=dtype)
 
 
 def main(rows: int = 40, rounds: int = 2) -> None:
@@ -103,7 +113,7 @@ def main(rows: int = 40, rounds: int = 2) -> None:
     ways = {"a: pipeline": by_pipeline, "b: whole prompts": by_forward, "c: ours": by_us}
     model = opened("bfloat16", task)
     lengths = [len(ids) for ids in model.encode(texts)]
-    shared = models.common_prefix(model.encode(texts))
+    shared = common_prefix(model.encode(texts))
     print(
         f"{len(texts)} rows, {SHOTS} solved examples, {sum(lengths) / len(lengths):.0f} tokens a prompt of which "
         f"{shared} are the same in all, {torch.get_num_threads()} threads, torch {torch.__version__}, bfloat16",

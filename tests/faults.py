@@ -22,9 +22,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 import tiny
-from distillery import losses, models, params, tasks, training
+from distillery import losses
+from distillery.config.schema import PhaseConfig
+from distillery.models.label_model import LabelModel
+from distillery.models.load import load_model, load_tokenizer
+from distillery.models.packed.token_tree import common_prefix
+from distillery.tasks.prompts import chat_turns
+from distillery.tasks.schema import load_task
+from distillery.training.rows import TrainingRows
+from distillery.training.teacher_models import OpenableTeacher
+from distillery.training.trainers import build_trainer
 
-TASK = tasks.load("finance-sentiment", tiny.ROOT / "tasks")
+TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 TEXTS = [
     "Operating profit rose.",
     "The meeting will be held in May.",
@@ -131,26 +140,26 @@ def pair(k: int) -> tuple[torch.Tensor, torch.Tensor]:
 # ------------------------------------------------------------------------------- ours on the same task
 
 
-def finance(folder: Path, seed: int, **more: Any) -> models.LabelModel:
+def finance(folder: Path, seed: int, **more: Any) -> LabelModel:
     """A tiny language model that is asked for the sentiment of a sentence."""
-    model = models.load(folder / "tiny-llama", "causal")
+    model = load_model(folder / "tiny-llama", "causal")
     torch.manual_seed(seed)
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.3)
-    return models.LabelModel(model.eval(), models.load_tokenizer(folder / "tiny-llama"), TASK, "causal", **more)
+    return LabelModel(model.eval(), load_tokenizer(folder / "tiny-llama"), TASK, "causal", **more)
 
 
 def messages(texts: list[str]) -> list[list[dict[str, str]]]:
     said = [TASK.names[label] for label in LABELS]
     return [
-        [*tasks.turns(TASK, text), {"role": "assistant", "content": word}]
+        [*chat_turns(TASK, text), {"role": "assistant", "content": word}]
         for text, word in zip(texts, said, strict=False)
     ]
 
 
 def trainer_of(
-    student: models.LabelModel, teacher: models.LabelModel, out: Path, rationales: list[str] | None = None, **more: Any
+    student: LabelModel, teacher: LabelModel, out: Path, rationales: list[str] | None = None, **more: Any
 ) -> Any:
     """Our trainer of a phase on `TEXTS`."""
     given = {
@@ -162,10 +171,10 @@ def trainer_of(
         "learning_rate": 1e-3,
     }
     given |= {"steps": 1} if "epochs" not in more else {}
-    rows = training.Rows(TEXTS, np.array(LABELS), rationales=rationales)
-    box = training.WhiteBox(lambda fold: teacher, "one", teacher.model.config.num_hidden_layers, out / "signals")
-    return training.make_trainer(
-        student, rows, params.Phase.model_validate(given | more), folder=out / "run", seed=0, title="ours",
+    rows = TrainingRows(TEXTS, np.array(LABELS), rationales=rationales)
+    box = OpenableTeacher(lambda fold: teacher, "one", teacher.model.config.num_hidden_layers, out / "signals")
+    return build_trainer(
+        student, rows, PhaseConfig.model_validate(given | more), folder=out / "run", seed=0, title="ours",
         checkpoint_every=10**6, teachers={"one": box},
     )  # fmt: skip
 
@@ -254,7 +263,9 @@ def no_cross_entropy_term(folder: Path, out: Path):
         theirs.append(trl.compute_loss(trl.model, labels).item())
         student, teacher, targets = supervised(trl, labels)
         loss = {"ce": 0.5, "jsd": 0.5}
-        total, _ = losses.mixed(loss, student, targets=targets, teacher_logprobs=teacher, denominator=len(targets))
+        total, _ = losses.combine_terms(
+            loss, student, targets=targets, teacher_logprobs=teacher, denominator=len(targets)
+        )
         ours.append(total.item())
     return theirs, ours
 
@@ -264,7 +275,7 @@ def a_long_text_pushes_the_instruction_out(folder: Path, out: Path):
     student = finance(folder, 0)
     long = " ".join(TEXTS * 20)
     prompts = student.encode([TEXTS[0], TEXTS[1]])
-    instruction = prompts[0][: models.common_prefix(prompts)]
+    instruction = prompts[0][: common_prefix(prompts)]
     limit = len(instruction) + 40
     student.max_length = limit
     trl = gkd(out, student.model, student.model, student.tokenizer, messages([long]), max_length=limit)

@@ -1,4 +1,4 @@
-"""Stands in for `distillery/stage.py` where only the graph is asked: writes at once what a notebook would write.
+"""Stands in for `distillery/pipeline/run_notebook.py` where only the graph counts: writes what a notebook would write.
 
 Every output is a function of what the stage reads, as with the real notebooks, and of nothing else.
 """
@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distillery import params, tasks
+from distillery.config.load import load_params
+from distillery.config.schema import SPLITS
+from distillery.files import repository_root
+from distillery.tasks.schema import load_task
 
-P, ROOT = params.load(), params.root()
+P, ROOT = load_params(), repository_root()
 
 
 def key(*parts: object) -> str:
@@ -56,19 +58,19 @@ def model_of(teacher: str) -> str:
 def data(source: str) -> None:
     spec = P.data[source]
     lines = (ROOT / spec.source).read_text(encoding="utf-8").splitlines()[: spec.limit]
-    for i, split in enumerate(params.SPLITS):
+    for i, split in enumerate(SPLITS):
         keys = [k for k in ("id", "text", "label", "group") if (split, k) != ("pool", "label")]
         put(
             f"data/processed/{source}/{split}.parquet", [{k: json.loads(line)[k] for k in keys} for line in lines[i::4]]
         )
-    put(f"data/processed/{source}/task.json", tasks.load(spec.task).model_dump())
+    put(f"data/processed/{source}/task.json", load_task(spec.task).model_dump())
 
 
 def teach(teacher: str) -> None:
     folder = f"data/teacher/{teacher}"
     learned = key((ROOT / f"build/teachers/{teacher}.json").read_text())
     signals = []
-    for source, split in itertools.product(P.sources_of(teacher), params.SPLITS):
+    for source, split in itertools.product(P.sources_of(teacher), SPLITS):
         signals += said(learned, get(f"data/processed/{source}/{split}.parquet"), source=source, split=split)
     put(f"{folder}/model/weights", learned)
     put(f"{folder}/signals.parquet", signals)
@@ -117,7 +119,8 @@ def evaluate() -> None:
         put(f"runs/{run}/model/README.md", key(P.model_dump()))  # into an output of another stage
 
 
-notebook, values = sys.argv[1], sys.argv[4::3]
-{"01": data, "02": teach, "03": augment, "04": distill, "05": evaluate}[notebook[:2]](*values)
-executed = (ROOT / f"build/notebooks/{notebook}.ipynb").read_text(encoding="utf-8")
-put(f"reports/notebooks/{'-'.join([notebook, *values])}.ipynb", executed)
+def run_stage(notebook: str, given: list[list[str]]) -> None:
+    values = [value for _, value in given]
+    {"01": data, "02": teach, "03": augment, "04": distill, "05": evaluate}[notebook[:2]](*values)
+    executed = (ROOT / f"build/notebooks/{notebook}.ipynb").read_text(encoding="utf-8")
+    put(f"reports/notebooks/{'-'.join([notebook, *values])}.ipynb", executed)

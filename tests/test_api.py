@@ -18,10 +18,17 @@ from ruamel.yaml import YAML
 
 import loopback
 import tiny
-from distillery import api, params, store, tasks
-from distillery.params import UserError
+from distillery.config.load import validate_section
+from distillery.config.schema import SPLITS, ApiConfig
+from distillery.errors import UserError
+from distillery.files import read_yaml
+from distillery.tasks.parsing import parse_label
+from distillery.tasks.schema import load_task
+from distillery.teachers.api.client import MAX_EMPTY_ANSWERS, Endpoint, retry_after_seconds
+from distillery.teachers.api.teacher import ApiTeacher, first_token_probabilities
+from distillery.teachers.cache import Answer, AnswerStore
 
-TASK = tasks.load("finance-sentiment", tiny.ROOT / "tasks")
+TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 KEY, SECRET = "DISTILLERY_TEST_KEY", "sk-test-7f3e9a1c5b2d4e6f8a0b"
 TEXTS = list(dict.fromkeys(tiny.texts()))[:60]
 
@@ -39,16 +46,16 @@ def key(monkeypatch):
     monkeypatch.setenv(KEY, SECRET)
 
 
-def teacher(url: str, model: str, path: Path, **settings) -> api.ApiTeacher:
+def teacher(url: str, model: str, path: Path, **settings) -> ApiTeacher:
     base = {"model": model, "base_url": url, "key": KEY, "max_tokens": 1, "timeout": 1.0, "attempts": 20}
-    spec = params.validate(params.Api, base | settings, "params.yaml")
+    spec = validate_section(ApiConfig, base | settings, "params.yaml")
     said: list[str] = []
-    made = api.ApiTeacher(api.Endpoint("far", spec, store.Store(path / "answers.sqlite"), said.append), TASK)
+    made = ApiTeacher(Endpoint("far", spec, AnswerStore(path / "answers.sqlite"), said.append), TASK)
     made.said = said
     return made
 
 
-def stored(asked: api.ApiTeacher) -> dict[str, int]:
+def stored(asked: ApiTeacher) -> dict[str, int]:
     return asked.endpoint.store.outcomes(asked.endpoint.asker)
 
 
@@ -62,7 +69,7 @@ def test_labels_of_a_server_are_read_strictly_and_a_second_run_asks_nothing(serv
         p = asked.predict(TEXTS[:20])
         assert p.shape == (20, 3) and proxy.calls == {"whole": 20} and stored(asked) == {"answered": 20}
         for row, answer in zip(p, asked.endpoint.ask(asked.questions(TEXTS[:20])), strict=True):
-            label = tasks.parse(TASK, answer.text)
+            label = parse_label(TASK, answer.text)
             assert np.isnan(row).all() if label is None else row[TASK.names.index(label)] == 1
         assert (~np.isnan(p[:, 0])).sum() > 0
         again = teacher(proxy.url, model, tmp_path).predict([*TEXTS[:20], *TEXTS[:5]])  # a text twice: one question
@@ -78,7 +85,7 @@ def test_agreement_over_samples_gives_probabilities(server, tmp_path):
         p = asked.predict(TEXTS[:6])
         assert proxy.calls == {"whole": 24}
     answers = asked.endpoint.ask(asked.questions(TEXTS[:6]))
-    labels = [tasks.parse(TASK, answer.text) for answer in answers]
+    labels = [parse_label(TASK, answer.text) for answer in answers]
     for i, row in enumerate(p):
         read = [label for label in labels[4 * i : 4 * i + 4] if label]
         if read:
@@ -132,11 +139,16 @@ def test_every_fault_is_lived_through_and_no_answer_is_asked_for_twice(server, t
 
 ASK = """
 import json, sys
-from distillery import api, params, store, tasks
+from distillery.config.load import validate_section
+from distillery.config.schema import ApiConfig
+from distillery.tasks.schema import load_task
+from distillery.teachers.api.client import Endpoint
+from distillery.teachers.api.teacher import ApiTeacher
+from distillery.teachers.cache import AnswerStore
 settings, path, texts = json.loads(sys.argv[1])
-spec = params.validate(params.Api, settings, "params.yaml")
-task = tasks.load("finance-sentiment")
-api.ApiTeacher(api.Endpoint("far", spec, store.Store(path)), task).predict(texts)
+spec = validate_section(ApiConfig, settings, "params.yaml")
+task = load_task("finance-sentiment")
+ApiTeacher(Endpoint("far", spec, AnswerStore(path)), task).predict(texts)
 """
 
 
@@ -180,8 +192,8 @@ def test_an_empty_answer_is_believed_when_it_comes_again_and_again(server, tmp_p
     port, model = server
     with loopback.Proxy(port, share=1.0, faults=("empty",)) as proxy:
         asked = teacher(proxy.url, model, tmp_path)
-        assert np.isnan(asked.predict(TEXTS[:1])).all() and proxy.calls == {"empty": api.EMPTY}
-        assert stored(asked) == {"an empty answer": api.EMPTY - 1, "answered": 1}
+        assert np.isnan(asked.predict(TEXTS[:1])).all() and proxy.calls == {"empty": MAX_EMPTY_ANSWERS}
+        assert stored(asked) == {"an empty answer": MAX_EMPTY_ANSWERS - 1, "answered": 1}
 
 
 def test_no_more_calls_a_minute_than_allowed(server, tmp_path):
@@ -192,16 +204,16 @@ def test_no_more_calls_a_minute_than_allowed(server, tmp_path):
 
 
 def test_retry_after_is_a_number_or_a_date():
-    assert [api._seconds(header) for header in ("3", "0.5", "-1")] == [3, 0.5, 0]
-    assert 50 < api._seconds(formatdate(time.time() + 60, usegmt=True)) <= 60
-    assert api._seconds(None) is None and api._seconds("soon") is None
+    assert [retry_after_seconds(header) for header in ("3", "0.5", "-1")] == [3, 0.5, 0]
+    assert 50 < retry_after_seconds(formatdate(time.time() + 60, usegmt=True)) <= 60
+    assert retry_after_seconds(None) is None and retry_after_seconds("soon") is None
 
 
 def test_a_stage_asks_an_endpoint_once_and_writes_the_key_nowhere(server, tmp_path):
     port, model = server
     repo = tiny.experiment(tmp_path / "repo")
     with loopback.Proxy(port, share=0.1, seed=3, key=SECRET) as proxy:
-        tree = params.read_yaml(repo / "params.yaml")
+        tree = read_yaml(repo / "params.yaml")
         far = {"model": model, "base_url": proxy.url, "key": KEY, "max_tokens": 1, "timeout": 1.0, "attempts": 20}
         tree["teachers"]["far"] = {"kind": "api", "api": far, "prompts": ["bare"], "few_shot": 1, "rationales": 2}
         tree["data"]["finance"]["limit"] = 48
@@ -215,12 +227,12 @@ def test_a_stage_asks_an_endpoint_once_and_writes_the_key_nowhere(server, tmp_pa
             assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout + done.stderr
 
-        said = run("distillery.strip") + run("distillery.stage", "01_data", "-p", "source", "finance")
-        said += run("distillery.inputs", "teachers") + run("distillery.stage", "02_teach", "-p", "teacher", "far")
+        said = run("distillery", "strip") + run("distillery", "run", "01_data", "-p", "source", "finance")
+        said += run("distillery", "inputs", "teachers") + run("distillery", "run", "02_teach", "-p", "teacher", "far")
         calls, signals = sum(proxy.calls.values()), repo / "data/teacher/far/signals.parquet"
         assert set(proxy.delivered.values()) == {1}
         before = signals.read_bytes()
-        said += run("distillery.stage", "02_teach", "-p", "teacher", "far")
+        said += run("distillery", "run", "02_teach", "-p", "teacher", "far")
         assert sum(proxy.calls.values()) == calls and signals.read_bytes() == before
     frame = pd.read_parquet(signals)
     known = frame["label"].notna()
@@ -228,7 +240,7 @@ def test_a_stage_asks_an_endpoint_once_and_writes_the_key_nowhere(server, tmp_pa
     told = frame["rationale"].notna()  # of two rows; nobody is asked why an answer holds that could not be read
     assert 1 <= told.sum() <= 2 and (known | frame["split"].eq("train"))[told].all()
     found = json.loads((repo / "data/teacher/far/metrics.json").read_text())
-    assert sum(found[split]["unparsable"] for split in params.SPLITS) == (~known).sum()
+    assert sum(found[split]["unparsable"] for split in SPLITS) == (~known).sum()
     assert json.loads((repo / "data/teacher/far/asked.json").read_text())["prompt"] in (None, "bare")
     assert "far: answers: " in said and SECRET not in said
     told = [file for file in repo.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
@@ -307,7 +319,7 @@ def test_an_estimate_stands_before_the_first_call(tmp_path):
     plan = asked.endpoint.estimate(questions)
     assert plan["answers"] == plan["calls"] == 2 and plan["output tokens at most"] == 10
     assert plan["US dollars"] == round((plan["input tokens"] + 2 * 10) / 1e6, 4)
-    asked.endpoint.store.put([(questions[0], store.Answer("positive"))])
+    asked.endpoint.store.put([(questions[0], Answer("positive"))])
     assert asked.endpoint.estimate(questions)["calls"] == 1
 
 
@@ -325,7 +337,7 @@ def test_an_estimate_stands_before_the_first_call(tmp_path):
     ],
 )
 def test_probabilities_from_the_first_token(alternatives, expected):
-    found = api.first_token(alternatives, TASK)
+    found = first_token_probabilities(alternatives, TASK)
     if expected is None:
         assert np.isnan(found).all()
     else:
@@ -337,5 +349,5 @@ def test_a_structured_answer_can_only_be_a_label(tmp_path):
     (question,) = asked.questions(["Profit rose."])
     assert question.asker["schema"]["properties"]["label"]["enum"] == TASK.names
     for text, label in (('{"label": "negative"}', "negative"), ("negative", None), ('{"label": 3}', None), ("{", None)):
-        row = asked._read(store.Answer(text))
+        row = asked._read(Answer(text))
         assert np.isnan(row).all() if label is None else TASK.names[row.argmax()] == label

@@ -16,12 +16,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillery import data, params, tasks
-from distillery.params import SPLITS, Columns, Source, Split, UserError
+from distillery.config.load import load_params
+from distillery.config.schema import SPLITS, ColumnNames, SourceConfig, SplitShares
+from distillery.data.audit import split_leaks
+from distillery.data.cleaning import ROW_COLUMNS, clean_rows, normalize_text
+from distillery.data.near_duplicates import (
+    SIMILARITY_SLACK,
+    cluster_near_duplicates,
+    mask_digits,
+    near_duplicate_pairs,
+    nearest_texts,
+    ngram_vectors,
+)
+from distillery.data.prepare import PreparedSource, prepare_source
+from distillery.data.readers import RawRows, read_source
+from distillery.data.splitting import split_groups
+from distillery.data.storage import read_split, read_task, write_source
+from distillery.errors import UserError
+from distillery.tasks.schema import Task, accepted_answers, load_task
 
 ROOT = Path(__file__).resolve().parents[1]
-TASK = tasks.Task(kind="classification", labels={"up": "rises", "down": "falls"})
-QUARTERS = Split(train=0.25, pool=0.25, validation=0.25, test=0.25)
+TASK = Task(kind="classification", labels={"up": "rises", "down": "falls"})
+QUARTERS = SplitShares(train=0.25, pool=0.25, validation=0.25, test=0.25)
 FILES = {f"{name}.parquet" for name in (*SPLITS, "pool_labels")} | {"task.json", "audit.json"}
 
 
@@ -36,8 +52,8 @@ def records(n: int = 24) -> list[dict]:
     return [{"id": f"x{i}", "text": text, "label": ("up", "down")[i % 2]} for i, text in enumerate(texts(n))]
 
 
-def source(file: str, **more) -> Source:
-    return Source(**{"source": file, "task": "mood", "split": QUARTERS} | more)
+def source(file: str, **more) -> SourceConfig:
+    return SourceConfig(**{"source": file, "task": "mood", "split": QUARTERS} | more)
 
 
 def jsonl(folder: Path, rows: list) -> str:
@@ -47,8 +63,8 @@ def jsonl(folder: Path, rows: list) -> str:
     return "a.jsonl"
 
 
-def prepare(folder: Path, rows: list, task: tasks.Task = TASK, **more) -> data.Prepared:
-    return data.prepare("a", source(jsonl(folder, rows), **more), task, folder)
+def prepare(folder: Path, rows: list, task: Task = TASK, **more) -> PreparedSource:
+    return prepare_source("a", source(jsonl(folder, rows), **more), task, folder)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -68,7 +84,7 @@ def test_the_four_kinds_of_file_read_alike(tmp_path):
     frame.to_csv(tmp_path / "a.csv", index=False)
     frame.to_csv(tmp_path / "a.TSV", index=False, sep="\t")
     frame.to_parquet(tmp_path / "a.parquet")
-    read = {name: data.load(source(name), tmp_path) for name in ("a.jsonl", "a.csv", "a.TSV", "a.parquet")}
+    read = {name: read_source(source(name), tmp_path) for name in ("a.jsonl", "a.csv", "a.TSV", "a.parquet")}
     assert all(raw.rows == rows for raw in read.values())
     # where the records start: the first of the CSV file is two lines long, below the header
     assert {name: raw.numbers for name, raw in read.items()} == {
@@ -81,11 +97,11 @@ def test_the_four_kinds_of_file_read_alike(tmp_path):
 
 def test_byte_order_mark_line_ends_of_windows_and_blank_lines(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,label\r\n\r\nrose,up\r\n,\r\n , \r\nfell,down\r\n")
-    raw = data.load(source("a.csv"), tmp_path)
+    raw = read_source(source("a.csv"), tmp_path)
     assert raw.rows == [{"text": "rose", "label": "up"}, {"text": "fell", "label": "down"}]
     assert (raw.numbers, raw.blank) == ([3, 6], 3)
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "rose"}\r\n\r\n{"text": "fell"}')
-    raw = data.load(source("a.jsonl"), tmp_path)
+    raw = read_source(source("a.jsonl"), tmp_path)
     assert (raw.rows, raw.numbers, raw.blank) == ([{"text": "rose"}, {"text": "fell"}], [1, 3], 1)
 
 
@@ -130,7 +146,7 @@ def test_unreadable_files_are_told_in_one_line(tmp_path, file, content, line):
     if content is not None:
         (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError) as caught:
-        data.load(source(file), tmp_path)
+        read_source(source(file), tmp_path)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
 
@@ -138,7 +154,7 @@ def test_unreadable_files_are_told_in_one_line(tmp_path, file, content, line):
 def test_a_folder_in_place_of_a_file(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
     with pytest.raises(UserError, match=r"^a.jsonl: cannot be read: Is a directory$"):
-        data.load(source("a.jsonl"), tmp_path)
+        read_source(source("a.jsonl"), tmp_path)
 
 
 @settings(max_examples=100, deadline=None)
@@ -147,7 +163,7 @@ def test_any_bytes_are_read_or_told(tmp_path_factory, suffix, content):
     folder = tmp_path_factory.getbasetemp()
     (folder / f"any{suffix}").write_bytes(content)
     try:
-        assert data.load(source(f"any{suffix}"), folder).rows
+        assert read_source(source(f"any{suffix}"), folder).rows
     except UserError as error:
         assert str(error).startswith(f"any{suffix}")
         assert len(str(error).splitlines()) == 1
@@ -161,11 +177,13 @@ def run_hub(folder: Path, name: str) -> subprocess.CompletedProcess:
     code = f"""
 import sys
 from pathlib import Path
-from distillery import data, params
-split = params.Split(train=0.5, validation=0.25, test=0.25)
+from distillery.config.schema import SourceConfig, SplitShares
+from distillery.data.readers import read_source
+from distillery.errors import UserError
+split = SplitShares(train=0.5, validation=0.25, test=0.25)
 try:
-    print(data.load(params.Source(source={name!r}, task="mood", split=split), Path(".")))
-except params.UserError as error:
+    print(read_source(SourceConfig(source={name!r}, task="mood", split=split), Path(".")))
+except UserError as error:
     sys.exit(f"error: {{error}}")
 """
     environment = os.environ | {
@@ -199,28 +217,28 @@ def test_hub_labels_get_their_names(tmp_path):
 
 
 def test_names_of_the_hub_replace_integers():
-    raw = data.Raw(
+    raw = RawRows(
         "hub:a/b", "row", [{"text": "rose", "label": 0}, {"text": "fell", "label": 1}], [1, 2], 0, ["up", "down"]
     )
-    frame, _, _ = data.tidy(raw, source("hub:a/b"), TASK)
+    frame, _, _ = clean_rows(raw, source("hub:a/b"), TASK)
     assert list(frame["label"]) == ["up", "down"]
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:a/b/c", "hub:a/b@", "hub:../a"])
 def test_malformed_hub_names(tmp_path, name):
     with pytest.raises(UserError, match=r"not a hub data set; write hub:owner/name or hub:owner/name@revision"):
-        data.load(source(name), tmp_path)
+        read_source(source(name), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ options, no labels
 
-CHOICE = tasks.Task(kind="choice", labels={"1": "", "2": "", "3": ""})
-LETTERS = tasks.Task(kind="choice", labels={"A": "", "B": ""})
+CHOICE = Task(kind="choice", labels={"1": "", "2": "", "3": ""})
+LETTERS = Task(kind="choice", labels={"A": "", "B": ""})
 
 
-def chosen(rows: list[dict], task: tasks.Task = CHOICE, **columns) -> pd.DataFrame:
-    raw = data.Raw("a.jsonl", "line", rows, list(range(1, len(rows) + 1)))
-    return data.tidy(raw, source("a.jsonl", columns=Columns(**columns)), task)[0]
+def chosen(rows: list[dict], task: Task = CHOICE, **columns) -> pd.DataFrame:
+    raw = RawRows("a.jsonl", "line", rows, list(range(1, len(rows) + 1)))
+    return clean_rows(raw, source("a.jsonl", columns=ColumnNames(**columns)), task)[0]
 
 
 def test_options_are_shuffled_and_the_answer_moves_with_them():
@@ -256,7 +274,7 @@ def test_the_public_ways_to_write_a_choice(row, columns):
     lines = frame["text"][0].split("\n")
     assert lines[0] == "x" + (" y" if "s" in row else "")
     assert lines[int(frame["label"][0])].endswith(") yes")
-    assert set(frame) == set(data.COLUMNS)
+    assert set(frame) == set(ROW_COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -286,21 +304,21 @@ def test_rows_with_fewer_options_are_split_by_the_labels_they_have(tmp_path):
     prepared = prepare(tmp_path, rows, CHOICE)
     assert set(prepared.rows["label"]) == {"1", "2"}
     assert prepared.audit["splits"]["train"]["labels"]["3"] == 0
-    data.write(prepared, tmp_path / "out")
+    write_source(prepared, tmp_path / "out")
 
 
 def test_rows_without_labels_are_all_pool(tmp_path):
     rows = [{"text": text, "label": "up"} for text in texts(8)]
-    prepared = prepare(tmp_path, rows, split=None, columns=Columns(label=None))
-    data.write(prepared, tmp_path / "out")
-    assert {part: len(data.read(tmp_path / "out", part)) for part in SPLITS} == {
+    prepared = prepare(tmp_path, rows, split=None, columns=ColumnNames(label=None))
+    write_source(prepared, tmp_path / "out")
+    assert {part: len(read_split(tmp_path / "out", part)) for part in SPLITS} == {
         "train": 0,
         "pool": 8,
         "validation": 0,
         "test": 0,
     }
-    assert data.read(tmp_path / "out", "pool_labels")["label"].isna().all()
-    assert "label" not in data.read(tmp_path / "out", "pool")
+    assert read_split(tmp_path / "out", "pool_labels")["label"].isna().all()
+    assert "label" not in read_split(tmp_path / "out", "pool")
 
 
 def test_a_filter_keeps_what_is_to_the_point(tmp_path):
@@ -322,7 +340,7 @@ def test_a_filter_keeps_what_is_to_the_point(tmp_path):
             prepare(tmp_path, rows, filter=wrong)
 
 
-QA = tasks.Task(kind="qa")
+QA = Task(kind="qa")
 
 
 @pytest.mark.parametrize(
@@ -338,7 +356,7 @@ def test_accepted_answers_in_the_public_ways(label, expected):
     frame = chosen([{"text": "which unit?", "label": label}], QA)
     assert frame["answers"].tolist() == [expected]
     assert frame["label"].tolist() == ["right"]
-    assert tasks.accepted(expected)[0] == str(label["value"] if isinstance(label, dict) else expected.split(" | ")[0])
+    assert accepted_answers(expected)[0] == str(label["value"] if isinstance(label, dict) else expected.split(" | ")[0])
 
 
 @pytest.mark.parametrize("label", [None, [], [None], ["a", ""], {"aliases": []}, 1.5])
@@ -350,23 +368,23 @@ def test_a_question_without_an_answer_is_told_in_one_line(label):
 def test_the_pool_of_questions_holds_no_answer(tmp_path):
     rows = [{"text": text, "label": [text[:5], text[:3]]} for text in texts(40)]
     prepared = prepare(tmp_path, rows, QA)
-    data.write(prepared, tmp_path / "out")
-    assert not {"label", "answers", "rationale"} & set(data.read(tmp_path / "out", "pool"))
-    assert data.read(tmp_path / "out", "pool_labels")["answers"].notna().all()
-    assert data.read(tmp_path / "out", "train")["answers"].str.contains(" | ", regex=False).all()
+    write_source(prepared, tmp_path / "out")
+    assert not {"label", "answers", "rationale"} & set(read_split(tmp_path / "out", "pool"))
+    assert read_split(tmp_path / "out", "pool_labels")["answers"].notna().all()
+    assert read_split(tmp_path / "out", "train")["answers"].str.contains(" | ", regex=False).all()
 
 
 # ------------------------------------------------------------------------------------------------ cleaning
 
 
 def test_clean_by_hand():
-    assert data.clean("  Cafe\u0301\u00a0opened \n\t today ") == "Café opened today"
+    assert normalize_text("  Cafe\u0301\u00a0opened \n\t today ") == "Café opened today"
 
 
 @given(st.text())
 def test_clean_twice_is_clean_once(text):
-    once = data.clean(text)
-    assert data.clean(once) == once
+    once = normalize_text(text)
+    assert normalize_text(once) == once
     assert once == once.strip()
 
 
@@ -419,25 +437,25 @@ def test_wrong_rows_are_told_in_one_line(tmp_path, rows, line):
 @pytest.mark.parametrize("role", ["id", "group", "rationale"])
 def test_a_column_that_was_asked_for_must_be_there(tmp_path, role):
     with pytest.raises(UserError, match=rf"^a.jsonl: no column `no` for the {role}; there are: `id`, `text`, `label`$"):
-        prepare(tmp_path, records(), columns=Columns(**{role: "no"}))
+        prepare(tmp_path, records(), columns=ColumnNames(**{role: "no"}))
 
 
 def test_column_names_whole_numbers_and_other_columns(tmp_path):
-    task = tasks.Task(kind="classification", labels={"1": "rises", "0": "falls"})
+    task = Task(kind="classification", labels={"1": "rises", "0": "falls"})
     rows = [
         {"key": i, "sentence": text, "y": i % 2, "topic": {"a": i}, "code": ["zero", "one"][i % 2], "label": "secret"}
         for i, text in enumerate(texts(24))
     ]
-    made = prepare(tmp_path, rows, task, columns=Columns(id="key", text="sentence", label="y"))
+    made = prepare(tmp_path, rows, task, columns=ColumnNames(id="key", text="sentence", label="y"))
     assert list(made.rows["label"][:2]) == ["0", "1"]
     assert list(made.rows["id"][:2]) == ["0", "1"]
     assert made.rows["topic"][1] == '{"a": 1}'
     # a second column named `label` is dropped; one that tells the label is kept from the pool
     assert made.audit["columns_left_out"] == ["label"]
     assert made.audit["columns_left_out_of_pool"] == ["code"]
-    data.write(made, tmp_path / "out")
-    assert list(data.read(tmp_path / "out", "pool")) == ["id", "text", "group", "topic"]
-    assert list(data.read(tmp_path / "out", "train")) == [*data.COLUMNS, "topic", "code"]
+    write_source(made, tmp_path / "out")
+    assert list(read_split(tmp_path / "out", "pool")) == ["id", "text", "group", "topic"]
+    assert list(read_split(tmp_path / "out", "train")) == [*ROW_COLUMNS, "topic", "code"]
 
 
 def test_duplicates_are_dropped_and_counted_and_ids_are_made(tmp_path):
@@ -475,43 +493,45 @@ def test_a_group_may_be_called_like_an_id(tmp_path):
 
 def test_similarity_by_hand():
     # " up " and " on " are one run of four characters each; "up" and "up on" share one of one and two: 1/sqrt(2)
-    best, where = data.nearest(["up", "up on", "xx"], ["down", "up on"])
+    best, where = nearest_texts(["up", "up on", "xx"], ["down", "up on"])
     assert best == pytest.approx([1 / math.sqrt(2), 1, 0], abs=1e-6)
     assert list(where[:2]) == [1, 1]
     # " abc" and "abc " against " abc" and "abcd", "bcd ": one in common, norms sqrt(2) and sqrt(3)
-    assert data.nearest(["abc"], ["abcd"])[0] == pytest.approx([1 / math.sqrt(6)], abs=1e-6)
+    assert nearest_texts(["abc"], ["abcd"])[0] == pytest.approx([1 / math.sqrt(6)], abs=1e-6)
 
 
 def test_similarity_with_and_without_digits():
     left, right = ["Sales of 1,204.5 units"], ["Sales of 87 units"]
-    assert data.mask_digits(left[0]) == data.mask_digits(right[0]) == "Sales of 0 units"
-    assert data.nearest(left, right)[0] == pytest.approx([1], abs=1e-6)
-    assert data.nearest(left, right, masked=False)[0][0] < 0.85
+    assert mask_digits(left[0]) == mask_digits(right[0]) == "Sales of 0 units"
+    assert nearest_texts(left, right)[0] == pytest.approx([1], abs=1e-6)
+    assert nearest_texts(left, right, masked=False)[0][0] < 0.85
 
 
 def test_nothing_to_compare_to():
-    assert [list(part) for part in data.nearest(["a"], [])] == [[0], [-1]]
-    assert [list(part) for part in data.nearest([], ["a"])] == [[], []]
+    assert [list(part) for part in nearest_texts(["a"], [])] == [[0], [-1]]
+    assert [list(part) for part in nearest_texts([], ["a"])] == [[], []]
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.text("ab 1", min_size=1).filter(str.strip), min_size=1, max_size=12), st.floats(0.3, 1))
 def test_blocks_do_not_change_the_result(lines, threshold):
     """Pairs found block by block are those of the whole matrix, and clusters are its connected parts."""
-    vectors = data._vectors(lines, True).toarray().astype(float)
+    vectors = ngram_vectors(lines, True).toarray().astype(float)
     whole = vectors @ vectors.T
     n = len(lines)
-    expected = {(i, j) for i in range(n) for j in range(i + 1, n) if whole[i, j] >= threshold - data.SLACK}
-    margin = np.abs(whole - (threshold - data.SLACK)).min()
+    expected = {(i, j) for i in range(n) for j in range(i + 1, n) if whole[i, j] >= threshold - SIMILARITY_SLACK}
+    margin = np.abs(whole - (threshold - SIMILARITY_SLACK)).min()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "CELLS", 2 * n)  # two rows at a time
-        found = [(int(a), int(b)) for i, j, _ in data.near_pairs(lines, threshold) for a, b in zip(i, j, strict=True)]
-        cluster = data.near_duplicates(lines, threshold)
+        patch.setattr("distillery.data.near_duplicates.MAX_SIMILARITIES", 2 * n)  # two rows at a time
+        found = [
+            (int(a), int(b)) for i, j, _ in near_duplicate_pairs(lines, threshold) for a, b in zip(i, j, strict=True)
+        ]
+        cluster = cluster_near_duplicates(lines, threshold)
     if margin > 1e-6:  # else float32 may fall on either side
         assert set(found) == expected
     assert len(found) == len(set(found))
     unmasked = {
-        (int(a), int(b)) for i, j, _ in data.near_pairs(lines, threshold, False) for a, b in zip(i, j, strict=True)
+        (int(a), int(b)) for i, j, _ in near_duplicate_pairs(lines, threshold, False) for a, b in zip(i, j, strict=True)
     }
     part = list(range(n))
     for _ in range(n):  # the smallest number of a neighbour, until nothing changes any more
@@ -552,7 +572,7 @@ def grouped(draw):
     labels = rng.choice(["up", "down", "rest"], len(groups), p=[0.5, 0.3, 0.2])
     raw = draw(st.lists(st.integers(1, 5), min_size=4, max_size=4)) if draw(st.booleans()) else [4, 0, 1, 2]
     train, pool, validation, test = (value / sum(raw) for value in raw)
-    return list(groups), list(labels), Split(train=train, pool=pool, validation=validation, test=test)
+    return list(groups), list(labels), SplitShares(train=train, pool=pool, validation=validation, test=test)
 
 
 @settings(max_examples=60, deadline=None)
@@ -560,8 +580,8 @@ def grouped(draw):
 def test_split_properties(case, seed):
     groups, labels, shares = case
     names = ["up", "down", "rest"]
-    split = data.split_groups(groups, labels, names, shares, seed)
-    assert list(split) == list(data.split_groups(groups, labels, names, shares, seed))
+    split = split_groups(groups, labels, names, shares, seed)
+    assert list(split) == list(split_groups(groups, labels, names, shares, seed))
     frame = pd.DataFrame({"group": groups, "label": labels, "split": split})
     assert set(split) <= set(SPLITS)
     assert (frame.groupby("group")["split"].nunique() == 1).all()
@@ -577,8 +597,8 @@ def test_split_properties(case, seed):
 
 def test_exact_shares_when_rows_stand_alone():
     labels = ["up"] * 200 + ["down"] * 100
-    shares = Split(train=0.15, pool=0.45, validation=0.10, test=0.30)
-    split = data.split_groups(list(map(str, range(300))), labels, ["up", "down"], shares, 0)
+    shares = SplitShares(train=0.15, pool=0.45, validation=0.10, test=0.30)
+    split = split_groups(list(map(str, range(300))), labels, ["up", "down"], shares, 0)
     assert Counter(split[:200]) == {"train": 30, "pool": 90, "validation": 20, "test": 60}
     assert Counter(split[200:]) == {"train": 15, "pool": 45, "validation": 10, "test": 30}
 
@@ -587,15 +607,15 @@ def test_large_groups_are_spread_in_proportion():
     """100 pairs and 200 single rows: every split has its share of the pairs, not only of the rows."""
     groups = [f"pair{i // 2}" for i in range(200)] + [f"one{i}" for i in range(200)]
     labels = ["up", "down"] * 200
-    shares = Split(train=0.2, pool=0.4, validation=0.1, test=0.3)
-    split = data.split_groups(groups, labels, ["up", "down"], shares, 0)
+    shares = SplitShares(train=0.2, pool=0.4, validation=0.1, test=0.3)
+    split = split_groups(groups, labels, ["up", "down"], shares, 0)
     pairs = Counter(split[:200:2])
     assert all(abs(pairs[part] - 100 * getattr(shares, part)) <= 1 for part in SPLITS)
 
 
 def test_another_seed_is_another_split():
     labels = ["up", "down"] * 50
-    splits = [tuple(data.split_groups(list(map(str, range(100))), labels, ["up", "down"], QUARTERS, s)) for s in (0, 1)]
+    splits = [tuple(split_groups(list(map(str, range(100))), labels, ["up", "down"], QUARTERS, s)) for s in (0, 1)]
     assert splits[0] != splits[1]
 
 
@@ -604,7 +624,7 @@ def test_labels_that_share_their_groups():
     groups = ["a", "a", "b", "b", "c", "c", "d", "e", "f"]
     labels = ["up", "rest"] * 3 + ["down"] * 3
     for seed in range(10):
-        split = data.split_groups(groups, labels, ["up", "down", "rest"], QUARTERS, seed)
+        split = split_groups(groups, labels, ["up", "down", "rest"], QUARTERS, seed)
         for part in ("train", "validation", "test"):
             assert {label for label, s in zip(labels, split, strict=True) if s == part} == {"up", "down", "rest"}
 
@@ -630,12 +650,12 @@ def test_the_audit_finds_planted_leaks(tmp_path):
     in_train, in_test = np.flatnonzero(split == "train")[0], np.flatnonzero(split == "test")[0]
     rows.loc[in_train, "text"] = "Net sales of the third quarter amounted to 412,500 euros after 398,100"
     rows.loc[in_test, "text"] = "Net sales of the third quarter amounted to 77 euros after 1,200,345"
-    masked = data._leaks(rows, split, 0.85, masked=True)
+    masked = split_leaks(rows, split, 0.85, masked=True)
     assert masked["pairs_above"] == 1
     assert masked["pairs_above_by_splits"] == {"train-test": 1}
     assert masked["worst"][0]["similarity"] == masked["nearest"]["highest"] == 1
     assert {row["id"] for row in masked["worst"][0]["rows"]} == {rows["id"][in_train], rows["id"][in_test]}
-    written = data._leaks(rows, split, 0.85, masked=False)
+    written = split_leaks(rows, split, 0.85, masked=False)
     assert written["pairs_above"] == 0
     assert 0.5 < written["nearest"]["highest"] < 0.85
 
@@ -644,7 +664,7 @@ def test_few_shot_examples_that_stand_in_the_data_are_named(tmp_path):
     made = prepare(tmp_path, records())
     shown = {part: made.rows["text"][made.split == part].iloc[0] for part in ("test", "pool")}
     shots = [{"text": text, "label": "up"} for text in ("Nothing like it stands anywhere", *shown.values())]
-    task = tasks.Task.model_validate(TASK.model_dump() | {"few_shot": shots})
+    task = Task.model_validate(TASK.model_dump() | {"few_shot": shots})
     found = prepare(tmp_path, records(), task).audit["few_shot_near_duplicates"]
     assert [(f["few_shot"], f["split"], f["row"]["text"]) for f in found] == [
         (2, "pool", shown["pool"]),
@@ -655,21 +675,21 @@ def test_few_shot_examples_that_stand_in_the_data_are_named(tmp_path):
 def test_what_is_written(tmp_path):
     rows = [row | {"rationale": "because" if i % 3 else None, "n": i} for i, row in enumerate(records())]
     made = prepare(tmp_path, rows)
-    data.write(made, tmp_path / "out")
+    write_source(made, tmp_path / "out")
     assert set(bytes_of(tmp_path / "out")) == FILES
-    frames = {part: data.read(tmp_path / "out", part) for part in (*SPLITS, "pool_labels")}
+    frames = {part: read_split(tmp_path / "out", part) for part in (*SPLITS, "pool_labels")}
     assert list(frames["pool"]) == ["id", "text", "group", "n"]
     assert list(frames["pool_labels"]) == ["id", "label", "rationale"]
     assert list(frames["pool_labels"]["id"]) == list(frames["pool"]["id"])
     for part in ("train", "validation", "test"):
-        assert list(frames[part]) == [*data.COLUMNS, "n"]
+        assert list(frames[part]) == [*ROW_COLUMNS, "n"]
     whole = pd.concat([frames[part] for part in SPLITS])
     assert sorted(whole["id"]) == sorted(row["id"] for row in rows)
     given_rows = {row["id"]: row for row in rows}
     for part in ("train", "validation", "test", "pool_labels"):
         for row in frames[part].to_dict("records"):
             assert (row["label"], row["rationale"]) == tuple(given_rows[row["id"]][k] for k in ("label", "rationale"))
-    assert data.read_task(tmp_path / "out") == TASK
+    assert read_task(tmp_path / "out") == TASK
     assert list(json.loads((tmp_path / "out" / "task.json").read_text())["labels"]) == ["up", "down"]
     audit = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert {part: counts["rows"] for part, counts in audit["splits"].items()} == {p: len(frames[p]) for p in SPLITS}
@@ -677,15 +697,15 @@ def test_what_is_written(tmp_path):
 
 
 def test_an_empty_pool_is_a_file_with_the_same_columns(tmp_path):
-    made = prepare(tmp_path, records(), split=Split(train=0.5, validation=0.25, test=0.25))
-    data.write(made, tmp_path / "out")
-    assert list(data.read(tmp_path / "out", "pool")) == ["id", "text", "group"]
-    assert len(data.read(tmp_path / "out", "pool_labels")) == 0
+    made = prepare(tmp_path, records(), split=SplitShares(train=0.5, validation=0.25, test=0.25))
+    write_source(made, tmp_path / "out")
+    assert list(read_split(tmp_path / "out", "pool")) == ["id", "text", "group"]
+    assert len(read_split(tmp_path / "out", "pool_labels")) == 0
 
 
 def test_same_seed_same_bytes(tmp_path):
     for seed, name in ((0, "one"), (0, "two"), (1, "three")):
-        data.write(prepare(tmp_path, records(), seed=seed), tmp_path / name)
+        write_source(prepare(tmp_path, records(), seed=seed), tmp_path / name)
     one, two, three = (bytes_of(tmp_path / name) for name in ("one", "two", "three"))
     assert one == two
     assert one["train.parquet"] != three["train.parquet"]
@@ -694,23 +714,25 @@ def test_same_seed_same_bytes(tmp_path):
 def test_writing_replaces_the_folder(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale.parquet").touch()
-    data.write(prepare(tmp_path, records()), tmp_path / "out")
+    write_source(prepare(tmp_path, records()), tmp_path / "out")
     assert set(bytes_of(tmp_path / "out")) == FILES
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     rows = [row | {"n": "x" * i} for i, row in enumerate(records(200))]
-    data.write(prepare(tmp_path, rows), tmp_path / "out")
+    write_source(prepare(tmp_path, rows), tmp_path / "out")
     before = bytes_of(tmp_path / "out")
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_data import TASK, Path, data, source
-from distillery.params import UserError
-made = data.prepare("a", source("a.jsonl", seed=1), TASK, Path("."))
+from test_data import TASK, Path, source
+from distillery.data.prepare import prepare_source
+from distillery.data.storage import write_source
+from distillery.errors import UserError
+made = prepare_source("a", source("a.jsonl", seed=1), TASK, Path("."))
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    data.write(made, Path("out"))
+    write_source(made, Path("out"))
 except UserError as error:
     sys.exit(str(error))
 """
@@ -723,13 +745,13 @@ except UserError as error:
 
 def test_reading_what_is_not_there(tmp_path):
     with pytest.raises(UserError, match="train.parquet: not there yet; run `dvc repro` first"):
-        data.read(tmp_path, "train")
+        read_split(tmp_path, "train")
 
 
 @pytest.fixture(scope="module")
-def finance() -> data.Prepared:
-    spec = params.load(ROOT / "params.yaml").data["finance"]
-    return data.prepare("finance", spec, tasks.load(spec.task, ROOT / "tasks"), ROOT)
+def finance() -> PreparedSource:
+    spec = load_params(ROOT / "params.yaml").data["finance"]
+    return prepare_source("finance", spec, load_task(spec.task, ROOT / "tasks"), ROOT)
 
 
 def test_the_real_corpus_is_split_without_leaks(finance):
@@ -754,7 +776,7 @@ def test_the_real_corpus_is_split_without_leaks(finance):
 def test_the_real_corpus_split_by_row_would_leak(finance):
     """The control of the test above: the same rows dealt out one by one do have twins across splits."""
     split = np.random.default_rng(0).permutation(finance.split)
-    assert data._leaks(finance.rows, split, 0.85, masked=True)["pairs_above"] > 20
+    assert split_leaks(finance.rows, split, 0.85, masked=True)["pairs_above"] > 20
 
 
 def test_the_corpora_are_as_their_page_says():
@@ -762,7 +784,7 @@ def test_the_corpora_are_as_their_page_says():
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if ".jsonl |" in line]
     assert sorted(file for file, *_ in table) == sorted(p.name for p in (ROOT / "data/corpora").glob("*.jsonl"))
     for file, count, groups, columns in table:
-        raw = data.load(source(f"data/corpora/{file}"), ROOT)
+        raw = read_source(source(f"data/corpora/{file}"), ROOT)
         assert len(raw.rows) == len({row["id"] for row in raw.rows}) == int(count)
         assert len({row.get("group", row["id"]) for row in raw.rows}) == int(groups)
         assert all(list(row) == columns.split(", ") for row in raw.rows)

@@ -30,10 +30,10 @@ from ruamel.yaml import YAML
 
 import tiny
 
-STRIP = ("-m", "distillery.strip")
-DATA = ("-m", "distillery.stage", "01_data", "-p", "source", "finance")
-TEACH = ("-m", "distillery.stage", "02_teach", "-p", "teacher", "lm")
-DISTILL = ("-m", "distillery.stage", "04_distill", "-p", "student", "tiny-gold", "-p", "seed", "0")
+STRIP = ("-m", "distillery", "strip")
+DATA = ("-m", "distillery", "run", "01_data", "-p", "source", "finance")
+TEACH = ("-m", "distillery", "run", "02_teach", "-p", "teacher", "lm")
+DISTILL = ("-m", "distillery", "run", "04_distill", "-p", "student", "tiny-gold", "-p", "seed", "0")
 REPRO = ("-m", "dvc", "repro")
 CORPUS = "data/corpora/finance.jsonl"
 FULL = "the disk is full; free some space and run again"
@@ -207,7 +207,7 @@ def gold_only(repo: Path) -> None:
     content["students"] = {"tiny-gold": content["students"]["tiny-gold"]}
     content["evaluate"]["headline"] = "tiny-gold"
     yaml.dump(content, repo / "params.yaml")
-    ready(repo, STRIP, ("-m", "distillery.inputs", "students"))
+    ready(repo, STRIP, ("-m", "distillery", "inputs", "students"))
 
 
 CASES = [

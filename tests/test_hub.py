@@ -14,12 +14,13 @@ import pytest
 
 import hub
 import tiny
-from distillery import params
+from distillery.config.schema import SourceConfig
 
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
-from distillery import params
+from distillery.config.schema import ModelConfig, SourceConfig
+from distillery.errors import UserError
 asked = json.loads(sys.stdin.read())
 cache, out = Path(asked["cache"]), []
 time.sleep = lambda seconds: None  # the client waits before it tries again
@@ -29,19 +30,21 @@ for kind, name, spec, more in asked["jobs"]:
         os.environ["HF_TOKEN"] = more.pop("token")
     try:
         if kind == "model":
-            from distillery import models
-            folder = models.fetch(name, params.Model(**spec), cache)
+            from distillery.models.fetch import fetch_model
+            from distillery.models.load import load_model, load_tokenizer
+            folder = fetch_model(name, ModelConfig(**spec), cache)
             found = {"files": sorted(path.name for path in folder.iterdir())}
             if more:
-                model = models.load(folder, more["arch"], labels=["a", "b"])
-                found |= {"class": type(model).__name__, "pad": models.load_tokenizer(folder).pad_token}
+                model = load_model(folder, more["arch"], labels=["a", "b"])
+                found |= {"class": type(model).__name__, "pad": load_tokenizer(folder).pad_token}
         else:
-            from distillery import data, tasks
-            prepared = data.prepare(name, params.Source(**spec), tasks.load(spec["task"]), Path("."))
+            from distillery.data.prepare import prepare_source
+            from distillery.tasks.schema import load_task
+            prepared = prepare_source(name, SourceConfig(**spec), load_task(spec["task"]), Path("."))
             counts = {part: about["rows"] for part, about in prepared.audit["splits"].items()}
             found = {"rows": counts, "labels": sorted({*prepared.rows["label"]} - {None})}
         out.append(found)
-    except params.UserError as error:
+    except UserError as error:
         out.append({"error": str(error)})
 print("\\n" + json.dumps(out))
 """
@@ -322,7 +325,7 @@ def tables() -> dict[str, hub.Repo]:
     }
 
 
-def few(source: params.Source) -> dict[str, Any]:
+def few(source: SourceConfig) -> dict[str, Any]:
     """A recipe's source for tables of 36 rows: the hub's words for shares are for many thousand."""
     spec = source.model_dump(exclude_unset=True) | {"hub_split": "train", "near_duplicate": 1.0}
     if source.hub_splits:
@@ -334,13 +337,15 @@ def few(source: params.Source) -> dict[str, Any]:
 
 def test_every_model_and_table_that_a_recipe_names_resolves(tmp_path):
     """By its id, at its revision, as the right class, with the columns, splits and configurations that are named."""
-    from distillery import recipe
+    from distillery.config.load import validate_section
+    from distillery.config.schema import Params
+    from distillery.pipeline.recipe import load_recipe
 
     repos, jobs, arch = tables(), {}, {"lm": "causal", "classifier": "classifier", "seq2seq": "seq2seq"}
     files = {kind: of_type(kind, tmp_path / kind) for kind in sorted(set(TYPES.values()))}
     repos |= {name: hub.Repo(files[kind]) for name, kind in TYPES.items()}
     for path in sorted((tiny.ROOT / "recipes").glob("*.yaml")):
-        P = params.validate(params.Params, recipe.experiment(tiny.ROOT, path.stem), path.name)
+        P = validate_section(Params, load_recipe(tiny.ROOT, path.stem), path.name)
         used = {teacher.model: arch[teacher.kind] for teacher in P.teachers.values() if teacher.model}
         used |= {student.model: student.arch for student in P.students.values()}
         for model, wanted in used.items():
@@ -383,14 +388,17 @@ for name in json.loads(sys.stdin.read()):
 
 def test_the_data_notebook_shows_every_table_of_the_recipes(tmp_path):
     """With the hub's own splits, without labels, with options, with written answers; each in its last cell's files."""
-    from distillery import recipe
+    from distillery.config.load import validate_section
+    from distillery.config.schema import Params
+    from distillery.files import read_yaml
+    from distillery.pipeline.recipe import load_recipe
 
     repo, data = tiny.experiment(tmp_path / "repo"), {}
-    raw = params.read_yaml(repo / "params.yaml")
+    raw = read_yaml(repo / "params.yaml")
     for teacher in raw["teachers"].values():
         teacher["data"] = ["finance"]
     for path in sorted((tiny.ROOT / "recipes").glob("*.yaml")):
-        P = params.validate(params.Params, recipe.experiment(tiny.ROOT, path.stem), path.name)
+        P = validate_section(Params, load_recipe(tiny.ROOT, path.stem), path.name)
         for name, source in P.data.items():
             if source.source.startswith("hub:"):
                 data[f"{path.stem}-{name}"] = few(source)

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from distillery import losses
-from distillery.losses import DISTRIBUTION_TERMS
-from distillery.params import DIVERGENCES
+from distillery.config.schema import DIVERGENCES
 from references import CHECKS, largest_error
 
-NAMES = list(DISTRIBUTION_TERMS)
+NAMES = list(losses.DISTRIBUTION_TERMS)
 seeds = st.integers(0, 2**31)
 by_term = pytest.mark.parametrize("name", NAMES)
 
@@ -54,7 +53,7 @@ def test_the_terms_are_those_of_params():
     ],
 )
 def test_value_computed_by_hand(name, expected):
-    value = DISTRIBUTION_TERMS[name](log([[0.25, 0.75]]), log([[0.5, 0.5]]), alpha=0.5)
+    value = losses.DISTRIBUTION_TERMS[name](log([[0.25, 0.75]]), log([[0.5, 0.5]]), alpha=0.5)
     assert value.tolist() == pytest.approx([expected], abs=1e-12)
 
 
@@ -99,12 +98,12 @@ def test_shortcut_penalty_sees_the_batch_and_not_the_row():
 
 
 def test_layer_map_as_in_the_paper():
-    assert [t for _, t in losses.layer_map(6, 12, "skip")] == [2, 4, 6, 8, 10]
-    assert [t for _, t in losses.layer_map(6, 12, "last")] == [7, 8, 9, 10, 11]
-    assert [t for _, t in losses.layer_map(3, 12, "skip")] == [4, 8]
-    assert [t for _, t in losses.layer_map(3, 12, "last")] == [10, 11]
-    assert losses.layer_map(3, 6, [2, 4, 6]) == [(1, 2), (2, 4), (3, 6)]
-    assert losses.layer_map(3, 6, [(0, 0), (3, 6)]) == [(0, 0), (3, 6)]
+    assert [t for _, t in losses.pair_layers(6, 12, "skip")] == [2, 4, 6, 8, 10]
+    assert [t for _, t in losses.pair_layers(6, 12, "last")] == [7, 8, 9, 10, 11]
+    assert [t for _, t in losses.pair_layers(3, 12, "skip")] == [4, 8]
+    assert [t for _, t in losses.pair_layers(3, 12, "last")] == [10, 11]
+    assert losses.pair_layers(3, 6, [2, 4, 6]) == [(1, 2), (2, 4), (3, 6)]
+    assert losses.pair_layers(3, 6, [(0, 0), (3, 6)]) == [(0, 0), (3, 6)]
 
 
 # ------------------------------------------------------------------------------------------------------- properties
@@ -121,7 +120,7 @@ def test_layer_map_as_in_the_paper():
 )
 def test_never_negative_and_zero_only_where_equal(name, seed, scale, temperature, beta, alpha):
     def term(s, p):
-        return DISTRIBUTION_TERMS[name](s, p, temperature=temperature, beta=beta, alpha=alpha)
+        return losses.DISTRIBUTION_TERMS[name](s, p, temperature=temperature, beta=beta, alpha=alpha)
 
     student, teacher = pair(seed, scale=scale, dtype=torch.float32)
     assert (term(student, teacher) >= -1e-6).all()
@@ -135,10 +134,10 @@ def test_never_negative_and_zero_only_where_equal(name, seed, scale, temperature
 @given(seed=seeds, shift=st.floats(-100, 100))
 def test_shifted_logits_and_permuted_outcomes_change_nothing(name, seed, shift):
     student, teacher = pair(seed)
-    value = DISTRIBUTION_TERMS[name](student, teacher, temperature=2.0)
-    torch.testing.assert_close(DISTRIBUTION_TERMS[name](student + shift, teacher, temperature=2.0), value)
+    value = losses.DISTRIBUTION_TERMS[name](student, teacher, temperature=2.0)
+    torch.testing.assert_close(losses.DISTRIBUTION_TERMS[name](student + shift, teacher, temperature=2.0), value)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(seed))
-    permuted = DISTRIBUTION_TERMS[name](student[:, order], teacher[:, order], temperature=2.0)
+    permuted = losses.DISTRIBUTION_TERMS[name](student[:, order], teacher[:, order], temperature=2.0)
     torch.testing.assert_close(permuted, value)
 
 
@@ -175,9 +174,9 @@ def test_skewed_terms_begin_at_the_unskewed():
 def test_limits_of_temperature(name):
     # Hot: everything is uniform. Cold: each side is its likeliest outcome, so agreement on that is all that counts.
     student, teacher = pair(scale=1.0)
-    assert (DISTRIBUTION_TERMS[name](student, teacher, temperature=1e6) < 1e-5).all()
+    assert (losses.DISTRIBUTION_TERMS[name](student, teacher, temperature=1e6) < 1e-5).all()
     agreeing = teacher * 3
-    assert (DISTRIBUTION_TERMS[name](agreeing, teacher, temperature=1e-3) < 1e-6).all()
+    assert (losses.DISTRIBUTION_TERMS[name](agreeing, teacher, temperature=1e-3) < 1e-6).all()
     apart = (student.argmax(-1) != teacher.argmax(-1)).double()
     assert apart.any()
     torch.testing.assert_close(losses.tvd(student, teacher, 1e-3), apart)
@@ -189,7 +188,7 @@ def test_temperature_factor_keeps_the_size_of_the_gradient(name):
     sizes = []
     for temperature in (50.0, 100.0):
         logits = student.clone().requires_grad_()
-        total, _ = losses.mixed(
+        total, _ = losses.combine_terms(
             {name: 1.0},
             logits,
             targets=torch.tensor([0, 1, 2, 3]),
@@ -213,7 +212,7 @@ def test_gradient(name, temperature, zeros):
     if zeros:
         teacher[:, 1] = -torch.inf
     assert torch.autograd.gradcheck(
-        lambda s: DISTRIBUTION_TERMS[name](s, teacher, temperature=temperature, beta=0.3, alpha=0.2),
+        lambda s: losses.DISTRIBUTION_TERMS[name](s, teacher, temperature=temperature, beta=0.3, alpha=0.2),
         student.requires_grad_(),
     )
 
@@ -270,7 +269,7 @@ def test_finite_with_extreme_logits_in_half_precision(name, dtype, largest, temp
     student = torch.tensor([[largest, -largest, 0.0], [-largest, largest, 1.0], [0.0, 0.0, 0.0]], dtype=dtype)
     teacher = torch.tensor([[-torch.inf, 0.0, -torch.inf], [0.0, -1e4, -1e4], [-1.0, -1.0, -1.0]], dtype=dtype)
     student.requires_grad_()
-    value = DISTRIBUTION_TERMS[name](student, teacher, temperature=temperature)
+    value = losses.DISTRIBUTION_TERMS[name](student, teacher, temperature=temperature)
     assert value.dtype == torch.float32 and value.isfinite().all() and (value >= -1e-6).all()
     value.sum().backward()
     assert student.grad.dtype == dtype and student.grad.isfinite().all()
@@ -280,8 +279,8 @@ def test_finite_with_extreme_logits_in_half_precision(name, dtype, largest, temp
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_lose_nothing_more_in_the_loss(name, dtype):
     student, teacher = pair(dtype=dtype)
-    ours = DISTRIBUTION_TERMS[name](student, teacher, temperature=2.0)
-    exact = DISTRIBUTION_TERMS[name](student.double(), teacher.double(), temperature=2.0)
+    ours = losses.DISTRIBUTION_TERMS[name](student, teacher, temperature=2.0)
+    exact = losses.DISTRIBUTION_TERMS[name](student.double(), teacher.double(), temperature=2.0)
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
 
 
@@ -292,7 +291,7 @@ def test_zero_probabilities_weigh_nothing_and_cost_at_most_the_floor():
     expected = 0.25 * math.log(0.5) + 0.25 * (math.log(0.25) - losses.LOG_FLOOR)
     assert losses.reverse_kl(student, teacher).item() == pytest.approx(expected)
     for name in NAMES:  # re-tempering leaves a zero a zero
-        hot = DISTRIBUTION_TERMS[name](student, teacher, temperature=5.0)
+        hot = losses.DISTRIBUTION_TERMS[name](student, teacher, temperature=5.0)
         assert hot.isfinite().all() and hot.item() > 1e-3
 
 
@@ -304,9 +303,9 @@ def test_masked_rows_may_hold_anything():
     arguments = {"targets": torch.tensor([0, 1, 2, 3]), "temperature": 2.0, "denominator": 3}
     mask = torch.tensor([True, False, True, True])
     loss = dict.fromkeys(("ce", *DIVERGENCES), 1.0)
-    total, values = losses.mixed(loss, bad_student, teacher_logprobs=bad_teacher, mask=mask, **arguments)
+    total, values = losses.combine_terms(loss, bad_student, teacher_logprobs=bad_teacher, mask=mask, **arguments)
     arguments["targets"] = arguments["targets"][mask]
-    expected, parts = losses.mixed(loss, student[mask], teacher_logprobs=teacher[mask], **arguments)
+    expected, parts = losses.combine_terms(loss, student[mask], teacher_logprobs=teacher[mask], **arguments)
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(values, parts)
     total.backward()
@@ -316,7 +315,7 @@ def test_masked_rows_may_hold_anything():
 def test_a_micro_batch_without_a_supervised_row_adds_nothing():
     student, teacher = pair(dtype=torch.bfloat16)
     student.requires_grad_()
-    total, values = losses.mixed(
+    total, values = losses.combine_terms(
         dict.fromkeys(("ce", *DIVERGENCES), 1.0),
         student,
         targets=torch.tensor([0, 1, 2, 3]),
@@ -340,14 +339,14 @@ def test_mixed_is_the_weighted_sum_of_its_terms():
     student, teacher = pair()
     targets = torch.tensor([0, 1, 2, 3])
     weights = {"ce": 0.5, "kl": 0.3, "tvd": 2.0}
-    total, values = losses.mixed(
+    total, values = losses.combine_terms(
         weights, student, targets=targets, teacher_logprobs=teacher, temperature=3.0, denominator=8
     )
     assert values["ce"].item() == pytest.approx(losses.cross_entropy(student, targets).sum().item() / 8)
     assert values["kl"].item() == pytest.approx(9 * losses.kl(student, teacher, 3.0).sum().item() / 8)
     assert values["tvd"].item() == pytest.approx(3 * losses.tvd(student, teacher, 3.0).sum().item() / 8)
     assert total.item() == pytest.approx(sum(weights[t] * values[t].item() for t in weights))
-    _, plain = losses.mixed(
+    _, plain = losses.combine_terms(
         {"kl": 1.0}, student, teacher_logprobs=teacher, temperature=3.0, scale_by_t2=False, denominator=8
     )
     assert plain["kl"].item() * 9 == pytest.approx(values["kl"].item())
@@ -367,7 +366,7 @@ def test_uneven_micro_batches_add_up_to_the_gradient_of_the_big_batch(seed, cuts
         model.zero_grad()
         for start, stop in zip(edges, edges[1:], strict=False):
             part = slice(start, stop)
-            total, _ = losses.mixed(
+            total, _ = losses.combine_terms(
                 {"ce": 0.5, "kl": 1.0, "jsd": 1.0},
                 model(inputs[part]),
                 targets=targets[part],
@@ -483,19 +482,19 @@ H = torch.zeros(2, 3, 4)
 @pytest.mark.parametrize(
     ("call", "shapes"),
     [
-        *[(lambda name=name: DISTRIBUTION_TERMS[name](A, B), ("[2, 3]", "[2, 4]")) for name in NAMES],
+        *[(lambda name=name: losses.DISTRIBUTION_TERMS[name](A, B), ("[2, 3]", "[2, 4]")) for name in NAMES],
         (lambda: losses.kl(H, H), ("[2, 3, 4]",)),
         (lambda: losses.cross_entropy(A, torch.zeros(3).long()), ("[2, 3]", "[3]")),
         (lambda: losses.cross_entropy(A, B), ("[2, 3]", "[2, 4]")),
         (lambda: losses.cross_entropy(A, torch.zeros(2)), ("[2, 3]", "[2]")),
         (lambda: losses.reduce(torch.ones(2), torch.ones(3), 1), ("[2]", "[3]")),
-        (lambda: losses.mixed({"kl": 1.0}, A, teacher_logprobs=B, denominator=1), ("[2, 3]", "[2, 4]")),
+        (lambda: losses.combine_terms({"kl": 1.0}, A, teacher_logprobs=B, denominator=1), ("[2, 3]", "[2, 4]")),
         (
-            lambda: losses.mixed({"kl": 1.0}, A, teacher_logprobs=A, denominator=1, mask=torch.ones(3)),
+            lambda: losses.combine_terms({"kl": 1.0}, A, teacher_logprobs=A, denominator=1, mask=torch.ones(3)),
             ("[2, 3]", "[3]"),
         ),
         (
-            lambda: losses.mixed({"kl": 1.0}, A, teacher_logprobs=A[:1], denominator=1, mask=torch.ones(2)),
+            lambda: losses.combine_terms({"kl": 1.0}, A, teacher_logprobs=A[:1], denominator=1, mask=torch.ones(2)),
             ("[2, 3]", "[1, 3]"),
         ),
         (lambda: losses.mix_teachers(H, torch.ones(3)), ("[2, 3, 4]", "[3]")),
@@ -533,20 +532,20 @@ def test_wrong_shapes_are_named(call, shapes):
         (lambda: losses.reduce(torch.ones(2), None, 0), "denominator must be above 0"),
         (lambda: losses.reduce(torch.ones(2), None, torch.tensor(0)), "denominator must be above 0"),
         (
-            lambda: losses.mixed({"kld": 1.0}, A, teacher_logprobs=A, denominator=1),
+            lambda: losses.combine_terms({"kld": 1.0}, A, teacher_logprobs=A, denominator=1),
             "unknown loss term 'kld'; known: ce",
         ),
-        (lambda: losses.mixed({}, A, denominator=1), "known: ce"),
-        (lambda: losses.mixed({"ce": 1.0}, A, denominator=1), "'ce' needs targets"),
-        (lambda: losses.mixed({"tvd": 1.0}, A, denominator=1), "'tvd' needs teacher_logprobs"),
+        (lambda: losses.combine_terms({}, A, denominator=1), "known: ce"),
+        (lambda: losses.combine_terms({"ce": 1.0}, A, denominator=1), "'ce' needs targets"),
+        (lambda: losses.combine_terms({"tvd": 1.0}, A, denominator=1), "'tvd' needs teacher_logprobs"),
         (lambda: losses.temperature_factor("l2", 2.0), "unknown loss term 'l2'"),
         (lambda: losses.mix_teachers(H, torch.tensor([1.0, -1.0])), "must not be negative"),
         (lambda: losses.mix_teachers(H, torch.zeros(2)), "positive sum"),
         (lambda: losses.shortcut_penalty(A, torch.zeros(3)), "positive sum"),
         (lambda: losses.multitask(torch.ones(()), torch.ones(()), -1.0), "weight must not be negative"),
-        (lambda: losses.layer_map(6, 3, "skip"), "student 6, teacher 3"),
-        (lambda: losses.layer_map(3, 6, "first"), "'skip', 'last' or a list"),
-        (lambda: losses.layer_map(3, 6, [7]), r"\(1, 7\) outside"),
+        (lambda: losses.pair_layers(6, 3, "skip"), "student 6, teacher 3"),
+        (lambda: losses.pair_layers(3, 6, "first"), "'skip', 'last' or a list"),
+        (lambda: losses.pair_layers(3, 6, [7]), r"\(1, 7\) outside"),
         (lambda: losses.to_top_k(A, 4), "k = 4"),
     ],
 )

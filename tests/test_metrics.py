@@ -40,7 +40,7 @@ def test_report_agrees_with_scikit_learn(case):
     gold, predicted, p = case
     report = metrics.classification_report(gold, predicted, p, LABELS)
     precision, recall, f1, support = sk.precision_recall_fscore_support(gold, predicted, labels=LABELS, zero_division=0)
-    true = metrics.encode(gold, LABELS)
+    true = metrics.encode_labels(gold, LABELS)
     expected = {
         "accuracy": sk.accuracy_score(gold, predicted),
         "balanced_accuracy": sk.balanced_accuracy_score(gold, predicted),
@@ -112,7 +112,7 @@ def test_answer_bias_is_half_the_difference_of_shares(case):
 @given(cases(), st.integers(1, 20))
 def test_calibration_by_its_definition(case, bins):
     gold, _, p = case
-    true, p = metrics.encode(gold, LABELS), p.astype(np.float64)
+    true, p = metrics.encode_labels(gold, LABELS), p.astype(np.float64)
     table = metrics.calibration(true, p, bins)
     confidence, right = p.max(1), p.argmax(1) == true
     error = 0.0
@@ -143,7 +143,7 @@ def test_calibration_of_a_model_that_knows_its_errors():
 @given(cases(), st.integers(0, 99))
 def test_risk_coverage_by_its_definition(case, seed):
     gold, _, p = case
-    true, p = metrics.encode(gold, LABELS), p.astype(np.float64)
+    true, p = metrics.encode_labels(gold, LABELS), p.astype(np.float64)
     table = metrics.risk_coverage(true, p)
     confidence, wrong = p.max(1), p.argmax(1) != true
     for threshold in np.unique(confidence):
@@ -161,25 +161,25 @@ def test_kl_agrees_with_scipy(case, seed):
     p = case[2].astype(np.float64)
     q = np.random.default_rng(seed).dirichlet([1.0] * 3, len(p))
     expected = [stats.entropy(a, b) for a, b in zip(p, q, strict=True)]
-    np.testing.assert_allclose(metrics.kl(p, q), expected, rtol=1e-4, atol=1e-5)
-    assert metrics.kl(p, p).max() < 1e-6
+    np.testing.assert_allclose(metrics.kl_divergence(p, q), expected, rtol=1e-4, atol=1e-5)
+    assert metrics.kl_divergence(p, p).max() < 1e-6
 
 
 def test_kl_to_a_student_that_excludes_the_answer_is_finite():
-    value = metrics.kl([[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]])
-    assert value[0] == pytest.approx(-np.log(metrics.FLOOR), rel=1e-6)
+    value = metrics.kl_divergence([[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]])
+    assert value[0] == pytest.approx(-np.log(metrics.PROBABILITY_FLOOR), rel=1e-6)
     with pytest.raises(ValueError, match="shape"):
-        metrics.kl([[1.0, 0.0]], [[0.5, 0.2, 0.3]])
+        metrics.kl_divergence([[1.0, 0.0]], [[0.5, 0.2, 0.3]])
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_no_temperature_on_a_grid_is_better_than_the_fitted_one(case):
-    true, p = metrics.encode(case[0], LABELS), case[2]
-    fitted = metrics.log_loss(true, metrics.tempered(p, metrics.fit_temperature(true, p)))
-    grid = [metrics.log_loss(true, metrics.tempered(p, t)) for t in np.geomspace(0.05, 20, 60)]
+    true, p = metrics.encode_labels(case[0], LABELS), case[2]
+    fitted = metrics.log_loss(true, metrics.apply_temperature(p, metrics.fit_temperature(true, p)))
+    grid = [metrics.log_loss(true, metrics.apply_temperature(p, t)) for t in np.geomspace(0.05, 20, 60)]
     assert fitted <= min(grid) + 1e-4
-    assert (metrics.tempered(p, 3.0).argmax(1) == p.argmax(1)).all()
+    assert (metrics.apply_temperature(p, 3.0).argmax(1) == p.argmax(1)).all()
 
 
 def test_temperature_is_that_of_an_overconfident_model():
@@ -187,11 +187,14 @@ def test_temperature_is_that_of_an_overconfident_model():
     rng = np.random.default_rng(0)
     right = rng.dirichlet([1, 1, 1], 8000)
     true = (rng.random((8000, 1)) > right.cumsum(1)).sum(1)
-    loud = metrics.tempered(right, 1 / 3)
+    loud = metrics.apply_temperature(right, 1 / 3)
     temperature = metrics.fit_temperature(true[:4000], loud[:4000])
     assert temperature == pytest.approx(3, rel=0.06)
     before, after = (metrics.calibration(true[4000:], p)["ece"] for p in (loud[4000:], right[4000:]))
-    assert metrics.calibration(true[4000:], metrics.tempered(loud[4000:], temperature))["ece"] < (before + after) / 2
+    assert (
+        metrics.calibration(true[4000:], metrics.apply_temperature(loud[4000:], temperature))["ece"]
+        < (before + after) / 2
+    )
 
 
 # ---------------------------------------------------------------- free answers
@@ -290,7 +293,7 @@ def test_bootstrap_of_single_rows_agrees_with_scipy():
 def test_blocks_of_resamples_change_nothing(monkeypatch):
     values, groups = np.random.default_rng(1).random((2, 30)), np.arange(30) // 2
     whole = metrics.cluster_bootstrap(values, groups, 50, 3)
-    monkeypatch.setattr(metrics, "BLOCK", 40)
+    monkeypatch.setattr("distillery.metrics.significance.BLOCK", 40)
     np.testing.assert_array_equal(metrics.cluster_bootstrap(values, groups, 50, 3), whole)
 
 
@@ -325,7 +328,7 @@ def test_intervals_over_few_seeds_are_as_wide_as_the_truth(seeds):
 def planted(rng, rows, right):
     """Gold labels and predictions that are right for about the share `right` of the rows."""
     gold = rng.choice(LABELS, rows)
-    wrong = np.array(LABELS)[(metrics.encode(gold, LABELS) + rng.integers(1, 3, rows)) % 3]
+    wrong = np.array(LABELS)[(metrics.encode_labels(gold, LABELS) + rng.integers(1, 3, rows)) % 3]
     return gold, lambda share=right: np.where(rng.random(rows) < share, gold, wrong)
 
 

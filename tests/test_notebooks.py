@@ -18,7 +18,9 @@ import pytest
 from ruamel.yaml import YAML
 
 import tiny
-from distillery import params
+from distillery.config.load import load_params
+from distillery.config.schema import SPLITS
+from distillery.files import read_yaml
 
 NAMES = ("01_data", "02_teach", "03_augment", "04_distill", "05_evaluate")
 LABELS = ["positive", "neutral", "negative"]
@@ -58,7 +60,7 @@ def dvc(repo: Path, *arguments: str) -> list[str]:
 
 def edit(repo: Path, change) -> None:
     """Let `change` alter the tree of params.yaml."""
-    tree = json.loads(json.dumps(params.read_yaml(repo / "params.yaml")))
+    tree = json.loads(json.dumps(read_yaml(repo / "params.yaml")))
     change(tree)
     with (repo / "params.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(tree, file)
@@ -154,7 +156,7 @@ def test_a_teacher_signals_every_row_and_gold_rows_out_of_fold(ran, teacher):
     folder = f"data/teacher/{teacher}"
     said = read(ran, f"{folder}/signals.parquet", "source split id label probabilities fold rationale contradicts")
     sums_to_one(said)
-    for split in params.SPLITS:
+    for split in SPLITS:
         part, rows = said[said["split"] == split], pd.read_parquet(ran / f"data/processed/finance/{split}.parquet")
         assert part["id"].tolist() == rows["id"].tolist()
         assert set(part["fold"]) == ({0, 1} if split == "train" else {-1})
@@ -216,7 +218,7 @@ def test_a_student_leaves_its_model_predictions_history_and_scores(ran, student)
     for part in (predictions, *(part for _, part in phases.groupby("phase"))):
         for split, rows in part.groupby("split"):
             assert rows[["id", "label"]].to_numpy().tolist() == asked[split][["id", "label"]].to_numpy().tolist()
-    spec = params.load(ran / "params.yaml").students[student]
+    spec = load_params(ran / "params.yaml").students[student]
     last = len(spec.phases)
     assert set(predictions["split"]) == {"validation", "test"}
     # in between, nobody looks at test rows

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from distillery import params
-from distillery.params import UserError
+from distillery.config.load import load_params, validate_section
+from distillery.config.schema import Params
+from distillery.errors import UserError
+from distillery.files import atomic_write, repository_root
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = """
@@ -74,15 +76,15 @@ def changed(key: str, value):
     return raw
 
 
-def load(folder: Path, raw) -> params.Params:
+def load(folder: Path, raw) -> Params:
     path = folder / "params.yaml"
     with open(path, "w") as file:
         YAML().dump(raw, file)  # the safe one sorts keys
-    return params.load(path)
+    return load_params(path)
 
 
 def test_the_experiments_in_the_repository_are_valid():
-    checked = params.load(ROOT / "params.yaml")
+    checked = load_params(ROOT / "params.yaml")
     assert checked.evaluate.headline in checked.students
     assert checked.data["finance"].split.pool == 0.45
 
@@ -90,7 +92,7 @@ def test_the_experiments_in_the_repository_are_valid():
 def test_base_is_valid_and_typed(folder):
     path = folder / "params.yaml"
     path.write_text(BASE)
-    checked = params.load(path)
+    checked = load_params(path)
     # the key `on` and a number without a point: YAML 1.1 would read them as True and as text
     assert checked.teachers["llm"].finetune.on == "news/train"
     assert checked.teachers["llm"].finetune.learning_rate == 1e-3
@@ -310,7 +312,7 @@ def test_files_that_are_no_configuration(folder, content, line):
     path = folder / "params.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        params.load(path)
+        load_params(path)
     message = str(caught.value).replace(f"{folder}/", "")
     assert message.startswith(line)
     assert "\n" not in message
@@ -318,10 +320,10 @@ def test_files_that_are_no_configuration(folder, content, line):
 
 def test_missing_file_and_folder_in_its_place(folder):
     with pytest.raises(UserError, match=r"params.yaml: no such file"):
-        params.load(folder / "params.yaml")
+        load_params(folder / "params.yaml")
     (folder / "params.yaml").mkdir()
     with pytest.raises(UserError, match=r"params.yaml: cannot be read: Is a directory"):
-        params.load(folder / "params.yaml")
+        load_params(folder / "params.yaml")
 
 
 @settings(max_examples=60, deadline=None)
@@ -339,7 +341,7 @@ def test_any_value_anywhere_is_accepted_or_told(value):
         "students.kd.phases.0.loss",
     ):
         try:
-            params.validate(params.Params, changed(key, value), "params.yaml")
+            validate_section(Params, changed(key, value), "params.yaml")
         except UserError as error:
             assert re.match(rf"params\.yaml: {re.escape(key)}", str(error))
             assert "\n" not in str(error)
@@ -347,12 +349,12 @@ def test_any_value_anywhere_is_accepted_or_told(value):
 
 def test_root_is_found_from_below(folder):
     (folder / "notebooks" / "deep").mkdir(parents=True)
-    assert params.root(folder / "notebooks" / "deep") == folder.resolve()
+    assert repository_root(folder / "notebooks" / "deep") == folder.resolve()
 
 
 def test_root_outside_of_a_repository(tmp_path):
     with pytest.raises(UserError, match=r"no dvc.yaml here or in any folder above"):
-        params.root(tmp_path)
+        repository_root(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- atomic
@@ -364,7 +366,7 @@ def names(folder: Path) -> list[str]:
 
 def test_atomic_writes_and_replaces_a_file(tmp_path):
     for text in ("first", "second"):
-        with params.atomic(tmp_path / "a" / "b.txt") as new:
+        with atomic_write(tmp_path / "a" / "b.txt") as new:
             new.write_text(text)
     assert (tmp_path / "a" / "b.txt").read_text() == "second"
     assert names(tmp_path) == ["a", "a/b.txt"]
@@ -372,7 +374,7 @@ def test_atomic_writes_and_replaces_a_file(tmp_path):
 
 def test_atomic_replaces_a_folder_as_a_whole(tmp_path):
     for name in ("first", "second"):
-        with params.atomic(tmp_path / "out") as new:
+        with atomic_write(tmp_path / "out") as new:
             new.mkdir()
             (new / name).touch()
     assert names(tmp_path) == ["out", "out/second"]
@@ -380,9 +382,9 @@ def test_atomic_replaces_a_folder_as_a_whole(tmp_path):
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_atomic_leaves_the_old_when_the_block_fails(tmp_path, kind):
-    with params.atomic(tmp_path / "out") as new:
+    with atomic_write(tmp_path / "out") as new:
         new.write_text("old")
-    with pytest.raises(KeyError), params.atomic(tmp_path / "out") as new:
+    with pytest.raises(KeyError), atomic_write(tmp_path / "out") as new:
         if kind == "file":
             new.write_text("half")
         else:
@@ -408,10 +410,11 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, writer):
 import resource, sys
 import numpy as np, pandas as pd
 from safetensors.numpy import save_file
-from distillery.params import UserError, atomic
+from distillery.errors import UserError
+from distillery.files import atomic_write
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    with atomic("out.bin") as new:
+    with atomic_write("out.bin") as new:
         {WRITERS[writer]}
 except UserError as error:
     sys.exit(str(error))
@@ -423,12 +426,12 @@ except UserError as error:
     assert names(tmp_path) == []
 
 
-# --------------------------------------------------------------------------------------- python -m distillery.params
+# --------------------------------------------------------------------------------------- distillery check
 
 
 def main(folder: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "distillery.params"]
+    command = [sys.executable, "-m", "distillery", "check"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -453,5 +456,5 @@ def test_every_recipe_is_a_whole_experiment(recipe, tmp_path):
     """`cp recipes/<name>.yaml params.yaml` must leave a params.yaml that passes every check."""
     shutil.copytree(ROOT / "tasks", tmp_path / "tasks")
     shutil.copy(recipe, tmp_path / "params.yaml")
-    loaded = params.load(tmp_path / "params.yaml")
+    loaded = load_params(tmp_path / "params.yaml")
     assert all((ROOT / s.source).exists() for s in loaded.data.values() if not s.source.startswith("hub:"))

@@ -13,8 +13,8 @@ import pytest
 from ruamel.yaml import YAML
 
 import tiny
-from distillery import data, training
-from distillery.params import UserError
+from distillery.data.near_duplicates import nearest_texts
+from distillery.errors import UserError
 
 FILE = tiny.ROOT / "benchmarks" / "phrasebank.py"
 LOST = "\N{REPLACEMENT CHARACTER}"
@@ -128,7 +128,7 @@ def test_every_seed_draws_a_split_without_twins_across_it(bank, files, headlines
         )
         for part in ("validation", "test"):
             for other in set(texts) - {"50agree/test", f"50agree/{part}"}:
-                assert data.nearest(texts[f"50agree/{part}"], texts[other])[0].max() < 0.85
+                assert nearest_texts(texts[f"50agree/{part}"], texts[other])[0].max() < 0.85
         assert len(texts["headlines/pool"]) == 8 and len(texts["own/pool"]) > 2000 and "spliced/pool" in texts
         seen.append(texts["50agree/test"])
     assert seen[0] != seen[1]
@@ -177,7 +177,7 @@ def test_a_run_writes_its_tables_and_a_second_one_trains_nothing(
     assert md.startswith("# Title") and md.endswith("Prose.\n") and "stale" not in md and "| commonest label |" in md
 
     written = (tmp_path / "phrasebank.csv").read_bytes()
-    monkeypatch.setattr(training, "run_phase", None)  # all that is left is reading
+    monkeypatch.setattr(bank, "train_phase", None)  # all that is left is reading
     bank.main([*arguments, "2"])
     assert (tmp_path / "phrasebank.csv").read_bytes() == written
     with pytest.raises(TypeError):  # a third seed needs new parts

@@ -19,7 +19,13 @@ import pytest
 from ruamel.yaml import YAML
 
 import tiny
-from distillery import fingerprint, inputs, params, stage, strip, tasks
+from distillery import fingerprint
+from distillery.config.schema import Params, StudentConfig, TeacherConfig
+from distillery.files import read_yaml
+from distillery.pipeline.inputs import StageTables, _agreeing_rationales, student_rows
+from distillery.pipeline.run_notebook import notebook_parameters
+from distillery.pipeline.strip import notebook_code, stage_modules, strip_notebook
+from distillery.tasks.schema import Task, load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src/distillery"
@@ -28,7 +34,7 @@ NOTEBOOKS = ("01_data", "02_teach", "03_augment", "04_distill", "05_evaluate")
 
 def pipeline() -> dict[str, dict[str, Any]]:
     """The stages of dvc.yaml as they are written: name -> cmd, deps, outs, ..."""
-    stages = params.read_yaml(ROOT / "dvc.yaml")["stages"]
+    stages = read_yaml(ROOT / "dvc.yaml")["stages"]
     return {name: body.get("do", body) for name, body in stages.items()}
 
 
@@ -37,7 +43,7 @@ def pipeline() -> dict[str, dict[str, Any]]:
 
 def stages(kinds: dict[str, str]) -> dict[str, dict[str, str]]:
     """The modules of each stage with their fingerprints, as `strip` writes them for teachers of these kinds."""
-    return strip.stages_code({name: strip.stripped(ROOT / f"notebooks/{name}.ipynb") for name in NOTEBOOKS}, kinds)
+    return stage_modules({name: strip_notebook(ROOT / f"notebooks/{name}.ipynb") for name in NOTEBOOKS}, kinds)
 
 
 REALLY_IMPORTED = """
@@ -55,13 +61,13 @@ def imports_of(code: str) -> str:
 
 
 def code_of(notebook: str) -> str:
-    return strip.code_of(strip.stripped(ROOT / f"notebooks/{notebook}.ipynb"))
+    return notebook_code(strip_notebook(ROOT / f"notebooks/{notebook}.ipynb"))
 
 
 def test_a_stage_depends_on_what_python_itself_imports_for_it():
     """Against `sys.modules` after the imports were run: what is found in the source must at least hold that."""
     found = stages({"lm": "lm"})
-    entries = {name: imports_of(code_of(name)) for name in NOTEBOOKS} | {"inputs": "import distillery.inputs"}
+    entries = {name: imports_of(code_of(name)) for name in NOTEBOOKS} | {"inputs": "import distillery.pipeline.inputs"}
     for name, code in entries.items():
         command = [sys.executable, "-c", REALLY_IMPORTED.format(code=code)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=os.environ | PATHS)
@@ -83,27 +89,36 @@ def test_every_stage_of_dvc_yaml_reads_the_file_of_its_modules():
             continue
         listed = [dep for dep in body["deps"] if dep.startswith("build/code/")]
         assert len(listed) == 1 and Path(listed[0]).stem in written, name
-        entry = re.search(r"-m distillery\.(\w+) (\w+)", body["cmd"])
-        expected = entry[2] if entry[1] == "stage" else f"inputs-{entry[2]}"
+        entry = re.search(r"-m distillery (\w+) (\w+)", body["cmd"])
+        expected = entry[2] if entry[1] == "run" else f"inputs-{entry[2]}"
         assert Path(listed[0]).stem.removesuffix("-${key}") == expected
         assert not [dep for dep in body["deps"] if dep.endswith(".py")]
-        assert entry[1] != "stage" or f"build/notebooks/{entry[2]}.ipynb" in body["deps"]
+        assert entry[1] != "run" or f"build/notebooks/{entry[2]}.ipynb" in body["deps"]
+
+
+def all_modules() -> set[str]:
+    """The dotted names of all modules of the package but its own `__init__`."""
+    paths = {path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
+    parts = {path.parts[:-1] if path.name == "__init__" else path.parts for path in paths}
+    return {".".join(("distillery", *names)) for names in parts if names}
 
 
 def test_every_module_is_a_part_of_some_stage_or_known_to_be_none():
-    modules = {f"distillery.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
     used = {module for found in stages({"far": "api"}).values() for module in found}
-    assert modules - used == {f"distillery.{name}" for name in ("recipe", "search", "stage")}
+    outside = {"__main__", "cli", "pipeline.recipe", "pipeline.run_notebook", "pipeline.search"}
+    assert all_modules() - used == {f"distillery.{name}" for name in outside}
 
 
 def test_only_an_endpoint_depends_on_the_client():
+    client = "distillery.teachers.api.client"
     found = stages({"near": "lm", "far": "api"})
-    assert "distillery.api" in found["02_teach-far"] and "distillery.api" not in found["02_teach-near"]
-    assert "distillery.api" in found["05_evaluate"] and "distillery.api" not in stages({"near": "lm"})["05_evaluate"]
+    assert client in found["02_teach-far"] and client not in found["02_teach-near"]
+    assert client in found["05_evaluate"] and client not in stages({"near": "lm"})["05_evaluate"]
 
 
-def test_a_student_does_not_depend_on_its_card_or_on_the_report():
-    assert not {"distillery.card", "distillery.report"} & set(stages({"lm": "lm"})["04_distill"])
+def test_a_student_depends_on_no_report_and_no_evaluation():
+    packages = {module.split(".")[1] for module in stages({"lm": "lm"})["04_distill"]}
+    assert packages == {"config", "errors", "files", "fingerprint", "losses", "metrics", "models", "tasks", "training"}
 
 
 def test_the_package_itself_imports_nothing():
@@ -111,39 +126,12 @@ def test_the_package_itself_imports_nothing():
     assert not fingerprint.imported((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
 
 
-def imported(module: str) -> set[str]:
-    names = fingerprint.imported((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    return {name.removeprefix("distillery.") for name in names} - {"fingerprint"}
-
-
-def test_modules_import_only_what_stands_left_of_them():
-    order = (
-        "params",
-        "tasks",
-        "store",
-        "api",
-        "data",
-        "models",
-        "signals",
-        "training",
-        "card",
-        "teachers",
-        "evaluation",
-        "report",
-    )
-    for i, module in enumerate(order):
-        below = {"losses", "metrics", "robustness", *order[:i]}
-        assert imported(module) <= below, module
-    for module in ("losses", "metrics", "robustness"):
-        assert not imported(module), module
-
-
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_every_selector_in_dvc_yaml_is_a_parameter_of_its_notebook(notebook):
     commands = [body["cmd"] for body in pipeline().values() if f" {notebook}" in body["cmd"]]
     assert len(commands) == 1
     given = re.findall(r"-p (\w+) ", commands[0])
-    assert list(stage.notebook_parameters(ROOT / f"notebooks/{notebook}.ipynb")) == given
+    assert list(notebook_parameters(ROOT / f"notebooks/{notebook}.ipynb")) == given
 
 
 # ------------------------------------------------------------------------------- what a change reruns
@@ -172,7 +160,7 @@ def toy_notebook(path: Path, text: str) -> None:
 def base(tmp_path_factory) -> Path:
     """A repository in which everything is up to date: the real graph, with tests/quick_stage.py for the notebooks."""
     repo = tiny.experiment(tmp_path_factory.mktemp("base") / "repo")
-    shutil.copy(ROOT / "tests/quick_stage.py", repo / "src/distillery/stage.py")
+    shutil.copy(ROOT / "tests/quick_stage.py", repo / "src/distillery/pipeline/run_notebook.py")
     for name in NOTEBOOKS:
         toy_notebook(repo / f"notebooks/{name}.ipynb", imports_of(code_of(name)))
     ran = rerun(repo)
@@ -263,7 +251,7 @@ def prose_everywhere(repo: Path) -> None:
         path.write_text(ast.unparse(ast.fix_missing_locations(tree)) + "\n# a last remark\n", encoding="utf-8")
 
 
-SMOKE = params.read_yaml(ROOT / "tests/smoke.yaml")
+SMOKE = read_yaml(ROOT / "tests/smoke.yaml")
 NEW_STUDENT = SMOKE["students"]["tiny-gold"] | {"init": {"layers": [0]}}
 NEW_TEACHER = SMOKE["teachers"]["encoder"] | {"seed": 1}
 ONE_TEACHER = SMOKE["students"]["half-gkd"]["phases"][0] | {"teachers": ["lm"]}
@@ -335,7 +323,7 @@ CHANGES: dict[str, tuple[Change, list[str]]] = {
     "a comment in a task, and the report's page": (
         both(
             appending("tasks/finance-sentiment.yaml", "# more\n"),
-            appending("src/distillery/templates/report.html", "\n"),
+            appending("src/distillery/report/templates/report.html", "\n"),
         ),
         ["data@finance", "evaluate"],
     ),
@@ -344,14 +332,14 @@ CHANGES: dict[str, tuple[Change, list[str]]] = {
         DISTILL,
     ),
     "the code of the losses": (
-        replacing("src/distillery/losses.py", "IGNORE = -100", "IGNORE = -101"),
+        replacing("src/distillery/losses/divergences.py", "IGNORE_INDEX = -100", "IGNORE_INDEX = -101"),
         ["teach@lm", "teach@encoder", "augment", *DISTILL, "evaluate"],
     ),
     "a comment and a docstring in every module": (lambda repo: prose_everywhere(repo), []),
     "the code of the model card, and of the API client": (
         both(
-            replacing("src/distillery/card.py", "## Use", "## How to use it"),
-            replacing("src/distillery/api.py", "EMPTY = 3", "EMPTY = 4"),
+            replacing("src/distillery/report/model_card.py", "## Use", "## How to use it"),
+            replacing("src/distillery/teachers/api/client.py", "MAX_EMPTY_ANSWERS = 3", "MAX_EMPTY_ANSWERS = 4"),
         ),
         ["evaluate"],
     ),
@@ -443,11 +431,11 @@ def test_a_student_finds_exactly_what_its_phases_name(base):
 def test_an_experiment_file_says_all_that_decides_a_student(base):
     found = {name: json.loads((base / f"data/inputs/{name}/experiment.json").read_text()) for name in SMOKE["students"]}
     for name, facts in found.items():
-        spec = params.Student.model_validate(facts["spec"])
-        assert spec.phases == params.Student.model_validate(SMOKE["students"][name]).phases
-        task = tasks.Task.model_validate(facts["task"])
+        spec = StudentConfig.model_validate(facts["spec"])
+        assert spec.phases == StudentConfig.model_validate(SMOKE["students"][name]).phases
+        task = Task.model_validate(facts["task"])
         assert task.names == ["positive", "neutral", "negative"]  # the order of probability vectors
-        assert (task == tasks.load("finance-sentiment")) == (spec.arch == "causal")
+        assert (task == load_task("finance-sentiment")) == (spec.arch == "causal")
         assert facts["model"]["folder"] == f"models/{spec.model}" and len(facts["model"]["content"]["sha256"]) == 64
         assert facts["source"] == "finance"
     validation = json.loads((base / "data/teacher/encoder/metrics.json").read_text())["validation"]
@@ -456,7 +444,7 @@ def test_an_experiment_file_says_all_that_decides_a_student(base):
 
 
 def write_inputs(repo: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "distillery.inputs", "students"]
+    command = [sys.executable, "-m", "distillery", "inputs", "students"]
     env = os.environ | {"PYTHONPATH": "src"}
     return subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=60)
 
@@ -464,10 +452,10 @@ def write_inputs(repo: Path) -> subprocess.CompletedProcess:
 def test_reasons_are_for_the_label_that_a_row_is_taught_with():
     """Not those that argue for another label, nor those of a teacher that the others outvote."""
     row = {"label": None, "p_a": [0.6, 0.4], "p_b": [0.1, 0.9], "p_c": None}
-    assert inputs._reasons(row, ["a", "b", "c"], {"a": "up", "b": "down"}) == ["down"]
-    assert inputs._reasons(row | {"label": "x"}, ["a", "b", "c"], {"a": "up", "b": "down"}) == ["up", "down"]
+    assert _agreeing_rationales(row, ["a", "b", "c"], {"a": "up", "b": "down"}) == ["down"]
+    assert _agreeing_rationales(row | {"label": "x"}, ["a", "b", "c"], {"a": "up", "b": "down"}) == ["up", "down"]
 
-    class Held(inputs.Tables):
+    class Held(StageTables):
         def __init__(self):
             pass
 
@@ -482,10 +470,10 @@ def test_reasons_are_for_the_label_that_a_row_is_taught_with():
 
     def rows(teachers):
         leg = {"data": ["s/pool"], "teachers": teachers, "loss": {"ce": 1.0, "rationale": 1.0}, "steps": 1}
-        student = params.Student(model="m", arch="causal", phases=[leg | {"learning_rate": 1e-3}])
-        teacher = params.Teacher(kind="lm", model="m")
-        P = params.Params.model_construct(students={"s": student}, teachers={"a": teacher, "b": teacher})
-        return [row["rationale"] for row in inputs.rows_for(Held(), P, "s")[0]]
+        student = StudentConfig(model="m", arch="causal", phases=[leg | {"learning_rate": 1e-3}])
+        teacher = TeacherConfig(kind="lm", model="m")
+        P = Params.model_construct(students={"s": student}, teachers={"a": teacher, "b": teacher})
+        return [row["rationale"] for row in student_rows(Held(), P, "s")[0]]
 
     assert rows(["a"]) == ["a 1", None] and rows(["a", "b"]) == ["b 1", None]
 

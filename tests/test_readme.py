@@ -19,7 +19,9 @@ from packaging.specifiers import SpecifierSet
 from ruamel.yaml import YAML
 
 import tiny
-from distillery import params, report
+from distillery.config.load import load_params, validate_section
+from distillery.config.schema import ModelConfig, TeacherConfig
+from distillery.report.page import leaderboard_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -75,13 +77,13 @@ def test_the_experiments_in_the_readme_are_valid(tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/mine.yaml").write_text(block("# tasks/mine.yaml\n"), encoding="utf-8")
     (tmp_path / "params.yaml").write_text(block("# params.yaml\n"), encoding="utf-8")
-    found = params.load(tmp_path / "params.yaml")
-    ours = params.load(ROOT / "params.yaml")
+    found = load_params(tmp_path / "params.yaml")
+    ours = load_params(ROOT / "params.yaml")
     assert found.models == {name: ours.models[name] for name in found.models}  # pins do not fall behind
     hub = YAML(typ="safe").load(block("models:\n  distilbert").replace("<commit>", "abc"))
-    assert params.Model.model_validate(hub["models"]["distilbert"]).hub
+    assert ModelConfig.model_validate(hub["models"]["distilbert"]).hub
     far = YAML(typ="safe", pure=True).load(block("teachers:\n  far:"))["teachers"]
-    assert [params.validate(params.Teacher, spec, "README.md").kind for spec in far.values()] == ["api", "answers"]
+    assert [validate_section(TeacherConfig, spec, "README.md").kind for spec in far.values()] == ["api", "answers"]
 
 
 def test_a_table_of_ones_own_becomes_a_model(mine):
@@ -118,7 +120,7 @@ def test_every_file_that_the_readme_links_is_there():
 
 def test_the_leaderboard_in_the_readme_is_that_of_the_committed_run():
     table = re.search(r"<!-- leaderboard -->\n(.*?)\n<!-- /leaderboard -->", README, flags=re.S)[1]
-    assert table == report.markdown(pd.read_csv(ROOT / "reports/leaderboard.csv"))
+    assert table == leaderboard_markdown(pd.read_csv(ROOT / "reports/leaderboard.csv"))
 
 
 def test_the_printed_leaderboard_says_what_the_table_holds():
@@ -132,7 +134,7 @@ def test_the_printed_leaderboard_says_what_the_table_holds():
         | against,
         {"model": "majority", "role": "majority", "parameters": None} | scores | alone,
     ]
-    lines = report.markdown(pd.DataFrame(rows)).splitlines()
+    lines = leaderboard_markdown(pd.DataFrame(rows)).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2] == (
         "| kd | student | 17.1 M | 66.1 % (63.0–69.4) | 66.1 % (63.0–69.4) | 312 "

@@ -9,7 +9,9 @@ import sys
 import pytest
 
 import tiny
-from distillery import params, recipe
+from distillery.config.load import load_params
+from distillery.files import read_yaml, repository_root
+from distillery.pipeline.recipe import load_recipe, merge_overlay, prepare_folder, prepare_recipe
 
 RECIPES = sorted(path.stem for path in (tiny.ROOT / "recipes").glob("*.yaml"))
 
@@ -17,7 +19,7 @@ RECIPES = sorted(path.stem for path in (tiny.ROOT / "recipes").glob("*.yaml"))
 def test_an_overlay_changes_keys_items_and_takes_away():
     base = {"a": {"b": 1, "c": [{"d": 1, "e": 2}, {"d": 3}], "f": [1, 2]}, "g": 4}
     over = {"a": {"b": None, "c": {0: {"d": 9}}, "f": [5]}, "h": {"i": 6}}
-    assert recipe.merged(base, over) == {
+    assert merge_overlay(base, over) == {
         "a": {"c": [{"d": 9, "e": 2}, {"d": 3}], "f": [5]},
         "g": 4,
         "h": {"i": 6},
@@ -38,13 +40,13 @@ def repository(tmp_path):
 
 def test_a_recipe_has_a_folder_of_its_own(repository):
     before = subprocess.run(["git", "status", "--porcelain"], cwd=repository, capture_output=True, text=True).stdout
-    whole, small = recipe.prepare(repository, "other"), recipe.prepare(repository, "other", "small")
+    whole, small = prepare_recipe(repository, "other"), prepare_recipe(repository, "other", "small")
     assert whole != small
-    assert params.load(whole / "params.yaml").seeds == [7]
-    loaded = params.load(small / "params.yaml")
+    assert load_params(whole / "params.yaml").seeds == [7]
+    loaded = load_params(small / "params.yaml")
     assert (loaded.seeds, loaded.students["tiny-kd"].phases[1].steps) == ([8], 1)
-    assert params.root(small / "notebooks") == small  # what runs there finds its own params.yaml
-    assert params.load(repository / "params.yaml").seeds == [0]
+    assert repository_root(small / "notebooks") == small  # what runs there finds its own params.yaml
+    assert load_params(repository / "params.yaml").seeds == [0]
     assert (
         before
         == subprocess.run(["git", "status", "--porcelain"], cwd=repository, capture_output=True, text=True).stdout
@@ -52,17 +54,17 @@ def test_a_recipe_has_a_folder_of_its_own(repository):
     for shared in (".cache/models", ".cache/answers"):  # nothing is fetched or paid for twice
         assert (small / shared).resolve() == (whole / shared).resolve() == repository / shared
     (small / "runs").mkdir()
-    kept = (small / "src/distillery/params.py").stat().st_mtime_ns
+    kept = (small / "src/distillery/config/load.py").stat().st_mtime_ns
     (repository / "notebooks" / "01_data.ipynb").unlink()
-    assert recipe.prepare(repository, "other", "small") == small
+    assert prepare_recipe(repository, "other", "small") == small
     assert (small / "runs").exists()  # what it wrote stays
     assert not (small / "notebooks" / "01_data.ipynb").exists()
-    assert (small / "src/distillery/params.py").stat().st_mtime_ns == kept
+    assert (small / "src/distillery/config/load.py").stat().st_mtime_ns == kept
 
 
 def test_a_recipe_runs_there_with_dvc(repository):
     """The first stage is enough to see that DVC works without git and writes to that folder alone."""
-    folder = recipe.prepare(repository, "other", "small")
+    folder = prepare_recipe(repository, "other", "small")
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "repro", "strip"], cwd=folder, capture_output=True, text=True, timeout=120
     )
@@ -79,17 +81,17 @@ def test_a_recipe_runs_there_with_dvc(repository):
     ],
 )
 def test_what_there_is_not_is_told_in_one_line(repository, arguments, line):
-    command = [sys.executable, "-m", "distillery.recipe", *arguments]
+    command = [sys.executable, "-m", "distillery", "recipe", *arguments]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, line + "\n")
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_whole_experiment_at_every_scale(name, tmp_path):
-    raw = params.read_yaml(tiny.ROOT / "recipes" / f"{name}.yaml")
+    raw = read_yaml(tiny.ROOT / "recipes" / f"{name}.yaml")
     for scale in [None, *(raw.get("scale") or {})]:
-        folder = recipe.prepare_into(tiny.ROOT, recipe.experiment(tiny.ROOT, name, scale), tmp_path / str(scale), name)
-        loaded = params.load(folder / "params.yaml")
+        folder = prepare_folder(tiny.ROOT, load_recipe(tiny.ROOT, name, scale), tmp_path / str(scale), name)
+        loaded = load_params(folder / "params.yaml")
         claims = loaded.recipe.published if loaded.recipe else []
         models = {claim.model for claim in claims if not claim.model.endswith("(not run here)")}
         assert models <= {*loaded.students, *loaded.teachers, *(f"{s}, untrained" for s in loaded.students)}
@@ -103,17 +105,19 @@ def test_every_recipe_is_a_whole_experiment_at_every_scale(name, tmp_path):
 def test_a_stand_in_is_built_from_its_config(kind, arch, tmp_path):
     from transformers import AutoModel
 
-    from distillery import models
+    from distillery.config.schema import ModelConfig
+    from distillery.models.fetch import fetch_model
+    from distillery.models.load import load_tokenizer
 
-    spec = params.Model(built={"type": kind, "words": ["data/corpora/math.jsonl", "tasks/math.yaml"], "layers": 2})
-    folder = models.fetch("tiny", spec, tmp_path)
-    tokenizer = models.load_tokenizer(folder)
+    spec = ModelConfig(built={"type": kind, "words": ["data/corpora/math.jsonl", "tasks/math.yaml"], "layers": 2})
+    folder = fetch_model("tiny", spec, tmp_path)
+    tokenizer = load_tokenizer(folder)
     ids = tokenizer("How many minutes do they take?")["input_ids"]
     assert tokenizer.unk_token_id not in ids
     assert json.loads((folder / "config.json").read_text())["model_type"] == kind
     model = AutoModel.from_pretrained(folder)
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    assert models.fetch("tiny", spec, tmp_path) == folder
-    assert models.fetch("tiny", spec, tmp_path / "again").name == folder.name
+    assert fetch_model("tiny", spec, tmp_path) == folder
+    assert fetch_model("tiny", spec, tmp_path / "again").name == folder.name
     weights = [(path / "model.safetensors").read_bytes() for path in (folder, tmp_path / "again" / folder.name)]
     assert weights[0] == weights[1]

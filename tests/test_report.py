@@ -12,7 +12,29 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from distillery import data, evaluation, metrics, models, params, report, tasks, training
+from distillery import metrics
+from distillery.config.load import load_params
+from distillery.config.schema import Params, PublishedScores
+from distillery.data.prepare import prepare_source
+from distillery.data.storage import read_split, read_task, write_source
+from distillery.errors import UserError
+from distillery.evaluation.gather import UNPARSABLE, gather_results
+from distillery.evaluation.leaderboard import (
+    compare_accuracy,
+    compare_with_published,
+    leaderboard,
+    phase_accuracies,
+    teacher_closeness,
+)
+from distillery.evaluation.robustness import measure_robustness
+from distillery.evaluation.rows import disagreements
+from distillery.evaluation.speed import Measurements, measure_models, throughput
+from distillery.models.save import save_model
+from distillery.report.figures import INK, MIN_BIN_ROWS, figure_cost, figure_svg, inline_svg
+from distillery.report.page import MAX_BROWSER_ROWS, write_report
+from distillery.report.sentences import describe_result
+from distillery.tasks.schema import load_task
+from distillery.training.student import build_student
 
 LABELS = ["up", "flat", "down"]
 TASK = "kind: classification\nlabels: {up: it rises, flat: it stays, down: it falls}\n"
@@ -52,7 +74,7 @@ RIGHT = {"tiny-kd": 0.75, "tiny-gold": 0.55, "other": 0.7, "big": 0.9, "untraine
 
 def predictions(rng, gold, right: float, labels: list[str]) -> tuple[list[str], list[np.ndarray]]:
     """Labels that are right for a share `right` of the rows, and probabilities whose largest is that label's."""
-    codes, k = metrics.encode(gold, labels), len(labels)
+    codes, k = metrics.encode_labels(gold, labels), len(labels)
     codes = np.where(rng.random(len(gold)) < right, codes, (codes + rng.integers(1, k, len(gold))) % k)
     p = rng.dirichlet([1] * k, len(gold))
     p = 0.4 * p + 0.6 * np.eye(k)[codes]
@@ -87,11 +109,11 @@ def project(root, spec: dict | None = None, right: dict | None = None, corpus: l
     put(root / "tasks/demo.yaml", task)
     put(root / "params.yaml", json.dumps(spec))  # JSON is YAML
     put(root / "data/demo.jsonl", "".join(json.dumps(row) + "\n" for row in corpus))
-    P = params.load(root / "params.yaml")
-    made = tasks.load("demo", root / "tasks")
-    prepared = data.prepare("demo", P.data["demo"], made, root)
-    data.write(prepared, root / "data/processed/demo")
-    held_out = {split: data.read(root / "data/processed/demo", split) for split in ("validation", "test")}
+    P = load_params(root / "params.yaml")
+    made = load_task("demo", root / "tasks")
+    prepared = prepare_source("demo", P.data["demo"], made, root)
+    write_source(prepared, root / "data/processed/demo")
+    held_out = {split: read_split(root / "data/processed/demo", split) for split in ("validation", "test")}
 
     def said(right, **columns):
         return pd.concat([table(rng, rows, right, made.names, split=s, **columns) for s, rows in held_out.items()])
@@ -119,7 +141,7 @@ def project(root, spec: dict | None = None, right: dict | None = None, corpus: l
 SPEEDS = {"tiny-kd": 500.0, "tiny-gold": 500.0, "other": 100.0, "big": 40.0}
 
 
-def measured(results, speeds=SPEEDS) -> evaluation.Measured:
+def measured(results, speeds=SPEEDS) -> Measurements:
     """Made-up clocks, and what a model that looks for the word "ship" says of rewritten rows."""
     timing = {
         name: {"sentences_per_second": speed, "latency_p50_ms": 900 / speed, "latency_p95_ms": 2000 / speed}
@@ -129,14 +151,14 @@ def measured(results, speeds=SPEEDS) -> evaluation.Measured:
     def predict(texts):
         return np.eye(3)[[("ship" in text) + 0 for text in texts]]
 
-    return evaluation.Measured(timing, *evaluation.rewritten(results, {"tiny-kd": predict, "big": predict}))
+    return Measurements(timing, *measure_robustness(results, {"tiny-kd": predict, "big": predict}))
 
 
 def run(root, P, speeds=None):
-    results = evaluation.gather(root, P)
-    found = measured(results, speeds) if speeds else evaluation.Measured()
-    board = evaluation.leaderboard(results, found.timing)
-    report.write(root, results, board, found)
+    results = gather_results(root, P)
+    found = measured(results, speeds) if speeds else Measurements()
+    board = leaderboard(results, found.timing)
+    write_report(root, results, board, found)
     return results, board.set_index("model")
 
 
@@ -149,7 +171,7 @@ def finished(tmp_path_factory):
 
 def test_scores_are_those_of_the_runs(finished):
     root, P, _, board = finished
-    test = data.read(root / "data/processed/demo", "test").set_index("id")["label"]
+    test = read_split(root / "data/processed/demo", "test").set_index("id")["label"]
     teacher = pd.read_parquet(root / "data/teacher/big/signals.parquet").set_index("id").loc[test.index]
     for name in P.students:
         runs = [pd.read_parquet(root / f"runs/{name}-{seed}/predictions.parquet") for seed in P.seeds]
@@ -161,7 +183,10 @@ def test_scores_are_those_of_the_runs(finished):
             "recall_down": np.mean([sk.recall_score(test == "down", r["prediction"] == "down") for r in runs]),
             "agreement_with_teacher": np.mean([(r["prediction"] == teacher["label"]).mean() for r in runs]),
             "kl_to_teacher": np.mean(
-                [metrics.kl(np.stack(teacher["probabilities"]), np.stack(r["probabilities"])).mean() for r in runs]
+                [
+                    metrics.kl_divergence(np.stack(teacher["probabilities"]), np.stack(r["probabilities"])).mean()
+                    for r in runs
+                ]
             ),
         }
         for key, value in expected.items():
@@ -177,7 +202,7 @@ def test_closeness_to_each_teacher(tmp_path):
     spec["teachers"]["second"] = spec["teachers"]["big"]
     P = project(tmp_path, spec, right={"second": 0.6})
     results, board = run(tmp_path, P)
-    close = evaluation.closeness(results).set_index(["model", "teacher"])
+    close = teacher_closeness(results).set_index(["model", "teacher"])
     assert len(close) == 2 * (len(P.students) + 2)  # three students, two of them untrained
     for name in P.students:
         assert close.loc[(name, "big"), "agreement"] == pytest.approx(board.loc[name, "agreement_with_teacher"])
@@ -219,14 +244,14 @@ def test_verdict_can_say_no(tmp_path, right, verdict):
     P = project(tmp_path, right={"tiny-kd": right})
     results, board = run(tmp_path, P)
     assert board.loc["tiny-kd", "verdict"] == verdict
-    text = " ".join(report.answer(results, board.reset_index())["sentences"])
+    text = " ".join(describe_result(results, board.reset_index())["sentences"])
     assert ("no evidence of a gain or a loss" if verdict == "no evidence" else "points worse, and that is no") in text
     assert "is real" not in text
 
 
 def test_a_gain_of_single_runs_is_not_called_real(tmp_path):
     results, board = run(tmp_path, project(tmp_path, experiment(seeds=[0])))
-    said = report.answer(results, board.reset_index())
+    said = describe_result(results, board.reset_index())
     text = " ".join(said["sentences"]) + " ".join(tile["label"] for tile in said["tiles"])
     assert board.loc["tiny-kd", "verdict"] == "better" and "more than the choice of test rows explains" in text
     assert "real" not in text and "not of other random seeds" in text
@@ -252,8 +277,8 @@ def test_many_comparisons_need_more(tmp_path):
     spec["students"] |= {f"copy-{i}": gold | {"control": "tiny-gold"} for i in range(10)}
     spec["evaluate"]["bootstrap"] = 2000  # p cannot fall below 2 / 2001, and eleven comparisons multiply it
     P = project(tmp_path, spec, right={f"copy-{i}": 0.55 for i in range(10)})
-    results = evaluation.gather(tmp_path, P)
-    board = evaluation.leaderboard(results).set_index("model")
+    results = gather_results(tmp_path, P)
+    board = leaderboard(results).set_index("model")
     compared = board[board["verdict"].notna()]
     test = results.tests["demo"]
     gold, predicted = test["label"], {name: results.find(name).predicted for name in P.students}
@@ -265,7 +290,7 @@ def test_many_comparisons_need_more(tmp_path):
         )
         for name in compared.index
     ]
-    teacher = [evaluation.compared(results, results.find(n), results.teacher_of(results.find(n)))["p"]
+    teacher = [compare_accuracy(results, results.find(n), results.teacher_of(results.find(n)))["p"]
                for n in ("tiny-kd", "other")]  # fmt: skip
     assert len(alone) == 11 and compared["p"].tolist() == pytest.approx(metrics.holm(alone + teacher)[:11].tolist())
     verdicts = board.loc[[f"copy-{i}" for i in range(10)], "verdict"]
@@ -279,7 +304,7 @@ def test_a_removed_student_vanishes(finished, tmp_path):
     del spec["students"]["other"]
     put(tmp_path / "params.yaml", json.dumps(spec))
     assert (tmp_path / "runs/other-0").exists()
-    _, board = run(tmp_path, params.load(tmp_path / "params.yaml"))
+    _, board = run(tmp_path, load_params(tmp_path / "params.yaml"))
     assert not [m for m in board.index if "other" in m]
     assert "other" in P.students and "other" in finished[3].index
 
@@ -318,7 +343,7 @@ def test_files_for_dvc(finished):
     scores = pd.read_csv(root / "reports/plots/scores.csv").set_index(["model", "score"])
     assert scores.loc[("tiny-kd", "macro_f1"), "low"] == pytest.approx(board.loc["tiny-kd", "macro_f1_low"])
     bins = pd.read_csv(root / "reports/plots/reliability.csv")
-    assert list(bins) == ["model", "confidence", "right", "rows"] and bins["rows"].min() >= report.MIN_BIN
+    assert list(bins) == ["model", "confidence", "right", "rows"] and bins["rows"].min() >= MIN_BIN_ROWS
     for name in ("leaderboard", "cost", "confusion", "labels", "delay", "reliability", "coverage", "history"):
         assert (root / f"reports/figures/{name}.svg").read_text().startswith("<?xml")
 
@@ -370,7 +395,7 @@ def test_page_stands_alone(finished):
 
 def test_page_says_what_came_out(finished):
     root, _, results, board = finished
-    said = report.answer(results, board.reset_index())
+    said = describe_result(results, board.reset_index())
     text = " ".join(said["sentences"])
     assert "7.9 times smaller" in text and "12.5 times as fast (500 against 40 sentences a second)" in text
     assert "answers a single one in 1.8 ms (22 ms)" in text
@@ -431,7 +456,7 @@ EVIL = "<script>alert('pwned')</script> & \"quoted\" $x_1$ </script>"
 
 def test_what_each_phase_gave(finished):
     root, P, results, _ = finished
-    found = evaluation.legs(root, results).set_index(["model", "after phase"])
+    found = phase_accuracies(root, results).set_index(["model", "after phase"])
     for name in P.students:
         assert found.loc[(name, 1), "accuracy"] == pytest.approx(
             np.mean([table_["right"].mean() for table_ in phases_of(root, name, P.seeds)])
@@ -448,7 +473,7 @@ def phases_of(root, name, seeds):
         rows = pd.read_parquet(root / f"runs/{name}-{seed}/phases.parquet")
         rows = rows[(rows["split"] == "validation") & (rows["phase"] == 1)].set_index("id")
         yield rows.assign(
-            right=rows["prediction"] == data.read(root / "data/processed/demo", "validation").set_index("id")["label"]
+            right=rows["prediction"] == read_split(root / "data/processed/demo", "validation").set_index("id")["label"]
         )
 
 
@@ -477,9 +502,9 @@ def test_figures_of_a_published_system_beside_the_runs(finished, tmp_path):
     assert "a paper &amp; its code. A dash" in part and "other &lt;rows&gt;" in part and "one seed" in part
     assert f"<td>0.9000</td><td>{board.loc['tiny-kd', 'accuracy']:.4f}<small>" in part and "<td>–</td>" in part
     # a teacher has a line for each of several sources: the headline's counts
-    told = P.recipe.model_copy(update={"published": [params.Published(model="big", scores={"accuracy": 0.9})]})
+    told = P.recipe.model_copy(update={"published": [PublishedScores(model="big", scores={"accuracy": 0.9})]})
     lines = pd.DataFrame({"model": ["big on demo", "big on other"], "accuracy": [0.5, 0.1]})
-    assert evaluation.published(P.model_copy(update={"recipe": told}), lines)["this run"].tolist() == [0.5]
+    assert compare_with_published(P.model_copy(update={"recipe": told}), lines)["this run"].tolist() == [0.5]
     # no recipe, no table
     assert not (finished[0] / "reports/plots/published.csv").exists()
     assert 'id="published"' not in (finished[0] / "reports/index.html").read_text(encoding="utf-8")
@@ -531,12 +556,12 @@ def test_a_leak_is_told(tmp_path):
     spec["data"]["demo"]["near_duplicate"] = 0.97
     P = project(tmp_path, spec)
     folder = tmp_path / "data/processed/demo"
-    test = data.read(folder, "test")
+    test = read_split(folder, "test")
     test.loc[20, "text"] += " at 100"
     test.to_parquet(folder / "test.parquet")
     copied = test.head(7).assign(id=[f"leak{i}" for i in range(7)], group="another")
     masked = test[20:21].assign(id="leak7", group="a third", text=lambda rows: rows["text"].str.replace("100", "2,345"))
-    pd.concat([data.read(folder, "train"), copied, masked]).to_parquet(folder / "train.parquet")
+    pd.concat([read_split(folder, "train"), copied, masked]).to_parquet(folder / "train.parquet")
     results, _ = run(tmp_path, P)
     assert said_by_the_checks(results, "leak") == [
         f"8 of the {len(test)} test rows of demo are also in demo/train (7 the same, 1 nearly), which big, tiny-kd, "
@@ -548,12 +573,12 @@ def test_a_leak_is_told(tmp_path):
     assert html.index("<b>Leak.</b> 8 of the") < html.index(told) < html.index('class="tiles"')
 
 
-def tuned(tmp_path, **scores) -> params.Params:
+def tuned(tmp_path, **scores) -> Params:
     """A project whose teacher was tuned on its train rows, in two folds, and noted these accuracies."""
     spec = experiment()
     spec["teachers"]["big"]["finetune"] = {"on": "demo/train", "steps": 1, "learning_rate": 1e-3}
     P = project(tmp_path, spec)
-    train = data.read(tmp_path / "data/processed/demo", "train")
+    train = read_split(tmp_path / "data/processed/demo", "train")
     path, rng = tmp_path / "data/teacher/big/signals.parquet", np.random.default_rng(0)
     rows = table(rng, train, 0.7, LABELS, source="demo", split="train", fold=1, rationale=None)
     pd.concat([pd.read_parquet(path), rows.rename(columns={"prediction": "label"})]).to_parquet(path)
@@ -578,7 +603,7 @@ def test_signals_from_memory_are_told(tmp_path):
     path = tmp_path / "data/teacher/big/signals.parquet"
     rows = pd.read_parquet(path)
     rows.assign(fold=-1).to_parquet(path)
-    (text,) = said_by_the_checks(evaluation.gather(tmp_path, P), "contamination")
+    (text,) = said_by_the_checks(gather_results(tmp_path, P), "contamination")
     number = (rows["split"] == "train").sum()
     assert text.startswith(f"What big says of {number} of the {number} rows of demo/train comes from a model that was")
 
@@ -595,7 +620,7 @@ def test_a_teacher_without_folds_is_judged_by_validation_rows(tmp_path, test, pa
     scores = {"memorised": 0.98, "validation": 0.7, "test": test}
     facts = {name: {"accuracy": value} for name, value in scores.items()} | {"parameters": 134_500_000}
     put(tmp_path / "data/teacher/big/metrics.json", facts)
-    (check,) = [c for c in evaluation.gather(tmp_path, P).checks if c.kind == "contamination"]
+    (check,) = [c for c in gather_results(tmp_path, P).checks if c.kind == "contamination"]
     assert check.passed == passed and "on 70 % of validation" in check.text
 
 
@@ -607,10 +632,10 @@ def test_a_model_that_knew_the_source_before_is_told(tmp_path):
     assert text.startswith("large had learned from demo before") and "the scores of big are no test" in text
 
 
-def answering(tmp_path, share: float) -> params.Params:
+def answering(tmp_path, share: float) -> Params:
     """A project whose headline gives the commonest answer to a share of the rows, and is as good as ever on others."""
     P = project(tmp_path)
-    train = data.read(tmp_path / "data/processed/demo", "train")
+    train = read_split(tmp_path / "data/processed/demo", "train")
     answer = train["label"].mode()[0]
     for seed in P.seeds:
         path = tmp_path / f"runs/tiny-kd-{seed}/predictions.parquet"
@@ -632,12 +657,12 @@ def test_a_short_cut_is_called_one(tmp_path):
         row["verdict"] == "worse" and row["commonest_answer"] == 1 and row["balanced_accuracy"] == pytest.approx(1 / 3)
     )
     assert "nothing that beats the commonest answer" in " ".join(
-        report.answer(results, board.reset_index())["sentences"]
+        describe_result(results, board.reset_index())["sentences"]
     )
 
 
 def test_a_student_that_leans_on_one_answer_is_told(tmp_path):
-    results = evaluation.gather(tmp_path, answering(tmp_path, 0.6))
+    results = gather_results(tmp_path, answering(tmp_path, 0.6))
     (text,) = said_by_the_checks(results, "shortcut")
     assert text.endswith("it leans.")
 
@@ -648,13 +673,13 @@ def test_one_seed_no_teacher_no_control_no_augmentation(tmp_path):
     spec["evaluate"]["headline"] = "alone"
     P = project(tmp_path, spec, right={"alone": 0.2})
     results, board = run(tmp_path, P)
-    text = " ".join(report.answer(results, board.reset_index())["sentences"])
+    text = " ".join(describe_result(results, board.reset_index())["sentences"])
     assert "was trained without a teacher" in text and "names no control" in text and "trained once" in text
     assert "nothing that beats the commonest answer" in text and "teacher:" not in text
     assert board["verdict"].isna().all() and board["kl_to_teacher"].isna().all()
     html = (tmp_path / "reports/index.html").read_text()
     assert "nothing was augmented" in html and "None" not in re.sub(r"<p>None: nothing", "", html)
-    assert set(evaluation.disagreements(results)["kind"]) == {"right", "wrong"}
+    assert set(disagreements(results)["kind"]) == {"right", "wrong"}
 
 
 def test_free_answers_have_no_commonest_one(tmp_path):
@@ -680,7 +705,7 @@ def test_the_page_shows_what_was_written_where_answers_are_free(tmp_path):
         rows.assign(token_f1=0.5, token_precision=0.4, token_recall=0.6).to_parquet(path)
     results, _ = run(tmp_path, P)
     html = (tmp_path / "reports/index.html").read_text()
-    row = evaluation.disagreements(results).iloc[0]
+    row = disagreements(results).iloc[0]
     assert row["accepted"] == f"answer {row['id'][1:]} or {row['id'][1:]}"
     for text in (
         f"accepted: {row['accepted']}",
@@ -697,7 +722,7 @@ def test_the_page_shows_what_was_written_where_answers_are_free(tmp_path):
 def test_a_student_that_beats_its_teacher(tmp_path):
     P = project(tmp_path, right={"big": 0.4})
     results, board = run(tmp_path, P, SPEEDS | {"tiny-kd": 20.0})
-    said = report.answer(results, board.reset_index())
+    said = describe_result(results, board.reset_index())
     assert "points better than its teacher" in said["sentences"][1]
     assert "2.0 times slower" in said["sentences"][0]
     assert "less accurate" not in said["title"]
@@ -723,16 +748,16 @@ def test_an_unreadable_answer_is_wrong_and_said_to_be_unreadable(tmp_path):
     rows.to_parquet(path)
     results, board = run(tmp_path, P)
     assert board.loc["big", "accuracy"] == pytest.approx(1 - 30 / len(results.tests["demo"]))
-    said = evaluation.disagreements(results).set_index("id").loc[rows.loc[lost, "id"]]
-    assert set(said["teacher"]) == {evaluation.UNREADABLE} and said["differs"].all()
-    assert f"teacher: {evaluation.UNREADABLE}" in (tmp_path / "reports/index.html").read_text()
+    said = disagreements(results).set_index("id").loc[rows.loc[lost, "id"]]
+    assert set(said["teacher"]) == {UNPARSABLE} and said["differs"].all()
+    assert f"teacher: {UNPARSABLE}" in (tmp_path / "reports/index.html").read_text()
     assert not said_by_the_checks(results, "shortcut")
 
 
 def test_rows_where_they_differ_come_first(finished):
     root, _, results, _ = finished
-    rows = evaluation.disagreements(results)
-    test = data.read(root / "data/processed/demo", "test")
+    rows = disagreements(results)
+    test = read_split(root / "data/processed/demo", "test")
     assert set(rows["id"]) == set(test["id"])
     number = int(rows["differs"].sum())
     assert 0 < number < len(rows) and rows["differs"].head(number).all()
@@ -748,11 +773,11 @@ def test_a_missing_or_stale_run_is_an_error_of_one_line(tmp_path):
     path = tmp_path / "runs/other-1/predictions.parquet"
     rows = pd.read_parquet(path)
     rows.head(5).to_parquet(path)
-    with pytest.raises(params.UserError, match=r"^runs/other-1/predictions.parquet: not the test rows of now"):
-        evaluation.gather(tmp_path, P)
+    with pytest.raises(UserError, match=r"^runs/other-1/predictions.parquet: not the test rows of now"):
+        gather_results(tmp_path, P)
     path.unlink()
-    with pytest.raises(params.UserError, match=r"^runs/other-1/predictions.parquet: no such file"):
-        evaluation.gather(tmp_path, P)
+    with pytest.raises(UserError, match=r"^runs/other-1/predictions.parquet: no such file"):
+        gather_results(tmp_path, P)
 
 
 def test_long_texts_and_many_rows_keep_the_page_small(tmp_path):
@@ -767,23 +792,23 @@ def test_long_texts_and_many_rows_keep_the_page_small(tmp_path):
     P = project(tmp_path, spec, corpus=corpus)
     run(tmp_path, P)
     html = (tmp_path / "reports/index.html").read_bytes()
-    assert len(html) < 3_000_000 and html.count(b'<article class="row"') == report.MAX_ROWS
+    assert len(html) < 3_000_000 and html.count(b'<article class="row"') == MAX_BROWSER_ROWS
     assert b"further rows are left out" in html
 
 
 def test_throughput_lets_the_models_take_turns():
     calls = []
     scorers = {name: (lambda texts, name=name: calls.append((name, len(texts)))) for name in "ab"}
-    speeds = evaluation.throughput(scorers, ["text"] * 8, rounds=2)
+    speeds = throughput(scorers, ["text"] * 8, rounds=2)
     assert calls == [("a", 4), ("b", 4), ("a", 8), ("b", 8), ("a", 8), ("b", 8)]
     assert set(speeds) == {"a", "b"} and min(speeds.values()) > 0
 
 
 def test_throughput_stops_when_its_time_is_spent(monkeypatch):
     now = iter(range(1000))
-    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr("distillery.evaluation.speed.time.perf_counter", lambda: next(now))
     calls = []
-    evaluation.throughput({"a": lambda texts: calls.append(len(texts))}, ["text"] * 8, rounds=50, budget=12)
+    throughput({"a": lambda texts: calls.append(len(texts))}, ["text"] * 8, rounds=50, budget=12)
     assert len(calls) == 1 + 12  # the warm-up, then rounds that take a second each
 
 
@@ -795,13 +820,13 @@ def test_speeds_of_real_models(tmp_path, tiny_models, monkeypatch):
     spec["evaluate"]["paraphrased_rows"] = 4
     spec["augment"] |= {"max_new_tokens": 4, "keep": {"min_similarity": 0.0, "max_similarity": 1.0}}
     P = project(tmp_path, spec)
-    task = data.read_task(tmp_path / "data/processed/demo")
+    task = read_task(tmp_path / "data/processed/demo")
     for name, student in P.students.items():
-        model = training.build(student, tiny_models / "tiny-bert", task, seed=0)
-        models.save(model.model, model.tokenizer, tmp_path / f"runs/{name}-0/model")
+        model = build_student(student, tiny_models / "tiny-bert", task, seed=0)
+        save_model(model.model, model.tokenizer, tmp_path / f"runs/{name}-0/model")
     for folder in ("data/teacher/big/model", "large"):  # tuned, and as it was fetched: the one that writes
         shutil.copytree(tiny_models / "tiny-llama", tmp_path / folder)
-    measured = evaluation.measure(tmp_path, evaluation.gather(tmp_path, P))
+    measured = measure_models(tmp_path, gather_results(tmp_path, P))
     speeds = measured.timing
     assert set(speeds) == {"tiny-kd", "tiny-gold", "other", "big"}
     assert min(found["sentences_per_second"] for found in speeds.values()) > 0
@@ -816,10 +841,10 @@ def test_speeds_of_real_models(tmp_path, tiny_models, monkeypatch):
 def test_pictures_are_deterministic_and_follow_the_theme(finished):
     _, _, results, board = finished
     board = board.reset_index()
-    one, two = (report.svg(report.figure_cost(results, board)) for _ in range(2))
+    one, two = (figure_svg(figure_cost(results, board)) for _ in range(2))
     assert one == two
-    page = str(report.inline("cost", one))
-    assert "var(--ink)" in page and report.INK not in page and "<metadata" not in page and "xmlns" not in page
+    page = str(inline_svg("cost", one))
+    assert "var(--ink)" in page and INK not in page and "<metadata" not in page and "xmlns" not in page
 
 
 @pytest.mark.parametrize(
@@ -834,7 +859,7 @@ def test_names_of_dots_run_into_no_other_dot_or_name(dots):
     board = pd.DataFrame(dots, columns=["parameters", "accuracy"])
     board = board.assign(model=[f"student-{i}" for i in range(len(dots))], role="student")
     board = board.assign(accuracy_low=board["accuracy"] - 0.04, accuracy_high=board["accuracy"] + 0.04)
-    figure = report.figure_cost(None, board)
+    figure = figure_cost(None, board)
     figure.canvas.draw()
     axes = figure.axes[0]
     names = [text.get_window_extent() for text in axes.texts]

@@ -7,7 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distillery import robustness
+from distillery.evaluation.perturbations import (
+    FIGURE,
+    INVENTED_NAMES,
+    WORD,
+    contrast_pairs_right,
+    double_amounts,
+    known_words,
+    perturbations,
+    replace_names,
+    respell,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,9 +40,9 @@ def corpus() -> list[str]:
     ],
 )
 def test_names_by_hand(text, changed):
-    known = robustness.known_words(["shares fell, the profit rose, lender to margin owner said stretch of"])
-    got = robustness.other_names(text, known)
-    names = [n for n in re.findall(r"[A-Z][a-z]+", got) if n in robustness.NAMES]
+    known = known_words(["shares fell, the profit rose, lender to margin owner said stretch of"])
+    got = replace_names(text, known)
+    names = [n for n in re.findall(r"[A-Z][a-z]+", got) if n in INVENTED_NAMES]
     assert got == changed.format(*dict.fromkeys(names))
     assert len(set(names)) == len(set(re.findall(r"\{\d\}", changed)))
 
@@ -54,7 +64,7 @@ def test_names_by_hand(text, changed):
     ],
 )
 def test_amounts_by_hand(text, changed):
-    assert robustness.other_amounts(text) == changed
+    assert double_amounts(text) == changed
 
 
 @pytest.mark.parametrize(
@@ -67,11 +77,11 @@ def test_amounts_by_hand(text, changed):
     ],
 )
 def test_spelling_by_hand(text, changed):
-    assert robustness.other_spelling(text) == changed
+    assert respell(text) == changed
 
 
 def test_on_a_corpus_only_what_a_rule_is_about_changes(corpus):
-    rules, known = robustness.changes(corpus), robustness.known_words(corpus)
+    rules, known = perturbations(corpus), known_words(corpus)
     digits = re.compile(r"\d+")
     counted = dict.fromkeys(rules, 0)
     for text in corpus:
@@ -79,12 +89,12 @@ def test_on_a_corpus_only_what_a_rule_is_about_changes(corpus):
         for change, new in (("names", names), ("amounts", amounts), ("spelling", spelling)):
             counted[change] += new != text
         assert digits.findall(names) == digits.findall(text) == digits.findall(spelling)
-        lower = [word for word in robustness.WORD.findall(text) if word.islower()]
-        assert lower == [word for word in robustness.WORD.findall(names) if word.islower()]  # only names moved
-        assert set(robustness.WORD.findall(amounts)) == set(robustness.WORD.findall(text))  # only numbers moved
-        old, new = ([float(n.replace(",", "")) for n in re.findall(robustness.FIGURE, t)] for t in (text, amounts))
+        lower = [word for word in WORD.findall(text) if word.islower()]
+        assert lower == [word for word in WORD.findall(names) if word.islower()]  # only names moved
+        assert set(WORD.findall(amounts)) == set(WORD.findall(text))  # only numbers moved
+        old, new = ([float(n.replace(",", "")) for n in re.findall(FIGURE, t)] for t in (text, amounts))
         assert all(b in (a, pytest.approx(2 * a)) for a, b in zip(old, new, strict=True))
-        assert names == rules["names"](text) and robustness.other_names(text, known) == names
+        assert names == rules["names"](text) and replace_names(text, known) == names
     assert counted["names"] > 1000 and min(counted.values()) > 300
 
 
@@ -92,9 +102,9 @@ def test_contrast_pairs_are_right_as_a_whole_or_not_at_all():
     groups = ["a", "a", "b", "b", "c", "c", "d"]
     label = ["up", "down", "up", "down", "up", "up", "down"]  # c differs in no label, d is alone
     right = np.array([[1, 1, 1, 0, 0, 0, 1], [1, 0, 0, 1, 1, 1, 1]], bool)
-    share, number = robustness.pairs_right(right, label, groups)
+    share, number = contrast_pairs_right(right, label, groups)
     assert share.tolist() == [0.5, 0.0] and number == 2
     one_answer = np.array(label) == "up"
-    assert robustness.pairs_right(one_answer, label, groups)[0].tolist() == [0.0]
-    share, number = robustness.pairs_right(right[:, :1], label[:1], groups[:1])
+    assert contrast_pairs_right(one_answer, label, groups)[0].tolist() == [0.0]
+    share, number = contrast_pairs_right(right[:, :1], label[:1], groups[:1])
     assert np.isnan(share).all() and number == 0

@@ -8,10 +8,12 @@ import pandas as pd
 import pytest
 
 import tiny
-from distillery import params, search
-from distillery.params import UserError
+from distillery.config.load import load_params
+from distillery.config.schema import SearchConfig
+from distillery.errors import UserError
+from distillery.pipeline.search import draw_settings, run_search, run_trial, sample_groups, search_settings
 
-SPEC = params.Search(
+SPEC = SearchConfig(
     student="tiny-gold", sets=3, share=0.5, folds=2, learning_rate=[1.0e-4, 1.0e-2], choose={"batch_size": [4, 8]}
 )
 
@@ -23,7 +25,7 @@ def repository(tiny_models, tmp_path, monkeypatch):
     text = (repo / "params.yaml").read_text().replace("steps: 6,", "steps: 2,")
     found = json.dumps(SPEC.model_dump())
     (repo / "params.yaml").write_text(f"{text}search: {found}\n")
-    P = params.load(repo / "params.yaml")
+    P = load_params(repo / "params.yaml")
     lines = [json.loads(line) for line in (repo / "data/corpora/finance.jsonl").read_text().splitlines()[:40]]
     rows = pd.DataFrame(lines)[["id", "text", "label", "group"]].assign(
         where="finance/train", rationale=None, answers=None
@@ -39,22 +41,22 @@ def repository(tiny_models, tmp_path, monkeypatch):
 
 
 def test_settings_are_drawn_within_their_bounds_and_always_the_same():
-    drawn = search.draw(SPEC.model_copy(update={"sets": 200}))
+    drawn = draw_settings(SPEC.model_copy(update={"sets": 200}))
     assert all(1.0e-4 <= one["learning_rate"] <= 1.0e-2 for one in drawn)
     assert sum(one["learning_rate"] < 1.0e-3 for one in drawn) == pytest.approx(100, abs=25)  # even over the logarithm
     assert {one["batch_size"] for one in drawn} == {4, 8}
-    assert search.draw(SPEC) == drawn[:3]
+    assert draw_settings(SPEC) == drawn[:3]
 
 
 def test_a_share_is_made_of_whole_groups():
     rows = pd.DataFrame({"id": range(12), "group": [i // 2 for i in range(12)]})
-    taken = search.share_of(rows, 0.5, seed=0)
+    taken = sample_groups(rows, 0.5, seed=0)
     assert len(taken) == 6 and taken["group"].value_counts().eq(2).all()
 
 
 def test_a_killed_search_goes_on_and_its_best_set_is_read_by_the_phase(repository, monkeypatch, capsys):
     repo, P, _ = repository
-    asked, real = [], search.trial
+    asked, real = [], run_trial
 
     def trial(*arguments):
         asked.append(arguments[2])
@@ -62,17 +64,17 @@ def test_a_killed_search_goes_on_and_its_best_set_is_read_by_the_phase(repositor
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(search, "trial", trial)
+    monkeypatch.setattr("distillery.pipeline.search.run_trial", trial)
     with pytest.raises(KeyboardInterrupt):
-        search.main(["--write"])
-    search.main(["--write"])
+        run_search(write=True)
+    run_search(write=True)
     assert len(asked) == 7  # 3 sets of 2 folds, and the one that was cut short
     tried = json.loads((repo / ".cache/search/tiny-gold.json").read_text())
     assert [one["accuracy"] for one in tried] == sorted((one["accuracy"] for one in tried), reverse=True)
-    phase = params.load(repo / "params.yaml").students["tiny-gold"].phases[0]
+    phase = load_params(repo / "params.yaml").students["tiny-gold"].phases[0]
     assert (phase.learning_rate, phase.batch_size) == (tried[0]["learning_rate"], tried[0]["batch_size"])
     assert phase.steps == 2  # what was not chosen stays
-    search.main([])
+    run_search()
     assert len(asked) == 7
     assert "best: " in capsys.readouterr().out
 
@@ -80,12 +82,10 @@ def test_a_killed_search_goes_on_and_its_best_set_is_read_by_the_phase(repositor
 def test_what_a_search_needs_is_told_in_one_line(repository):
     repo, P, rows = repository
     with pytest.raises(UserError, match=r"^params.yaml: search: there is none"):
-        search.search(repo, P.model_copy(update={"search": None}))
+        search_settings(repo, P.model_copy(update={"search": None}))
     few = P.search.model_copy(update={"share": 0.01, "folds": 3})
     with pytest.raises(UserError, match=r"^params.yaml: search.share: \d gold rows are too few for 3 folds"):
-        search.search(repo, P.model_copy(update={"search": few}))
-    with pytest.raises(UserError, match=r"distillery.search: unknown option --wirte; there is: --write"):
-        search.main(["--wirte"])
+        search_settings(repo, P.model_copy(update={"search": few}))
     (repo / "data/inputs/tiny-gold/rows.parquet").unlink()
     with pytest.raises(UserError, match=r"rows.parquet: not there yet; run `dvc repro inputs` first"):
-        search.search(repo, P)
+        search_settings(repo, P)

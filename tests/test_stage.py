@@ -15,7 +15,7 @@ import nbformat
 import psutil
 import pytest
 
-from distillery import strip
+from distillery.files import file_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = 'student = "tiny-kd"\nseed = 0'
@@ -60,8 +60,8 @@ def run(repo: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
 
 def run_toy(repo: Path, *cells: str, given: tuple[str, ...] = ("-p", "student", "tiny-gold", "-p", "seed", "0"), **env):
     write_notebook(repo / "notebooks/04_toy.ipynb", *cells)
-    assert run(repo, "distillery.strip").returncode == 0
-    return run(repo, "distillery.stage", "04_toy", *given, **env)
+    assert run(repo, "distillery", "strip").returncode == 0
+    return run(repo, "distillery", "run", "04_toy", *given, **env)
 
 
 def executed(repo: Path) -> Path:
@@ -113,12 +113,15 @@ def test_wrong_selectors_end_in_one_line(repo, given, line):
 
 def test_params_are_checked_before_a_stage_runs(repo):
     write_notebook(repo / "notebooks/04_toy.ipynb")
-    assert run(repo, "distillery.strip").returncode == 0
+    assert run(repo, "distillery", "strip").returncode == 0
     text = (repo / "params.yaml").read_text(encoding="utf-8")
     (repo / "params.yaml").write_text(text.replace("temperature: 2.0", "temprature: 2.0"), encoding="utf-8")
     for arguments in (
-        ("distillery.stage", "04_toy", "-p", "student", "tiny-kd", "-p", "seed", "0"),
-        ("distillery.strip",),
+        ("distillery", "run", "04_toy", "-p", "student", "tiny-kd", "-p", "seed", "0"),
+        (
+            "distillery",
+            "strip",
+        ),
     ):
         done = run(repo, *arguments)
         assert done.returncode == 1
@@ -126,7 +129,7 @@ def test_params_are_checked_before_a_stage_runs(repo):
 
 
 def test_an_unknown_notebook_is_named_beside_the_known(repo):
-    done = run(repo, "distillery.stage", "04_toy")
+    done = run(repo, "distillery", "run", "04_toy")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "dvc repro strip" in done.stderr
 
@@ -134,7 +137,7 @@ def test_an_unknown_notebook_is_named_beside_the_known(repo):
 def test_a_users_mistake_is_one_line_and_leaves_no_notebook(repo):
     executed(repo).parent.mkdir(parents=True)
     executed(repo).write_text("of an earlier run")
-    done = run_toy(repo, "from distillery.params import UserError\nraise UserError('my.csv: row 3: no text')")
+    done = run_toy(repo, "from distillery.errors import UserError\nraise UserError('my.csv: row 3: no text')")
     assert (done.returncode, done.stderr) == (1, "error: my.csv: row 3: no text\n")
     assert not list(repo.glob("reports/**/*.ipynb")) and not list((repo / ".cache").rglob("*.ipynb"))
 
@@ -161,8 +164,8 @@ def start_sleeper(repo: Path, launcher: list[str], **env: str) -> tuple[subproce
     write_notebook(
         repo / "notebooks/04_toy.ipynb", "import os, time; open('pid', 'w').write(str(os.getpid()))", "time.sleep(60)"
     )
-    assert run(repo, "distillery.strip").returncode == 0
-    stage = command("distillery.stage", "04_toy", "-p", "student", "tiny-gold", "-p", "seed", "0")
+    assert run(repo, "distillery", "strip").returncode == 0
+    stage = command("distillery", "run", "04_toy", "-p", "student", "tiny-gold", "-p", "seed", "0")
     process = subprocess.Popen(launcher + stage, cwd=repo, env=environment(**env))
     deadline = time.monotonic() + 60
     while not ((repo / "pid").exists() and (repo / "pid").read_text()) and time.monotonic() < deadline:
@@ -193,7 +196,7 @@ def test_a_killed_stage_takes_its_kernel_along_and_can_run_again(repo, through_a
 def test_a_stage_runs_once_at_a_time(repo):
     process, kernel = start_sleeper(repo, [])
     try:
-        second = run(repo, "distillery.stage", "04_toy", "-p", "student", "tiny-gold", "-p", "seed", "0")
+        second = run(repo, "distillery", "run", "04_toy", "-p", "student", "tiny-gold", "-p", "seed", "0")
         assert (second.returncode, second.stderr) == (1, f"error: {NAME} runs already (process {process.pid})\n")
         assert process.poll() is None and kernel.is_running()
     finally:
@@ -203,7 +206,7 @@ def test_a_stage_runs_once_at_a_time(repo):
 
 def built(repo: Path) -> dict[str, str]:
     """What the first stage writes for `repo`, file by file."""
-    done = run(repo, "distillery.strip")
+    done = run(repo, "distillery", "strip")
     assert done.returncode == 0, done.stderr
     files = sorted(p for p in (repo / "build").rglob("*") if p.is_file())
     return {str(p.relative_to(repo)): p.read_text(encoding="utf-8") for p in files}
@@ -243,11 +246,11 @@ def test_an_edited_source_or_model_folder_is_noted(repo):
 
 def test_a_missing_source_and_a_broken_notebook_are_named(repo):
     (repo / "notebooks/01_data.ipynb").write_text("<<<<<<< HEAD\n{}")
-    done = run(repo, "distillery.strip")
+    done = run(repo, "distillery", "strip")
     assert done.returncode == 1 and done.stderr.startswith("error: notebooks/01_data.ipynb: not a notebook")
     (repo / "notebooks/01_data.ipynb").unlink()
     (repo / "data/corpora/finance.jsonl").unlink()
-    done = run(repo, "distillery.strip")
+    done = run(repo, "distillery", "strip")
     assert (done.returncode, done.stderr) == (
         1,
         "error: params.yaml: data.finance.source: data/corpora/finance.jsonl: no such file\n",
@@ -256,7 +259,7 @@ def test_a_missing_source_and_a_broken_notebook_are_named(repo):
 
 def test_a_python_without_the_packages_says_how_to_get_them(repo):
     bare = subprocess.run(
-        [sys.executable, "-S", "-m", "distillery.strip"], capture_output=True, text=True, cwd=repo, env=environment()
+        [sys.executable, "-S", "-m", "distillery", "strip"], capture_output=True, text=True, cwd=repo, env=environment()
     )
     assert bare.returncode == 1 and "source .venv/bin/activate" in bare.stderr and bare.stderr.count("\n") == 1
 
@@ -264,11 +267,11 @@ def test_a_python_without_the_packages_says_how_to_get_them(repo):
 def test_digest_follows_names_and_contents(tmp_path):
     (tmp_path / "a").write_text("1")
     (tmp_path / "b").write_text("2")
-    seen = {strip.digest(tmp_path)}
+    seen = {file_digest(tmp_path)}
     (tmp_path / "b").rename(tmp_path / "c")
-    seen.add(strip.digest(tmp_path))
+    seen.add(file_digest(tmp_path))
     (tmp_path / "c").write_text("3")
-    seen.add(strip.digest(tmp_path))
+    seen.add(file_digest(tmp_path))
     assert len(seen) == 3
     (tmp_path / ".DS_Store").write_text("x")
-    assert strip.digest(tmp_path) in seen
+    assert file_digest(tmp_path) in seen

@@ -12,8 +12,8 @@ import time
 import pytest
 
 import tiny
-from distillery.params import UserError
-from distillery.store import Answer, Question, Store
+from distillery.errors import UserError
+from distillery.teachers.cache import Answer, AnswerStore, Question
 
 ASKER = {"model": "m", "temperature": 0.0}
 
@@ -23,13 +23,13 @@ def question(i: int, sample: int = 0, **asker) -> Question:
 
 
 def test_an_answer_comes_back_and_is_kept_as_it_came_first(tmp_path):
-    store = Store(tmp_path / "deep" / "answers.sqlite")
+    store = AnswerStore(tmp_path / "deep" / "answers.sqlite")
     asked = [question(i) for i in range(3)]
     assert store.get(asked) == [None, None, None] and store.get([]) == []
     store.put([(asked[0], Answer("yes", {"usage": [3, 1]})), (asked[2], Answer("nö"))])
     store.put([(asked[0], Answer("another"))])
     assert store.get(asked) == [Answer("yes", {"usage": [3, 1]}), None, Answer("nö")]
-    assert Store(store.path).get(asked[:1]) == [Answer("yes", {"usage": [3, 1]})]
+    assert AnswerStore(store.path).get(asked[:1]) == [Answer("yes", {"usage": [3, 1]})]
     many = [question(i) for i in range(1200)]
     store.put((q, Answer(str(i))) for i, q in enumerate(many) if i > 2)
     assert [a.text for a in store.get(many)[3:]] == [str(i) for i in range(3, 1200)]
@@ -44,7 +44,7 @@ def test_everything_that_decides_an_answer_is_in_its_key():
 
 
 def test_ordinary_tools_can_read_it(tmp_path):
-    store = Store(tmp_path / "answers.sqlite")
+    store = AnswerStore(tmp_path / "answers.sqlite")
     store.put([(question(1), Answer("yes"))])
     with sqlite3.connect(store.path) as other:
         found = other.execute("SELECT json_extract(asker, '$.model'), prompt, sample, answer FROM answers").fetchall()
@@ -52,7 +52,7 @@ def test_ordinary_tools_can_read_it(tmp_path):
 
 
 def test_a_call_counts_with_what_it_may_use_until_it_is_closed(tmp_path):
-    store = Store(tmp_path / "answers.sqlite")
+    store = AnswerStore(tmp_path / "answers.sqlite")
     assert store.used("me") == (0, 0)
     call = store.opened(question(1), "me", 100, 10)
     store.opened(question(2), "somebody else", 7, 7)
@@ -68,13 +68,13 @@ def test_a_file_that_is_no_store_is_named_in_one_line(tmp_path):
     path = tmp_path / "answers.sqlite"
     path.write_bytes(b"text, not a database" * 100)
     with pytest.raises(UserError, match=r"answers.sqlite: cannot be used as the store of answers: .*not a database"):
-        Store(path)
+        AnswerStore(path)
 
 
 WRITER = """
 import sys
-from distillery.store import Answer, Question, Store
-store, first, last = Store(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+from distillery.teachers.cache import Answer, AnswerStore, Question
+store, first, last = AnswerStore(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 for i in range(first, last):
     store.put([(Question({"model": "m"}, i, n), Answer(f"{sys.argv[4]} {i} {n}")) for n in range(3)])
     print(i, flush=True)
@@ -93,7 +93,7 @@ def test_two_processes_write_at_once_and_each_answer_is_there_once(tmp_path):
     for process in both:
         process.stdout.close()
     asked = [Question({"model": "m"}, i, n) for i in range(90) for n in range(3)]
-    assert all(Store(path).get(asked))
+    assert all(AnswerStore(path).get(asked))
     with sqlite3.connect(path) as other:
         assert other.execute("SELECT COUNT(*), COUNT(DISTINCT key) FROM answers").fetchone() == (270, 270)
 
@@ -107,7 +107,7 @@ def test_a_kill_loses_nothing_that_was_kept_and_leaves_no_half(tmp_path):
     process.wait(10)
     process.stdout.close()
     time.sleep(0.1)
-    store = Store(path)
+    store = AnswerStore(path)
     asked = [[Question({"model": "m"}, i, n) for n in range(3)] for i in range(told + 50)]
     found = [[answer is not None for answer in store.get(three)] for three in asked]
     assert all(map(all, found[: told + 1]))

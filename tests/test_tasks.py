@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from distillery import tasks
-from distillery.params import UserError
+from distillery.errors import UserError
+from distillery.tasks.parsing import parse_explained_label, parse_label
+from distillery.tasks.prompts import chat_turns, count_options, render_answer, render_prompt, user_turn, with_options
+from distillery.tasks.schema import FewShotExample, Task, TaskPrompt, load_task
 
 MOOD = """
 kind: classification
@@ -24,9 +26,9 @@ LABELS = "kind: classification\nlabels: {a: one, b: two}\n"
 
 @pytest.fixture
 def load(tmp_path):
-    def of(content: str) -> tasks.Task:
+    def of(content: str) -> Task:
         (tmp_path / "mood.yaml").write_text(content, encoding="utf-8")
-        return tasks.load("mood", tmp_path)
+        return load_task("mood", tmp_path)
 
     return of
 
@@ -35,8 +37,8 @@ def test_words_and_the_order_of_labels(load):
     task = load(MOOD)
     assert task.names == ["good", "bad"]
     assert [task.word(label) for label in task.names] == ["+", "bad"]
-    assert tasks.answer(task, "good") == "+"
-    assert tasks.answer(task, "good", "plain") == " +"
+    assert render_answer(task, "good") == "+"
+    assert render_answer(task, "good", "plain") == " +"
 
 
 def test_labels_that_yaml_1_1_would_take_for_booleans(load):
@@ -53,28 +55,28 @@ def test_turns_with_and_without_examples(load):
         {"role": "user", "content": "Good or bad? we lost Mood:"},
         {"role": "assistant", "content": "bad"},
     ]
-    assert tasks.turns(task, "we drew") == [system, asked]
-    assert tasks.turns(task, "we drew", 1) == [system, *shots[:2], asked]
-    assert tasks.turns(task, "we drew", 2) == [system, *shots, asked]
+    assert chat_turns(task, "we drew") == [system, asked]
+    assert chat_turns(task, "we drew", 1) == [system, *shots[:2], asked]
+    assert chat_turns(task, "we drew", 2) == [system, *shots, asked]
     with pytest.raises(UserError, match="few_shot: 3 examples asked for, the task file holds 2"):
-        tasks.turns(task, "we drew", 3)
+        chat_turns(task, "we drew", 3)
 
 
 def test_no_system_turn_without_a_system_prompt(load):
-    assert [turn["role"] for turn in tasks.turns(load(LABELS), "x")] == ["user"]
+    assert [turn["role"] for turn in chat_turns(load(LABELS), "x")] == ["user"]
 
 
 def test_plain_rendering(load):
     task = load(MOOD)
-    prompt = tasks.render(tasks.turns(task, "we drew", 1), None, "plain")
+    prompt = render_prompt(chat_turns(task, "we drew", 1), None, "plain")
     assert prompt == "Judge.\n\nGood or bad? we won Mood: +\n\nGood or bad? we drew Mood:"
     # an example in the prompt looks just like the prompt with its answer
-    assert f"{tasks.question(task, 'we won')}{tasks.answer(task, 'good', 'plain')}" in prompt
+    assert f"{user_turn(task, 'we won')}{render_answer(task, 'good', 'plain')}" in prompt
 
 
 def test_chat_rendering_ends_where_the_answer_starts(load):
     tokenizer = tiny.word_tokenizer(["Judge Good or bad we drew Mood"], "llama")
-    prompt = tasks.render(tasks.turns(load(MOOD), "we drew"), tokenizer)
+    prompt = render_prompt(chat_turns(load(MOOD), "we drew"), tokenizer)
     assert prompt == (
         "<|im_start|>system\nJudge.<|im_end|>\n<|im_start|>user\nGood or bad? we drew Mood:<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -84,37 +86,37 @@ def test_chat_rendering_ends_where_the_answer_starts(load):
 def test_chat_rendering_needs_a_chat_template(load):
     tokenizer = tiny.word_tokenizer(["we drew"], "bert")
     with pytest.raises(UserError, match="no chat template; set `prompt: plain`"):
-        tasks.render(tasks.turns(load(MOOD), "we drew"), tokenizer)
+        render_prompt(chat_turns(load(MOOD), "we drew"), tokenizer)
 
 
 @given(st.text())
 def test_any_text_goes_into_the_prompt_unchanged(text):
     """Braces and percent signs in a text are not fields."""
-    task = tasks.Task(kind="classification", labels={"a": "", "b": ""})
-    assert tasks.question(task, text) == f"\n\nText: {text}\nLabel:"
+    task = Task(kind="classification", labels={"a": "", "b": ""})
+    assert user_turn(task, text) == f"\n\nText: {text}\nLabel:"
 
 
 def test_the_task_in_the_repository():
-    task = tasks.load("finance-sentiment", tiny.ROOT / "tasks")
+    task = load_task("finance-sentiment", tiny.ROOT / "tasks")
     assert task.names == ["positive", "neutral", "negative"]
     assert {shot.label for shot in task.few_shot} == set(task.names)
-    assert "{" not in tasks.question(task, "Sales rose.")
+    assert "{" not in user_turn(task, "Sales rose.")
 
 
 @pytest.mark.parametrize("path", sorted((tiny.ROOT / "tasks").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_task_in_the_repository_can_be_read_and_asked(path):
-    task = tasks.load(path.stem, path.parent)
-    assert "{" not in tasks.question(task, "Sales rose.")
+    task = load_task(path.stem, path.parent)
+    assert "{" not in user_turn(task, "Sales rose.")
     for shot in task.few_shot:
-        assert task.kind == "qa" or task.names.index(shot.label) < tasks.possible(task, shot.text)
+        assert task.kind == "qa" or task.names.index(shot.label) < count_options(task, shot.text)
 
 
 def test_a_row_with_fewer_options_has_fewer_labels():
-    task = tasks.Task(kind="choice", labels={"A": "", "B": "", "C": ""}, verbalizer={"A": "a"})
-    text = tasks.with_options(task, "which?", ["this", "that"])
+    task = Task(kind="choice", labels={"A": "", "B": "", "C": ""}, verbalizer={"A": "a"})
+    text = with_options(task, "which?", ["this", "that"])
     assert text == "which?\na) this\nB) that"
-    assert tasks.possible(task, text) == 2
-    assert tasks.possible(task, "which?") == 3
+    assert count_options(task, text) == 2
+    assert count_options(task, "which?") == 3
 
 
 @pytest.mark.parametrize(
@@ -165,10 +167,10 @@ def test_mistakes_are_told_in_one_line(load, content, line):
 
 def test_missing_and_malformed_files(tmp_path):
     with pytest.raises(UserError, match=r"mood\.yaml: no such file"):
-        tasks.load("mood", tmp_path)
+        load_task("mood", tmp_path)
     (tmp_path / "mood.yaml").write_text("kind: [")
     with pytest.raises(UserError, match=r"mood\.yaml, line 1: not valid YAML"):
-        tasks.load("mood", tmp_path)
+        load_task("mood", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -192,20 +194,20 @@ def test_missing_and_malformed_files(tmp_path):
     ],
 )
 def test_an_answer_is_read_strictly_or_not_at_all(text, label):
-    task = tasks.Task(kind="classification", labels={"up": "", "down": ""}, prompt={"template": "{text}\nAnswer:"})
-    assert tasks.parse(task, text) == label
+    task = Task(kind="classification", labels={"up": "", "down": ""}, prompt={"template": "{text}\nAnswer:"})
+    assert parse_label(task, text) == label
 
 
 def test_what_follows_a_label_is_its_explanation_and_words_stand_for_labels():
-    task = tasks.Task(kind="classification", labels={"up": "", "down": ""}, verbalizer={"up": "1", "down": "2"})
-    assert tasks.explained(task, "2\n\nSales fell.\nBadly.") == ("down", "Sales fell.\nBadly.")
-    assert tasks.parse(task, "up") is None and tasks.parse(task, "1.5") is None and tasks.parse(task, "1.") == "up"
+    task = Task(kind="classification", labels={"up": "", "down": ""}, verbalizer={"up": "1", "down": "2"})
+    assert parse_explained_label(task, "2\n\nSales fell.\nBadly.") == ("down", "Sales fell.\nBadly.")
+    assert parse_label(task, "up") is None and parse_label(task, "1.5") is None and parse_label(task, "1.") == "up"
 
 
 def test_solved_examples_may_be_given_and_a_response_format_stands_in_the_template():
     prompt = {"instruction": "I", "response": "R", "template": "{instruction} {response}: {text} ="}
-    task = tasks.Task(kind="classification", labels={"up": "", "down": ""}, prompt=prompt)
-    shots = [tasks.Shot(text="a", label="up")]
-    assert [turn["content"] for turn in tasks.turns(task, "b", shots)] == ["I R: a =", "up", "I R: b ="]
+    task = Task(kind="classification", labels={"up": "", "down": ""}, prompt=prompt)
+    shots = [FewShotExample(text="a", label="up")]
+    assert [turn["content"] for turn in chat_turns(task, "b", shots)] == ["I R: a =", "up", "I R: b ="]
     with pytest.raises(ValueError, match=r"`template` must hold \{response\}"):
-        tasks.Prompt(response="R")
+        TaskPrompt(response="R")

@@ -20,12 +20,28 @@ import pytest
 import torch
 
 import tiny
-from distillery import card, metrics, models, params, tasks, training
-from distillery.params import UserError
+from distillery import metrics
+from distillery.config.schema import PhaseConfig, StudentConfig
+from distillery.errors import UserError
+from distillery.models.fast_cpu import BitDropout
+from distillery.models.label_model import LabelModel
+from distillery.models.load import load_model, load_tokenizer
+from distillery.models.predictions import predict_rows, score_predictions
+from distillery.models.save import save_model
+from distillery.report.model_card import render_card
+from distillery.tasks.prompts import chat_turns, render_prompt
+from distillery.tasks.schema import Task, TaskPrompt, load_task
+from distillery.training.phase_loss import PhaseTrainerMixin
+from distillery.training.rows import TrainingRows, phase_rows
+from distillery.training.run import last_whole_checkpoint, run_key, train_phase, train_phases
+from distillery.training.sampler import LengthGroupedSampler
+from distillery.training.student import build_student, load_student
+from distillery.training.teacher_models import OpenableTeacher
+from distillery.training.trainers import OnPolicyTrainer, build_trainer, count_optimizer_steps
 
-TASK = tasks.load("finance-sentiment", tiny.ROOT / "tasks")
+TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 LABELS = TASK.names
-SHORT = TASK.model_copy(update={"prompt": tasks.Prompt(template="{text}")})  # a tiny model learns it in seconds
+SHORT = TASK.model_copy(update={"prompt": TaskPrompt(template="{text}")})  # a tiny model learns it in seconds
 # answers of different lengths, so that a mean over tokens is no mean over rows
 WORDS = SHORT.model_copy(
     update={"verbalizer": {"positive": "profit", "neutral": "profit rose", "negative": "net loss"}}
@@ -45,44 +61,42 @@ def toy(n: int, seed: int = 0) -> pd.DataFrame:
     return frame
 
 
-def phase(loss: dict[str, float], **more) -> params.Phase:
+def phase(loss: dict[str, float], **more) -> PhaseConfig:
     given = {"data": ["toy/train"], "loss": loss, "learning_rate": 1e-3, "warmup": 0.0}
     if set(loss) - {"ce"} and "teachers" not in more:
         given["teachers"] = ["one"]
     if "epochs" not in more:
         given["steps"] = 1
-    return params.Phase(**given | more)
+    return PhaseConfig(**given | more)
 
 
 KINDS = {"classifier": "bert", "causal": "llama", "seq2seq": "t5"}
 
 
-def teacher(
-    folder: Path, arch: str, task: tasks.Task = TASK, seed: int = 1, prompt: str = "plain"
-) -> models.LabelModel:
+def teacher(folder: Path, arch: str, task: Task = TASK, seed: int = 1, prompt: str = "plain") -> LabelModel:
     """A model of the student's shape with other weights, large enough to have an opinion."""
-    model = models.load(folder / f"tiny-{KINDS[arch]}", arch, labels=LABELS)
+    model = load_model(folder / f"tiny-{KINDS[arch]}", arch, labels=LABELS)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
         elif "LayerNorm.weight" in name:  # or all states have the same length
             parameter.data = torch.rand(parameter.shape, generator=generator) * 2
-    tokenizer = models.load_tokenizer(folder / f"tiny-{KINDS[arch]}")
-    return models.LabelModel(model.eval(), tokenizer, task, arch, prompt=prompt)
+    tokenizer = load_tokenizer(folder / f"tiny-{KINDS[arch]}")
+    return LabelModel(model.eval(), tokenizer, task, arch, prompt=prompt)
 
 
-def white_boxes(folder: Path, cache: Path, **archs: str) -> dict[str, training.WhiteBox]:
-    def box(name: str, arch: str, seed: int) -> training.WhiteBox:
-        return training.WhiteBox(lambda fold: teacher(folder, arch, SHORT, seed), [name, arch], 4, cache)
+def white_boxes(folder: Path, cache: Path, **archs: str) -> dict[str, OpenableTeacher]:
+    def box(name: str, arch: str, seed: int) -> OpenableTeacher:
+        return OpenableTeacher(lambda fold: teacher(folder, arch, SHORT, seed), [name, arch], 4, cache)
 
     return {name: box(name, arch, seed) for seed, (name, arch) in enumerate(archs.items(), 1)}
 
 
-def learner(folder: Path, arch: str, task: tasks.Task = TASK, *, dropout=False, scale=1, **more) -> models.LabelModel:
+def learner(folder: Path, arch: str, task: Task = TASK, *, dropout=False, scale=1, **more) -> LabelModel:
     """An untrained student; with `scale` it tells texts apart from the start, as random weights hardly do."""
-    spec = params.Student(model="m", arch=arch, phases=[], **more)
-    student = training.build(spec, folder / f"tiny-{KINDS[arch]}", task, 0)
+    spec = StudentConfig(model="m", arch=arch, phases=[], **more)
+    student = build_student(spec, folder / f"tiny-{KINDS[arch]}", task, 0)
     for module in student.model.modules():
         if isinstance(module, torch.nn.Dropout) and not dropout:
             module.p = 0.0
@@ -92,7 +106,7 @@ def learner(folder: Path, arch: str, task: tasks.Task = TASK, *, dropout=False, 
 
 
 def trained(student, frame, spec, folder, **more) -> pd.DataFrame:
-    return training.run_phase(student, training.phase_rows(frame, spec, LABELS), spec, folder=folder, seed=0, **more)
+    return train_phase(student, phase_rows(frame, spec, LABELS), spec, folder=folder, seed=0, **more)
 
 
 def test_a_classifier_keeps_the_embeddings_of_words_it_has_not_seen(tiny_models, tmp_path):
@@ -111,7 +125,7 @@ def test_a_classifier_keeps_the_embeddings_of_words_it_has_not_seen(tiny_models,
     assert moved.all()
     assert not any("rows" in name for name in student.model.state_dict())
     dropouts = [module for module in student.model.modules() if isinstance(module, torch.nn.Dropout)]
-    assert dropouts and all(type(module) is models.Dropout and module.p > 0 for module in dropouts)
+    assert dropouts and all(type(module) is BitDropout and module.p > 0 for module in dropouts)
 
 
 # ------------------------------------------------------------------------------- rows and their order
@@ -121,7 +135,7 @@ def test_a_classifier_keeps_the_embeddings_of_words_it_has_not_seen(tiny_models,
 @pytest.mark.parametrize("n, batch", [(1, 4), (7, 2), (40, 8), (300, 4)])
 def test_every_row_comes_once_an_epoch(order, n, batch):
     lengths = np.random.default_rng(n).integers(1, 50, n).tolist()
-    batches = training.Batches(lengths, batch, 3, order, [-length for length in lengths])
+    batches = LengthGroupedSampler(lengths, batch, 3, order, [-length for length in lengths])
     for epoch in range(3):
         batches.set_epoch(epoch)
         assert len(batches) == n and sorted(batches) == list(range(n))
@@ -129,7 +143,7 @@ def test_every_row_comes_once_an_epoch(order, n, batch):
 
 def test_the_order_is_a_function_of_seed_and_epoch():
     def rows(seed, epoch, before=0):
-        batches = training.Batches(list(range(50)), 4, seed)
+        batches = LengthGroupedSampler(list(range(50)), 4, seed)
         for _ in range(before):
             list(batches)
         batches.set_epoch(epoch)
@@ -141,10 +155,10 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 def test_orders_follow_length_and_confidence_and_batches_hold_rows_of_like_length():
     lengths, entropy = [5, 3, 9, 3], [0.1, 0.9, 0.5, 0.2]
-    assert list(training.Batches(lengths, 2, 0, "length")) == [1, 3, 0, 2]
-    assert list(training.Batches(lengths, 2, 0, "confidence", entropy)) == [0, 3, 2, 1]
+    assert list(LengthGroupedSampler(lengths, 2, 0, "length")) == [1, 3, 0, 2]
+    assert list(LengthGroupedSampler(lengths, 2, 0, "confidence", entropy)) == [0, 3, 2, 1]
     lengths = np.random.default_rng(0).integers(5, 60, 400)
-    rows = list(training.Batches(lengths.tolist(), 8, 0))
+    rows = list(LengthGroupedSampler(lengths.tolist(), 8, 0))
     spread = np.mean([np.ptp(lengths[rows[a : a + 8]]) for a in range(0, 400, 8)])
     assert spread < 0.3 * np.mean([np.ptp(part) for part in lengths.reshape(-1, 8)])
 
@@ -153,27 +167,25 @@ def test_a_phase_finds_its_rows_and_mixes_its_teachers():
     frame = toy(6)
     frame.loc[3:, "where"], frame.loc[3:, "label"] = "toy/pool", None
     one, two = (np.stack(frame[f"p_{name}"].to_list()) for name in ("one", "two"))
-    gold = training.phase_rows(frame, phase({"ce": 1.0}), LABELS)
+    gold = phase_rows(frame, phase({"ce": 1.0}), LABELS)
     assert gold.texts == frame["text"][:3].tolist() and gold.targets.tolist() == [0, 1, 2] and gold.logprobs is None
 
     everything = {"data": ["toy/train", "toy/pool"], "teachers": ["one", "two"]}
-    rows = training.phase_rows(frame, phase({"kl": 1.0}, **everything), LABELS)
+    rows = phase_rows(frame, phase({"kl": 1.0}, **everything), LABELS)
     np.testing.assert_allclose(rows.logprobs.exp(), (one + two) / 2, atol=1e-6)
     assert rows.targets.tolist() == [0, 1, 2, *((one + two) / 2).argmax(1)[3:]]  # gold, else what the teachers say
 
-    weighed = training.phase_rows(
-        frame, phase({"kl": 1.0}, mix="validation", **everything), LABELS, {"one": 0.9, "two": 0.3}
-    )
+    weighed = phase_rows(frame, phase({"kl": 1.0}, mix="validation", **everything), LABELS, {"one": 0.9, "two": 0.3})
     np.testing.assert_allclose(weighed.logprobs.exp(), 0.75 * one + 0.25 * two, atol=1e-6)
 
-    sure = training.phase_rows(frame, phase({"kl": 1.0}, mix="confidence", **everything), LABELS)
+    sure = phase_rows(frame, phase({"kl": 1.0}, mix="confidence", **everything), LABELS)
     entropies = np.stack([-(p * np.log(p)).sum(1) for p in (one, two)])
     doubt = np.where(np.arange(6) < 3, -np.log([[p[i, i % 3] for i in range(6)] for p in (one, two)]), entropies)
     weights = 1 - np.exp(doubt) / np.exp(doubt).sum(0)
     np.testing.assert_allclose(sure.logprobs.exp(), weights[0][:, None] * one + weights[1][:, None] * two, atol=1e-6)
 
     with pytest.raises(UserError, match="^phases: no row in toy/augmented$"):
-        training.phase_rows(frame, phase({"ce": 1.0}, data=["toy/augmented"]), LABELS)
+        phase_rows(frame, phase({"ce": 1.0}, data=["toy/augmented"]), LABELS)
 
 
 def test_of_the_pool_only_sure_or_agreed_labels_are_taken():
@@ -185,7 +197,7 @@ def test_of_the_pool_only_sure_or_agreed_labels_are_taken():
 
     def texts(**take) -> list[str]:
         spec = phase({"kl": 1.0}, data=["toy/train", "toy/pool"], teachers=["one", "two"], take=take)
-        return training.phase_rows(frame, spec, LABELS).texts
+        return phase_rows(frame, spec, LABELS).texts
 
     def where(*rows: int) -> list[str]:
         return frame["text"].iloc[list(rows)].tolist()
@@ -203,7 +215,7 @@ def test_a_row_is_taught_by_those_who_answered_and_by_nobody_if_none_did():
     frame["p_two"] = [None if i in (2, 4) else p for i, p in enumerate(two)]
     for mix in ("uniform", "validation", "confidence"):
         both = phase({"kl": 1.0}, teachers=["one", "two"], mix=mix)
-        rows = training.phase_rows(frame, both, LABELS, {"one": 0.5, "two": 0.5})
+        rows = phase_rows(frame, both, LABELS, {"one": 0.5, "two": 0.5})
         assert rows.texts == frame["text"].drop(index=4).tolist()
         np.testing.assert_allclose(rows.logprobs.exp()[1], two[1], atol=1e-6)
         np.testing.assert_allclose(rows.logprobs.exp()[2], one[2], atol=1e-6)
@@ -221,14 +233,14 @@ def test_a_row_is_taught_by_those_who_answered_and_by_nobody_if_none_did():
 )
 def test_optimizer_steps_are_those_that_are_run(tiny_models, tmp_path, more, n, steps):
     spec = phase({"ce": 1.0}, **more)
-    assert training.optimizer_steps(n, spec) == steps
+    assert count_optimizer_steps(n, spec) == steps
     assert trained(learner(tiny_models, "classifier"), toy(n), spec, tmp_path)["step"].max() <= steps
 
 
 # ------------------------------------------------------------------------------- the loss, by hand
 
 
-def by_hand(student: models.LabelModel, frame: pd.DataFrame, temperature: float) -> dict[str, float]:
+def by_hand(student: LabelModel, frame: pd.DataFrame, temperature: float) -> dict[str, float]:
     """ce, kl and jsd of `student` on `frame` from plain forward passes, in numpy."""
     index = [LABELS.index(label) for label in frame["label"]]
     student.model.eval()
@@ -240,7 +252,7 @@ def by_hand(student: models.LabelModel, frame: pd.DataFrame, temperature: float)
     else:
         logits, nll = [], []
         for text, gold in zip(frame["text"], index, strict=True):
-            rendered = tasks.render(tasks.turns(student.task, text), student.tokenizer)
+            rendered = render_prompt(chat_turns(student.task, text), student.tokenizer)
             prompt = student.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
             def told(answer, prompt=prompt, text=text):
@@ -292,13 +304,13 @@ REASONS = ["profit rose", None, "sales fell and the loss grew", "it was held", N
 
 def one_step(student, spec, frame, folder, teachers) -> pd.Series:
     """The logged values of a step too small to move anything."""
-    rows = training.phase_rows(frame, spec, LABELS)
-    history = training.run_phase(student, rows, spec, folder=folder, seed=0, teachers=teachers)
+    rows = phase_rows(frame, spec, LABELS)
+    history = train_phase(student, rows, spec, folder=folder, seed=0, teachers=teachers)
     assert len(history) == 1
     return history.iloc[0]
 
 
-def plainly(model: models.LabelModel, text: str, tokens: list[int], **more):
+def plainly(model: LabelModel, text: str, tokens: list[int], **more):
     """One forward pass of a whole row, answer and all: logits where `tokens` are told, and the whole output."""
     ids = model.encode([text])[0]
     if model.arch == "seq2seq":
@@ -367,7 +379,7 @@ def test_another_tokenizer_is_compared_by_sorted_probabilities(tiny_models, tmp_
                 a, b = (torch.nn.functional.pad(x, (0, width - len(x))) for x in (a, b))
                 expected += (a - b).abs().sum().item()
     spec = phase({"uld": 1.0}, batch_size=3, accumulate=2, learning_rate=1e-9)
-    box = training.WhiteBox(lambda fold: teacher(tiny_models, "seq2seq", WORDS), "t5", 4, tmp_path)
+    box = OpenableTeacher(lambda fold: teacher(tiny_models, "seq2seq", WORDS), "t5", 4, tmp_path)
     found = one_step(student, spec, frame, tmp_path / "run", {"one": box})
     assert found["uld"] == pytest.approx(expected / n, rel=1e-3)
     wrong = phase({"kl": 1.0}, space="vocabulary", batch_size=3)
@@ -410,10 +422,10 @@ def test_terms_over_hidden_states_are_those_of_the_paired_layers(tiny_models, tm
     for term in terms:
         assert found[term] == pytest.approx((alone[1][term] + alone[2][term]) / 2, rel=1e-3), term
     better = spec.model_copy(update={"mix": "validation"})
-    rows = training.phase_rows(frame, better, LABELS, {"one": 0.9, "two": 0.3})
+    rows = phase_rows(frame, better, LABELS, {"one": 0.9, "two": 0.3})
     one, two = (float(rows.weights[name][0]) for name in ("one", "two"))
     assert one > 2 * two > 0
-    weighted = training.run_phase(student, rows, better, folder=tmp_path / "more", seed=0, teachers=boxes).iloc[0]
+    weighted = train_phase(student, rows, better, folder=tmp_path / "more", seed=0, teachers=boxes).iloc[0]
     for term in terms:
         mixed = (one * alone[1][term] + two * alone[2][term]) / (one + two)
         assert weighted[term] == pytest.approx(mixed, rel=1e-3), term
@@ -425,21 +437,21 @@ def test_terms_over_hidden_states_are_those_of_the_paired_layers(tiny_models, tm
 def test_states_of_another_width_are_projected_and_the_projection_learns_and_goes(tiny_models, tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 
-    tokenizer = models.load_tokenizer(tiny_models / "tiny-bert")
+    tokenizer = load_tokenizer(tiny_models / "tiny-bert")
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16
     )
 
-    def narrow(fold: int) -> models.LabelModel:
+    def narrow(fold: int) -> LabelModel:
         torch.manual_seed(5)
-        return models.LabelModel(BertForSequenceClassification(config).eval(), tokenizer, SHORT, "classifier")
+        return LabelModel(BertForSequenceClassification(config).eval(), tokenizer, SHORT, "classifier")
 
     student = learner(tiny_models, "classifier", SHORT, scale=3)
-    box = {"one": training.WhiteBox(narrow, "narrow", 4, tmp_path)}
+    box = {"one": OpenableTeacher(narrow, "narrow", 4, tmp_path)}
     frame = toy(12).assign(fold_one=-1)
     spec = phase({"hidden": 1.0}, batch_size=6, steps=60, learning_rate=1e-2)
-    rows = training.phase_rows(frame, spec, LABELS)
-    history = training.run_phase(student, rows, spec, folder=tmp_path / "run", seed=0, teachers=box)
+    rows = phase_rows(frame, spec, LABELS)
+    history = train_phase(student, rows, spec, folder=tmp_path / "run", seed=0, teachers=box)
     assert history["hidden"].iloc[-1] < 0.5 * history["hidden"].iloc[0]
     assert not any("projections" in name for name, _ in student.model.named_parameters())
     with pytest.raises(UserError, match="^phases: loss.pkd: teacher `one`: student and teacher must be two equal"):
@@ -449,21 +461,21 @@ def test_states_of_another_width_are_projected_and_the_projection_learns_and_goe
 def test_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(tiny_models, tmp_path):
     asked = []
 
-    def open_fold(fold: int) -> models.LabelModel:
+    def open_fold(fold: int) -> LabelModel:
         asked.append(fold)
         return teacher(tiny_models, "classifier", SHORT, seed=10 + fold)
 
     frame = toy(6).assign(fold_one=[0, 1, -1, 1, 0, -1])
     spec = phase({"pkd": 1.0}, batch_size=6)
-    trainer = training.make_trainer(
+    trainer = build_trainer(
         learner(tiny_models, "classifier", SHORT),
-        training.phase_rows(frame, spec, LABELS),
+        phase_rows(frame, spec, LABELS),
         spec,
         folder=tmp_path / "run",
         seed=0,
         title="",
         checkpoint_every=9,
-        teachers={"one": training.WhiteBox(open_fold, "folds", 4, tmp_path)},
+        teachers={"one": OpenableTeacher(open_fold, "folds", 4, tmp_path)},
     )
     assert sorted(asked) == [-1, 0, 1]
     for i, fold in enumerate(frame["fold_one"]):
@@ -475,13 +487,13 @@ def test_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(tiny_model
 
 @pytest.mark.parametrize("longest", [2, 9])
 def test_on_policy_the_loss_is_a_mean_over_the_tokens_that_were_written(tiny_models, tmp_path, monkeypatch, longest):
-    written, sample = [], training.OnPolicyTrainer.sample
+    written, sample = [], OnPolicyTrainer.sample
 
     def listening(self, picked, k):
         written.append((picked, sample(self, picked, k)))
         return written[-1][1]
 
-    monkeypatch.setattr(training.OnPolicyTrainer, "sample", listening)
+    monkeypatch.setattr(OnPolicyTrainer, "sample", listening)
     frame = toy(6).assign(fold_one=-1)
     student = learner(tiny_models, "causal", SHORT, scale=3, prompt="plain")
     says = teacher(tiny_models, "causal", SHORT)
@@ -508,7 +520,7 @@ def test_on_policy_the_loss_is_a_mean_over_the_tokens_that_were_written(tiny_mod
 def test_on_policy_a_teacher_of_another_tokenizer_is_refused(tiny_models, tmp_path):
     student = learner(tiny_models, "causal", WORDS, prompt="plain")
     spec = phase({"kl": 1.0}, space="vocabulary", on_policy=1.0)
-    box = training.WhiteBox(lambda fold: teacher(tiny_models, "seq2seq", WORDS), "t5", 4, tmp_path)
+    box = OpenableTeacher(lambda fold: teacher(tiny_models, "seq2seq", WORDS), "t5", 4, tmp_path)
     with pytest.raises(UserError, match="^teachers.one: its vocabulary does not fit"):
         one_step(student, spec, toy(6).assign(fold_one=-1), tmp_path / "run", {"one": box})
 
@@ -516,16 +528,16 @@ def test_on_policy_a_teacher_of_another_tokenizer_is_refused(tiny_models, tmp_pa
 def test_on_policy_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(tiny_models, tmp_path):
     opened = []
 
-    def open_fold(fold: int) -> models.LabelModel:
+    def open_fold(fold: int) -> LabelModel:
         opened.append(fold)
         return teacher(tiny_models, "causal", SHORT, seed=10 + fold)
 
     student = learner(tiny_models, "causal", SHORT, scale=3, prompt="plain")
     spec = phase({"kl": 1.0}, space="vocabulary", on_policy=1.0, batch_size=6, max_new_tokens=3)
-    rows = training.phase_rows(toy(6).assign(fold_one=[0, 1, -1, 1, 0, -1]), spec, LABELS)
-    box = {"one": training.WhiteBox(open_fold, "folds", 4, tmp_path)}
+    rows = phase_rows(toy(6).assign(fold_one=[0, 1, -1, 1, 0, -1]), spec, LABELS)
+    box = {"one": OpenableTeacher(open_fold, "folds", 4, tmp_path)}
     more = {"folder": tmp_path / "run", "seed": 0, "title": "", "checkpoint_every": 9, "teachers": box}
-    trainer = training.make_trainer(student, rows, spec, **more)
+    trainer = build_trainer(student, rows, spec, **more)
     assert not opened  # nobody has written anything yet
     picked = [0, 1, 2, 3, 4, 5]
     written = [([5 + i, 6], 0) for i in picked]
@@ -586,9 +598,9 @@ def test_a_student_learns_what_can_be_learned(tiny_models, tmp_path, arch):
     history = trained(student, frame, spec, tmp_path)
     assert history["loss"].iloc[-1] < 0.5 * history["loss"].iloc[0]
     fresh = toy(30, seed=1)
-    said = training.predicted(student, fresh)
+    said = predict_rows(student, fresh)
     assert said.columns.tolist() == ["id", "label", "prediction", "probabilities"]
-    assert training.scores(said, LABELS)["accuracy"] > 0.9
+    assert score_predictions(said, LABELS)["accuracy"] > 0.9
     assert history["step"].tolist() == [10, 20, 30, 40, 50, 60] and history["learning_rate"].iloc[-1] < 1e-3
 
 
@@ -607,23 +619,23 @@ def test_a_teacher_is_followed_even_where_it_is_wrong(tiny_models, tmp_path):
 
 @pytest.mark.parametrize("arch", ["classifier", "causal"])
 def test_early_stopping_returns_to_the_best_checkpoint(tiny_models, tmp_path, arch, monkeypatch):
-    seen, evaluate = [], training._Phase.evaluate
+    seen, evaluate = [], PhaseTrainerMixin.evaluate
 
     def listening(self, *args, **kwargs):
         seen.append(evaluate(self, *args, **kwargs)["eval_loss"])
         return {"eval_loss": seen[-1]}
 
-    monkeypatch.setattr(training._Phase, "evaluate", listening)
+    monkeypatch.setattr(PhaseTrainerMixin, "evaluate", listening)
     frame, other = toy(12), toy(12, seed=2)
     other["label"] = other["label"].sample(frac=1, random_state=1).to_list()  # fitting the rows makes these worse
-    validation = training.Rows(other["text"].tolist(), np.array([LABELS.index(label) for label in other["label"]]))
+    validation = TrainingRows(other["text"].tolist(), np.array([LABELS.index(label) for label in other["label"]]))
     adapter = {"kind": "lora", "r": 4} if arch == "causal" else {}
     student = learner(tiny_models, arch, scale=3, adapter=adapter)
     stopping = {"metric": "loss", "patience": 2, "every": 2}
     spec = phase({"ce": 1.0}, steps=60, batch_size=4, learning_rate=1e-2, early_stopping=stopping, warmup=0.3)
     trained(student, frame, spec, tmp_path, validation=validation)
     assert len(seen) < 30 and np.argmin(seen) == len(seen) - 3  # two looks in vain, then it stopped
-    best = training.scores(training.predicted(student, other), LABELS)["log_loss"]
+    best = score_predictions(predict_rows(student, other), LABELS)["log_loss"]
     assert best == pytest.approx(min(seen), rel=1e-5) and best < seen[-1]
 
 
@@ -651,10 +663,10 @@ def run(kind: str, folder: str, out: str) -> None:
     ]
     lengths = [{"steps": 40, "batch_size": 4}, {"steps": 40, "batch_size": 2, "accumulate": 2}]
     phases = [phase(**more, **n).model_dump() for more, n in zip(PHASES.get(kind, label_space), lengths, strict=True)]
-    spec = params.Student(**SPECS[kind], phases=phases, checkpoint_every=10)
-    student = training.build(spec, Path(folder) / f"tiny-{KINDS[spec.arch]}", SHORT, 0)
+    spec = StudentConfig(**SPECS[kind], phases=phases, checkpoint_every=10)
+    student = build_student(spec, Path(folder) / f"tiny-{KINDS[spec.arch]}", SHORT, 0)
     boxes = white_boxes(Path(folder), Path(out) / "signals", one="causal")
-    history, watched = training.run_phases(
+    history, watched = train_phases(
         student,
         toy(22).assign(fold_one=-1, fold_two=-1),
         spec,
@@ -664,7 +676,7 @@ def run(kind: str, folder: str, out: str) -> None:
         test=toy(6, 2),
         teachers=boxes,
     )
-    models.save(student.model, student.tokenizer, Path(out) / "model")
+    save_model(student.model, student.tokenizer, Path(out) / "model")
     history.to_csv(Path(out) / "history.csv", index=False)
     watched.to_parquet(Path(out) / "watched.parquet")
 
@@ -731,20 +743,20 @@ def test_a_half_written_checkpoint_is_left_out(start, tiny_models, tmp_path):
         if cut:  # only whole steps up to the sixth are there; run the rest once more
             state = out / "checkpoint-8/trainer_state.json"
             state.write_text(state.read_text()[:-40]) if cut != "missing" else state.unlink()
-            assert training._last_checkpoint(out) == str(out / "checkpoint-6")
+            assert last_whole_checkpoint(out) == str(out / "checkpoint-6")
             student = learner(tiny_models, "classifier", dropout=True)
             trained(student, frame, spec, out, checkpoint_every=3)
         weights.append(student.model.state_dict())
     for other in weights[1:]:
         assert all(torch.equal(weights[0][name], other[name]) for name in other)
-    assert training._last_checkpoint(tmp_path / "nothing") is None
+    assert last_whole_checkpoint(tmp_path / "nothing") is None
 
 
 def test_checkpoints_have_a_key_of_all_that_decides_the_run():
     frame = toy(3).to_csv()
-    key = training.run_key({"a": 1}, frame)
-    assert key == training.run_key({"a": 1}, frame) and re.fullmatch("[0-9a-f]{16}", key)
-    assert len({key, training.run_key({"a": 2}, frame), training.run_key({"a": 1}, toy(3, 1).to_csv())}) == 3
+    key = run_key({"a": 1}, frame)
+    assert key == run_key({"a": 1}, frame) and re.fullmatch("[0-9a-f]{16}", key)
+    assert len({key, run_key({"a": 2}, frame), run_key({"a": 1}, toy(3, 1).to_csv())}) == 3
 
 
 # ------------------------------------------------------------------------------- the finished folder
@@ -780,13 +792,13 @@ def test_the_cards_code_says_what_was_scored_without_this_package(tiny_models, t
     for name, (more, task) in CARDS.items():
         arch = name if name in ("classifier", "seq2seq") else "causal"
         kind = {"classifier": "bert", "seq2seq": "t5"}.get(arch, "llama")
-        spec = params.Student(model="m", arch=arch, phases=[phase({"kl": 1.0})], **more)
-        student = training.build(spec, tiny_models / f"tiny-{kind}", task, 0)
+        spec = StudentConfig(model="m", arch=arch, phases=[phase({"kl": 1.0})], **more)
+        student = build_student(spec, tiny_models / f"tiny-{kind}", task, 0)
         for parameter in student.model.parameters():  # freshly drawn weights tell nothing apart
             parameter.data.mul_(6 if parameter.dim() > 1 else 1)
         folder = tmp_path / name
-        models.save(student.model, student.tokenizer, folder)
-        page = card.text(folder, spec, task, about, said)
+        save_model(student.model, student.tokenizer, folder)
+        page = render_card(folder, spec, task, about, said)
         (folder / "README.md").write_text(page)
         low, high = metrics.interval(
             metrics.bootstrap_scores(gold, said["prediction"], LABELS, said["group"])["accuracy"]
@@ -794,7 +806,7 @@ def test_the_cards_code_says_what_was_scored_without_this_package(tiny_models, t
         assert f"| accuracy | {100 * test['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |" in page
         assert f"classify({frame['text'].iloc[0]!r})" in page and "EUR 13.1" not in page
         assert "distilled from one." in page and "positive, neutral, negative" in page
-        expected[str(folder)] = training.predicted(training.reopen(spec, folder, task), frame)["probabilities"]
+        expected[str(folder)] = predict_rows(load_student(spec, folder, task), frame)["probabilities"]
     done = subprocess.run(
         [sys.executable, "-c", READ, json.dumps(frame["text"].tolist()), *expected],
         capture_output=True,
@@ -823,19 +835,25 @@ print(json.dumps([here["answer"](text) for text in json.loads(sys.argv[2])]))
 @pytest.mark.parametrize("arch", ["causal", "seq2seq"])
 def test_the_card_of_a_student_that_writes_answers(tiny_models, tmp_path, arch):
     """Its code writes what was scored; its scores are those of answers, not of labels."""
-    task = tasks.Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
-    spec = params.Student(model="m", arch=arch, prompt="plain", phases=[phase({"ce": 1.0})])
-    student = training.build(spec, tiny_models / f"tiny-{KINDS[arch]}", task, 0)
+    task = Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
+    spec = StudentConfig(model="m", arch=arch, prompt="plain", phases=[phase({"ce": 1.0})])
+    student = build_student(spec, tiny_models / f"tiny-{KINDS[arch]}", task, 0)
     rng = torch.Generator().manual_seed(3)
     for parameter in student.model.parameters():
         if parameter.dim() > 1:
             parameter.data = torch.randn(parameter.shape, generator=rng) * 0.3
-    models.save(student.model, student.tokenizer, tmp_path / "model")
+    save_model(student.model, student.tokenizer, tmp_path / "model")
     rows = toy(3).assign(label="right", answers=["a | b", "c", "d"], group=list("abc"))
-    said = training.predicted(training.reopen(spec, tmp_path / "model", task), rows)
-    about = {"student": "s", "seed": 0, "parameters": 1, "bytes_on_disk": 1, "test": training.scores(said, task.names)}
+    said = predict_rows(load_student(spec, tmp_path / "model", task), rows)
+    about = {
+        "student": "s",
+        "seed": 0,
+        "parameters": 1,
+        "bytes_on_disk": 1,
+        "test": score_predictions(said, task.names),
+    }
     said = said.assign(text=rows["text"], group=rows["group"])
-    page = card.text(tmp_path / "model", spec, task, about, said)
+    page = render_card(tmp_path / "model", spec, task, about, said)
     (tmp_path / "model/README.md").write_text(page)
     assert "that writes answers to questions" in page and "| exact match | " in page and "| token f1 | " in page
     assert not re.search("right, wrong|Brier|macro|precision \\| sens", page)

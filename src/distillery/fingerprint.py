@@ -96,10 +96,15 @@ def imported(source: str, package: Path = PACKAGE) -> set[str]:
 
 
 def closure(modules: Iterable[str], package: Path = PACKAGE, without: Iterable[str] = ()) -> list[str]:
-    """`modules` and all that they import, directly or not, sorted; `without` and what only they import left out."""
-    todo, done, barred = set(modules), set(), set(without)
-    while todo := todo - barred - done:
+    """`modules` and all that they import, directly or not, sorted.
+
+    without: modules and packages to leave out, with what only they import.
+    """
+    todo, done, barred = set(modules), set(), tuple(without)
+    while todo := todo - done:
         module = todo.pop()
+        if module in barred or module.startswith(tuple(f"{package}." for package in barred)):
+            continue
         done.add(module)
         path = _path(module, package)
         todo |= imported(path.read_text(encoding="utf-8"), package) if path else set()

@@ -1,0 +1,121 @@
+"""The command line: ``distillery <verb>``, or ``python -m distillery <verb>``.
+
+Each verb imports what it needs when it runs. A user's mistake ends with one line and exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from distillery.errors import UserError
+
+
+def check() -> None:
+    """Validate params.yaml and say what it holds."""
+    from distillery.config.load import load_params
+
+    params = load_params()
+    print(
+        f"params.yaml: {len(params.data)} source(s), {len(params.teachers)} teacher(s), "
+        f"{len(params.students)} student(s) x {len(params.seeds)} seed(s)"
+    )
+
+
+def leaderboard() -> None:
+    """Print the leaderboard of the last run as a Markdown table."""
+    import pandas as pd
+
+    from distillery.files import repository_root
+    from distillery.report.page import leaderboard_markdown
+
+    path = repository_root() / "reports/leaderboard.csv"
+    if not path.exists():
+        raise UserError("reports/leaderboard.csv: not there yet; run `make repro` first")
+    print(leaderboard_markdown(pd.read_csv(path)))
+
+
+def strip() -> None:
+    """First stage: check params.yaml, note what the stages depend on in build/."""
+    from distillery.pipeline.strip import run_strip
+
+    run_strip()
+
+
+def inputs(what: str) -> None:
+    """Write what each teacher or student learns from."""
+    from distillery.config.load import load_params
+    from distillery.files import repository_root
+    from distillery.pipeline.inputs import write_student_inputs, write_teacher_records
+
+    writers = {"teachers": write_teacher_records, "students": write_student_inputs}
+    writers[what](repository_root(), load_params())
+
+
+def run(notebook: str, selectors: Sequence[Sequence[str]]) -> None:
+    """Run one notebook as a stage of the pipeline."""
+    from distillery.pipeline.run_notebook import run_stage
+
+    run_stage(notebook, selectors)
+
+
+def recipe(name: str, scale: str | None) -> None:
+    """Run a published system in a folder of its own."""
+    from distillery.pipeline.recipe import run_recipe_command
+
+    run_recipe_command(name, scale)
+
+
+def search(write: bool) -> None:
+    """Search settings for one phase of a student."""
+    from distillery.pipeline.search import run_search
+
+    run_search(write)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; `command` holds the function to call."""
+    top = argparse.ArgumentParser(prog="distillery", description="Distil large language models into small ones.")
+    verbs = top.add_subparsers(title="verbs", metavar="<verb>", required=True)
+
+    def verb(command: Callable[..., None]) -> argparse.ArgumentParser:
+        added = verbs.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
+        added.set_defaults(command=command)
+        return added
+
+    verb(check)
+    verb(leaderboard)
+    verb(strip)
+    verb(inputs).add_argument("what", choices=("teachers", "students"))
+    running = verb(run)
+    running.add_argument("notebook", help="its name without folder and ending, such as 04_distill")
+    running.add_argument(
+        "-p", dest="selectors", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a selector"
+    )
+    of_recipe = verb(recipe)
+    of_recipe.add_argument("name", help="a file of recipes/ without folder and ending")
+    of_recipe.add_argument("--scale", help="an overlay of the recipe: small stand-ins for its models and data")
+    verb(search).add_argument("--write", action="store_true", help="put the best settings into params.yaml")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the verb that the command line names."""
+    options = vars(parser().parse_args(arguments))
+    command = options.pop("command")
+    try:
+        command(**options)
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}")
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] == "distillery":
+            raise
+        sys.exit(
+            f"error: {sys.executable} has no package `{missing.name}`; "
+            "run `make repro`, or activate the environment first: source .venv/bin/activate"
+        )
+
+
+if __name__ == "__main__":
+    main()

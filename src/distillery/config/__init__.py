@@ -1,0 +1,1 @@
+"""The experiment in `params.yaml`: its schema, how it is read, and what is checked."""

@@ -1,0 +1,76 @@
+"""What all sections of `params.yaml` share: the base class, patterns, number ranges, and names of loss terms."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SPLITS = ("train", "pool", "validation", "test")
+
+
+WRITING_KINDS = ("lm", "seq2seq", "api")  # kinds of teacher that write rationales and paraphrases
+
+
+DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")  # in the phase's `space`
+
+
+HIDDEN_STATE_TERMS = ("hidden", "pkd", "attention", "cosine")
+
+
+LOSS_TERMS = ("ce", *DIVERGENCES, "uld", *HIDDEN_STATE_TERMS, "rationale", "prior")
+
+
+class Section(BaseModel):
+    # strict: a number in quotes is a slip, and coercing it here would hide it from the tools that do not
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+WHEEL = r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$"
+
+
+SHA256 = r"^[0-9a-f]{64}$"
+
+
+URL = r"^https?://[^@\s]+$"
+
+
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
+
+
+LAYERS = r"^(all|(first|last|every)-[1-9][0-9]*)$"
+
+
+TRIMMED_TEXT = r"^\S(.*\S)?$"
+
+
+PATTERNS = {
+    TRIMMED_TEXT: "text without white space around it",
+    NAME: "a name of letters, digits, `_`, `.` and `-` that starts with a letter or digit",
+    WHEEL: "name==version",
+    SHA256: "64 digits of 0-9 and a-f",
+    URL: "http://… or https://…, without a user name or password",
+    VARIABLE: "the name of an environment variable, never the key itself",
+    LAYERS: "`all`, `first-N`, `last-N` or `every-N`",
+}
+
+
+Name = Annotated[str, Field(pattern=NAME)]
+
+
+PinnedWheel = Annotated[str, Field(pattern=WHEEL)]
+
+
+Digest = Annotated[str, Field(pattern=SHA256)]
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+Count = Annotated[int, Field(ge=0)]

@@ -1,0 +1,1 @@
+"""From a file of labelled texts to splits that do not leak into each other."""

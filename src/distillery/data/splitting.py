@@ -1,0 +1,74 @@
+"""Assign whole groups to splits, stratified by label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from distillery.config.schema import SPLITS, SplitShares
+from distillery.errors import UserError
+
+NEEDS_EVERY_LABEL = ("train", "validation", "test")
+
+
+def split_groups(
+    groups: Sequence[str], labels: Sequence[str], names: Sequence[str], shares: SplitShares, seed: int
+) -> np.ndarray:
+    """Assign whole groups to splits so that each split gets its share of the rows of every label.
+
+    Every label of `names` gets at least one group in train, validation and test (those with a share above 0).
+    Large groups go first, each to the split that then has the smallest part of its target for the group's labels,
+    so that groups of every size are spread in proportion too. Deterministic in `seed`.
+    Returns an array of split names, one per row. Raises UserError when a label has too few groups.
+    """
+    share = {split: getattr(shares, split) for split in SPLITS if getattr(shares, split) > 0}
+    splits = list(share)
+    needed = [splits.index(split) for split in NEEDS_EVERY_LABEL if split in share]
+    group_of, _ = pd.factorize(np.asarray(groups, dtype=object))
+    label_of = pd.Categorical(labels, categories=list(names)).codes
+    counts = np.zeros((group_of.max() + 1, len(names)), dtype=int)
+    np.add.at(counts, (group_of, label_of), 1)
+    holders = (counts > 0).sum(axis=0)
+    wanted = ", ".join(splits[s] for s in needed)
+    for label, n in zip(names, holders, strict=True):
+        if n < len(needed):
+            raise UserError(
+                f"label `{label}` has {n} group(s) of rows (rows that belong together count once), "
+                f"too few to split: needs {len(needed)}, one each for {wanted}"
+            )
+    for attempt in range(50):
+        rng = np.random.default_rng([seed, attempt])
+        assigned = _assign_groups(counts, np.array([share[s] for s in splits]), needed, rng)
+        if assigned is not None:
+            return np.array(splits, dtype=object)[assigned[group_of]]
+    raise UserError(f"no split holds every label in each of {wanted}: the labels share too few groups; add rows")
+
+
+def _assign_groups(
+    counts: np.ndarray, share: np.ndarray, needed: list[int], rng: np.random.Generator
+) -> np.ndarray | None:
+    """Split index per group [groups], or None when this shuffle leaves a needed split without some label."""
+    target = np.outer(share, counts.sum(axis=0))  # [splits, labels] rows
+    held = np.zeros_like(target)
+    assigned = np.full(len(counts), -1)
+    shuffled = rng.permutation(len(counts))
+
+    def put(group: int, split: int) -> None:
+        assigned[group] = split
+        held[split] += counts[group]
+
+    for label in np.argsort((counts > 0).sum(axis=0), kind="stable"):  # the rarest first
+        for split in needed:
+            if not held[split, label]:
+                free = [g for g in shuffled if assigned[g] < 0 and counts[g, label]]
+                if not free:
+                    return None
+                put(min(free, key=lambda g: ((counts[g] > 0).sum(), counts[g].sum())), split)
+    # Sainte-Laguë's rule for seats. Filling the emptiest split instead would hand all large groups to the largest
+    # splits, and contrast pairs would be missing from the small ones.
+    weight = counts / counts.sum(axis=0)
+    for group in sorted((g for g in shuffled if assigned[g] < 0), key=lambda g: -counts[g].sum()):
+        put(group, int(np.argmin(((held + counts[group] / 2) / target) @ weight[group])))
+    return assigned

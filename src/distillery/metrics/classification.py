@@ -1,0 +1,72 @@
+"""Every score of one set of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from distillery.metrics.calibration import brier, calibration, check_probabilities, log_loss, risk_coverage
+from distillery.metrics.counts import accuracy_of, confusion, encode_labels, f1_of, macro_f1_of, mcc, safe_ratio
+
+
+def classification_report(
+    gold: ArrayLike, predicted: ArrayLike, probabilities: ArrayLike | None, labels: Sequence[str]
+) -> dict[str, Any]:
+    """Every score of one set of predictions, as plain floats.
+
+    gold [n] and predicted [n] hold labels; probabilities [n, K] in the order of `labels`, or None when there are none
+    (the scores that need them are then left out). A score that divides by zero is 0, as in scikit-learn.
+
+    Returns rows, accuracy, balanced_accuracy (mean recall, or sensitivity, of the labels present), macro_specificity
+    (mean specificity of the labels that some row has not), macro_f1, weighted_f1, mcc, answer_bias (0 best),
+    commonest_answer (share of the most frequent prediction); with probabilities log_loss (0 best, nats), brier (0
+    best, at most 2), ece (0 best), risk_coverage_area (0 best); and `labels`: per label precision, recall
+    (sensitivity), f1, specificity, support.
+
+    Raises ValueError for empty input, unequal lengths, or a gold label that is not in `labels`.
+    """
+    counts = confusion(gold, predicted, labels)
+    rows, right = counts.sum(), np.diagonal(counts).astype(float)
+    support, answers = counts.sum(1), counts[:, :-1].sum(0)
+    precision, recall = safe_ratio(right, answers, 0.0), safe_ratio(right, support, 0.0)
+    specificity = safe_ratio(rows - support - answers + right, rows - support, 0.0)
+    f1 = np.nan_to_num(f1_of(counts))
+    true, codes = encode_labels(gold, labels), encode_labels(predicted, labels)
+    report = {
+        "rows": int(rows),
+        "accuracy": float(accuracy_of(counts)),
+        "balanced_accuracy": float(recall[support > 0].mean()),
+        "macro_specificity": float(specificity[support < rows].mean()) if (support < rows).any() else 0.0,
+        "macro_f1": float(macro_f1_of(counts)),
+        "weighted_f1": float((f1 * support).sum() / rows),
+        "mcc": mcc(counts),
+        "answer_bias": answer_bias(gold, predicted, labels),
+        "commonest_answer": float(np.bincount(codes).max() / rows),
+    }
+    if probabilities is not None:
+        p = check_probabilities(probabilities, len(true), len(labels))
+        report |= {
+            "log_loss": log_loss(true, p),
+            "brier": brier(true, p),
+            "ece": calibration(true, p)["ece"],
+            "risk_coverage_area": risk_coverage(true, p)["area"],
+        }
+    per_label = zip(labels, precision, recall, f1, specificity, support, strict=True)
+    report["labels"] = {
+        label: {"precision": float(p), "recall": float(r), "f1": float(f), "specificity": float(s), "support": int(n)}
+        for label, p, r, f, s, n in per_label
+    }
+    return report
+
+
+def answer_bias(gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str]) -> float:
+    """Total variation distance, in [0, 1], of the shares of predicted labels from the true ones (0 best).
+
+    A model that has learned a short cut (always the commonest answer) shows here before it shows in accuracy.
+    """
+    counts = confusion(gold, predicted, labels)
+    true = np.append(counts.sum(1), 0)
+    return float(np.abs(counts.sum(0) - true).sum() / counts.sum() / 2)

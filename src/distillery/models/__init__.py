@@ -1,0 +1,1 @@
+"""Models: fetched, loaded, cut to the wanted layers, asked for label probabilities, saved."""

@@ -1,0 +1,52 @@
+"""Save a model as a plain `transformers` folder, or only what was trained."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+
+from distillery.files import atomic_write
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str | None = None) -> None:
+    """Write `model` (adapters merged, 4-bit weights made dense) and its tokenizer as a plain `transformers` folder."""
+    if hasattr(model, "merge_and_unload"):
+        if getattr(model.get_base_model(), "is_loaded_in_4bit", False):
+            model = _dequantize_adapted(model)
+        model = model.merge_and_unload()
+    if dtype:
+        model = model.to(getattr(torch, dtype))
+    _write_folder(model, tokenizer, Path(folder))
+
+
+def _dequantize_adapted(model: PeftModel) -> PeftModel:
+    """The adapters of `model` on its 4-bit weights made dense: merged into 4 bits they would be rounded away."""
+    with tempfile.TemporaryDirectory() as adapters:
+        model.save_pretrained(adapters)
+        return PeftModel.from_pretrained(model.unload().dequantize(), adapters)
+
+
+def _write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    with atomic_write(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+
+
+def merge_adapters(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with the adapters that :func:`save_trained_weights` wrote to `folder` merged into it."""
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()
+
+
+def save_trained_weights(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write only what was trained: the adapters where there are any, else the whole model."""
+    if hasattr(model, "peft_config"):
+        _write_folder(model, tokenizer, Path(folder))
+    else:
+        save_model(model, tokenizer, folder)

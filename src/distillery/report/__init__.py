@@ -1,0 +1,1 @@
+"""The report: sentences, figures, the page, and model cards."""

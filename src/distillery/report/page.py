@@ -1,0 +1,196 @@
+"""One page that says whether the gain is real, and the files of `reports/`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from distillery import metrics
+from distillery.evaluation.leaderboard import (
+    compare_with_published,
+    count_comparisons,
+    phase_accuracies,
+    summarize,
+    teacher_closeness,
+)
+from distillery.evaluation.results import ERROR_KINDS, TRAINED_ROLES, Results
+from distillery.evaluation.rows import disagreements
+from distillery.evaluation.speed import LATENCY_ROWS, Measurements
+from distillery.files import atomic_write
+from distillery.report.figures import all_figures, figure_svg, inline_svg, reliability_table, score_table
+from distillery.report.sentences import describe_result
+from distillery.report.wording import human_count, human_duration, human_milliseconds, percent, percentage_points
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "numpy",
+    "scipy",
+    "dvc",
+    "papermill",
+)
+
+
+MAX_BROWSER_ROWS = 1000  # rows of the error browser: keeps the page under 3 MB
+
+
+MAX_TEXT_CHARACTERS = 500  # characters of a text or rationale shown there
+
+
+def write_report(root: Path, results: Results, board: pd.DataFrame, measured: Measurements | None = None) -> None:
+    """Make `reports/`: leaderboard.csv, metrics.json, timing.json, figures/, plots/ and index.html.
+
+    `metrics.json` holds no wall-clock figure and is the same, byte for byte, for the same runs.
+    Raises UserError when the disk is full.
+    """
+    folder, head, measured = root / "reports", results.headline, measured or Measurements()
+    pictures = {name: figure_svg(figure) for name, figure in all_figures(results, board).items()}
+    timing = {"models": measured.timing, "rows": results.params.evaluate.throughput_rows}
+    timing |= {"latency_rows": LATENCY_ROWS, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    gold = results.tests[head.source]["label"]
+    first = pd.DataFrame({"actual": gold, "predicted": head.predicted[0]})
+    numbers = summarize(results, board)
+    if len(measured.robustness):
+        mine = measured.robustness[measured.robustness["model"] == head.name].set_index("change")
+        numbers["kept_when_rewritten"] = mine["kept"].round(6).to_dict()
+    texts = {
+        "leaderboard.csv": board.to_csv(index=False),
+        "metrics.json": _json(numbers),
+        "timing.json": _json(timing),
+        "plots/history.csv": results.history.to_csv(index=False),
+        "plots/predictions.csv": first.to_csv(index=False),
+        "plots/scores.csv": score_table(board).to_csv(index=False),
+        "plots/reliability.csv": reliability_table(results).to_csv(index=False),
+        "index.html": render_page(root, results, board, pictures, measured),
+    }
+    if results.params.recipe:
+        texts["plots/published.csv"] = compare_with_published(results.params, board).to_csv(index=False)
+    texts |= {f"figures/{name}.svg": text for name, text in pictures.items()}
+    for name, text in texts.items():
+        with atomic_write(folder / name) as path:
+            path.write_text(text, encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def _short(text: Any) -> str:
+    text = "" if text is None or text is pd.NA or text != text else str(text)
+    return text if len(text) <= MAX_TEXT_CHARACTERS else text[: MAX_TEXT_CHARACTERS - 1] + "…"
+
+
+def render_page(
+    root: Path, results: Results, board: pd.DataFrame, pictures: dict[str, str], measured: Measurements
+) -> str:
+    """The self-contained page: no network, every text of the data escaped."""
+    browse = disagreements(results)
+    errors = browse.head(MAX_BROWSER_ROWS).copy()
+    for column in {"text", "rationale", "teacher_rationale", "accepted", "student_written", "teacher_written"} & set(
+        errors
+    ):
+        errors[column] = [_short(text) for text in errors[column]]
+    rows = board.astype(object).where(board.notna(), None).to_dict("records")
+    span = max(0.0, board["accuracy_low"].min() - 0.03), min(1.0, board["accuracy_high"].max() + 0.03)
+    head = results.headline
+    speaks_of = {line.name for line in results.shown}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "points": percentage_points,
+        "count": human_count,
+        "ms": human_milliseconds,
+        "duration": human_duration,
+    }
+    yaml = root / "params.yaml"
+    return environment.get_template("report.html").render(
+        answer=describe_result(results, board),
+        warnings=[c for c in results.checks if not c.passed and (not c.about or speaks_of & set(c.about))],
+        checks=sorted(results.checks, key=lambda check: check.passed),
+        board=rows,
+        span=span,
+        headline=head.name,
+        control=head.control,
+        teacher=results.teacher_of(head),
+        labels=results.labels[head.source],
+        free=head.written is not None,
+        names=results.labels,
+        level=f"{100 * results.params.evaluate.confidence:g} %",
+        comparisons=count_comparisons(board),
+        trained=[row for row in rows if row["role"] in TRAINED_ROLES],
+        shown=[line.name for line in results.shown],
+        timed=bool(measured.timing),
+        legs=group_records(phase_accuracies(root, results).astype(object), "model"),
+        closeness=group_records(teacher_closeness(results), "model"),
+        recipe=results.params.recipe,
+        published=compare_with_published(results.params, board).astype(object).to_dict("records"),
+        rewritten=group_records(measured.robustness, "change"),
+        examples=group_records(measured.examples, "change"),
+        pictures={name: inline_svg(name, text) for name, text in pictures.items()},
+        errors=errors.to_dict("records"),
+        kinds={kind: int(n) for kind in ERROR_KINDS if (n := (errors["kind"] == kind).sum())},
+        left_out=len(browse) - len(errors),
+        audits=results.audits,
+        counts=results.counts,
+        augmented=results.params.augment,
+        params=yaml.read_text(encoding="utf-8") if yaml.exists() else "",
+        versions=library_versions(),
+    )
+
+
+def group_records(rows: pd.DataFrame, key: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each value of `key`, in their order."""
+    return {name: part.to_dict("records") for name, part in rows.groupby(key, sort=False)} if len(rows) else {}
+
+
+def library_versions() -> dict[str, str]:
+    """Python, the machine and the libraries that decide the numbers."""
+    out = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    for name in LIBRARIES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def leaderboard_markdown(board: pd.DataFrame) -> str:
+    """The leaderboard as the table of a README."""
+    lines = [
+        "| model | role | parameters | accuracy | macro-F1 | sentences/s | gain in accuracy over its control, points |",
+        "|---|---|--:|--:|--:|--:|---|",
+    ]
+    for row in board.to_dict("records"):
+        speed = row["sentences_per_second"]
+        cells = [row["model"], row["role"], human_count(row["parameters"])]
+        cells += [
+            f"{percent(row[s])} ({100 * row[f'{s}_low']:.1f}–{100 * row[f'{s}_high']:.1f})" for s in metrics.SCORES
+        ]
+        cells += ["–" if pd.isna(speed) else f"{speed:.0f}"]
+        if pd.isna(row["p"]):
+            cells.append("")
+        else:
+            low, high = percentage_points(row["difference_low"]), percentage_points(row["difference_high"])
+            cells.append(
+                f"{percentage_points(row['difference'])} ({low} to {high}) over {row['versus']}: {row['verdict']}"
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,44 @@
+"""Numbers as people write them."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.1f} %"
+
+
+def percentage_points(x: float, sign: str = "+") -> str:
+    """A difference of shares in percentage points; a gain bears `sign`."""
+    return f"{100 * x:{sign}.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def human_count(n: float | None) -> str:
+    """A number of parameters as people say it: 17.1 M."""
+    if n is None or pd.isna(n):
+        return "–"
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if n >= size:
+            return f"{n / size:.1f}{unit}"
+    return str(int(n))
+
+
+def human_duration(seconds: float) -> str:
+    """As people say it: 41 s, 2 min 5 s, 3 h 20 min."""
+    for size, below, unit, smaller in ((3600, 60, "h", "min"), (60, 1, "min", "s")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} {int(seconds % size // below)} {smaller}"
+    return f"{seconds:.0f} s"
+
+
+def human_ratio(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 20 else f"{ratio:.1f}"
+
+
+def human_milliseconds(x: float) -> str:
+    return f"{x:.0f} ms" if x >= 10 else f"{x:.1f} ms"
+
+
+def interval_text(d: dict[str, float], sign: str = "+") -> str:
+    return f"{percentage_points(d['low'], sign)} to {percentage_points(d['high'], sign)}"

@@ -1,0 +1,117 @@
+"""What is predicted: one `tasks/<name>.yaml` per task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from distillery.config.load import validate_section
+from distillery.config.schema import TRIMMED_TEXT, Section
+from distillery.files import read_yaml, repository_root
+
+Verbalization = Annotated[str, Field(pattern=TRIMMED_TEXT)]
+
+
+ANSWER_LABELS = {"right": "it is one of the accepted answers", "wrong": "it is not"}  # the labels of a `qa` task
+
+
+ANSWER_SEPARATOR = " | "  # two accepted answers of a question
+
+
+class TaskPrompt(Section):
+    """Texts with `{…}` fields. `template` asks for the label; `rationale` and `paraphrase` ask for free text.
+
+    `response` says in what form the answer is wanted; it stands where the template has `{response}`.
+    """
+
+    system: str = ""
+    instruction: str = ""
+    response: str = ""
+    template: str = "{instruction}\n\nText: {text}\nLabel:"
+    rationale: str = "Explain in one short sentence why the answer is {label}."
+    paraphrase: str = "Rewrite the text in other words. Keep every number and name. Reply with the new text only."
+
+    @model_validator(mode="after")
+    def _fields(self):
+        fields = {"template": {"instruction", "response", "text"}, "rationale": {"label"}, "paraphrase": set()}
+        for name, allowed in fields.items():
+            found = {field for _, field, _, _ in Formatter().parse(getattr(self, name)) if field is not None}
+            if found - allowed:
+                known = ", ".join(f"{{{field}}}" for field in sorted(allowed)) or "none"
+                raise ValueError(f"`{name}` knows no field {{{min(found - allowed)}}}; allowed: {known}")
+        if "{text}" not in self.template:
+            raise ValueError("`template` must hold {text}")
+        if self.response and "{response}" not in self.template:
+            raise ValueError("`template` must hold {response} when there is a `response`")
+        return self
+
+
+class FewShotExample(Section):
+    text: Annotated[str, Field(min_length=1)]
+    label: str
+    rationale: str = ""
+    paraphrase: str = ""
+
+
+class Task(Section):
+    """A task file. `labels` maps each label to its meaning; their order is the order of probability vectors.
+
+    kind: `classification`; or `choice`, where the n-th label stands for the n-th option that a row's text ends with; or
+    `qa`, whose answers are free text, and whose labels are what a score makes of one: right or wrong.
+    `prompts` are other ways to ask, which a teacher may be told to compare with `prompt`.
+    """
+
+    kind: Literal["classification", "choice", "qa"]
+    labels: Annotated[dict[Verbalization, str], Field(min_length=2)]
+    prompt: TaskPrompt = TaskPrompt()
+    prompts: dict[Verbalization, TaskPrompt] = {}
+    severity: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # of labels that call for an alert
+    verbalizer: dict[str, Verbalization] = {}
+    few_shot: list[FewShotExample] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _verdicts(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("kind") == "qa":
+            if raw.get("labels", ANSWER_LABELS) != ANSWER_LABELS:
+                raise ValueError("`kind: qa` has no labels of its own: leave `labels` out")
+            raw = raw | {"labels": ANSWER_LABELS}
+        return raw
+
+    @model_validator(mode="after")
+    def _labels_fit(self):
+        shots = [] if self.kind == "qa" else [shot.label for shot in self.few_shot]
+        for key, names in (("severity", self.severity), ("verbalizer", self.verbalizer), ("few_shot", shots)):
+            for name in names:
+                if name not in self.labels:
+                    raise ValueError(f"`{key}` names the unknown label {name!r}; known: {', '.join(self.labels)}")
+        if len(set(self.words)) < len(self.words):
+            raise ValueError("two labels have the same word in `verbalizer`")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.labels)
+
+    @property
+    def words(self) -> list[str]:
+        """:meth:`word` of every label, in their order."""
+        return [self.word(label) for label in self.labels]
+
+    def word(self, label: str) -> str:
+        """The text that stands for `label` in a prompt or an answer."""
+        return self.verbalizer.get(label, label)
+
+
+def load_task(name: str, folder: Path | None = None) -> Task:
+    """The task `tasks/<name>.yaml`. Raises UserError naming the file and the key."""
+    path = (folder or repository_root() / "tasks") / f"{name}.yaml"
+    return validate_section(Task, read_yaml(path), f"tasks/{name}.yaml")
+
+
+def accepted_answers(answers: str) -> list[str]:
+    """The accepted answers of a question, the one to learn first."""
+    return answers.split(ANSWER_SEPARATOR)

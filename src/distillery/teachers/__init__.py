@@ -1,0 +1,1 @@
+"""Teachers: models that give label probabilities, rationales and paraphrases."""

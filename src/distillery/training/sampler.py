@@ -1,0 +1,41 @@
+"""The order of rows in an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+BATCHES_PER_POOL = 16  # batches drawn together and sorted by length, so that rows of one batch need little padding
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler):
+    """Row order of an epoch, a pure function of (seed, epoch), so that a resumed run sees the rows it would have seen.
+
+    order: `random` draws batches of similar length; `length` goes from short to long; `confidence` from the rows the
+    teachers are sure of to those they are not.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, order: str = "random", entropy: Any = None):
+        self.lengths, self.batch, self.seed, self.order, self.entropy = lengths, batch, seed, order, entropy
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.order != "random":
+            key = self.lengths if self.order == "length" else self.entropy
+            return iter(sorted(range(len(self)), key=lambda i: (key[i], i)))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        rows = rng.permutation(len(self)).tolist()
+        pool = self.batch * BATCHES_PER_POOL
+        rows = [i for a in range(0, len(rows), pool) for i in sorted(rows[a : a + pool], key=self.lengths.__getitem__)]
+        full = len(rows) // self.batch
+        batches = [rows[k * self.batch : (k + 1) * self.batch] for k in range(full)]
+        return iter([i for k in rng.permutation(full) for i in batches[k]] + rows[full * self.batch :])

@@ -1,0 +1,77 @@
+"""Build a student before its first step, and load a finished one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from distillery.config.schema import LoraSettings, StudentConfig
+from distillery.models.label_model import LabelModel
+from distillery.models.load import load_model, load_tokenizer
+from distillery.tasks.schema import Task
+
+
+def attach_adapters(model: Any, lora: LoraSettings | None, arch: str, seed: int) -> Any:
+    """`model` with LoRA adapters in its linear layers (Hu et al. 2022), or as it is when `lora` is None."""
+    if lora is None:
+        return model
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha or 2 * lora.r,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(arch, "SEQ_CLS"),
+    )
+    model = get_peft_model(model, config)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            # peft would widen every input to the adapter's float32, for autocast to narrow it again
+            module.cast_input_dtype_enabled = False
+    return model
+
+
+def build_student(spec: StudentConfig, folder: Path, task: Task, seed: int, remote_code: bool = False) -> LabelModel:
+    """The student before its first step: the wanted layers of the model in `folder`, with its adapter, if any.
+
+    Weights that are trained are kept in float32 whatever `spec.dtype` says; that is the precision of the products.
+    """
+    adapted = spec.adapter.kind != "none"
+    model = load_model(
+        folder,
+        spec.arch,
+        labels=task.names,
+        layers=spec.init.layers,
+        dtype=spec.dtype if adapted and spec.arch != "classifier" else "float32",
+        seed=seed,
+        quantize=spec.adapter.kind == "qlora",
+        trust_remote_code=remote_code,
+    )
+    model = attach_adapters(model, spec.adapter if adapted else None, spec.arch, seed)
+    if spec.init.freeze == "embeddings":
+        model.get_input_embeddings().requires_grad_(False)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return LabelModel(
+        model,
+        load_tokenizer(folder, remote_code),
+        task,
+        spec.arch,
+        prompt=spec.prompt,
+        few_shot=spec.few_shot,
+        max_length=spec.max_length,
+        dtype=spec.dtype,
+    )
+
+
+def load_student(spec: StudentConfig, folder: Path, task: Task, dtype: str = "float32") -> LabelModel:
+    """A finished student from its folder. In float32 it says what anyone who loads the folder computes, row by row or
+    in batches; half precision is faster, and its roundings depend on the batch."""
+    model = load_model(folder, spec.arch, labels=task.names, dtype=dtype)
+    tokenizer = load_tokenizer(folder)
+    extras = {"prompt": spec.prompt, "few_shot": spec.few_shot, "max_length": spec.max_length}
+    return LabelModel(model, tokenizer, task, spec.arch, dtype=dtype, **extras)

@@ -1,0 +1,92 @@
+"""Teachers whose weights are at hand: loading them, and giving a fold's model for its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillery.config.schema import ModelConfig, TeacherConfig
+from distillery.errors import UserError
+from distillery.models.fetch import fetch_model
+from distillery.models.label_model import Completion, LabelModel
+from distillery.models.layers import count_layers
+from distillery.models.load import load_model, load_tokenizer
+from distillery.models.save import merge_adapters
+from distillery.tasks.schema import Task
+
+MAX_PROMPT_TOKENS = 4096  # tokens of a prompt to a teacher that is only prompted
+
+
+def load_teacher_model(
+    name: str, spec: TeacherConfig, origin: ModelConfig, task: Task, *, tuned: Path | None = None
+) -> LabelModel:
+    """The teacher `name` as fetched from `origin`, or `tuned`: as it lies in that folder (whole, or as adapters)."""
+    arch = {"lm": "causal"}.get(spec.kind, spec.kind)
+    adapters = tuned is not None and (tuned / "adapter_config.json").exists()
+    folder = tuned if tuned and not adapters else fetch_model(spec.model, origin)
+    # weights that are about to be trained stay in float32; others may lie in the precision they are used in
+    trained = spec.finetune is not None and spec.finetune.lora is None and tuned is None
+    model = load_model(
+        folder,
+        arch,
+        labels=task.names,
+        dtype=spec.dtype if arch != "classifier" and not trained else "float32",
+        seed=spec.seed,
+        quantize=spec.quantize == "nf4",
+        trust_remote_code=origin.trust_remote_code,
+    )
+    if adapters:
+        model = merge_adapters(model, tuned)
+    tokenizer = load_tokenizer(folder, origin.trust_remote_code)
+    out = LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=spec.dtype)
+    out.batch_size = spec.batch_size
+    if arch != "classifier" and spec.finetune is None:
+        out.max_length = max_prompt_tokens(out)
+    return out
+
+
+def max_prompt_tokens(model: LabelModel) -> int:
+    """Tokens that the prompt of a `model` that is only prompted may have: solved examples make it long."""
+    return min(MAX_PROMPT_TOKENS, getattr(model.model.config, "max_position_embeddings", None) or MAX_PROMPT_TOKENS)
+
+
+def check_same_tokens(name: str, teacher: LabelModel, ours: Sequence[Completion], theirs: Sequence[Completion]) -> None:
+    """Raise UserError if `teacher` writes an answer in other tokens than its student: logits cannot be compared."""
+    for (mine, _), (yours, _) in zip(ours, theirs, strict=True):
+        if list(mine) != list(yours):
+            shown = [teacher.tokenizer.convert_ids_to_tokens(list(yours)), list(mine)]
+            raise UserError(
+                f"teachers.{name}: its vocabulary does not fit: it writes an answer as {shown[0]}, which is not the "
+                f"student's {shown[1]}; use a model of the student's family and the same `prompt`, `space: labels`, "
+                "or the loss term `uld`"
+            )
+
+
+@dataclass
+class OpenableTeacher:
+    """A teacher that can be opened, to be asked about tokens and hidden states.
+
+    open: gives its model for rows of a fold (-1: tuned on all gold rows). decides: all that decides what it says.
+    depth: its number of layers. cache: the folder in which its signals are kept.
+    """
+
+    open: Callable[[int], LabelModel]
+    decides: Any
+    depth: int
+    cache: Path
+
+
+def openable_teacher(root: Path, name: str, found: dict[str, Any]) -> OpenableTeacher:
+    """The teacher `name` that `experiment.json` describes in `open`, its models in `data/teacher/<name>/`."""
+    spec = TeacherConfig.model_validate(found["spec"])
+    origin = ModelConfig.model_validate({k: v for k, v in found["model"].items() if k != "content"})
+    task, folder = Task.model_validate(found["task"]), root / "data" / "teacher" / name
+
+    def open_model(fold: int) -> LabelModel:
+        tuned = (folder / "model" if fold < 0 else folder / "folds" / str(fold)) if spec.finetune else None
+        return load_teacher_model(name, spec, origin, task, tuned=tuned)
+
+    at = folder / "model" if spec.finetune else fetch_model(spec.model, origin)
+    return OpenableTeacher(open_model, found, count_layers(at), root / ".cache" / "signals")
