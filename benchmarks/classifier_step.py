@@ -193,7 +193,7 @@ def ours(
     )
     start = time.perf_counter()
     rows.logprobs = torch.from_numpy(teacher.predict(rows.texts)).log()
-    rows.weights = {"minilm-l6": torch.ones(len(rows), dtype=torch.double)}
+    rows.teacher_weights = {"minilm-l6": torch.ones(len(rows), dtype=torch.double)}
     del teacher  # it has no part in the training
     trainer = build_trainer(
         student,

@@ -252,7 +252,9 @@ def compare_losses(folder: Path, task: Task, rationales: bool) -> None:
     rows, data = rows_of(task, rationales)
     student, teacher = student_of(folder, task), teacher_of(folder, task)
     collate = DataCollatorForChatML(tokenizer=student.tokenizer, max_length=1024)
-    told = [student.completions(int(t), r) for t, r in zip(rows.targets, rows.rationales or [None] * ROWS, strict=True)]
+    told = [
+        student.row_completions(int(t), r) for t, r in zip(rows.targets, rows.rationales or [None] * ROWS, strict=True)
+    ]
     ids = student.encode(rows.texts)
     for dtype in (torch.bfloat16, torch.float32):
         found: dict[str, list[float]] = {"TRL": [], "TRL on float32 logits": [], "ours": []}
@@ -270,7 +272,8 @@ def compare_losses(folder: Path, task: Task, rationales: bool) -> None:
                 wide = GKDTrainer.generalized_jsd_loss(*(x.float() for x in logits))
                 found["TRL on float32 logits"].append(wide.item())
                 ours, theirs = (
-                    m.forward(ids[a : a + BATCH], told[a : a + BATCH], labels=False).told for m in (student, teacher)
+                    m.forward(ids[a : a + BATCH], told[a : a + BATCH], label_space=False).completion_logits
+                    for m in (student, teacher)
                 )
                 found["ours"].append(losses.jsd(ours, theirs.log_softmax(-1)).mean().item())
         shown = "; ".join(f"{name} {_shown(values)}" for name, values in found.items())

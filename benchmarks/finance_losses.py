@@ -113,21 +113,21 @@ STUDIES = {
 }
 
 
-def run(root: Path, P: Params, name: str, seed: int) -> dict:
+def run(root: Path, params: Params, name: str, seed: int) -> dict:
     """Accuracy and answers of one student and seed on the test rows; from `.cache` if it has been run before."""
     given, phases, _ = STUDIES[name]
     spec = StudentConfig.model_validate(given | {"phases": phases})
-    P = P.model_copy(update={"students": {"study": spec}})
+    params = params.model_copy(update={"students": {"study": spec}})
     tables = StageTables(root)
-    rows, _ = student_rows(tables, P, "study")
-    experiment = experiment_record(root, P, "study")
+    rows, _ = student_rows(tables, params, "study")
+    experiment = experiment_record(root, params, "study")
     test, validation = (pd.DataFrame(tables.rows(f"finance/{split}")) for split in ("test", "validation"))
     key = run_key(name, experiment, seed, pd.DataFrame(rows).to_csv())
     folder = root / ".cache" / "finance_losses" / key
     if not (folder / "done.json").exists():
         start = time.perf_counter()
         task = Task.model_validate(experiment["task"])
-        student = build_student(spec, fetch_model(spec.model, P.models[spec.model]), task, seed)
+        student = build_student(spec, fetch_model(spec.model, params.models[spec.model]), task, seed)
         train_phases(
             student,
             pd.DataFrame(rows),
@@ -137,7 +137,9 @@ def run(root: Path, P: Params, name: str, seed: int) -> dict:
             validation=validation.head(8),  # nobody looks at students on their way here
             test=test.head(8),
             scores={who: found["accuracy"] for who, found in experiment["teachers"].items()},
-            teachers={who: openable_teacher(root, who, found) for who, found in experiment["open"].items()},
+            teachers={
+                who: openable_teacher(root, who, found) for who, found in experiment["openable_teachers"].items()
+            },
         )
         said = predict_rows(student, test)["prediction"].tolist()
         with atomic_write(folder / "done.json") as path:
@@ -148,7 +150,7 @@ def run(root: Path, P: Params, name: str, seed: int) -> dict:
 
 def main(seeds: int = 3, begins: str = "") -> None:
     root = repository_root()
-    P = load_params()
+    params = load_params()
     test = pd.read_parquet(root / "data/processed/finance/test.parquet")
     labels = load_task("finance-sentiment", root / "tasks").names
     code = commit(root)
@@ -158,7 +160,7 @@ def main(seeds: int = 3, begins: str = "") -> None:
     for name in (name for name in STUDIES if name.startswith(begins)):
         control = STUDIES[name][2]
         for one in {name, control} - {None, *runs}:
-            runs[one] = [run(root, P, one, seed) for seed in range(seeds)]
+            runs[one] = [run(root, params, one, seed) for seed in range(seeds)]
         said = {one: np.array([found["said"] for found in runs[one]]) for one in (name, control) if one}
         drawn = metrics.bootstrap_scores(test["label"], said[name], labels, test["group"])
         line = {"student": name, "seeds": seeds}

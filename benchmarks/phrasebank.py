@@ -233,9 +233,9 @@ def draw(bank: pd.DataFrame, pool: Sequence[str], settings: Settings, seed: int,
     prepared = prepare_source("50agree", spec, task(), cache)
     audit = prepared.audit["across_splits"]["digits_masked"]
     print(f"seed {seed}: {prepared.audit['rows']} rows, {audit['pairs_above']} near-twins across splits", flush=True)
-    rows = prepared.rows.assign(where=[f"50agree/{part}" for part in prepared.split])
-    held_out = rows["text"][rows["where"].isin(["50agree/validation", "50agree/test"])].tolist()
-    train = rows["text"][rows["where"] == "50agree/train"].tolist()
+    rows = prepared.rows.assign(split_ref=[f"50agree/{part}" for part in prepared.split])
+    held_out = rows["text"][rows["split_ref"].isin(["50agree/validation", "50agree/test"])].tolist()
+    train = rows["text"][rows["split_ref"] == "50agree/train"].tolist()
 
     def far(texts: Sequence[str]) -> list[str]:
         away = nearest_texts(list(texts), held_out)[0] < NEAR_DUPLICATE - SIMILARITY_SLACK if texts else []
@@ -248,10 +248,10 @@ def draw(bank: pd.DataFrame, pool: Sequence[str], settings: Settings, seed: int,
         pools["headlines"] = [lines[i] for i in sorted(np.argsort(-near, kind="stable")[: settings.headlines])]
     for name, texts in pools.items():
         extra = pd.DataFrame({"text": texts, "id": [f"{name}-{i:06d}" for i in range(len(texts))]})
-        rows = pd.concat([rows, extra.assign(where=f"{name}/pool", allagree=False)], ignore_index=True)
+        rows = pd.concat([rows, extra.assign(split_ref=f"{name}/pool", allagree=False)], ignore_index=True)
     rows = rows.assign(allagree=rows["allagree"].astype(bool))
     with atomic_write(kept) as new:
-        rows[["where", "id", "text", "label", "group", "allagree"]].to_parquet(new)
+        rows[["split_ref", "id", "text", "label", "group", "allagree"]].to_parquet(new)
     return pd.read_parquet(kept)
 
 
@@ -371,7 +371,7 @@ def start(board: Board, name: str, settings: Settings, bank: pd.DataFrame, cache
     own = pd.DataFrame(corpus(settings.split))[["text", "label"]]
     far = nearest_texts(own["text"].tolist(), bank["text"].tolist())[0] < NEAR_DUPLICATE - SIMILARITY_SLACK
     print(f"{name}: {far.sum()} of {len(own)} rows of the corpus, the others are near-twins", flush=True)
-    frame = own[far].assign(where="finance/all")
+    frame = own[far].assign(split_ref="finance/all")
     part, cost = learn(spec, settings.models[spec.model], frame, {"validation": bank}, 0, name, cache)[-1]
     folder = part / "model"
     if not folder.exists():
@@ -389,13 +389,13 @@ def teach(name: str, settings: Settings, rows: pd.DataFrame, seed: int, cache: P
     by the one model that has not seen it, every other row by their mean.
     """
     spec = settings.teachers[name]
-    train = rows[rows["where"] == "50agree/train"]
+    train = rows[rows["split_ref"] == "50agree/train"]
     fold = pd.Series(-1, index=rows.index)
     fold[train.index] = assign_folds(train, spec.folds, seed)
     said, costs = np.zeros((len(rows), len(task().names))), []
     for k in range(spec.folds):
         asked = {"held out": rows[fold == k]}
-        asked |= {w.removeprefix("50agree/"): part for w, part in rows.groupby("where") if w != "50agree/train"}
+        asked |= {w.removeprefix("50agree/"): part for w, part in rows.groupby("split_ref") if w != "50agree/train"}
         title = f"seed {seed}, {name} without fold {k}"
         folder, cost = learn(spec, settings.models[spec.model], rows[fold != k], asked, seed, title, cache)[-1]
         answers = answers_of(folder)
@@ -522,9 +522,9 @@ def write(board: Board, settings: Settings, folder: Path) -> None:
 def run(board: Board, settings: Settings, student: str, rows: pd.DataFrame, seed: int, cache: Path) -> None:
     """Train one student of one seed, and its teachers, and put their answers on the board."""
     names, spec = task().names, settings.students[student]
-    asked = {part: rows[rows["where"] == f"50agree/{part}"] for part in ("validation", "test")}
+    asked = {part: rows[rows["split_ref"] == f"50agree/{part}"] for part in ("validation", "test")}
     test = asked["test"]
-    commonest = names.index(rows["label"][rows["where"] == "50agree/train"].mode()[0])
+    commonest = names.index(rows["label"][rows["split_ref"] == "50agree/train"].mode()[0])
     free = {"minutes": 0.0, "parameters": None, "commit": commit(HERE.parent)}
     board.add("commonest label", "control", seed, test, np.eye(len(names))[[commonest] * len(test)], free)
     frame = rows
@@ -532,11 +532,11 @@ def run(board: Board, settings: Settings, student: str, rows: pd.DataFrame, seed
         said, cost = teach(name, settings, rows, seed, cache)
         board.add(name, "teacher", seed, test, said[test.index], cost)
         for part in ("train", "validation"):
-            mine = rows[rows["where"] == f"50agree/{part}"]
+            mine = rows[rows["split_ref"] == f"50agree/{part}"]
             report(f"seed {seed}, {name}, {part}", mine, said[mine.index])
         frame = frame.assign(**{f"p_{name}": list(said)})
-    unanimous = frame[(frame["where"] == "50agree/train") & frame["allagree"]]
-    frame = pd.concat([frame, unanimous.assign(where="allagree/train")], ignore_index=True)
+    unanimous = frame[(frame["split_ref"] == "50agree/train") & frame["allagree"]]
+    frame = pd.concat([frame, unanimous.assign(split_ref="allagree/train")], ignore_index=True)
     bare = spec.model not in settings.starts
     legs = learn(spec, settings.models[spec.model], frame, asked, seed, f"seed {seed}, {student}", cache, bare)
     role = "student" if any(phase.teachers for phase in spec.phases) else "control"

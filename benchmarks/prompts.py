@@ -30,11 +30,11 @@ from distillery.teachers.signals import signal_table
 SHOTS = (("task", 0), ("task", 3), ("gold", 6), ("similar", 4))
 
 
-def asked_so(P: Params, task: Task, shots: str, n: int) -> Params:
+def asked_so(params: Params, task: Task, shots: str, n: int) -> Params:
     """`P` with a teacher `smollm2` that is only prompted, with `n` solved examples from `shots`."""
     spec = {"kind": "lm", "model": "smollm2", "dtype": "bfloat16", "prompts": [*task.prompts], "few_shot": n}
     spec |= {"shots": shots, "embeddings": "minilm-l6" if shots == "similar" else None}
-    return P.model_copy(update={"teachers": {"smollm2": validate_section(TeacherConfig, spec, "benchmark")}})
+    return params.model_copy(update={"teachers": {"smollm2": validate_section(TeacherConfig, spec, "benchmark")}})
 
 
 def line(teacher: object, rows: pd.DataFrame, labels: list[str]) -> dict[str, float]:
@@ -46,26 +46,26 @@ def line(teacher: object, rows: pd.DataFrame, labels: list[str]) -> dict[str, fl
 
 
 def main(rows: int = 100) -> None:
-    P, root = load_params(), repository_root()
-    task = load_task(P.data["finance"].task, root / "tasks")
+    params, root = load_params(), repository_root()
+    task = load_task(params.data["finance"].task, root / "tasks")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_source(prepare_source("finance", P.data["finance"], task, root), folder / "data/processed/finance")
-        every = gather_rows(folder, asked_so(P, task, "task", 0), "smollm2")
+        write_source(prepare_source("finance", params.data["finance"], task, root), folder / "data/processed/finance")
+        every = gather_rows(folder, asked_so(params, task, "task", 0), "smollm2")
         few = every[every["split"].isin(["validation", "test"])].groupby("split").head(rows)
         every = pd.concat([every[every["split"].isin(["train", "pool"])], few], ignore_index=True)
         tables = []
         for shots, n in SHOTS:
-            table, _ = compare_prompts(folder, "smollm2", asked_so(P, task, shots, n), task, every)
+            table, _ = compare_prompts(folder, "smollm2", asked_so(params, task, shots, n), task, every)
             tables.append(table.drop(columns="unparsable").assign(examples=n, of=shots))
             print(tables[-1].round(3).to_string(index=False), flush=True)
         best = pd.concat(tables, ignore_index=True).sort_values("macro_f1", kind="stable").iloc[-1]
         test = every[every["split"] == "test"].reset_index(drop=True)
         plain = {"prompt": None, "prior": None}
-        before = open_prompted_teacher(folder, "smollm2", asked_so(P, task, "task", 0), task, plain)
+        before = open_prompted_teacher(folder, "smollm2", asked_so(params, task, "task", 0), task, plain)
         how = plain | {"prompt": None if best["prompt"] == "prompt" else best["prompt"]}
         after = open_prompted_teacher(
-            folder, "smollm2", asked_so(P, task, best["of"], int(best["examples"])), task, how
+            folder, "smollm2", asked_so(params, task, best["of"], int(best["examples"])), task, how
         )
         unlabelled = every[every["split"] == "pool"].head(PRIOR_ROWS).reset_index(drop=True)
         after.prior = estimate_label_prior(after, best["calibrate"], unlabelled)

@@ -67,7 +67,7 @@ class Positions:
 
     def __init__(self, rows: TrainingRows, model: LabelModel):
         self.ids = model.encode(rows.texts)
-        self.told = [model.completions(int(i), why) for i, why in zip(rows.targets, rows.rationales, strict=True)]
+        self.told = [model.row_completions(int(i), why) for i, why in zip(rows.targets, rows.rationales, strict=True)]
         self.parts = [list(range(a, min(a + PART, len(rows)))) for a in range(0, len(rows), PART)]
 
     def logits(self, model: LabelModel) -> list[Tensor]:
@@ -75,7 +75,9 @@ class Positions:
         model.model.eval()
         with torch.no_grad():
             return [
-                model.forward([self.ids[i] for i in part], [self.told[i] for i in part], labels=False).told
+                model.forward(
+                    [self.ids[i] for i in part], [self.told[i] for i in part], label_space=False
+                ).completion_logits
                 for part in self.parts
             ]
 
@@ -114,8 +116,8 @@ def label_errors(where: Positions, student: LabelModel, teacher: LabelModel, row
     with torch.no_grad():
         for part in where.parts:
             ids = [where.ids[i] for i in part]
-            ours.append(student.forward(ids).logits)
-            full.append(teacher.forward(ids).logits.double().log_softmax(-1))
+            ours.append(student.forward(ids).label_logits)
+            full.append(teacher.forward(ids).label_logits.double().log_softmax(-1))
     ours, full = torch.cat(ours), torch.cat(full)
     errors = {}
     for temperature in TEMPERATURES:

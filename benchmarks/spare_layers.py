@@ -58,11 +58,11 @@ class Reader:
 
 @torch.no_grad()
 def main(keep: int = 15, sentences: int = 12) -> None:
-    P, root = load_params(), repository_root()
-    spec = P.data["finance"]
+    params, root = load_params(), repository_root()
+    spec = params.data["finance"]
     found = prepare_source("finance", spec, load_task(spec.task, root / "tasks"), root)
     texts = found.rows["text"][found.split == "pool"].head(sentences).tolist()
-    reader = Reader(fetch_model("smollm2", P.models["smollm2"]), texts)
+    reader = Reader(fetch_model("smollm2", params.models["smollm2"]), texts)
     depth = len(reader.layers)
     kept = list(range(depth))
     print(f"{len(texts)} sentences, {len(reader.next)} tokens\n")

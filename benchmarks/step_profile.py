@@ -62,7 +62,7 @@ def ways(student: LabelModel) -> dict[str, Step]:
         return output_head(model)(torch.cat([said[i, row] for i, row in enumerate(at)]))
 
     def trees(prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
-        return student.forward(prompts, [[(a, 0)] for a in answers], labels=False).told
+        return student.forward(prompts, [[(a, 0)] for a in answers], label_space=False).completion_logits
 
     def exact(prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
         rounded, token_tree.LENGTH_MULTIPLES = token_tree.LENGTH_MULTIPLES, (1, 1)
@@ -109,7 +109,7 @@ def encoder_step(
 
     def step(rows: list[int]) -> tuple[float, float]:
         start = time.perf_counter()
-        loss = losses.cross_entropy(student.forward([ids[i] for i in rows]).logits, target[rows]).mean()
+        loss = losses.cross_entropy(student.forward([ids[i] for i in rows]).label_logits, target[rows]).mean()
         middle = time.perf_counter()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -148,7 +148,7 @@ def main() -> None:
     lines = (root / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[: BATCH * BATCHES]
     rows = sorted(student.encode([json.loads(line)["text"] for line in lines]), key=len)
     batches = [rows[a : a + BATCH] for a in range(0, len(rows), BATCH)]
-    answers = [student.answer(i % 3)[0] for i in range(BATCH)]
+    answers = [student.label_completion(i % 3)[0] for i in range(BATCH)]
     teacher = torch.randn(sum(map(len, answers)), output_head(student.model).weight.shape[0]).log_softmax(-1)
     before = None
     for name, way in ways(student).items():

@@ -39,8 +39,8 @@ SHOTS, BATCH = 8, 16
 
 def questions(rows: int) -> tuple[Task, list[str]]:
     """The finance task with `SHOTS` gold rows as its solved examples, labels taking turns; and `rows` test texts."""
-    P, root = load_params(), repository_root()
-    source = P.data["finance"]
+    params, root = load_params(), repository_root()
+    source = params.data["finance"]
     task = load_task(source.task, root / "tasks")
     prepared = prepare_source("finance", source, task, root)
     gold, test = prepared.rows[prepared.split == "train"], prepared.rows[prepared.split == "test"]
@@ -53,7 +53,7 @@ def questions(rows: int) -> tuple[Task, list[str]]:
 
 def by_pipeline(model: LabelModel, texts: list[str]) -> list[str]:
     write = pipeline("text-generation", model=model.model, tokenizer=model.tokenizer, batch_size=BATCH)
-    length = max(map(len, model.labels))
+    length = max(map(len, model.label_token_ids))
     chats = [chat_turns(model.task, text, SHOTS) for text in texts]
     said = write(chats, max_new_tokens=length, do_sample=False, return_full_text=False)
     return [answers[0]["generated_text"].strip() for answers in said]
@@ -61,8 +61,8 @@ def by_pipeline(model: LabelModel, texts: list[str]) -> list[str]:
 
 @torch.inference_mode()
 def by_forward(model: LabelModel, texts: list[str]) -> list[str]:
-    firsts = [label[0] for label in model.labels]
-    assert all(len(label) == 1 for label in model.labels), "one forward pass scores labels of one token only"
+    firsts = [label[0] for label in model.label_token_ids]
+    assert all(len(label) == 1 for label in model.label_token_ids), "one forward pass scores labels of one token only"
     out = []
     for start in range(0, len(texts), BATCH):
         chats = [chat_turns(model.task, text, SHOTS) for text in texts[start : start + BATCH]]

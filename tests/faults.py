@@ -335,7 +335,7 @@ def sequence_distillation_writes_anew_in_every_step(folder: Path, out: Path):
     theirs, ours = [], []
     for epochs in (1, 3):
         student, teacher = finance(folder, 0), finance(folder, 1)
-        written, continued = count_calls(teacher.model, "generate"), count_calls(teacher, "continue_")
+        written, continued = count_calls(teacher.model, "generate"), count_calls(teacher, "generate_tokens")
         state = random.getstate()
         settings = {"seq_kd": True, "max_new_tokens": 2, "per_device_train_batch_size": 2, "num_train_epochs": epochs}
         gkd(out, student.model, teacher.model, student.tokenizer, messages(TEXTS), **settings).train()

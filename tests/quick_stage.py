@@ -17,7 +17,7 @@ from distillery.config.schema import SPLITS
 from distillery.files import repository_root
 from distillery.tasks.schema import load_task
 
-P, ROOT = load_params(), repository_root()
+params, ROOT = load_params(), repository_root()
 
 
 def key(*parts: object) -> str:
@@ -56,7 +56,7 @@ def model_of(teacher: str) -> str:
 
 
 def data(source: str) -> None:
-    spec = P.data[source]
+    spec = params.data[source]
     lines = (ROOT / spec.source).read_text(encoding="utf-8").splitlines()[: spec.limit]
     for i, split in enumerate(SPLITS):
         keys = [k for k in ("id", "text", "label", "group") if (split, k) != ("pool", "label")]
@@ -70,7 +70,7 @@ def teach(teacher: str) -> None:
     folder = f"data/teacher/{teacher}"
     learned = key((ROOT / f"build/teachers/{teacher}.json").read_text())
     signals = []
-    for source, split in itertools.product(P.sources_of(teacher), SPLITS):
+    for source, split in itertools.product(params.teacher_sources(teacher), SPLITS):
         signals += said(learned, get(f"data/processed/{source}/{split}.parquet"), source=source, split=split)
     put(f"{folder}/model/weights", learned)
     put(f"{folder}/signals.parquet", signals)
@@ -78,12 +78,12 @@ def teach(teacher: str) -> None:
 
 
 def augment() -> None:
-    source = P.augment.source
-    style = key(P.augment.model_dump(), model_of(P.augment.teacher))
+    source = params.augment.source
+    style = key(params.augment.model_dump(), model_of(params.augment.teacher))
     rows = get(f"data/processed/{source}/train.parquet")
     rows = [row | {"id": row["id"] + "#0", "text": row["text"] + style, "source_id": row["id"]} for row in rows]
     signals = []
-    for who in [who for who in P.teachers if source in P.sources_of(who)]:
+    for who in [who for who in params.teachers if source in params.teacher_sources(who)]:
         signals += said(model_of(who) + style, rows, teacher=who, source=source, split="augmented")
     put(f"data/augmented/{source}/rows.parquet", rows)
     put(f"data/augmented/{source}/signals.parquet", signals)
@@ -98,7 +98,7 @@ def distill(student: str, seed: str) -> None:
 
 
 def evaluate() -> None:
-    found = {s: json.loads((ROOT / f"runs/{s}-{P.seeds[0]}/metrics.json").read_text()) for s in P.students}
+    found = {s: json.loads((ROOT / f"runs/{s}-{params.seeds[0]}/metrics.json").read_text()) for s in params.students}
     accuracy = {student: metrics["test"]["accuracy"] for student, metrics in found.items()}
     board = "model,accuracy\n" + "".join(f"{student},{value}\n" for student, value in accuracy.items())
     history = "model,seed,phase,step,loss\n" + "".join(
@@ -112,11 +112,11 @@ def evaluate() -> None:
     put("reports/plots/history.csv", history)
     put("reports/plots/predictions.csv", "actual,predicted\nneutral,neutral\npositive,neutral\n")
     put("reports/figures/leaderboard.svg", "<svg/>")
-    put("reports/index.html", key(P.model_dump()))
+    put("reports/index.html", key(params.model_dump()))
     put("reports/timing.json", {})
-    for run in (f"{s}-{seed}" for s in P.students for seed in P.seeds):
+    for run in (f"{s}-{seed}" for s in params.students for seed in params.seeds):
         put(f"reports/cards/{run}.md", run)
-        put(f"runs/{run}/model/README.md", key(P.model_dump()))  # into an output of another stage
+        put(f"runs/{run}/model/README.md", key(params.model_dump()))  # into an output of another stage
 
 
 def run_stage(notebook: str, given: list[list[str]]) -> None:

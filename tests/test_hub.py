@@ -345,14 +345,14 @@ def test_every_model_and_table_that_a_recipe_names_resolves(tmp_path):
     files = {kind: of_type(kind, tmp_path / kind) for kind in sorted(set(TYPES.values()))}
     repos |= {name: hub.Repo(files[kind]) for name, kind in TYPES.items()}
     for path in sorted((tiny.ROOT / "recipes").glob("*.yaml")):
-        P = validate_section(Params, load_recipe(tiny.ROOT, path.stem), path.name)
-        used = {teacher.model: arch[teacher.kind] for teacher in P.teachers.values() if teacher.model}
-        used |= {student.model: student.arch for student in P.students.values()}
+        params = validate_section(Params, load_recipe(tiny.ROOT, path.stem), path.name)
+        used = {teacher.model: arch[teacher.kind] for teacher in params.teachers.values() if teacher.model}
+        used |= {student.model: student.arch for student in params.students.values()}
         for model, wanted in used.items():
-            if P.models[model].hub:
-                job = ("model", model, P.models[model].model_dump(), {"arch": wanted})
-                jobs.setdefault((P.models[model].hub, wanted), job)
-        for name, source in P.data.items():
+            if params.models[model].hub:
+                job = ("model", model, params.models[model].model_dump(), {"arch": wanted})
+                jobs.setdefault((params.models[model].hub, wanted), job)
+        for name, source in params.data.items():
             if source.source.startswith("hub:"):
                 jobs.setdefault((source.source, ""), ("data", name, few(source), None))
     with hub.serving(repos) as (url, _):
@@ -398,8 +398,8 @@ def test_the_data_notebook_shows_every_table_of_the_recipes(tmp_path):
     for teacher in raw["teachers"].values():
         teacher["data"] = ["finance"]
     for path in sorted((tiny.ROOT / "recipes").glob("*.yaml")):
-        P = validate_section(Params, load_recipe(tiny.ROOT, path.stem), path.name)
-        for name, source in P.data.items():
+        params = validate_section(Params, load_recipe(tiny.ROOT, path.stem), path.name)
+        for name, source in params.data.items():
             if source.source.startswith("hub:"):
                 data[f"{path.stem}-{name}"] = few(source)
     (repo / "params.yaml").write_text(json.dumps(raw | {"data": raw["data"] | data}))  # JSON is YAML

@@ -131,7 +131,7 @@ def test_a_prefix_that_was_read_before_says_the_same(labels):
             assert (read is None) == (kind == "bloom")
             for some in (prompts, prompts[1:2]):  # the same reading serves batches of every size
                 asked = completions[: len(some)]
-                hidden, index, target, branch, _ = completion_hidden_states(model, some, asked, read=read)
+                hidden, index, target, branch, _ = completion_hidden_states(model, some, asked, prefix_kv=read)
                 taken = output_head(model)(hidden).log_softmax(-1)[index, target]
                 found = torch.zeros(branch.max() + 1).index_add(0, branch, taken)
                 assert torch.allclose(found, plain(model, some, asked), atol=1e-4), kind
@@ -339,10 +339,10 @@ def test_four_bits_train_merge_and_are_saved_dense(tiny_models, tmp_path):
     told = []
     for _ in range(10):
         optimizer.zero_grad()
-        out = student.forward(ids, [[student.answer(i % 3)] for i in range(6)])
-        out.nll.mean().backward()
+        out = student.forward(ids, [[student.label_completion(i % 3)] for i in range(6)])
+        out.completion_nll.mean().backward()
         optimizer.step()
-        told.append(out.nll.mean().item())
+        told.append(out.completion_nll.mean().item())
     assert told[-1] < 0.7 * told[0]
     trained = student.predict(texts)
     save_model(student.model, student.tokenizer, tmp_path / "model")
@@ -448,25 +448,35 @@ def test_completions_are_told_token_by_token_and_labels_are_scored_beside_them(t
     for parameter in student.model.parameters():
         parameter.data.mul_(3 if parameter.dim() > 1 else 1)
     ids, end = student.encode(tiny.texts()[:3]), student.tokenizer.eos_token_id
-    told = [student.completions(2, "profit rose"), student.completions(0), student.completions(1, "it fell")]
+    told = [
+        student.row_completions(2, "profit rose"),
+        student.row_completions(0),
+        student.row_completions(1, "it fell"),
+    ]
     with torch.no_grad():
         out, alone = student.forward(ids, told), student.forward(ids)
         answers = [(i, tokens, skip) for i, row in enumerate(told) for tokens, skip in row]
         logits = [say(student, ids[i], tokens)[skip:] for i, tokens, skip in answers]
         scores = [
-            [say(student, row, label).log_softmax(-1)[range(len(label)), label].sum() for label in student.labels]
+            [
+                say(student, row, label).log_softmax(-1)[range(len(label)), label].sum()
+                for label in student.label_token_ids
+            ]
             for row in ids
         ]
     targets = [token for _, tokens, skip in answers for token in tokens[skip:]]
     expected = torch.cat(logits)
-    assert torch.allclose(out.told, expected, atol=1e-4)
-    assert torch.allclose(out.nll, -expected.log_softmax(-1)[range(len(targets)), targets], atol=1e-4)
-    assert torch.allclose(out.logits, torch.tensor(scores), atol=1e-4) and torch.allclose(
-        out.logits, alone.logits, atol=1e-5
+    assert torch.allclose(out.completion_logits, expected, atol=1e-4)
+    assert torch.allclose(out.completion_nll, -expected.log_softmax(-1)[range(len(targets)), targets], atol=1e-4)
+    assert torch.allclose(out.label_logits, torch.tensor(scores), atol=1e-4) and torch.allclose(
+        out.label_logits, alone.label_logits, atol=1e-5
     )
     assert [tokens[-1] for _, tokens, _ in answers] == [end] * 5
     reason = student.tokenizer.decode(answers[1][1][answers[1][2] :], skip_special_tokens=True)
-    assert reason.strip() == "profit rose" and answers[1][1][: len(student.labels[2])] == student.labels[2]
+    assert (
+        reason.strip() == "profit rose"
+        and answers[1][1][: len(student.label_token_ids[2])] == student.label_token_ids[2]
+    )
 
 
 def say(student: LabelModel, prompt: list[int], tokens: list[int]) -> torch.Tensor:
@@ -485,7 +495,7 @@ def test_hidden_states_are_those_of_transformers(tiny_models, arch):
     ids = student.encode(tiny.texts()[:3])
     start = torch.tensor([[0]])
     with torch.no_grad():
-        out = student.forward(ids, labels=False, layers=[1, 4], maps=arch == "classifier")
+        out = student.forward(ids, label_space=False, layers=[1, 4], activation_maps=arch == "classifier")
         for i, row in enumerate(ids):
             asked = {"input_ids": torch.tensor([row]), "output_hidden_states": True}
             if arch == "seq2seq":
@@ -493,11 +503,11 @@ def test_hidden_states_are_those_of_transformers(tiny_models, arch):
             else:
                 found = student.model(**asked).hidden_states
             at = 0 if arch != "causal" else -1
-            assert torch.allclose(out.states[i], torch.stack([found[1][0, at], found[4][0, at]]), atol=1e-4)
+            assert torch.allclose(out.hidden_states[i], torch.stack([found[1][0, at], found[4][0, at]]), atol=1e-4)
             if arch == "classifier":
                 squares = torch.stack([found[j][0].square().sum(-1) for j in (1, 4)])
-                assert torch.allclose(out.maps[i, :, : len(row)], squares, rtol=1e-4)
-                assert not out.maps[i, :, len(row) :].any()
+                assert torch.allclose(out.activation_maps[i, :, : len(row)], squares, rtol=1e-4)
+                assert not out.activation_maps[i, :, len(row) :].any()
 
 
 def test_both_stacks_of_an_encoder_and_decoder_are_cut(tiny_models, tmp_path):
@@ -518,8 +528,8 @@ def test_both_stacks_of_an_encoder_and_decoder_are_cut(tiny_models, tmp_path):
     with torch.no_grad():
         assert torch.equal(cut(**asked).logits, again(**asked).logits)
     made = LabelModel(again, load_tokenizer(tiny_models / "tiny-t5"), TASK, "seq2seq", prompt="plain")
-    both = made.continue_([[5, 6, 7, 8], [9, 5]], max_new_tokens=4)
-    assert both == [made.continue_([row], max_new_tokens=4)[0] for row in ([5, 6, 7, 8], [9, 5])]
+    both = made.generate_tokens([[5, 6, 7, 8], [9, 5]], max_new_tokens=4)
+    assert both == [made.generate_tokens([row], max_new_tokens=4)[0] for row in ([5, 6, 7, 8], [9, 5])]
 
 
 def test_texts_are_generated_the_same_whatever_the_batch(tiny_models, monkeypatch):
@@ -542,13 +552,13 @@ def test_writing_continues_where_it_stopped_and_says_what_it_would_have_said(tin
     prompts = [chat_turns(TASK, text) for text in tiny.texts()[:10:2]]
     how = {"max_new_tokens": 4, "temperature": 1.0, "seed": 1, "batch_size": 2}
     kept: dict[int, str] = {}
-    whole = student.generate(prompts, **how, keep=lambda rows, texts: kept.update(zip(rows, texts, strict=True)))
+    whole = student.generate(prompts, **how, on_batch=lambda rows, texts: kept.update(zip(rows, texts, strict=True)))
     assert [kept[i] for i in range(5)] == whole
     first = list(kept)[:2]  # as a run that was killed after its first batch left it
     known, new = [kept[i] if i in first else None for i in range(5)], []
-    assert student.generate(prompts, **how, known=known, keep=lambda rows, _: new.extend(rows)) == whole
+    assert student.generate(prompts, **how, cached=known, on_batch=lambda rows, _: new.extend(rows)) == whole
     assert sorted(new + first) == [0, 1, 2, 3, 4]
-    assert student.generate(prompts, **how, known=whole, keep=None) == whole
+    assert student.generate(prompts, **how, cached=whole, on_batch=None) == whole
 
 
 # ------------------------------------------------------------------------------- fetching

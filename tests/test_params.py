@@ -96,7 +96,7 @@ def test_base_is_valid_and_typed(folder):
     # the key `on` and a number without a point: YAML 1.1 would read them as True and as text
     assert checked.teachers["llm"].finetune.on == "news/train"
     assert checked.teachers["llm"].finetune.learning_rate == 1e-3
-    assert checked.sources_of("llm") == ["news", "bare"]
+    assert checked.teacher_sources("llm") == ["news", "bare"]
     assert checked.students["kd"].init.layers == [0, 2]
 
 

@@ -122,7 +122,7 @@ def test_every_seed_draws_a_split_without_twins_across_it(bank, files, headlines
     seen = []
     for seed in (0, 1):
         drawn = bank.draw(rows, pool, chosen, seed, tmp_path)
-        texts = {where: part["text"].tolist() for where, part in drawn.groupby("where")}
+        texts = {where: part["text"].tolist() for where, part in drawn.groupby("split_ref")}
         assert [len(texts[f"50agree/{part}"]) for part in ("train", "validation", "test")] == pytest.approx(
             [0.75 * len(rows), 0.10 * len(rows), 0.15 * len(rows)], abs=12
         )

@@ -402,30 +402,32 @@ def test_a_student_finds_exactly_what_its_phases_name(base):
     rows = table(base / "data/inputs/tiny-kd/rows.parquet")
     finance = base / "data/processed/finance"
     sizes = {f"finance/{split}": len(table(finance / f"{split}.parquet")) for split in ("pool", "train")}
-    assert rows["where"].value_counts(sort=False).to_dict() == {
+    assert rows["split_ref"].value_counts(sort=False).to_dict() == {
         "finance/pool": sizes["finance/pool"],
         "finance/augmented": sizes["finance/train"],  # one paraphrase a row
         "finance/train": sizes["finance/train"],
     }
-    assert rows.columns.tolist() == ["where", "id", "text", "label", "group", "rationale", "p_lm", "fold_lm"]
-    assert (rows["label"].isna() == (rows["where"] == "finance/pool")).all()
+    assert rows.columns.tolist() == ["split_ref", "id", "text", "label", "group", "rationale", "p_lm", "fold_lm"]
+    assert (rows["label"].isna() == (rows["split_ref"] == "finance/pool")).all()
     signals = table(base / "data/teacher/lm/signals.parquet")
-    signals["where"] = signals["source"] + "/" + signals["split"]
+    signals["split_ref"] = signals["source"] + "/" + signals["split"]
     augmented = table(base / "data/augmented/finance/signals.parquet").query("teacher == 'lm'")
-    said = pd.concat([signals, augmented.assign(where="finance/augmented")]).set_index(["where", "id"])["probabilities"]
-    for where, name, given in zip(rows["where"], rows["id"], rows["p_lm"], strict=True):
+    said = pd.concat([signals, augmented.assign(split_ref="finance/augmented")]).set_index(["split_ref", "id"])[
+        "probabilities"
+    ]
+    for where, name, given in zip(rows["split_ref"], rows["id"], rows["p_lm"], strict=True):
         assert given == pytest.approx(said[where, name], abs=1e-7)
 
     mixed = table(base / "data/inputs/half-gkd/rows.parquet")
     assert mixed["p_lm"].notna().all()
     assert (
-        mixed["p_encoder"].notna() == (mixed["where"] == "finance/pool")
+        mixed["p_encoder"].notna() == (mixed["split_ref"] == "finance/pool")
     ).all()  # it teaches in the first phase only
     assert table(base / "data/inputs/tiny-gold/rows.parquet").columns.tolist() == list(rows.columns[:6])
     for split in ("validation", "test"):
         scored = table(base / f"data/inputs/tiny-kd/{split}.parquet")
         assert scored["id"].tolist() == table(finance / f"{split}.parquet")["id"].tolist()
-        assert set(scored["where"]) == {f"finance/{split}"} and scored["label"].notna().all()
+        assert set(scored["split_ref"]) == {f"finance/{split}"} and scored["label"].notna().all()
 
 
 def test_an_experiment_file_says_all_that_decides_a_student(base):
@@ -460,7 +462,7 @@ def test_reasons_are_for_the_label_that_a_row_is_taught_with():
             pass
 
         def rows(self, where):
-            return [{"id": i, "label": None, "rationale": "hidden", "where": where} for i in "12"]
+            return [{"id": i, "label": None, "rationale": "hidden", "split_ref": where} for i in "12"]
 
         def signals(self, who, where):
             p = {"a": [0.6, 0.4], "b": [0.1, 0.9]}[who]
@@ -472,8 +474,8 @@ def test_reasons_are_for_the_label_that_a_row_is_taught_with():
         leg = {"data": ["s/pool"], "teachers": teachers, "loss": {"ce": 1.0, "rationale": 1.0}, "steps": 1}
         student = StudentConfig(model="m", arch="causal", phases=[leg | {"learning_rate": 1e-3}])
         teacher = TeacherConfig(kind="lm", model="m")
-        P = Params.model_construct(students={"s": student}, teachers={"a": teacher, "b": teacher})
-        return [row["rationale"] for row in student_rows(Held(), P, "s")[0]]
+        params = Params.model_construct(students={"s": student}, teachers={"a": teacher, "b": teacher})
+        return [row["rationale"] for row in student_rows(Held(), params, "s")[0]]
 
     assert rows(["a"]) == ["a 1", None] and rows(["a", "b"]) == ["b 1", None]
 

@@ -20,7 +20,7 @@ TASK = Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
 PHASE = {"data": ["q/train"], "loss": {"ce": 1.0}, "steps": 60, "batch_size": 4, "learning_rate": 1.0e-2}
 QUESTIONS = pd.DataFrame(
     {
-        "where": "q/train",
+        "split_ref": "q/train",
         "id": ["a", "b", "c", "d"],
         "text": ["profit quarter", "sales year", "company share", "market price"],
         "label": "right",

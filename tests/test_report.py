@@ -109,24 +109,24 @@ def project(root, spec: dict | None = None, right: dict | None = None, corpus: l
     put(root / "tasks/demo.yaml", task)
     put(root / "params.yaml", json.dumps(spec))  # JSON is YAML
     put(root / "data/demo.jsonl", "".join(json.dumps(row) + "\n" for row in corpus))
-    P = load_params(root / "params.yaml")
+    params = load_params(root / "params.yaml")
     made = load_task("demo", root / "tasks")
-    prepared = prepare_source("demo", P.data["demo"], made, root)
+    prepared = prepare_source("demo", params.data["demo"], made, root)
     write_source(prepared, root / "data/processed/demo")
     held_out = {split: read_split(root / "data/processed/demo", split) for split in ("validation", "test")}
 
     def said(right, **columns):
         return pd.concat([table(rng, rows, right, made.names, split=s, **columns) for s, rows in held_out.items()])
 
-    for teacher in P.teachers:
+    for teacher in params.teachers:
         signals = said(right[teacher], source="demo", fold=-1, rationale=None).rename(columns={"prediction": "label"})
         signals = signals.reset_index(drop=True)
         signals.loc[len(signals) - 1, "rationale"] = "teacher's words"  # of a test row
         put(root / f"data/teacher/{teacher}/signals.parquet", signals)
         put(root / f"data/teacher/{teacher}/metrics.json", {"parameters": 134_500_000, "bytes_on_disk": 269_000_000})
     put(root / "data/augmented/demo/counts.json", {"kept": 40, "label changed": 9})
-    for name in P.students:
-        for seed in P.seeds:
+    for name in params.students:
+        for seed in params.seeds:
             run = root / f"runs/{name}-{seed}"
             put(run / "predictions.parquet", said(right[name]))
             put(run / "phases.parquet", pd.concat([said(right["untrained"], phase=0), said(right[name], phase=1)]))
@@ -135,7 +135,7 @@ def project(root, spec: dict | None = None, right: dict | None = None, corpus: l
             put(run / "timing.json", {"train_seconds": 61.0 + seed, "peak_memory_mb": 900 + seed})
             steps = pd.DataFrame({"phase": [1, 1, 2, 2], "step": [1, 2, 1, 2], "loss": [1.0, 0.8, 0.6, 0.5]})
             (run / "history.csv").write_text(steps.to_csv(index=False))
-    return P
+    return params
 
 
 SPEEDS = {"tiny-kd": 500.0, "tiny-gold": 500.0, "other": 100.0, "big": 40.0}
@@ -154,8 +154,8 @@ def measured(results, speeds=SPEEDS) -> Measurements:
     return Measurements(timing, *measure_robustness(results, {"tiny-kd": predict, "big": predict}))
 
 
-def run(root, P, speeds=None):
-    results = gather_results(root, P)
+def run(root, params, speeds=None):
+    results = gather_results(root, params)
     found = measured(results, speeds) if speeds else Measurements()
     board = leaderboard(results, found.timing)
     write_report(root, results, board, found)
@@ -165,16 +165,16 @@ def run(root, P, speeds=None):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("project")
-    P = project(root)
-    return root, P, *run(root, P, SPEEDS)
+    params = project(root)
+    return root, params, *run(root, params, SPEEDS)
 
 
 def test_scores_are_those_of_the_runs(finished):
-    root, P, _, board = finished
+    root, params, _, board = finished
     test = read_split(root / "data/processed/demo", "test").set_index("id")["label"]
     teacher = pd.read_parquet(root / "data/teacher/big/signals.parquet").set_index("id").loc[test.index]
-    for name in P.students:
-        runs = [pd.read_parquet(root / f"runs/{name}-{seed}/predictions.parquet") for seed in P.seeds]
+    for name in params.students:
+        runs = [pd.read_parquet(root / f"runs/{name}-{seed}/predictions.parquet") for seed in params.seeds]
         runs = [r.set_index("id").loc[test.index] for r in runs]
         row = board.loc[name]
         expected = {
@@ -200,11 +200,11 @@ def test_scores_are_those_of_the_runs(finished):
 def test_closeness_to_each_teacher(tmp_path):
     spec = experiment()
     spec["teachers"]["second"] = spec["teachers"]["big"]
-    P = project(tmp_path, spec, right={"second": 0.6})
-    results, board = run(tmp_path, P)
+    params = project(tmp_path, spec, right={"second": 0.6})
+    results, board = run(tmp_path, params)
     close = teacher_closeness(results).set_index(["model", "teacher"])
-    assert len(close) == 2 * (len(P.students) + 2)  # three students, two of them untrained
-    for name in P.students:
+    assert len(close) == 2 * (len(params.students) + 2)  # three students, two of them untrained
+    for name in params.students:
         assert close.loc[(name, "big"), "agreement"] == pytest.approx(board.loc[name, "agreement_with_teacher"])
         assert close.loc[(name, "big"), "kl"] == pytest.approx(board.loc[name, "kl_to_teacher"])
     second = results.signals["second", "demo"]["prediction"].to_numpy(object)
@@ -241,8 +241,8 @@ def test_verdict_beside_the_teacher(finished):
 
 @pytest.mark.parametrize(("right", "verdict"), [(0.55, "no evidence"), (0.33, "worse")])
 def test_verdict_can_say_no(tmp_path, right, verdict):
-    P = project(tmp_path, right={"tiny-kd": right})
-    results, board = run(tmp_path, P)
+    params = project(tmp_path, right={"tiny-kd": right})
+    results, board = run(tmp_path, params)
     assert board.loc["tiny-kd", "verdict"] == verdict
     text = " ".join(describe_result(results, board.reset_index())["sentences"])
     assert ("no evidence of a gain or a loss" if verdict == "no evidence" else "points worse, and that is no") in text
@@ -258,14 +258,14 @@ def test_a_gain_of_single_runs_is_not_called_real(tmp_path):
 
 
 def test_shuffled_predictions_are_not_better(tmp_path):
-    P = project(tmp_path)
-    for seed in P.seeds:
+    params = project(tmp_path)
+    for seed in params.seeds:
         path = tmp_path / f"runs/tiny-kd-{seed}/predictions.parquet"
         rows = pd.read_parquet(path)
         order = np.random.default_rng(seed).permutation(len(rows))
         rows[["prediction", "probabilities"]] = rows[["prediction", "probabilities"]].iloc[order].to_numpy()
         rows.to_parquet(path)
-    results, board = run(tmp_path, P)
+    results, board = run(tmp_path, params)
     assert board.loc["tiny-kd", "verdict"] == "worse"
     assert board.loc["tiny-kd", "accuracy_low"] < 1 / 3 < board.loc["tiny-kd", "accuracy_high"]
 
@@ -276,12 +276,12 @@ def test_many_comparisons_need_more(tmp_path):
     gold = spec["students"]["tiny-gold"]
     spec["students"] |= {f"copy-{i}": gold | {"control": "tiny-gold"} for i in range(10)}
     spec["evaluate"]["bootstrap"] = 2000  # p cannot fall below 2 / 2001, and eleven comparisons multiply it
-    P = project(tmp_path, spec, right={f"copy-{i}": 0.55 for i in range(10)})
-    results = gather_results(tmp_path, P)
+    params = project(tmp_path, spec, right={f"copy-{i}": 0.55 for i in range(10)})
+    results = gather_results(tmp_path, params)
     board = leaderboard(results).set_index("model")
     compared = board[board["verdict"].notna()]
     test = results.tests["demo"]
-    gold, predicted = test["label"], {name: results.find(name).predicted for name in P.students}
+    gold, predicted = test["label"], {name: results.find(name).predicted for name in params.students}
     gold, control, groups = gold.to_numpy(object), predicted["tiny-gold"], test["group"]
     alone = [
         max(
@@ -299,27 +299,27 @@ def test_many_comparisons_need_more(tmp_path):
 
 
 def test_a_removed_student_vanishes(finished, tmp_path):
-    P = project(tmp_path)
+    params = project(tmp_path)
     spec = experiment()
     del spec["students"]["other"]
     put(tmp_path / "params.yaml", json.dumps(spec))
     assert (tmp_path / "runs/other-0").exists()
     _, board = run(tmp_path, load_params(tmp_path / "params.yaml"))
     assert not [m for m in board.index if "other" in m]
-    assert "other" in P.students and "other" in finished[3].index
+    assert "other" in params.students and "other" in finished[3].index
 
 
 def test_metrics_are_the_same_bytes_on_a_second_run(finished):
-    root, P, results, _ = finished
+    root, params, results, _ = finished
     names = ["metrics.json", "leaderboard.csv", "index.html", *(f"figures/{n}.svg" for n in ("cost", "confusion"))]
     before = [(root / "reports" / name).read_bytes() for name in names]
-    run(root, P, SPEEDS)
+    run(root, params, SPEEDS)
     assert [(root / "reports" / name).read_bytes() for name in names] == before
     metrics_json = before[0]
-    run(root, P, {name: 2 * speed for name, speed in SPEEDS.items()})
+    run(root, params, {name: 2 * speed for name, speed in SPEEDS.items()})
     assert (root / "reports/metrics.json").read_bytes() == metrics_json
     assert (root / "reports/leaderboard.csv").read_bytes() != before[1]
-    run(root, P, SPEEDS)
+    run(root, params, SPEEDS)
 
 
 def test_files_for_dvc(finished):
@@ -455,16 +455,16 @@ EVIL = "<script>alert('pwned')</script> & \"quoted\" $x_1$ </script>"
 
 
 def test_what_each_phase_gave(finished):
-    root, P, results, _ = finished
+    root, params, results, _ = finished
     found = phase_accuracies(root, results).set_index(["model", "after phase"])
-    for name in P.students:
+    for name in params.students:
         assert found.loc[(name, 1), "accuracy"] == pytest.approx(
-            np.mean([table_["right"].mean() for table_ in phases_of(root, name, P.seeds)])
+            np.mean([table_["right"].mean() for table_ in phases_of(root, name, params.seeds)])
         )
         gain = found.loc[(name, 1), "accuracy"] - found.loc[(name, 0), "accuracy"]
         assert found.loc[(name, 1), "gain"] == pytest.approx(gain) and np.isnan(found.loc[(name, 0), "gain"])
     page = (root / "reports/index.html").read_text(encoding="utf-8")
-    assert "What each phase gave" in page and page.count("no training") == len(P.students)
+    assert "What each phase gave" in page and page.count("no training") == len(params.students)
 
 
 def phases_of(root, name, seeds):
@@ -487,8 +487,8 @@ def test_figures_of_a_published_system_beside_the_runs(finished, tmp_path):
         ],
         "differences": ["other <rows>"],
     }
-    P = project(tmp_path, experiment(recipe=said))
-    results, board = run(tmp_path, P)
+    params = project(tmp_path, experiment(recipe=said))
+    results, board = run(tmp_path, params)
     table = pd.read_csv(tmp_path / "reports/plots/published.csv")
     assert table["published"].tolist() == [0.9, 0.8, 0.7]
     assert table.loc[0, ["this run", "low", "high"]].tolist() == pytest.approx(
@@ -502,9 +502,9 @@ def test_figures_of_a_published_system_beside_the_runs(finished, tmp_path):
     assert "a paper &amp; its code. A dash" in part and "other &lt;rows&gt;" in part and "one seed" in part
     assert f"<td>0.9000</td><td>{board.loc['tiny-kd', 'accuracy']:.4f}<small>" in part and "<td>–</td>" in part
     # a teacher has a line for each of several sources: the headline's counts
-    told = P.recipe.model_copy(update={"published": [PublishedScores(model="big", scores={"accuracy": 0.9})]})
+    told = params.recipe.model_copy(update={"published": [PublishedScores(model="big", scores={"accuracy": 0.9})]})
     lines = pd.DataFrame({"model": ["big on demo", "big on other"], "accuracy": [0.5, 0.1]})
-    assert compare_with_published(P.model_copy(update={"recipe": told}), lines)["this run"].tolist() == [0.5]
+    assert compare_with_published(params.model_copy(update={"recipe": told}), lines)["this run"].tolist() == [0.5]
     # no recipe, no table
     assert not (finished[0] / "reports/plots/published.csv").exists()
     assert 'id="published"' not in (finished[0] / "reports/index.html").read_text(encoding="utf-8")
@@ -525,10 +525,10 @@ def test_everything_is_escaped(tmp_path):
     task = "kind: classification\nlabels: {up: a, <b>flat</b>: b, $down$: c}\n"
     spec = experiment()
     spec["data"]["demo"]["near_duplicate"] = 1.0
-    P = project(tmp_path, spec, corpus=corpus, task=task)
+    params = project(tmp_path, spec, corpus=corpus, task=task)
     signals = tmp_path / "data/teacher/big/signals.parquet"
     pd.read_parquet(signals).assign(rationale=EVIL).to_parquet(signals)
-    run(tmp_path, P)
+    run(tmp_path, params)
     html = (tmp_path / "reports/index.html").read_text(encoding="utf-8")
     page = Page(html)
     assert not page.wrong and not page.open
@@ -554,7 +554,7 @@ def test_a_leak_is_told(tmp_path):
     spec = experiment()
     spec["teachers"]["big"]["finetune"] = {"on": "demo/train", "steps": 1, "learning_rate": 1e-3}
     spec["data"]["demo"]["near_duplicate"] = 0.97
-    P = project(tmp_path, spec)
+    params = project(tmp_path, spec)
     folder = tmp_path / "data/processed/demo"
     test = read_split(folder, "test")
     test.loc[20, "text"] += " at 100"
@@ -562,7 +562,7 @@ def test_a_leak_is_told(tmp_path):
     copied = test.head(7).assign(id=[f"leak{i}" for i in range(7)], group="another")
     masked = test[20:21].assign(id="leak7", group="a third", text=lambda rows: rows["text"].str.replace("100", "2,345"))
     pd.concat([read_split(folder, "train"), copied, masked]).to_parquet(folder / "train.parquet")
-    results, _ = run(tmp_path, P)
+    results, _ = run(tmp_path, params)
     assert said_by_the_checks(results, "leak") == [
         f"8 of the {len(test)} test rows of demo are also in demo/train (7 the same, 1 nearly), which big, tiny-kd, "
         "tiny-gold, other learned from: every score that hangs on it is too good to be true."
@@ -577,21 +577,21 @@ def tuned(tmp_path, **scores) -> Params:
     """A project whose teacher was tuned on its train rows, in two folds, and noted these accuracies."""
     spec = experiment()
     spec["teachers"]["big"]["finetune"] = {"on": "demo/train", "steps": 1, "learning_rate": 1e-3}
-    P = project(tmp_path, spec)
+    params = project(tmp_path, spec)
     train = read_split(tmp_path / "data/processed/demo", "train")
     path, rng = tmp_path / "data/teacher/big/signals.parquet", np.random.default_rng(0)
     rows = table(rng, train, 0.7, LABELS, source="demo", split="train", fold=1, rationale=None)
     pd.concat([pd.read_parquet(path), rows.rename(columns={"prediction": "label"})]).to_parquet(path)
     facts = {name: {"accuracy": value} for name, value in scores.items()} | {"parameters": 134_500_000}
     put(tmp_path / "data/teacher/big/metrics.json", facts)
-    return P
+    return params
 
 
 @pytest.mark.parametrize(("test", "passed"), [(0.97, False), (0.75, True)])
 def test_a_teacher_scored_on_rows_it_was_tuned_on_is_caught_by_its_scores(tmp_path, test, passed):
     """Whatever the files say of who was tuned on what."""
-    P = tuned(tmp_path, memorised=0.98, train=0.66, test=test)
-    results, _ = run(tmp_path, P)
+    params = tuned(tmp_path, memorised=0.98, train=0.66, test=test)
+    results, _ = run(tmp_path, params)
     (check,) = [c for c in results.checks if c.kind == "contamination"]
     assert check.passed == passed and check.about == ("big",)
     assert ("has seen them" in check.text) != passed and "98 % of the rows it was tuned on" in check.text
@@ -599,11 +599,11 @@ def test_a_teacher_scored_on_rows_it_was_tuned_on_is_caught_by_its_scores(tmp_pa
 
 
 def test_signals_from_memory_are_told(tmp_path):
-    P = tuned(tmp_path, memorised=0.98, train=0.66, test=0.75)
+    params = tuned(tmp_path, memorised=0.98, train=0.66, test=0.75)
     path = tmp_path / "data/teacher/big/signals.parquet"
     rows = pd.read_parquet(path)
     rows.assign(fold=-1).to_parquet(path)
-    (text,) = said_by_the_checks(gather_results(tmp_path, P), "contamination")
+    (text,) = said_by_the_checks(gather_results(tmp_path, params), "contamination")
     number = (rows["split"] == "train").sum()
     assert text.startswith(f"What big says of {number} of the {number} rows of demo/train comes from a model that was")
 
@@ -616,11 +616,11 @@ def test_a_teacher_without_folds_is_judged_by_validation_rows(tmp_path, test, pa
         student["phases"] = [
             phase | ({"data": ["demo/pool"]} if "teachers" in phase else {}) for phase in student["phases"]
         ]
-    P = project(tmp_path, spec)
+    params = project(tmp_path, spec)
     scores = {"memorised": 0.98, "validation": 0.7, "test": test}
     facts = {name: {"accuracy": value} for name, value in scores.items()} | {"parameters": 134_500_000}
     put(tmp_path / "data/teacher/big/metrics.json", facts)
-    (check,) = [c for c in gather_results(tmp_path, P).checks if c.kind == "contamination"]
+    (check,) = [c for c in gather_results(tmp_path, params).checks if c.kind == "contamination"]
     assert check.passed == passed and "on 70 % of validation" in check.text
 
 
@@ -634,15 +634,15 @@ def test_a_model_that_knew_the_source_before_is_told(tmp_path):
 
 def answering(tmp_path, share: float) -> Params:
     """A project whose headline gives the commonest answer to a share of the rows, and is as good as ever on others."""
-    P = project(tmp_path)
+    params = project(tmp_path)
     train = read_split(tmp_path / "data/processed/demo", "train")
     answer = train["label"].mode()[0]
-    for seed in P.seeds:
+    for seed in params.seeds:
         path = tmp_path / f"runs/tiny-kd-{seed}/predictions.parquet"
         rows = pd.read_parquet(path)
         rows.loc[np.random.default_rng(seed).random(len(rows)) < share, "prediction"] = answer
         rows.to_parquet(path)
-    return P
+    return params
 
 
 def test_a_short_cut_is_called_one(tmp_path):
@@ -671,8 +671,8 @@ def test_one_seed_no_teacher_no_control_no_augmentation(tmp_path):
     spec = experiment(seeds=[3], teachers={}, augment={"source": "demo", "teacher": "none", "per_row": 0})
     spec["students"] = {"alone": spec["students"]["tiny-gold"]}
     spec["evaluate"]["headline"] = "alone"
-    P = project(tmp_path, spec, right={"alone": 0.2})
-    results, board = run(tmp_path, P)
+    params = project(tmp_path, spec, right={"alone": 0.2})
+    results, board = run(tmp_path, params)
     text = " ".join(describe_result(results, board.reset_index())["sentences"])
     assert "was trained without a teacher" in text and "names no control" in text and "trained once" in text
     assert "nothing that beats the commonest answer" in text and "teacher:" not in text
@@ -686,8 +686,8 @@ def test_free_answers_have_no_commonest_one(tmp_path):
     """Their labels are verdicts, right or wrong: nobody could always answer "right"."""
     rng = np.random.default_rng(0)
     corpus = [{"id": f"r{i}", "text": " ".join(rng.choice(WORDS, 9)), "label": f"answer {i}"} for i in range(200)]
-    P = project(tmp_path, experiment(seeds=[0]), corpus=corpus, task="kind: qa\n")
-    results, board = run(tmp_path, P)
+    params = project(tmp_path, experiment(seeds=[0]), corpus=corpus, task="kind: qa\n")
+    results, board = run(tmp_path, params)
     assert "majority" not in set(board["role"]) and not said_by_the_checks(results, "shortcut")
     assert board.loc["tiny-kd", "verdict"] in ("better", "no evidence") and board["difference"].notna().sum() == 1
     assert "For comparison, the untrained student is right on" in (tmp_path / "reports/index.html").read_text()
@@ -698,12 +698,12 @@ def test_the_page_shows_what_was_written_where_answers_are_free(tmp_path):
     corpus = [
         {"id": f"r{i}", "text": " ".join(rng.choice(WORDS, 9)), "label": [f"answer {i}", f"{i}"]} for i in range(200)
     ]
-    P = project(tmp_path, experiment(seeds=[0]), corpus=corpus, task="kind: qa\n")
+    params = project(tmp_path, experiment(seeds=[0]), corpus=corpus, task="kind: qa\n")
     for path in [*tmp_path.glob("runs/*/predictions.parquet"), *tmp_path.glob("data/teacher/*/signals.parquet")]:
         rows = pd.read_parquet(path)
         rows["answer"] = [f"<{path.parent.name} says {i}>" for i in rows["id"]]
         rows.assign(token_f1=0.5, token_precision=0.4, token_recall=0.6).to_parquet(path)
-    results, _ = run(tmp_path, P)
+    results, _ = run(tmp_path, params)
     html = (tmp_path / "reports/index.html").read_text()
     row = disagreements(results).iloc[0]
     assert row["accepted"] == f"answer {row['id'][1:]} or {row['id'][1:]}"
@@ -720,8 +720,8 @@ def test_the_page_shows_what_was_written_where_answers_are_free(tmp_path):
 
 
 def test_a_student_that_beats_its_teacher(tmp_path):
-    P = project(tmp_path, right={"big": 0.4})
-    results, board = run(tmp_path, P, SPEEDS | {"tiny-kd": 20.0})
+    params = project(tmp_path, right={"big": 0.4})
+    results, board = run(tmp_path, params, SPEEDS | {"tiny-kd": 20.0})
     said = describe_result(results, board.reset_index())
     assert "points better than its teacher" in said["sentences"][1]
     assert "2.0 times slower" in said["sentences"][0]
@@ -740,13 +740,13 @@ def test_teacher_that_bears_a_students_name(tmp_path):
 
 
 def test_an_unreadable_answer_is_wrong_and_said_to_be_unreadable(tmp_path):
-    P = project(tmp_path, right={"big": 1.0})
+    params = project(tmp_path, right={"big": 1.0})
     path = tmp_path / "data/teacher/big/signals.parquet"
     rows = pd.read_parquet(path)
     lost = rows.index[rows["split"] == "test"][:30]
     rows.loc[lost, "label"] = None
     rows.to_parquet(path)
-    results, board = run(tmp_path, P)
+    results, board = run(tmp_path, params)
     assert board.loc["big", "accuracy"] == pytest.approx(1 - 30 / len(results.tests["demo"]))
     said = disagreements(results).set_index("id").loc[rows.loc[lost, "id"]]
     assert set(said["teacher"]) == {UNPARSABLE} and said["differs"].all()
@@ -769,15 +769,15 @@ def test_rows_where_they_differ_come_first(finished):
 
 
 def test_a_missing_or_stale_run_is_an_error_of_one_line(tmp_path):
-    P = project(tmp_path)
+    params = project(tmp_path)
     path = tmp_path / "runs/other-1/predictions.parquet"
     rows = pd.read_parquet(path)
     rows.head(5).to_parquet(path)
     with pytest.raises(UserError, match=r"^runs/other-1/predictions.parquet: not the test rows of now"):
-        gather_results(tmp_path, P)
+        gather_results(tmp_path, params)
     path.unlink()
     with pytest.raises(UserError, match=r"^runs/other-1/predictions.parquet: no such file"):
-        gather_results(tmp_path, P)
+        gather_results(tmp_path, params)
 
 
 def test_long_texts_and_many_rows_keep_the_page_small(tmp_path):
@@ -789,8 +789,8 @@ def test_long_texts_and_many_rows_keep_the_page_small(tmp_path):
     spec = experiment(seeds=[0])
     spec["data"]["demo"]["split"] = {"train": 0.05, "pool": 0.05, "validation": 0.05, "test": 0.85}
     spec["data"]["demo"]["near_duplicate"] = 1.0
-    P = project(tmp_path, spec, corpus=corpus)
-    run(tmp_path, P)
+    params = project(tmp_path, spec, corpus=corpus)
+    run(tmp_path, params)
     html = (tmp_path / "reports/index.html").read_bytes()
     assert len(html) < 3_000_000 and html.count(b'<article class="row"') == MAX_BROWSER_ROWS
     assert b"further rows are left out" in html
@@ -819,14 +819,14 @@ def test_speeds_of_real_models(tmp_path, tiny_models, monkeypatch):
     spec["teachers"]["big"]["finetune"] = tuned
     spec["evaluate"]["paraphrased_rows"] = 4
     spec["augment"] |= {"max_new_tokens": 4, "keep": {"min_similarity": 0.0, "max_similarity": 1.0}}
-    P = project(tmp_path, spec)
+    params = project(tmp_path, spec)
     task = read_task(tmp_path / "data/processed/demo")
-    for name, student in P.students.items():
+    for name, student in params.students.items():
         model = build_student(student, tiny_models / "tiny-bert", task, seed=0)
         save_model(model.model, model.tokenizer, tmp_path / f"runs/{name}-0/model")
     for folder in ("data/teacher/big/model", "large"):  # tuned, and as it was fetched: the one that writes
         shutil.copytree(tiny_models / "tiny-llama", tmp_path / folder)
-    measured = measure_models(tmp_path, gather_results(tmp_path, P))
+    measured = measure_models(tmp_path, gather_results(tmp_path, params))
     speeds = measured.timing
     assert set(speeds) == {"tiny-kd", "tiny-gold", "other", "big"}
     assert min(found["sentences_per_second"] for found in speeds.values()) > 0

@@ -25,7 +25,7 @@ def repository(tiny_models, tmp_path, monkeypatch):
     text = (repo / "params.yaml").read_text().replace("steps: 6,", "steps: 2,")
     found = json.dumps(SPEC.model_dump())
     (repo / "params.yaml").write_text(f"{text}search: {found}\n")
-    P = load_params(repo / "params.yaml")
+    params = load_params(repo / "params.yaml")
     lines = [json.loads(line) for line in (repo / "data/corpora/finance.jsonl").read_text().splitlines()[:40]]
     rows = pd.DataFrame(lines)[["id", "text", "label", "group"]].assign(
         where="finance/train", rationale=None, answers=None
@@ -35,9 +35,9 @@ def repository(tiny_models, tmp_path, monkeypatch):
     rows.to_parquet(inputs / "rows.parquet")
     labels = {"positive": "", "neutral": "", "negative": ""}
     told = {"task": {"kind": "classification", "labels": labels}, "teachers": {}}
-    (inputs / "experiment.json").write_text(json.dumps(told | {"model": P.models["tiny-bert"].model_dump()}))
+    (inputs / "experiment.json").write_text(json.dumps(told | {"model": params.models["tiny-bert"].model_dump()}))
     monkeypatch.chdir(repo)
-    return repo, P, rows
+    return repo, params, rows
 
 
 def test_settings_are_drawn_within_their_bounds_and_always_the_same():
@@ -55,7 +55,7 @@ def test_a_share_is_made_of_whole_groups():
 
 
 def test_a_killed_search_goes_on_and_its_best_set_is_read_by_the_phase(repository, monkeypatch, capsys):
-    repo, P, _ = repository
+    repo, params, _ = repository
     asked, real = [], run_trial
 
     def trial(*arguments):
@@ -80,12 +80,12 @@ def test_a_killed_search_goes_on_and_its_best_set_is_read_by_the_phase(repositor
 
 
 def test_what_a_search_needs_is_told_in_one_line(repository):
-    repo, P, rows = repository
+    repo, params, rows = repository
     with pytest.raises(UserError, match=r"^params.yaml: search: there is none"):
-        search_settings(repo, P.model_copy(update={"search": None}))
-    few = P.search.model_copy(update={"share": 0.01, "folds": 3})
+        search_settings(repo, params.model_copy(update={"search": None}))
+    few = params.search.model_copy(update={"share": 0.01, "folds": 3})
     with pytest.raises(UserError, match=r"^params.yaml: search.share: \d gold rows are too few for 3 folds"):
-        search_settings(repo, P.model_copy(update={"search": few}))
+        search_settings(repo, params.model_copy(update={"search": few}))
     (repo / "data/inputs/tiny-gold/rows.parquet").unlink()
     with pytest.raises(UserError, match=r"rows.parquet: not there yet; run `dvc repro inputs` first"):
-        search_settings(repo, P)
+        search_settings(repo, params)

@@ -182,13 +182,13 @@ def experiment(tiny_models, tmp_path_factory) -> tuple[Path, Params]:
     raw = json.loads(json.dumps(read_yaml(tiny.ROOT / "tests/smoke.yaml")))
     for name in ("tiny-llama", "tiny-bert"):
         raw["models"][name]["folder"] = str(tiny_models / name)
-    P = validate_section(Params, raw, "params.yaml")
+    params = validate_section(Params, raw, "params.yaml")
     for k, where in enumerate(("model", "folds/0", "folds/1")):
         model = load_model(tiny_models / "tiny-bert", "classifier", labels=LABELS, seed=k)
         with torch.no_grad():
             model.classifier.bias.copy_(torch.tensor([1.0, 2.0, 3.0]).roll(k))  # each prefers another label
         save_model(model, load_tokenizer(tiny_models / "tiny-bert"), root / "data/teacher/encoder" / where)
-    return root, P
+    return root, params
 
 
 def gold_rows(n: int) -> pd.DataFrame:
@@ -197,22 +197,22 @@ def gold_rows(n: int) -> pd.DataFrame:
     return frame.assign(source="finance", split="train")
 
 
-def answers(root: Path, where: str, P: Params, texts: list[str]) -> np.ndarray:
-    return open_teacher("encoder", P, TASK, tuned=root / "data/teacher/encoder" / where).predict(texts)
+def answers(root: Path, where: str, params: Params, texts: list[str]) -> np.ndarray:
+    return open_teacher("encoder", params, TASK, tuned=root / "data/teacher/encoder" / where).predict(texts)
 
 
 def test_gold_rows_are_answered_by_the_model_that_did_not_see_them(experiment):
-    root, P = experiment
+    root, params = experiment
     gold, other = gold_rows(6), gold_rows(9)[6:].assign(split="pool")
     rows = pd.concat([other, gold], ignore_index=True)
-    memorised = signal_table(rows, answers(root, "model", P, rows["text"].tolist()), LABELS, -1)
+    memorised = signal_table(rows, answers(root, "model", params, rows["text"].tolist()), LABELS, -1)
     fold = np.array([0, 1, 1, 0, 1, 0])
-    said = cross_fit("encoder", P, TASK, gold, fold, root / "data/teacher/encoder/folds", memorised)
+    said = cross_fit("encoder", params, TASK, gold, fold, root / "data/teacher/encoder/folds", memorised)
     assert said["id"].tolist() == rows["id"].tolist() and said["split"].tolist() == rows["split"].tolist()
     assert said["fold"].tolist() == [-1, -1, -1, *fold]
     for i, k in enumerate(said["fold"]):
         where = "model" if k < 0 else f"folds/{k}"
-        expected = answers(root, where, P, [rows["text"][i]])[0]
+        expected = answers(root, where, params, [rows["text"][i]])[0]
         assert np.abs(said["probabilities"][i] - expected).max() < 1e-5
         assert said["label"][i] == LABELS[expected.argmax()]
     changed = [
@@ -220,13 +220,13 @@ def test_gold_rows_are_answered_by_the_model_that_did_not_see_them(experiment):
     ]
     assert changed == [False] * 3 + [True] * 6
     nobody = assign_folds(gold, 0, seed=0)
-    left = cross_fit("encoder", P, TASK, gold, nobody, root / "no folder", memorised)
+    left = cross_fit("encoder", params, TASK, gold, nobody, root / "no folder", memorised)
     assert left["id"].tolist() == other["id"].tolist() and left.columns.tolist() == memorised.columns.tolist()
 
 
 def test_a_paraphrase_is_answered_by_the_fold_of_its_row(experiment):
-    root, P = experiment
-    P = P.model_copy(update={"teachers": {"encoder": P.teachers["encoder"]}})
+    root, params = experiment
+    params = params.model_copy(update={"teachers": {"encoder": params.teachers["encoder"]}})
     gold = gold_rows(4)
     known = signal_table(gold, np.full((4, 3), 1 / 3), LABELS, np.array([0, 1, 0, 1]))
     known.to_parquet(root / "data/teacher/encoder/signals.parquet")
@@ -239,41 +239,41 @@ def test_a_paraphrase_is_answered_by_the_fold_of_its_row(experiment):
             "source_id": gold["id"].iloc[[1, 0, 1]].tolist(),
         }
     )
-    said = label_paraphrases(root, P, TASK, kept, gold)
+    said = label_paraphrases(root, params, TASK, kept, gold)
     assert said.columns.tolist() == [
         *("teacher", "source", "split", "id", "label", "probabilities", "fold", "rationale")
     ]
     assert said["id"].tolist() == ["b#1", "a#0", "b#0"] and said["fold"].tolist() == [1, 0, 1]
     assert set(said["split"]) == {"augmented"} and set(said["teacher"]) == {"encoder"}
     for i, k in enumerate(said["fold"]):
-        assert np.abs(said["probabilities"][i] - answers(root, f"folds/{k}", P, [kept["text"][i]])[0]).max() < 1e-5
+        assert np.abs(said["probabilities"][i] - answers(root, f"folds/{k}", params, [kept["text"][i]])[0]).max() < 1e-5
     known[known["id"] != kept["source_id"][1]].to_parquet(root / "data/teacher/encoder/signals.parquet")
-    assert label_paraphrases(root, P, TASK, kept, gold)["id"].tolist() == ["b#1", "b#0"]
-    nothing = label_paraphrases(root, P, TASK, kept[:0], gold)
+    assert label_paraphrases(root, params, TASK, kept, gold)["id"].tolist() == ["b#1", "b#0"]
+    nothing = label_paraphrases(root, params, TASK, kept[:0], gold)
     assert nothing.empty and nothing.columns.tolist() == said.columns.tolist()
 
 
 def test_tuning_continues_in_a_folder_of_its_own_rows(experiment, tmp_path):
-    _, P = experiment
+    _, params = experiment
     gold, texts = gold_rows(8), gold_rows(12)["text"].tolist()
-    one, history = finetune_teacher("encoder", P, TASK, gold, folder=tmp_path)
-    again, _ = finetune_teacher("encoder", P, TASK, gold, folder=tmp_path)
+    one, history = finetune_teacher("encoder", params, TASK, gold, folder=tmp_path)
+    again, _ = finetune_teacher("encoder", params, TASK, gold, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1 and history["step"].max() == 2
     assert np.array_equal(one.predict(texts), again.predict(texts))
-    part, _ = finetune_teacher("encoder", P, TASK, gold[:4], folder=tmp_path, part="without fold 0")
+    part, _ = finetune_teacher("encoder", params, TASK, gold[:4], folder=tmp_path, part="without fold 0")
     assert len(list(tmp_path.iterdir())) == 2 and not np.allclose(one.predict(texts), part.predict(texts), atol=1e-6)
 
 
 def test_adapters_alone_are_kept_of_a_fold_and_say_the_same(experiment, tmp_path):
-    _, P = experiment
+    _, params = experiment
     gold = gold_rows(6)
-    tuned, _ = finetune_teacher("lm", P, TASK, gold, folder=tmp_path / "work")
+    tuned, _ = finetune_teacher("lm", params, TASK, gold, folder=tmp_path / "work")
     expected = tuned.predict(gold["text"].tolist())
     save_trained_weights(tuned.model, tuned.tokenizer, tmp_path / "fold")
     assert (tmp_path / "fold/adapter_config.json").exists() and not (tmp_path / "fold/model.safetensors").exists()
-    again = open_teacher("lm", P, TASK, tuned=tmp_path / "fold")
+    again = open_teacher("lm", params, TASK, tuned=tmp_path / "fold")
     assert np.abs(again.predict(gold["text"].tolist()) - expected).max() < 1e-5
-    untuned = open_teacher("lm", P, TASK)
+    untuned = open_teacher("lm", params, TASK)
     assert np.abs(untuned.predict(gold["text"].tolist()) - expected).max() > 1e-5
 
 
@@ -292,10 +292,10 @@ def test_scores_are_those_of_each_split(experiment):
 
 
 def test_paraphrases_are_written_once_and_hang_on_the_seed(experiment, monkeypatch):
-    root, P = experiment
-    augment = P.augment.model_copy(update={"per_row": 2})
-    P, gold = P.model_copy(update={"augment": augment}), gold_rows(3)
-    rows = generate_paraphrases(root, P, TASK, gold)
+    root, params = experiment
+    augment = params.augment.model_copy(update={"per_row": 2})
+    params, gold = params.model_copy(update={"augment": augment}), gold_rows(3)
+    rows = generate_paraphrases(root, params, TASK, gold)
     assert rows["id"].tolist() == [*(gold["id"] + "#0"), *(gold["id"] + "#1")]
     assert rows["source_id"].tolist() == gold["id"].tolist() * 2
     assert rows["label"].tolist() == gold["label"].tolist() * 2 and rows["group"].tolist() == gold["group"].tolist() * 2
@@ -303,18 +303,18 @@ def test_paraphrases_are_written_once_and_hang_on_the_seed(experiment, monkeypat
     assert rows["text"][:3].tolist() != rows["text"][3:].tolist()  # another seed
     with monkeypatch.context() as patch:
         patch.setattr(transformers.LlamaForCausalLM, "generate", None)  # what is in the store is not written again
-        pd.testing.assert_frame_equal(generate_paraphrases(root, P, TASK, gold), rows)
+        pd.testing.assert_frame_equal(generate_paraphrases(root, params, TASK, gold), rows)
     for file in root.glob(f"{STORE_PATH}*"):
         file.unlink()
-    pd.testing.assert_frame_equal(generate_paraphrases(root, P, TASK, gold), rows)
-    other = P.model_copy(update={"augment": augment.model_copy(update={"seed": 5})})
+    pd.testing.assert_frame_equal(generate_paraphrases(root, params, TASK, gold), rows)
+    other = params.model_copy(update={"augment": augment.model_copy(update={"seed": 5})})
     assert generate_paraphrases(root, other, TASK, gold)["text"].tolist() != rows["text"].tolist()
-    nothing = P.model_copy(update={"augment": augment.model_copy(update={"per_row": 0})})
+    nothing = params.model_copy(update={"augment": augment.model_copy(update={"per_row": 0})})
     assert generate_paraphrases(root, nothing, TASK, gold).columns.tolist() == rows.columns.tolist()
 
 
 def test_the_judge_gives_every_candidate_one_reason(experiment, tiny_models):
-    root, P = experiment
+    root, params = experiment
     lm = root / "data/teacher/lm/model"
     if not lm.exists():
         save_model(load_model(tiny_models / "tiny-llama", "causal"), load_tokenizer(tiny_models / "tiny-llama"), lm)
@@ -323,45 +323,45 @@ def test_the_judge_gives_every_candidate_one_reason(experiment, tiny_models):
     held_out = "Demand for servers came back in 2010 and drove up net sales at IBM by 48% to EUR 1,200 mn."
     texts = [SOURCE, good, good, better, held_out]
     candidates = pd.DataFrame({"id": list("abcde"), "text": texts, "source_text": SOURCE, "label": "positive"})
-    keep = P.augment.keep.model_copy(update={"same_label": False})
-    open_ended = P.model_copy(update={"augment": P.augment.model_copy(update={"keep": keep})})
+    keep = params.augment.keep.model_copy(update={"same_label": False})
+    open_ended = params.model_copy(update={"augment": params.augment.model_copy(update={"keep": keep})})
     judged = filter_paraphrases(root, open_ended, TASK, candidates, [held_out], 0.85)
     reasons = ["copy", "kept", "written twice", "kept", "near-duplicate of a held-out row"]
     assert judged["reason"].tolist() == reasons
-    read = open_teacher("lm", P, TASK, tuned=lm).predict([better])[0].argmax()
+    read = open_teacher("lm", params, TASK, tuned=lm).predict([better])[0].argmax()
     for label in LABELS:
-        strict = filter_paraphrases(root, P, TASK, candidates.assign(label=label), [held_out], 0.85)
+        strict = filter_paraphrases(root, params, TASK, candidates.assign(label=label), [held_out], 0.85)
         assert strict["reason"][3] == ("kept" if label == LABELS[read] else "label changed")
-    assert filter_paraphrases(root, P, TASK, candidates[:0], [held_out], 0.85)["reason"].tolist() == []
+    assert filter_paraphrases(root, params, TASK, candidates[:0], [held_out], 0.85)["reason"].tolist() == []
 
 
 def test_rationales_are_for_the_gold_label_and_the_same_each_time(experiment):
-    root, P = experiment
+    root, params = experiment
     gold = gold_rows(6)
     rows = pd.concat([gold, gold_rows(10)[6:].assign(split="test")], ignore_index=True)
     said = signal_table(rows, np.full((10, 3), 1 / 3), LABELS, -1)
-    told = add_rationales(root, "lm", P, TASK, rows, said)
+    told = add_rationales(root, "lm", params, TASK, rows, said)
     assert told["contradicts"].notna().sum() == 2 and told.loc[told["rationale"].isna(), "contradicts"].isna().all()
-    assert told["rationale"].notna().sum() == P.teachers["lm"].rationales == 2
+    assert told["rationale"].notna().sum() == params.teachers["lm"].rationales == 2
     assert not told.loc[rows["split"] == "test", "rationale"].notna().any()
     assert said["rationale"].isna().all()  # the frame that was given stays as it was
-    pd.testing.assert_frame_equal(told, add_rationales(root, "lm", P, TASK, rows, said))
+    pd.testing.assert_frame_equal(told, add_rationales(root, "lm", params, TASK, rows, said))
 
 
 def test_nobody_is_asked_why_an_unreadable_answer_holds(experiment):
-    root, P = experiment
+    root, params = experiment
     rows = gold_rows(6).assign(split="pool", label=None)
     p = np.full((6, 3), 1 / 3)
     p[[0, 2, 4]] = np.nan
-    spec = P.teachers["lm"].model_copy(update={"rationales": 6})
-    P = P.model_copy(update={"teachers": P.teachers | {"lm": spec}})
-    told = add_rationales(root, "lm", P, TASK, rows, signal_table(rows, p, LABELS, -1))
+    spec = params.teachers["lm"].model_copy(update={"rationales": 6})
+    params = params.model_copy(update={"teachers": params.teachers | {"lm": spec}})
+    told = add_rationales(root, "lm", params, TASK, rows, signal_table(rows, p, LABELS, -1))
     assert told["rationale"].notna().tolist() == [False, True] * 3
 
 
 def test_a_teacher_in_four_bits_answers_and_its_answers_have_a_key_of_their_own(experiment):
-    root, P = experiment
-    whole, packed = (prompted(P, quantize=way, dtype="bfloat16") for way in ("none", "nf4"))
+    root, params = experiment
+    whole, packed = (prompted(params, quantize=way, dtype="bfloat16") for way in ("none", "nf4"))
     models_, texts = [], gold_rows(6)["text"].tolist()
     for one in (whole, packed):
         models_.append(open_teacher("lm", one, TASK))
@@ -374,12 +374,12 @@ def test_a_teacher_in_four_bits_answers_and_its_answers_have_a_key_of_their_own(
     asked = [model_identity(one, "tiny-llama", model) for one, model in zip((whole, packed), models_, strict=True)]
     assert [one["quantization"] for one in asked] == [None, "nf4"]
     with pytest.raises(ValueError, match="`quantize` is for a `kind: lm` or `seq2seq` that is only prompted"):
-        TeacherConfig.model_validate(P.teachers["lm"].model_dump() | {"quantize": "nf4"})
+        TeacherConfig.model_validate(params.teachers["lm"].model_dump() | {"quantize": "nf4"})
 
 
 def test_label_scores_are_asked_for_in_batches_of_the_teachers_size(experiment, monkeypatch):
-    root, P = experiment
-    teacher, sizes = open_teacher("lm", prompted(P, batch_size=4), TASK), []
+    root, params = experiment
+    teacher, sizes = open_teacher("lm", prompted(params, batch_size=4), TASK), []
     forward = type(teacher).forward
     monkeypatch.setattr(
         type(teacher), "forward", lambda self, ids, *a, **k: sizes.append(len(ids)) or forward(self, ids, *a, **k)
@@ -412,16 +412,16 @@ def test_examples_come_from_other_groups_than_the_row(tiny_models):
         assert own.gold["text"][which[-1]] == text  # without groups a row is most similar to itself
 
 
-def prompted(P: Params, **changes) -> Params:
-    spec = P.teachers["lm"].model_copy(update={"finetune": None, "prompt": "chat"} | changes)
-    return P.model_copy(update={"teachers": P.teachers | {"lm": spec}})
+def prompted(params: Params, **changes) -> Params:
+    spec = params.teachers["lm"].model_copy(update={"finetune": None, "prompt": "chat"} | changes)
+    return params.model_copy(update={"teachers": params.teachers | {"lm": spec}})
 
 
 def test_rows_are_asked_about_with_their_own_examples_and_calibrated(experiment, tiny_models):
-    root, P = experiment
-    P = prompted(P)
+    root, params = experiment
+    params = prompted(params)
     gold = gold_rows(12).assign(group=[f"g{i // 2}" for i in range(12)])
-    teacher = open_teacher("lm", P, TASK)
+    teacher = open_teacher("lm", params, TASK)
     assert teacher.max_length == 512  # as long as its positions reach: examples take room
     teacher.shots = GoldExamples(gold, 2)
     asked = gold.head(7)
@@ -447,8 +447,8 @@ def test_rows_are_asked_about_with_their_own_examples_and_calibrated(experiment,
 
 @pytest.mark.parametrize("kind", ["labels", "answers"])
 def test_a_killed_teacher_goes_on_where_it_stood_and_a_second_run_asks_nothing(experiment, tmp_path, monkeypatch, kind):
-    root, P = experiment
-    P = prompted(P, batch_size=3, dtype="bfloat16")
+    root, params = experiment
+    params = prompted(params, batch_size=3, dtype="bfloat16")
     task = TASK if kind == "labels" else Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
     rows, calls, allowed = gold_rows(10).assign(answers="a"), [], 99
     inside = "forward" if kind == "labels" else "_generate"
@@ -465,7 +465,9 @@ def test_a_killed_teacher_goes_on_where_it_stood_and_a_second_run_asks_nothing(e
 
     def run(folder: Path, **changes) -> pd.DataFrame:
         calls.clear()
-        teacher = open_prompted_teacher(folder, "lm", prompted(P, **changes), task, {"prompt": None, "prior": None})
+        teacher = open_prompted_teacher(
+            folder, "lm", prompted(params, **changes), task, {"prompt": None, "prior": None}
+        )
         return label_rows(teacher, rows, -1, 4)
 
     whole = run(tmp_path / "whole")
@@ -489,10 +491,10 @@ def test_a_killed_teacher_goes_on_where_it_stood_and_a_second_run_asks_nothing(e
 
 
 def test_a_prompted_teacher_is_measured_with_its_own_examples_and_calibration(experiment, monkeypatch):
-    root, P = experiment
-    P = prompted(P, few_shot=len(TASK.few_shot) + 3, shots="gold")
+    root, params = experiment
+    params = prompted(params, few_shot=len(TASK.few_shot) + 3, shots="gold")
     monkeypatch.setattr("distillery.teachers.base.gather_rows", lambda *_: gold_rows(20))
-    teacher = open_prompted_teacher(root, "lm", P, TASK, {"prompt": None, "prior": [0.5, 0.3, 0.2]})
+    teacher = open_prompted_teacher(root, "lm", params, TASK, {"prompt": None, "prior": [0.5, 0.3, 0.2]})
     rows, calls = gold_rows(30).tail(4), []
     wanted, predict = predict_labels(teacher, rows), LabelModel.predict
     monkeypatch.setattr(LabelModel, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
@@ -503,25 +505,25 @@ def test_a_prompted_teacher_is_measured_with_its_own_examples_and_calibration(ex
 
 
 def test_a_teacher_that_will_be_tuned_can_be_shown_many_examples_before(experiment):
-    root, P = experiment
+    root, params = experiment
     task = TASK.model_copy(update={"few_shot": list(TASK.few_shot) * 2})
-    encoder = open_prompted_teacher(root, "encoder", P, TASK, {"prompt": None, "prior": None})
-    assert encoder.max_length == open_teacher("encoder", P, TASK).max_length  # of its tokenizer's making
-    assert P.teachers["lm"].finetune and open_teacher("lm", P, task).max_length == 256
-    asked = open_prompted_teacher(root, "lm", P, task, {"prompt": None, "prior": None})
+    encoder = open_prompted_teacher(root, "encoder", params, TASK, {"prompt": None, "prior": None})
+    assert encoder.max_length == open_teacher("encoder", params, TASK).max_length  # of its tokenizer's making
+    assert params.teachers["lm"].finetune and open_teacher("lm", params, task).max_length == 256
+    asked = open_prompted_teacher(root, "lm", params, task, {"prompt": None, "prior": None})
     asked.few_shot = len(task.few_shot)
     assert len(asked.encode(["Profit rose."])[0]) > 256
     assert predict_labels(asked, gold_rows(3)).shape == (3, 3)
 
 
 def test_the_best_prompt_on_validation_rows_is_taken_and_kept(experiment):
-    root, P = experiment
+    root, params = experiment
     other = TASK.prompt.model_copy(update={"instruction": "Say the opposite.", "system": ""})
     task = TASK.model_copy(update={"prompts": {"short": other}})
-    P = prompted(P, prompts=["short"], calibrate="batch")
+    params = prompted(params, prompts=["short"], calibrate="batch")
     rows = gold_rows(12)
     rows.loc[4:, "split"], rows.loc[8:, "split"] = "validation", "pool"
-    table, how = compare_prompts(root, "lm", P, task, rows)
+    table, how = compare_prompts(root, "lm", params, task, rows)
     assert table["prompt"].tolist() == ["prompt"] * 3 + ["short"] * 3
     assert table["calibrate"].tolist() == [*CALIBRATIONS] * 2
     batch = table[table["calibrate"] == "batch"].set_index("prompt")["macro_f1"]
@@ -531,11 +533,11 @@ def test_the_best_prompt_on_validation_rows_is_taken_and_kept(experiment):
     path = root / "data/teacher/lm/asked.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"prompt": "short", "prior": [0.2, 0.3, 0.5]}))
-    opened = open_prompted_teacher(root, "lm", P, task)
+    opened = open_prompted_teacher(root, "lm", params, task)
     assert opened.task.prompt == other and opened.prior.tolist() == [0.2, 0.3, 0.5]
     path.unlink()
     with pytest.raises(UserError, match="teachers.lm.prompts: the task has no `short`; it has: meanings, bare"):
-        compare_prompts(root, "lm", P, TASK, rows)
+        compare_prompts(root, "lm", params, TASK, rows)
 
 
 # ------------------------------------------------------------------------------- answers from files
@@ -592,7 +594,7 @@ def test_answers_that_miss_a_column_or_a_text_are_named(tmp_path):
 
 
 def test_teachers_that_agree_are_more_often_right_and_the_table_says_so(experiment, tmp_path):
-    _, P = experiment
+    _, params = experiment
     gold = gold_rows(9).assign(split="pool", rationale=None)
     folder = tmp_path / "data/processed/finance"
     folder.mkdir(parents=True)
@@ -603,8 +605,10 @@ def test_teachers_that_agree_are_more_often_right_and_the_table_says_so(experime
         said = signal_table(gold, p, LABELS, -1)
         (tmp_path / "data/teacher" / name).mkdir(parents=True)
         said.drop(index=8 if name == "lm" else 7).to_parquet(tmp_path / "data/teacher" / name / "signals.parquet")
-    P = P.model_copy(update={"teachers": {"lm": P.teachers["lm"], "encoder": P.teachers["encoder"]}})
-    voted, p = teacher_votes(tmp_path, P, "finance")
+    params = params.model_copy(
+        update={"teachers": {"lm": params.teachers["lm"], "encoder": params.teachers["encoder"]}}
+    )
+    voted, p = teacher_votes(tmp_path, params, "finance")
     assert voted["id"].tolist() == gold["id"].tolist()[:7] and p.shape == (2, 7, 3)  # those that both have answered
     pseudo = combine_votes(voted, p, LABELS)
     assert pseudo["agree"].tolist() == [True] * 6 + [False]
@@ -623,20 +627,20 @@ def test_teachers_that_agree_are_more_often_right_and_the_table_says_so(experime
 
 
 def test_an_encoder_decoder_labels_learns_and_gives_reasons(experiment, tiny_models, tmp_path):
-    root, P = experiment
+    root, params = experiment
     changes = {"kind": "seq2seq", "model": "tiny-t5", "prompt": "plain"}
-    spec = P.teachers["lm"].model_copy(update=changes)
+    spec = params.teachers["lm"].model_copy(update=changes)
     origin = ModelConfig(folder=str(tiny_models / "tiny-t5"))
-    P = P.model_copy(update={"teachers": {"t5": spec}, "models": P.models | {"tiny-t5": origin}})
+    params = params.model_copy(update={"teachers": {"t5": spec}, "models": params.models | {"tiny-t5": origin}})
     gold = gold_rows(6)
-    before = predict_labels(open_teacher("t5", P, TASK), gold)
-    tuned, history = finetune_teacher("t5", P, TASK, gold, folder=tmp_path / "work")
+    before = predict_labels(open_teacher("t5", params, TASK), gold)
+    tuned, history = finetune_teacher("t5", params, TASK, gold, folder=tmp_path / "work")
     after = predict_labels(tuned, gold)
     assert history["step"].max() == 2 and np.abs(after - before).max() > 1e-6
     np.testing.assert_allclose(after.sum(1), 1, atol=1e-5)
     save_trained_weights(tuned.model, tuned.tokenizer, tmp_path / "fold")
-    again = open_teacher("t5", P, TASK, tuned=tmp_path / "fold")
+    again = open_teacher("t5", params, TASK, tuned=tmp_path / "fold")
     np.testing.assert_allclose(predict_labels(again, gold), after, atol=1e-5)
     said = signal_table(gold, after, LABELS, -1)
-    told = add_rationales(root, "t5", P, TASK, gold, said)
+    told = add_rationales(root, "t5", params, TASK, gold, said)
     assert told["rationale"].notna().sum() == 2

@@ -54,7 +54,7 @@ def toy(n: int, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     fillers = ["in", "the", "quarter", "of", "year", "this", "last", "company", "group", "said", "on", "Monday"]
     texts = [f"{SAID[i % 3]} {' '.join(rng.choice(fillers, rng.integers(0, 6)))}" for i in range(n)]
-    frame = pd.DataFrame({"where": "toy/train", "id": [f"t{i}" for i in range(n)], "text": texts})
+    frame = pd.DataFrame({"split_ref": "toy/train", "id": [f"t{i}" for i in range(n)], "text": texts})
     frame["label"] = [LABELS[i % 3] for i in range(n)]
     for name in ("one", "two"):
         frame[f"p_{name}"] = list(rng.dirichlet(np.ones(3), n))
@@ -165,7 +165,7 @@ def test_orders_follow_length_and_confidence_and_batches_hold_rows_of_like_lengt
 
 def test_a_phase_finds_its_rows_and_mixes_its_teachers():
     frame = toy(6)
-    frame.loc[3:, "where"], frame.loc[3:, "label"] = "toy/pool", None
+    frame.loc[3:, "split_ref"], frame.loc[3:, "label"] = "toy/pool", None
     one, two = (np.stack(frame[f"p_{name}"].to_list()) for name in ("one", "two"))
     gold = phase_rows(frame, phase({"ce": 1.0}), LABELS)
     assert gold.texts == frame["text"][:3].tolist() and gold.targets.tolist() == [0, 1, 2] and gold.logprobs is None
@@ -190,7 +190,7 @@ def test_a_phase_finds_its_rows_and_mixes_its_teachers():
 
 def test_of_the_pool_only_sure_or_agreed_labels_are_taken():
     frame = toy(6)
-    frame.loc[2:, "where"], frame.loc[2:, "label"] = "toy/pool", None
+    frame.loc[2:, "split_ref"], frame.loc[2:, "label"] = "toy/pool", None
     one = [[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.9, 0.1, 0.0], [0.5, 0.3, 0.2]]
     two = [[0.1, 0.9, 0.0], [0.1, 0.9, 0.0], [0.1, 0.9, 0.0], [0.4, 0.3, 0.3], [0.8, 0.1, 0.1], [0.9, 0.1, 0.0]]
     frame["p_one"], frame["p_two"] = one, two
@@ -330,7 +330,7 @@ def test_divergences_over_the_vocabulary_are_those_at_the_told_tokens(tiny_model
     kl, answers, reasons, n = 0.0, [], [], 0
     with torch.no_grad():
         for text, label, reason in zip(frame["text"], frame["label"], REASONS, strict=True):
-            for k, (tokens, skip) in enumerate(student.completions(LABELS.index(label), reason)):
+            for k, (tokens, skip) in enumerate(student.row_completions(LABELS.index(label), reason)):
                 ours, theirs = (plainly(m, text, tokens)[0][skip:].double() for m in (student, says))
                 p, q = (theirs / 2).softmax(-1), (ours / 2).softmax(-1)
                 kl, n = kl + (p * (p.log() - q.log())).sum().item(), n + len(tokens) - skip
@@ -369,7 +369,7 @@ def test_another_tokenizer_is_compared_by_sorted_probabilities(tiny_models, tmp_
     expected, n = 0.0, 0
     with torch.no_grad():
         for text, label in zip(frame["text"], frame["label"], strict=True):
-            mine, theirs = (model.completions(LABELS.index(label))[0][0] for model in (student, says))
+            mine, theirs = (model.row_completions(LABELS.index(label))[0][0] for model in (student, says))
             ours, other = plainly(student, text, mine)[0].softmax(-1), plainly(says, text, theirs)[0].softmax(-1)
             both, n = min(len(mine), len(theirs)), n + len(mine)
             for a, b in zip(
@@ -402,7 +402,7 @@ def test_terms_over_hidden_states_are_those_of_the_paired_layers(tiny_models, tm
                     ids = {"input_ids": torch.tensor(student.encode([text]))}
                     ours, theirs = (m.model(**ids, output_hidden_states=True).hidden_states for m in (student, says))
                 else:
-                    tokens = student.completions(LABELS.index(label))[0][0]
+                    tokens = student.row_completions(LABELS.index(label))[0][0]
                     outs = (plainly(m, text, tokens[:1] * 2, output_hidden_states=True)[1] for m in (student, says))
                     name = "decoder_hidden_states" if arch == "seq2seq" else "hidden_states"
                     ours, theirs = (out[name] for out in outs)
@@ -423,7 +423,7 @@ def test_terms_over_hidden_states_are_those_of_the_paired_layers(tiny_models, tm
         assert found[term] == pytest.approx((alone[1][term] + alone[2][term]) / 2, rel=1e-3), term
     better = spec.model_copy(update={"mix": "validation"})
     rows = phase_rows(frame, better, LABELS, {"one": 0.9, "two": 0.3})
-    one, two = (float(rows.weights[name][0]) for name in ("one", "two"))
+    one, two = (float(rows.teacher_weights[name][0]) for name in ("one", "two"))
     assert one > 2 * two > 0
     weighted = train_phase(student, rows, better, folder=tmp_path / "more", seed=0, teachers=boxes).iloc[0]
     for term in terms:
@@ -481,7 +481,9 @@ def test_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(tiny_model
     for i, fold in enumerate(frame["fold_one"]):
         model = teacher(tiny_models, "classifier", SHORT, seed=10 + fold)
         with torch.no_grad():
-            states = model.forward(model.encode([frame["text"][i]]), layers=trainer.layers and [1, 2, 3, 4]).states
+            states = model.forward(
+                model.encode([frame["text"][i]]), layers=trainer.layers and [1, 2, 3, 4]
+            ).hidden_states
         assert torch.allclose(trainer.signals["one"].hidden([i])[0], states[0], atol=1e-5)
 
 
@@ -541,7 +543,7 @@ def test_on_policy_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(
     assert not opened  # nobody has written anything yet
     picked = [0, 1, 2, 3, 4, 5]
     written = [([5 + i, 6], 0) for i in picked]
-    (said,) = trainer.said_of(picked, written)
+    (said,) = trainer.teacher_logprobs(picked, written)
     assert sorted(opened) == [-1, 0, 1]
     for i, fold in enumerate([0, 1, -1, 1, 0, -1]):
         model = teacher(tiny_models, "causal", SHORT, seed=10 + fold)

@@ -36,7 +36,7 @@ def check_references(params: Params, file: str, folder: Path) -> None:
             known(f"teachers.{name}.embeddings", teacher.embeddings, params.models, "model")
         for i, source in enumerate(teacher.data or []):
             known(f"teachers.{name}.data.{i}", source, params.data, "source")
-        sources = params.sources_of(name)
+        sources = params.teacher_sources(name)
         tasks = {params.data[s].task for s in sources}
         if len(tasks) > 1:
             raise UserError(f"{file}: teachers.{name}.data: sources of one task only, not {', '.join(sorted(tasks))}")
@@ -59,7 +59,7 @@ def check_references(params: Params, file: str, folder: Path) -> None:
                 f"{file}: augment.teacher: `{params.augment.teacher}` cannot write; needs `kind: "
                 f"{' or '.join(WRITING_KINDS)}`"
             )
-        if params.augment.source not in params.sources_of(params.augment.teacher):
+        if params.augment.source not in params.teacher_sources(params.augment.teacher):
             raise UserError(f"{file}: augment.teacher: `{params.augment.teacher}` does not label that source")
     for name, student in params.students.items():
         known(f"students.{name}.model", student.model, params.models, "model")
@@ -118,19 +118,19 @@ def _check_terms(params: Params, key: str, student: StudentConfig, phase: PhaseC
     kinds = {name: params.teachers[name].kind for name in phase.teachers if name in params.teachers}
     if student.arch == "classifier":
         tokens = [term for term in phase.loss if term in ("uld", "rationale")]
-        if tokens or phase.space == "vocabulary" or phase.tells_reasons:
-            what = f"loss.{tokens[0]}" if tokens else "rationales" if phase.tells_reasons else "space"
+        if tokens or phase.space == "vocabulary" or phase.trains_on_rationales:
+            what = f"loss.{tokens[0]}" if tokens else "rationales" if phase.trains_on_rationales else "space"
             raise UserError(f"{key}.{what}: a classifier writes no tokens; needs `arch: causal` or `seq2seq`")
     if phase.on_policy and student.arch != "causal":
         raise UserError(f"{key}.on_policy: needs `arch: causal`, not {student.arch}")
     if "attention" in phase.loss and {student.arch, *kinds.values()} != {"classifier"}:
         raise UserError(f"{key}.loss.attention: compares the tokens of two classifiers, student and teacher")
     for name, kind in kinds.items():
-        if phase.asks_tokens and kind not in ("lm", "seq2seq"):
+        if phase.needs_token_logprobs and kind not in ("lm", "seq2seq"):
             raise UserError(f"{key}.teachers: `{name}` ({kind}) gives no token log-probabilities; use `space: labels`")
-        if phase.asks_states and kind not in ("lm", "seq2seq", "classifier"):
+        if phase.needs_hidden_states and kind not in ("lm", "seq2seq", "classifier"):
             raise UserError(f"{key}.teachers: `{name}` ({kind}) shows no hidden states")
 
 
 def _teachers_of_source(params: Params, source: str) -> list[str]:
-    return [t for t in params.teachers if source in params.sources_of(t)]
+    return [t for t in params.teachers if source in params.teacher_sources(t)]

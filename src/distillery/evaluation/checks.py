@@ -19,32 +19,32 @@ ONE_ANSWER_SHARE = 0.95  # a share of one answer above this is no reading of the
 MAX_ANSWER_BIAS = 0.2  # distance of the answers' shares from the true ones
 
 
-def _training_rows(root: Path, P: Params, source: str) -> dict[str, pd.DataFrame]:
+def _training_rows(root: Path, params: Params, source: str) -> dict[str, pd.DataFrame]:
     """Every set of rows that a model tested on `source` may have learned from, or been chosen on: `source/split`."""
     out = {}
-    for other in [name for name in P.data if P.data[name].task == P.data[source].task]:
+    for other in [name for name in params.data if params.data[name].task == params.data[source].task]:
         for split in ("train", "pool", "validation"):
             out[f"{other}/{split}"] = read_split(root / f"data/processed/{other}", split)
         rows = root / f"data/augmented/{other}/rows.parquet"
-        if other == P.augment.source and P.augment.per_row and rows.exists():
+        if other == params.augment.source and params.augment.per_row and rows.exists():
             out[f"{other}/augmented"] = pd.read_parquet(rows)
     return out
 
 
-def _learners(P: Params, where: str) -> list[str]:
+def _learners(params: Params, where: str) -> list[str]:
     """The teachers and students that learn from the rows of `where`."""
-    tuned = [name for name, teacher in P.teachers.items() if teacher.finetune and teacher.finetune.on == where]
-    trained = [name for name, student in P.students.items() if any(where in p.data for p in student.phases)]
+    tuned = [name for name, teacher in params.teachers.items() if teacher.finetune and teacher.finetune.on == where]
+    trained = [name for name, student in params.students.items() if any(where in p.data for p in student.phases)]
     return list(dict.fromkeys([*tuned, *trained]))
 
 
-def find_leaks(root: Path, P: Params, source: str, test: pd.DataFrame) -> list[Check]:
+def find_leaks(root: Path, params: Params, source: str, test: pd.DataFrame) -> list[Check]:
     """Test rows of `source` that stand, exactly or nearly, in rows that somebody learned from.
 
     The files are compared as they lie there now, not as they were when the source was prepared. Exactly: the same
     text, id or group. Nearly: at least `near_duplicate` alike, with digits masked or as written.
     """
-    out, looked = [], _training_rows(root, P, source)
+    out, looked = [], _training_rows(root, params, source)
     for where, rows in looked.items():
         if rows.empty:
             continue
@@ -53,9 +53,9 @@ def find_leaks(root: Path, P: Params, source: str, test: pd.DataFrame) -> list[C
             same |= test["id"].isin(rows["id"]) | test["group"].isin(rows["group"])
         texts = test["text"].tolist(), rows["text"].tolist()
         closest = np.maximum(*(nearest_texts(*texts, masked)[0] for masked in (True, False)))
-        near = (closest >= P.data[where.split("/")[0]].near_duplicate - SIMILARITY_SLACK) & ~same.to_numpy()
+        near = (closest >= params.data[where.split("/")[0]].near_duplicate - SIMILARITY_SLACK) & ~same.to_numpy()
         if same.any() or near.any():
-            who = _learners(P, where)
+            who = _learners(params, where)
             told = [f"{int(same.sum())} the same"] * bool(same.any()) + [f"{int(near.sum())} nearly"] * bool(near.any())
             text = f"{int(same.sum() + near.sum())} of the {len(test):,} test rows of {source} are also in {where} "
             text += f"({', '.join(told)}), which {', '.join(who) if who else 'choices were made on'}"
@@ -67,14 +67,14 @@ def find_leaks(root: Path, P: Params, source: str, test: pd.DataFrame) -> list[C
     return out
 
 
-def find_contamination(root: Path, P: Params, line: ModelResult, tests: dict[str, pd.DataFrame]) -> list[Check]:
+def find_contamination(root: Path, params: Params, line: ModelResult, tests: dict[str, pd.DataFrame]) -> list[Check]:
     """Whether the teacher of `line` is scored, or teaches, on rows that it has learned the answers of.
 
     Found by its rows, by the folds that its signals name, by `evaluate.pretrained_on`, and, whatever the files say, by
     its scores: a teacher that does on test rows what it does on rows it was tuned on has seen them.
     """
-    spec, test, out = P.teachers[line.key], tests[line.source], []
-    known = {who: sources for who, sources in P.evaluate.pretrained_on.items() if who in (spec.model, line.key)}
+    spec, test, out = params.teachers[line.key], tests[line.source], []
+    known = {who: sources for who, sources in params.evaluate.pretrained_on.items() if who in (spec.model, line.key)}
     if any(line.source in sources for sources in known.values()):
         text = f"{next(iter(known))} had learned from {line.source} before it came here (evaluate.pretrained_on): "
         out.append(Check("contamination", False, f"{text}the scores of {line.name} are no test of it.", (line.name,)))
@@ -118,7 +118,7 @@ def find_contamination(root: Path, P: Params, line: ModelResult, tests: dict[str
 def find_shortcut(line: ModelResult, gold: pd.Series) -> Check:
     """Whether `line` has learned to give the commonest answer, or leans on one, rather than to read."""
     true, worst, bias = gold.value_counts(normalize=True), None, -1.0
-    for run in line.predicted:
+    for run in line.predictions:
         excess = (pd.Series(run).value_counts() / len(run)).sub(true, fill_value=0)  # unreadable answers are none
         if excess.abs().sum() / 2 > bias:
             worst, bias = excess, float(excess.abs().sum() / 2)

@@ -48,26 +48,26 @@ def _read_timing(folders: Sequence[Path], key: str) -> dict[str, float | None]:
     return {"seconds": float(np.mean(seconds)) if seconds else None, "training_mb": max(memory, default=None)}
 
 
-def gather_results(root: Path, P: Params) -> Results:
+def gather_results(root: Path, params: Params) -> Results:
     """Read the predictions of everything that params names, and nothing else (a removed student is gone).
 
     Raises UserError when a run's files are missing or belong to other rows.
     """
-    students = {name: P.tested_on(name) for name in P.students}
-    sources = [s for s in P.data if s in students.values()]
+    students = {name: params.test_source(name) for name in params.students}
+    sources = [s for s in params.data if s in students.values()]
     asked = {s: read_task(root / f"data/processed/{s}") for s in sources}
     labels = {s: task.names for s, task in asked.items()}
     # Free answers are right or wrong: there is no answer to be given always, and none to lean on.
     closed = [s for s in sources if asked[s].kind != "qa"]
     tests = {s: read_split(root / f"data/processed/{s}", "test") for s in sources}
     validations = {s: read_split(root / f"data/processed/{s}", "validation") for s in sources}
-    controls = {spec.control for spec in P.students.values()}
+    controls = {spec.control for spec in params.students.values()}
     scored, history, signals, begun = [], [], {}, {}
 
     for name, source in students.items():
-        spec, folders = P.students[name], [root / f"runs/{name}-{seed}" for seed in P.seeds]
+        spec, folders = params.students[name], [root / f"runs/{name}-{seed}" for seed in params.seeds]
         facts = [read_result_file(folder / "metrics.json", root) for folder in folders]
-        common = {"source": source, "teacher": main_teacher(P, name), "parameters": facts[0].get("parameters")}
+        common = {"source": source, "teacher": main_teacher(params, name), "parameters": facts[0].get("parameters")}
         paths = [folder / "predictions.parquet" for folder in folders]
         said = [read_result_file(path, root) for path in paths]
         test, validation = (
@@ -78,7 +78,7 @@ def gather_results(root: Path, P: Params) -> Results:
         size = {"bytes": facts[0].get("bytes_on_disk"), "trainable": facts[0].get("trainable_parameters")}
         more = size | _read_timing(folders, "train_seconds") | {"validation": _stack_probabilities(validation)}
         scored.append(ModelResult(name, name, role, **common, control=spec.control, **more, **_stack_predictions(test)))
-        for seed, folder in zip(P.seeds, folders, strict=True):
+        for seed, folder in zip(params.seeds, folders, strict=True):
             history.append(_read_history(folder / "history.csv", root).assign(model=name, seed=seed))
 
         # Students that start from the same model in the same way share their untrained scores: one line is enough.
@@ -93,18 +93,18 @@ def gather_results(root: Path, P: Params) -> Results:
                     f"{name}, untrained", name, "untrained", **common, **_stack_predictions(before)
                 )
 
-    for teacher in P.teachers:
-        for source in [s for s in sources if s in P.sources_of(teacher)]:
+    for teacher in params.teachers:
+        for source in [s for s in sources if s in params.teacher_sources(teacher)]:
             folder = root / f"data/teacher/{teacher}"
             rows = read_result_file(folder / "signals.parquet", root).rename(columns={"label": "prediction"})
             rows, path = rows[rows["source"] == source], folder / "signals.parquet"
             wanted = {*tests[source]["id"], *validations[source]["id"]}
-            if P.teachers[teacher].kind == "answers" and not wanted <= set(rows["id"]):
+            if params.teachers[teacher].kind == "answers" and not wanted <= set(rows["id"]):
                 continue  # a file that answers some of the rows cannot be compared with models that answer all
             test = signals[teacher, source] = _align_rows(rows, "test", tests[source], path, root)
             validation = _align_rows(rows, "validation", validations[source], path, root)
             facts = read_result_file(folder / "metrics.json", root)
-            name = teacher if teacher not in P.students else f"{teacher}, teacher"
+            name = teacher if teacher not in params.students else f"{teacher}, teacher"
             name = name if len(sources) == 1 else f"{name} on {source}"
             size = {"parameters": facts.get("parameters"), "bytes": facts.get("bytes_on_disk")}
             more = size | _read_timing([folder], "seconds") | {"validation": _stack_probabilities([validation])}
@@ -117,13 +117,15 @@ def gather_results(root: Path, P: Params) -> Results:
         constant = np.full((1, len(tests[source])), commonest, dtype=object)
         scored.append(ModelResult(name, source, "majority", source, constant))
 
-    counts = root / f"data/augmented/{P.augment.source}/counts.json"
-    checks = [check for source in sources for check in find_leaks(root, P, source, tests[source])]
-    checks += [check for line in scored if line.role == "teacher" for check in find_contamination(root, P, line, tests)]
+    counts = root / f"data/augmented/{params.augment.source}/counts.json"
+    checks = [check for source in sources for check in find_leaks(root, params, source, tests[source])]
+    checks += [
+        check for line in scored if line.role == "teacher" for check in find_contamination(root, params, line, tests)
+    ]
     checks += [find_shortcut(line, tests[line.source]["label"]) for line in scored
                if line.role in TRAINED_ROLES and line.source in closed]  # fmt: skip
     return Results(
-        params=P,
+        params=params,
         labels=labels,
         tests=tests,
         validations=validations,
@@ -131,7 +133,7 @@ def gather_results(root: Path, P: Params) -> Results:
         signals=signals,
         history=pd.concat(history, ignore_index=True)[["model", "seed", "phase", "step", "loss"]],
         audits={s: read_result_file(root / f"data/processed/{s}/audit.json", root) for s in sources},
-        counts=read_result_file(counts, root) if P.augment.per_row and counts.exists() else None,
+        counts=read_result_file(counts, root) if params.augment.per_row and counts.exists() else None,
         checks=checks,
     )
 

@@ -26,9 +26,9 @@ def compare_accuracy(results: Results, a: ModelResult, b: ModelResult | None) ->
     test, e = results.tests[a.source], results.params.evaluate
     gold, groups = test["label"].to_numpy(dtype=object), test["group"]
     found = metrics.paired_difference(
-        gold, a.predicted, b.predicted, results.labels[a.source], groups, e.bootstrap, e.confidence, e.seed
+        gold, a.predictions, b.predictions, results.labels[a.source], groups, e.bootstrap, e.confidence, e.seed
     )["accuracy"]
-    swapped = metrics.permutation_test(a.predicted == gold, b.predicted == gold, groups, e.bootstrap, e.seed)
+    swapped = metrics.permutation_test(a.predictions == gold, b.predictions == gold, groups, e.bootstrap, e.seed)
     return found | {"p": max(found["p"], swapped)}
 
 
@@ -66,23 +66,23 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
     """
     e, rows = results.params.evaluate, []
     close = teacher_closeness(results).set_index(["model", "teacher"])
-    for line in results.scored:
+    for line in results.models:
         test, labels = results.tests[line.source], results.labels[line.source]
         gold, groups = test["label"].to_numpy(dtype=object), test["group"]
-        drawn = metrics.bootstrap_scores(gold, line.predicted, labels, groups, e.bootstrap, e.seed)
+        drawn = metrics.bootstrap_scores(gold, line.predictions, labels, groups, e.bootstrap, e.seed)
         row: dict[str, Any] = {"model": line.name, "role": line.role, "source": line.source}
-        row["seeds"] = len(line.predicted)
+        row["seeds"] = len(line.predictions)
         row |= {"parameters": line.parameters, "trainable": line.trainable}
-        row["megabytes"] = None if line.bytes is None else line.bytes / 1e6
-        for score, mean in metrics.mean_scores(gold, line.predicted, labels).items():
+        row["megabytes"] = None if line.size_bytes is None else line.size_bytes / 1e6
+        for score, mean in metrics.mean_scores(gold, line.predictions, labels).items():
             low, high = metrics.interval(drawn[score], e.confidence)
             row |= {score: mean, f"{score}_low": low, f"{score}_high": high}
-        probabilities = [None] * len(line.predicted) if line.probabilities is None else line.probabilities
+        probabilities = [None] * len(line.predictions) if line.probabilities is None else line.probabilities
         reports = [
             metrics.classification_report(gold, said, p, labels)
-            for said, p in zip(line.predicted, probabilities, strict=True)
+            for said, p in zip(line.predictions, probabilities, strict=True)
         ]
-        row |= line.tokens or {}
+        row |= line.token_scores or {}
         row |= {
             k: float(np.mean([r[k] for r in reports]))
             for k in (*AVERAGED_SCORES, *PROBABILITY_SCORES)
@@ -93,7 +93,7 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
             for label in labels
             for score in LABEL_SCORES
         }
-        pairs, number = contrast_pairs_right(line.predicted == gold, gold, groups)
+        pairs, number = contrast_pairs_right(line.predictions == gold, gold, groups)
         row |= {"pairs_right": float(pairs.mean()), "pairs": number}
         if line.validation is not None:
             row |= calibration_scores(results, line)
@@ -137,16 +137,16 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
     return board.drop(columns="_order").reset_index(drop=True)
 
 
-def compare_with_published(P: Params, board: pd.DataFrame) -> pd.DataFrame:
+def compare_with_published(params: Params, board: pd.DataFrame) -> pd.DataFrame:
     """The source's figures beside this run's: model, score, published, this run, low, high (its interval), note.
 
     board: as :func:`leaderboard` makes it. What it has no score for is empty.
     """
-    rows, source = [], P.tested_on(P.evaluate.headline)
+    rows, source = [], params.test_source(params.evaluate.headline)
     found = board.set_index("model")
     # where several sources are tested, a teacher has a line for each
-    found = found.rename(index={f"{teacher} on {source}": teacher for teacher in P.teachers})
-    for claim in P.recipe.published if P.recipe else []:
+    found = found.rename(index={f"{teacher} on {source}": teacher for teacher in params.teachers})
+    for claim in params.recipe.published if params.recipe else []:
         for score, value in claim.scores.items():
             row = {"model": claim.model, "score": score, "published": value, "note": claim.note}
             for column, name in {"this run": score, "low": f"{score}_low", "high": f"{score}_high"}.items():
@@ -180,10 +180,10 @@ def _all_labels(results: Results) -> list[str]:
 def phase_accuracies(root: Path, results: Results) -> pd.DataFrame:
     """What each phase gave: model, after phase (0: as it was built), accuracy on the validation rows (mean over seeds;
     test rows are asked about at both ends only) and gain over the phase before."""
-    P, parts = results.params, []
-    for name in P.students:
-        gold = results.validations[P.tested_on(name)].set_index("id")["label"]
-        runs = [read_result_file(root / f"runs/{name}-{seed}/phases.parquet", root) for seed in P.seeds]
+    params, parts = results.params, []
+    for name in params.students:
+        gold = results.validations[params.test_source(name)].set_index("id")["label"]
+        runs = [read_result_file(root / f"runs/{name}-{seed}/phases.parquet", root) for seed in params.seeds]
         rows = pd.concat(runs, ignore_index=True)
         rows = rows[rows["split"] == "validation"]
         mean = rows["prediction"].eq(rows["id"].map(gold)).groupby(rows["phase"]).mean()
@@ -198,11 +198,11 @@ def teacher_closeness(results: Results) -> pd.DataFrame:
     agreement: share of test rows with the same answer; kl: mean KL(teacher || student) in nats; means over seeds.
     """
     rows = []
-    for line in (line for line in results.scored if line.role in ("student", "control", "untrained")):
+    for line in (line for line in results.models if line.role in ("student", "control", "untrained")):
         for (teacher, source), signal in results.signals.items():
             if source == line.source:
                 taught = np.stack(signal["probabilities"].to_numpy())
-                same = line.predicted == signal["prediction"].to_numpy(object)
+                same = line.predictions == signal["prediction"].to_numpy(object)
                 kl = np.mean([metrics.kl_divergence(taught, p).mean() for p in line.probabilities])
                 rows.append({"model": line.name, "teacher": teacher, "agreement": float(same.mean()), "kl": float(kl)})
     return pd.DataFrame(rows, columns=["model", "teacher", "agreement", "kl"])

@@ -34,14 +34,14 @@ class ModelResult:
     key: str  # its name in params (of the student it starts from, for an untrained one)
     role: str  # one of ROLES
     source: str
-    predicted: np.ndarray  # [seeds, rows] labels
+    predictions: np.ndarray  # [seeds, rows] labels
     probabilities: np.ndarray | None = None  # [seeds, rows, K]
-    tokens: dict[str, float] | None = None  # mean scores of free answers' words
-    written: np.ndarray | None = None  # [rows] free answers of the first seed
+    token_scores: dict[str, float] | None = None  # mean scores of free answers' words
+    answers: np.ndarray | None = None  # [rows] free answers of the first seed
     validation: np.ndarray | None = None  # [seeds, validation rows, K]
     parameters: int | None = None
     trainable: int | None = None
-    bytes: int | None = None
+    size_bytes: int | None = None
     seconds: float | None = None  # wall clock of its training, mean over seeds
     training_mb: float | None = None  # peak memory of its training, largest of the seeds
     teacher: str | None = None  # key of the teacher it is compared with
@@ -66,7 +66,7 @@ class Results:
     labels: dict[str, list[str]]  # of each source, in the order of probability vectors
     tests: dict[str, pd.DataFrame]  # of each source
     validations: dict[str, pd.DataFrame]  # of each source
-    scored: list[ModelResult]
+    models: list[ModelResult]
     signals: dict[tuple[str, str], pd.DataFrame]  # (teacher, source) -> its test signals, in the order of the rows
     history: pd.DataFrame  # model, seed, phase, step, loss
     audits: dict[str, Any]
@@ -75,29 +75,29 @@ class Results:
 
     @property
     def headline(self) -> ModelResult:
-        return next(s for s in self.scored if s.key == self.params.evaluate.headline and s.role in TRAINED_ROLES[:2])
+        return next(s for s in self.models if s.key == self.params.evaluate.headline and s.role in TRAINED_ROLES[:2])
 
     def find(self, key: str | None) -> ModelResult | None:
         """The student (or control) called `key`; None when there is no such line."""
-        return next((s for s in self.scored if s.key == key and s.role in TRAINED_ROLES[:2]), None)
+        return next((s for s in self.models if s.key == key and s.role in TRAINED_ROLES[:2]), None)
 
     def teacher_of(self, line: ModelResult) -> ModelResult | None:
         """The line of the teacher that `line` is compared with."""
-        same = (s for s in self.scored if s.role == "teacher" and (s.key, s.source) == (line.teacher, line.source))
+        same = (s for s in self.models if s.role == "teacher" and (s.key, s.source) == (line.teacher, line.source))
         return next(same, None)
 
     @property
-    def shown(self) -> list[ModelResult]:
+    def compared(self) -> list[ModelResult]:
         """The headline, its control and its teacher, as far as they exist and were tested on the same rows."""
         head = self.headline
         lines = [head, self.find(head.control), self.teacher_of(head)]
         return [line for line in lines if line is not None and line.source == head.source]
 
 
-def main_teacher(P: Params, student: str) -> str | None:
+def main_teacher(params: Params, student: str) -> str | None:
     """The first teacher of `student`; a control is compared with the teacher of the student it is the control of."""
-    named = [t for phase in P.students[student].phases for t in phase.teachers]
+    named = [t for phase in params.students[student].phases for t in phase.teachers]
     if not named:
-        counterparts = [s for s, spec in P.students.items() if spec.control == student]
-        named = [t for s in counterparts for phase in P.students[s].phases for t in phase.teachers]
+        counterparts = [s for s, spec in params.students.items() if spec.control == student]
+        named = [t for s in counterparts for phase in params.students[s].phases for t in phase.teachers]
     return named[0] if named else None

@@ -24,15 +24,17 @@ def paraphrase_test_rows(root: Path, results: Results) -> pd.DataFrame:
     The filters of augmentation drop what has other numbers, names in capitals or directions. Whether the label still
     holds is asked of no model: one that is scored here would be judged by itself.
     """
-    P, source = results.params, results.headline.source
+    params, source = results.params, results.headline.source
     test = results.tests[source]
-    chosen = test.sample(min(P.evaluate.paraphrased_rows, len(test)), random_state=P.evaluate.seed)
+    chosen = test.sample(min(params.evaluate.paraphrased_rows, len(test)), random_state=params.evaluate.seed)
     if chosen.empty:
         return chosen.assign(new=pd.Series(dtype=object))
-    made = generate_paraphrases(root, P, read_task(root / f"data/processed/{source}"), chosen)
+    made = generate_paraphrases(root, params, read_task(root / f"data/processed/{source}"), chosen)
     made = made.drop_duplicates("source_id").set_index("source_id")["text"]
     chosen = chosen.assign(new=chosen["id"].map(made))
-    reasons = [rejection_reason(a, b, keep=P.augment.keep) for a, b in zip(chosen["text"], chosen["new"], strict=True)]
+    reasons = [
+        rejection_reason(a, b, keep=params.augment.keep) for a, b in zip(chosen["text"], chosen["new"], strict=True)
+    ]
     return chosen[np.array(reasons) == "kept"].reset_index(drop=True)
 
 

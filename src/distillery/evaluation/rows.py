@@ -19,19 +19,19 @@ def disagreements(results: Results) -> pd.DataFrame:
     """
     head = results.headline
     test = results.tests[head.source]
-    rows = pd.DataFrame({"id": test["id"], "text": test["text"], "gold": test["label"], "student": head.predicted[0]})
+    rows = pd.DataFrame({"id": test["id"], "text": test["text"], "gold": test["label"], "student": head.predictions[0]})
     rows["student_probability"] = head.probabilities[0].max(1)
     rows["rationale"] = test["rationale"]
-    if head.written is not None:
+    if head.answers is not None:
         rows["accepted"] = [" or ".join(accepted_answers(known)) for known in test["answers"]]
-        rows["student_written"] = head.written
+        rows["student_written"] = head.answers
     signal = results.signals.get((head.teacher, head.source))
     right = rows["student"] == rows["gold"]
     if signal is not None:
         rows["teacher"] = signal["prediction"].where(signal["prediction"].notna(), UNPARSABLE)
         rows["teacher_probability"] = np.stack(signal["probabilities"].to_numpy()).max(1)
         rows["teacher_rationale"] = signal["rationale"]
-        if head.written is not None:
+        if head.answers is not None:
             rows["teacher_written"] = signal["answer"]
         taught = rows["teacher"] == rows["gold"]
         cases = [right & taught, right, taught]
@@ -53,7 +53,7 @@ def sample_rows(results: Results) -> pd.DataFrame:
     test = results.tests[source]
     some = np.sort(np.random.default_rng(e.seed).permutation(len(test))[: e.samples])
     rows = test.iloc[some][["text", "label"]].rename(columns={"label": "gold"})
-    for line in results.scored:
+    for line in results.models:
         if line.source == source and line.role in TRAINED_ROLES:
-            rows[line.name] = line.predicted[0][some]
+            rows[line.name] = line.predictions[0][some]
     return rows.reset_index(drop=True)

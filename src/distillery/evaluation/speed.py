@@ -100,22 +100,22 @@ def measure_models(root: Path, results: Results) -> Measurements:
     Students of one shape (a student and its control) are equally fast: the first of them is measured for all. What
     rewritten sentences do is asked of the headline, its control and its teacher.
     """
-    P, source = results.params, results.headline.source
+    params, source = results.params, results.headline.source
     task = read_task(root / f"data/processed/{source}")
-    lines = [line for line in results.scored if line.source == source and line.role in TRAINED_ROLES]
+    lines = [line for line in results.models if line.source == source and line.role in TRAINED_ROLES]
     # what others have answered is read from a file or a store: there is nothing to run
-    far = {name for name, spec in P.teachers.items() if spec.model is None}
+    far = {name for name, spec in params.teachers.items() if spec.model is None}
     lines = [line for line in lines if line.role != "teacher" or line.key not in far]
-    texts = results.tests[source]["text"].head(P.evaluate.throughput_rows).tolist()
+    texts = results.tests[source]["text"].head(params.evaluate.throughput_rows).tolist()
     models, memory, shapes = {}, {}, {}
 
     def opened(line: ModelResult) -> LabelModel:
         if line.role == "teacher":
-            if not P.teachers[line.key].finetune:
-                return open_prompted_teacher(root, line.key, P, task)
-            return open_teacher(line.key, P, task, tuned=root / f"data/teacher/{line.key}/model")
-        spec = P.students[line.key]
-        return load_student(spec, root / f"runs/{line.key}-{P.seeds[0]}/model", task, spec.dtype)
+            if not params.teachers[line.key].finetune:
+                return open_prompted_teacher(root, line.key, params, task)
+            return open_teacher(line.key, params, task, tuned=root / f"data/teacher/{line.key}/model")
+        spec = params.students[line.key]
+        return load_student(spec, root / f"runs/{line.key}-{params.seeds[0]}/model", task, spec.dtype)
 
     def opened_and_run(line: ModelResult) -> LabelModel:
         model = opened(line)
@@ -124,7 +124,7 @@ def measure_models(root: Path, results: Results) -> Measurements:
 
     first = opened_and_run(lines[0])  # kept: what libraries take when first used is no model's memory
     for line in lines:
-        spec = P.students.get(line.key)
+        spec = params.students.get(line.key)
         shapes[line.name] = line.name
         if line.role != "teacher":
             alike = [spec.model, spec.arch, spec.init, spec.prompt, spec.few_shot, spec.dtype, spec.max_length]
@@ -141,7 +141,7 @@ def measure_models(root: Path, results: Results) -> Measurements:
         timing[name] |= {} if memory[shape] is None else {"memory_mb": memory[shape]}
 
     scorers = {}
-    for line in (line for line in results.shown if line.name in shapes):
+    for line in (line for line in results.compared if line.name in shapes):
         told = [name for name in shapes if shapes[name] == shapes[line.name]]
         scorers[line.name] = models[shapes[line.name]] if line.name == told[0] else opened(line)
     said = {name: probability_function(model) for name, model in scorers.items()}

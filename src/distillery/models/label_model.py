@@ -54,21 +54,21 @@ Completion = tuple[list[int], int]  # tokens, and how many of them stand before 
 
 @dataclass
 class ModelOutput:
-    """What a model says of n rows, in float32.
+    """The outputs of a model for n rows, in float32; None for what was not requested.
 
-    logits: [n, labels], the label space (None where it was not asked about).
-    told: [m, vocabulary], the logits at the m supervised tokens of the completions asked about, row after row.
-    nll: [m], their negative log-likelihoods.
-    states: [n, layers, d], hidden states of the layers asked for: of [CLS] (the first token) in an encoder, where the
-    answer's first token is predicted otherwise.
-    maps: [n, layers, tokens], sums of squares over the channels of these layers, 0 at padding (encoders only).
+    label_logits: [n, labels], the label space.
+    completion_logits: [m, vocabulary], at the m supervised tokens of the completions, row after row.
+    completion_nll: [m], negative log-likelihoods of these tokens, in nats.
+    hidden_states: [n, layers, d], of [CLS] (the first token) in an encoder, else where the answer's first token is
+    predicted.
+    activation_maps: [n, layers, tokens], sums of squares over the channels of a layer, 0 at padding (encoders only).
     """
 
-    logits: Tensor | None = None
-    told: Tensor | None = None
-    nll: Tensor | None = None
-    states: Tensor | None = None
-    maps: Tensor | None = None
+    label_logits: Tensor | None = None
+    completion_logits: Tensor | None = None
+    completion_nll: Tensor | None = None
+    hidden_states: Tensor | None = None
+    activation_maps: Tensor | None = None
 
 
 class LabelModel:
@@ -93,12 +93,12 @@ class LabelModel:
     ):
         self.batch_size = batch_size  # rows that are asked about at a time
         self.model, self.tokenizer, self.task, self.arch = model, tokenizer, task, arch
-        self.prompt, self.few_shot, self.max_length = prompt, few_shot, max_length
+        self.prompt_style, self.few_shot, self.max_length = prompt, few_shot, max_length
         self.dtype = getattr(torch, dtype)
         if arch != "classifier":
-            # the answers of a `qa` task are those of the rows at hand: see :meth:`learn`
+            # the answers of a `qa` task are those of the rows at hand: see :meth:`set_answers`
             names = [] if task.kind == "qa" else task.names
-            self.labels = tokenize_labels(tokenizer, [render_answer(task, name, prompt) for name in names])
+            self.label_token_ids = tokenize_labels(tokenizer, [render_answer(task, name, prompt) for name in names])
         elif task.kind == "qa":
             raise UserError("params.yaml: a classifier writes no answers: a `qa` task needs a model that does")
 
@@ -143,77 +143,79 @@ class LabelModel:
             )
         return ids
 
-    def rendered(self, text: str, solved: Sequence[FewShotExample] | int) -> str:
+    def prompt_for(self, text: str, solved: Sequence[FewShotExample] | int) -> str:
         """The prompt of a generative model for `text`, with the examples `solved`, or so many of the task file's."""
-        return render_prompt(chat_turns(self.task, text, solved), self.tokenizer, self.prompt)
+        return render_prompt(chat_turns(self.task, text, solved), self.tokenizer, self.prompt_style)
 
     def _prompt_ids(self, text: str, shots: Sequence[FewShotExample] | None = None) -> list[int]:
-        special = self.prompt == "plain" or self.arch == "seq2seq"  # an encoder wants the end token it was trained with
-        prompt = self.rendered(text, self.few_shot if shots is None else shots)
+        special = (
+            self.prompt_style == "plain" or self.arch == "seq2seq"
+        )  # an encoder wants the end token it was trained with
+        prompt = self.prompt_for(text, self.few_shot if shots is None else shots)
         return self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
 
     def forward(
         self,
         ids: Sequence[Sequence[int]],
-        told: Sequence[Sequence[Completion]] | None = None,
+        completions: Sequence[Sequence[Completion]] | None = None,
         *,
-        labels: bool = True,
+        label_space: bool = True,
         layers: Sequence[int] = (),
-        maps: bool = False,
-        read: Any = None,
+        activation_maps: bool = False,
+        prefix_kv: Any = None,
     ) -> ModelOutput:
-        """Ask about rows `ids` [n][tokens]: how likely each label is (`labels`), how well the completions in `told`
-        ([n][any number]; not for a classifier) are told, the hidden states of `layers` (0 the embeddings, j the
-        output of layer j, as `transformers` counts them) and their `maps`.
+        """Score rows `ids` [n][tokens]; see :class:`ModelOutput` for what comes back.
 
-        read: what all rows begin with, if it has been read already; see :func:`compute_prefix_kv`.
+        completions: [n][any number] of token sequences to score after each row; not for a classifier.
+        label_space: whether to compute the label logits. layers: of which to return hidden states (0 the embeddings, j
+        the output of layer j, as `transformers` counts them). activation_maps: of these layers, for encoders.
+        prefix_kv: keys and values of the tokens that all rows begin with; see :func:`compute_prefix_kv`.
         """
         with self.autocast():
             if self.arch == "classifier":
-                return self._classify(ids, layers, maps)
-            if not labels and not told:  # one token that is predicted and never fed costs nothing
-                told = [[([self.tokenizer.eos_token_id], 1)]] * len(ids)
-            asked = [
-                [*((tokens, len(tokens)) for tokens in (self.labels if labels else [])), *(told[i] if told else [])]
-                for i in range(len(ids))
-            ]
-            tokens = [[completion for completion, _ in row] for row in asked]
+                return self._classify(ids, layers, activation_maps)
+            if not label_space and not completions:  # one token that is predicted and never fed costs nothing
+                completions = [[([self.tokenizer.eos_token_id], 1)]] * len(ids)
+            label_completions = [(tokens, len(tokens)) for tokens in self.label_token_ids] if label_space else []
+            scored = [[*label_completions, *(completions[i] if completions else [])] for i in range(len(ids))]
+            tokens = [[completion for completion, _ in row] for row in scored]
             if self.arch == "causal":
                 hidden, index, target, branch, at_prompt = completion_hidden_states(
-                    self.model, ids, tokens, layers, read
+                    self.model, ids, tokens, layers, prefix_kv
                 )
                 logits = output_head(self.model)(hidden).float()
             else:
                 logits, target, branch, at_prompt = self._decode(ids, tokens, layers)
                 index = torch.arange(len(target), device=target.device)
-        out = ModelOutput(states=at_prompt.float() if at_prompt is not None else None)
-        nll = (logits.logsumexp(-1)[index] - logits[index, target]) if labels or told else None
-        if labels:
-            # a told completion's share goes to a column of its own, which is cut off
-            names = len(self.labels)
+        output = ModelOutput(hidden_states=at_prompt.float() if at_prompt is not None else None)
+        nll = (logits.logsumexp(-1)[index] - logits[index, target]) if label_space or completions else None
+        if label_space:
+            # completions other than labels share one more column, which is cut off
+            n_labels = len(self.label_token_ids)
             column = torch.tensor(
-                [i * (names + 1) + min(j, names) for i, row in enumerate(asked) for j in range(len(row))]
+                [i * (n_labels + 1) + min(j, n_labels) for i, row in enumerate(scored) for j in range(len(row))]
             )
-            scores = torch.zeros(len(ids) * (names + 1), device=self.device)
-            out.logits = scores.index_add(0, column.to(self.device)[branch], -nll).view(len(ids), -1)[:, :names]
-        if told:
-            skips = [skip for row in asked for _, skip in row]
+            scores = torch.zeros(len(ids) * (n_labels + 1), device=self.device)
+            scores = scores.index_add(0, column.to(self.device)[branch], -nll)
+            output.label_logits = scores.view(len(ids), -1)[:, :n_labels]
+        if completions:
+            skips = [skip for row in scored for _, skip in row]
             lengths = [len(completion) for row in tokens for completion in row]
-            keep = [k >= skip for skip, length in zip(skips, lengths, strict=True) for k in range(length)]
-            keep = torch.tensor(keep, device=self.device)
-            out.told, out.nll = logits[index[keep]], nll[keep]
-        return out
+            supervised = [k >= skip for skip, length in zip(skips, lengths, strict=True) for k in range(length)]
+            supervised = torch.tensor(supervised, device=self.device)
+            output.completion_logits, output.completion_nll = logits[index[supervised]], nll[supervised]
+        return output
 
-    def _classify(self, ids: Sequence[Sequence[int]], layers: Sequence[int], maps: bool) -> ModelOutput:
+    def _classify(self, ids: Sequence[Sequence[int]], layers: Sequence[int], activation_maps: bool) -> ModelOutput:
         batch = self.tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(self.device)
-        said = self.model(**batch, output_hidden_states=bool(layers))
-        out = ModelOutput(said.logits.float())
+        encoded = self.model(**batch, output_hidden_states=bool(layers))
+        output = ModelOutput(encoded.logits.float())
         if layers:
-            wanted = torch.stack([said.hidden_states[j] for j in layers], 1).float()
-            out.states = wanted[:, :, 0]
-            if maps:
-                out.maps = wanted.square().sum(-1) * batch["attention_mask"][:, None]
-        return out
+            hidden = torch.stack([encoded.hidden_states[j] for j in layers], 1).float()
+            output.hidden_states = hidden[:, :, 0]
+            if activation_maps:
+                output.activation_maps = hidden.square().sum(-1) * batch["attention_mask"][:, None]
+        return output
 
     def _decode(
         self, ids: Sequence[Sequence[int]], completions: Sequence[Sequence[list[int]]], layers: Sequence[int]
@@ -248,54 +250,54 @@ class LabelModel:
             at_prompt = torch.stack([out.decoder_hidden_states[j][first, 0] for j in layers], 1)
         return out.logits[real].float(), target[real], branch, at_prompt
 
-    def answer(self, label: int) -> Completion:
+    def label_completion(self, label: int) -> Completion:
         """The answer `label` (an index) with the token that ends it, all of it supervised."""
-        tokens, end = self.labels[label], [self.tokenizer.eos_token_id]
+        tokens, end = self.label_token_ids[label], [self.tokenizer.eos_token_id]
         return (tokens if tokens[-1:] == end else tokens + end), 0
 
-    def learn(self, answers: Sequence[str]) -> None:
+    def set_answers(self, answers: Sequence[str]) -> None:
         """Let labels be the texts `answers`: the answers to the questions of a `qa` task."""
-        self.labels = [
-            self.tokenizer(render_answer(self.task, answer, self.prompt), add_special_tokens=False)["input_ids"]
+        self.label_token_ids = [
+            self.tokenizer(render_answer(self.task, answer, self.prompt_style), add_special_tokens=False)["input_ids"]
             for answer in answers
         ]
 
-    def respond(
+    def answer_questions(
         self,
         texts: Sequence[str],
         max_new_tokens: int = MAX_ANSWER_TOKENS,
         *,
-        known: Sequence[str | None] | None = None,
-        keep: Callable[[list[int], list[str]], None] | None = None,
+        cached: Sequence[str | None] | None = None,
+        on_batch: Callable[[list[int], list[str]], None] | None = None,
     ) -> list[str]:
         """What the model answers to each of `texts`, greedily, up to the end of a line; as it was trained to.
 
-        known, keep: as in :meth:`generate`.
+        cached, on_batch: as in :meth:`generate`.
         """
-        out = [None] * len(texts) if known is None else list(known)
+        out = [None] * len(texts) if cached is None else list(cached)
         wanted = [text is None for text in out]
         if not any(wanted):
             return out
 
-        def told(rows: list[int], tokens: list[list[int]]) -> None:
+        def store_batch(rows: list[int], tokens: list[list[int]]) -> None:
             new = [i for i in rows if wanted[i]]
             for i, text in zip(rows, self.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
                 if wanted[i]:
                     out[i] = " ".join((text.strip().splitlines() or [""])[0].split())
-            if keep:
-                keep(new, [out[i] for i in new])
+            if on_batch:
+                on_batch(new, [out[i] for i in new])
 
         settings = {"max_new_tokens": max_new_tokens, "batch_size": self.batch_size}
-        self.continue_(self.encode(texts), wanted=wanted, told=told, **settings)
+        self.generate_tokens(self.encode(texts), wanted=wanted, on_batch=store_batch, **settings)
         return out
 
-    def completions(self, label: int, rationale: str | None = None) -> list[Completion]:
+    def row_completions(self, label: int, rationale: str | None = None) -> list[Completion]:
         """What a student is told of a row: the answer, then the reason if there is one."""
-        return [self.answer(label), *([self.reason(label, rationale)] if rationale else [])]
+        return [self.label_completion(label), *([self.rationale_completion(label, rationale)] if rationale else [])]
 
-    def reason(self, label: int, rationale: str) -> Completion:
+    def rationale_completion(self, label: int, rationale: str) -> Completion:
         """`rationale` after the answer `label`: a second task, told apart from the first by `tasks.REASON`."""
-        name = render_answer(self.task, self.task.names[label], self.prompt)
+        name = render_answer(self.task, self.task.names[label], self.prompt_style)
         before = self.tokenizer(name + RATIONALE_CUE, add_special_tokens=False)["input_ids"]
         after = self.tokenizer(f" {rationale}", add_special_tokens=False)["input_ids"]
         return [*before, *after, self.tokenizer.eos_token_id], len(before)
@@ -306,46 +308,46 @@ class LabelModel:
         texts: Sequence[str],
         shots: Sequence[Sequence[FewShotExample]] | None = None,
         *,
-        known: Sequence[Sequence[float] | None] | None = None,
-        keep: Callable[[list[int], np.ndarray], None] | None = None,
+        cached: Sequence[Sequence[float] | None] | None = None,
+        on_batch: Callable[[list[int], np.ndarray], None] | None = None,
     ) -> np.ndarray:
         """Probabilities over the task's labels [n, labels], float32, each row summing to 1. shots: see :meth:`encode`.
 
         What all prompts begin with (instruction, solved examples) is read once, not once a batch. Of a `qa` task the
         answers are written, and every row is as likely right as wrong: nobody has looked yet.
 
-        known: probabilities from an earlier run, None where there are none. keep: called after every batch with the
-        indices and probabilities that were not known. Batches are cut from all rows, so a run that continues says, to
-        the bit, what it would have said.
+        cached: probabilities from an earlier run, None where there are none. on_batch: called after every batch with
+        the indices and probabilities that were not cached. Batches are cut from all rows, so a run that continues
+        gives, to the bit, what one run would have given.
         """
         if self.task.kind == "qa":
-            self.respond(texts)
+            self.answer_questions(texts)
             return np.full((len(texts), len(self.task.names)), 0.5, dtype=np.float32)
         ids = self.encode(texts, shots)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = np.zeros((len(ids), len(self.task.names)), dtype=np.float32)
-        wanted = np.array([known is None or known[i] is None for i in range(len(ids))], dtype=bool)
+        wanted = np.array([cached is None or cached[i] is None for i in range(len(ids))], dtype=bool)
         for i in np.flatnonzero(~wanted):
-            out[i] = known[i]
+            out[i] = cached[i]
         if not wanted.any():
             return out
         training = self.model.training
         self.model.eval()
-        read = None
+        prefix_kv = None
         if self.arch == "causal" and len(ids) > 1:
             with self.autocast():
-                read = compute_prefix_kv(self.model, ids[0][: common_prefix(ids)])
+                prefix_kv = compute_prefix_kv(self.model, ids[0][: common_prefix(ids)])
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             new = [i for i in rows if wanted[i]]
             if not new:
                 continue
-            logits = self.forward([ids[i] for i in rows], read=read).logits
+            logits = self.forward([ids[i] for i in rows], prefix_kv=prefix_kv).label_logits
             for row, i in zip(logits, rows, strict=True):
                 row[count_options(self.task, texts[i]) :] = -torch.inf  # an option that the row does not have
             out[new] = logits.softmax(-1).cpu().numpy()[wanted[rows]]
-            if keep:
-                keep(new, out[new])
+            if on_batch:
+                on_batch(new, out[new])
         self.model.train(training)
         return out
 
@@ -358,29 +360,29 @@ class LabelModel:
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 32,
-        known: Sequence[str | None] | None = None,
-        keep: Callable[[list[int], list[str]], None] | None = None,
+        cached: Sequence[str | None] | None = None,
+        on_batch: Callable[[list[int], list[str]], None] | None = None,
     ) -> list[str]:
         """What the model says next in each conversation (turns as in a chat); greedy when `temperature` is 0.
 
         Whatever the style of its label prompt, a model with a chat template is talked to in it: it then knows when to
         stop. Without one the answer ends at the first empty line. What all prompts begin with is read once.
 
-        known: answers from an earlier run, None where there is none. keep: called after every batch with the indices
-        and texts that were not known. A batch draws the same random numbers whatever came before it, so a run that
-        continues says what it would have said.
+        cached: answers from an earlier run, None where there is none. on_batch: called after every batch with the
+        indices and texts that were not cached. A batch draws the same random numbers whatever came before it, so
+        a run that continues gives what one run would have given.
         """
-        known = [None] * len(conversations) if known is None else list(known)
-        if None not in known:
-            return known
+        cached = [None] * len(conversations) if cached is None else list(cached)
+        if None not in cached:
+            return cached
         style = "chat" if self.tokenizer.chat_template else "plain"
         prompts = [render_prompt(turns, self.tokenizer, style) for turns in conversations]
         special = style == "plain" or self.arch == "seq2seq"
         ids = [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text in prompts]
-        open_rows = [text is None for text in known]
-        out = list(known)
+        open_rows = [text is None for text in cached]
+        out = list(cached)
 
-        def told(rows: list[int], tokens: list[list[int]]) -> None:
+        def store_batch(rows: list[int], tokens: list[list[int]]) -> None:
             texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             new = []
             for i, text in zip(rows, texts, strict=True):
@@ -388,8 +390,8 @@ class LabelModel:
                     text = text.split(PLAIN_SEPARATOR)[0] if style == "plain" else text
                     out[i] = " ".join(text.split())
                     new.append(i)
-            if keep:
-                keep(new, [out[i] for i in new])
+            if on_batch:
+                on_batch(new, [out[i] for i in new])
 
         settings = {
             "max_new_tokens": max_new_tokens,
@@ -397,11 +399,11 @@ class LabelModel:
             "seed": seed,
             "batch_size": batch_size,
         }
-        self.continue_(ids, wanted=open_rows, told=told, **settings)
+        self.generate_tokens(ids, wanted=open_rows, on_batch=store_batch, **settings)
         return out
 
     @torch.no_grad()
-    def continue_(
+    def generate_tokens(
         self,
         ids: Sequence[Sequence[int]],
         *,
@@ -410,12 +412,12 @@ class LabelModel:
         seed: int = 0,
         batch_size: int = 32,
         wanted: Sequence[bool] | None = None,
-        told: Callable[[list[int], list[list[int]]], None] | None = None,
+        on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
     ) -> list[list[int]]:
         """The tokens that the model writes after each prompt, up to and with its end token; greedy when `temperature`
         is 0. What all prompts begin with is read once; torch's random state is left as it was.
 
-        wanted: a batch without a row that is wanted is left out. told: called with the rows and tokens of each batch.
+        wanted: a batch without a wanted row is left out. on_batch: called with the rows and tokens of each batch.
         """
         training = self.model.training
         self.model.eval()
@@ -424,7 +426,7 @@ class LabelModel:
         # weights that are being trained lie in float32 whatever the precision of the products
         wide = any(weight.dtype == torch.float32 for weight in self.model.parameters())
         with torch.random.fork_rng(), self.autocast() if wide else nullcontext():
-            read = (
+            prefix_kv = (
                 compute_prefix_kv(self.model, ids[0][: common_prefix(ids)]) if ids and self.arch == "causal" else None
             )
             for start in range(0, len(order), batch_size):
@@ -436,18 +438,18 @@ class LabelModel:
                     [ids[i] for i in rows],
                     {"max_new_tokens": max_new_tokens, "temperature": temperature},
                 )
-                if read:
-                    made = decode_completions(self.model, prompts, read, ends=self.ends(), **settings)
+                if prefix_kv:
+                    made = decode_completions(self.model, prompts, prefix_kv, ends=self.end_token_ids(), **settings)
                 else:
                     made = self._generate(prompts, **settings)
                 for i, tokens in zip(rows, made, strict=True):
                     out[i] = tokens
-                if told:
-                    told(rows, made)
+                if on_batch:
+                    on_batch(rows, made)
         self.model.train(training)
         return out
 
-    def ends(self) -> set[int]:
+    def end_token_ids(self) -> set[int]:
         """The tokens after which nothing more is written."""
         also = getattr(self.model.generation_config, "eos_token_id", None)
         return {self.tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
@@ -455,7 +457,7 @@ class LabelModel:
     def _generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float
     ) -> list[list[int]]:
-        """:meth:`continue_` for models that take no trees."""
+        """:meth:`generate_tokens` for models that take no trees."""
         pad, width = self.tokenizer.pad_token_id, max(map(len, prompts))
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
         settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
@@ -470,6 +472,6 @@ class LabelModel:
         made = self.model.generate(**{k: v.to(self.device) for k, v in asked.items()}, **settings)
         out = []
         for row in made[:, 1 if self.arch == "seq2seq" else width :].tolist():
-            stop = next((k + 1 for k, token in enumerate(row) if token in self.ends()), len(row))
+            stop = next((k + 1 for k, token in enumerate(row) if token in self.end_token_ids()), len(row))
             out.append(row[:stop])
         return out

@@ -21,7 +21,7 @@ def predict_rows(student: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
     """
     names, told = student.task.names, rows["text"].tolist()
     if student.task.kind == "qa":
-        return score_answers(rows, student.respond(told))
+        return score_answers(rows, student.answer_questions(told))
     probabilities = student.predict(told)
     return pd.DataFrame(
         {

@@ -27,7 +27,7 @@ from distillery.errors import UserError
 from distillery.files import atomic_write, file_digest, write_json
 from distillery.tasks.schema import Task
 
-INPUT_COLUMNS = ("where", "id", "text", "label", "group")
+INPUT_COLUMNS = ("split_ref", "id", "text", "label", "group")
 
 
 def _read_json(path: Path) -> Any:
@@ -45,9 +45,9 @@ def task_of_source(root: Path, source: str, whole: bool) -> dict[str, Any]:
     return (task if whole else Task(kind=task.kind, labels=dict.fromkeys(task.names, ""))).model_dump()
 
 
-def model_record(root: Path, P: Params, name: str) -> dict[str, Any]:
+def model_record(root: Path, params: Params, name: str) -> dict[str, Any]:
     """Where the model comes from and, if it is a local folder, what that holds."""
-    return P.models[name].model_dump() | {"content": _read_json(root / f"build/models/{name}.json")}
+    return params.models[name].model_dump() | {"content": _read_json(root / f"build/models/{name}.json")}
 
 
 # of an endpoint: how fast, how often and for how much it may be asked decides nothing of what it answers
@@ -57,23 +57,23 @@ API_KEYS_WITHOUT_EFFECT = {"key", "concurrency", "requests_per_minute", "timeout
 API_KEYS_WITHOUT_EFFECT |= {"price", "max_cost", "max_total_tokens"}
 
 
-def teacher_record(root: Path, P: Params, name: str) -> dict[str, Any]:
+def teacher_record(root: Path, params: Params, name: str) -> dict[str, Any]:
     """Everything that decides what teacher `name` learns and says."""
-    spec, sources = P.teachers[name], P.sources_of(name)
+    spec, sources = params.teachers[name], params.teacher_sources(name)
     read = sources if spec.finetune is None else [*sources, spec.finetune.on.split("/")[0]]
     files = sorted({file for source in read for file in (root / f"data/processed/{source}").glob("*.parquet")})
     return {
         "teacher": name,
         "spec": spec.model_dump(exclude={"api": API_KEYS_WITHOUT_EFFECT}) | {"data": sources},
-        "model": model_record(root, P, spec.model) if spec.model else None,
-        "embeddings": model_record(root, P, spec.embeddings) if spec.embeddings else None,
+        "model": model_record(root, params, spec.model) if spec.model else None,
+        "embeddings": model_record(root, params, spec.embeddings) if spec.embeddings else None,
         "answers": _read_json(root / f"build/answers/{name}.json") if spec.answers else None,
         "task": task_of_source(root, sources[0], whole=spec.kind != "classifier"),
         "files": {file.relative_to(root).as_posix(): file_digest(file) for file in files},
     }
 
 
-def experiment_record(root: Path, P: Params, name: str) -> dict[str, Any]:
+def experiment_record(root: Path, params: Params, name: str) -> dict[str, Any]:
     """Everything but rows that decides what student `name` learns.
 
     spec: its section of params.yaml with defaults filled in.  model: as :func:`model_record`.  source: what it is
@@ -81,7 +81,7 @@ def experiment_record(root: Path, P: Params, name: str) -> dict[str, Any]:
     one that a phase names, accuracy and macro_f1 on validation rows.  open: each teacher whose tokens or hidden states
     a phase wants, with its section, model, task and the digests of its weights.
     """
-    spec, source = P.students[name], P.tested_on(name)
+    spec, source = params.students[name], params.test_source(name)
     scores = {}
     for who in sorted({who for phase in spec.phases for who in phase.teachers}):
         found = _read_json(root / f"data/teacher/{who}/metrics.json").get("validation")
@@ -91,19 +91,21 @@ def experiment_record(root: Path, P: Params, name: str) -> dict[str, Any]:
     return {
         "student": name,
         "spec": {key: value for key, value in spec.model_dump().items() if key not in ("control", "checkpoint_every")},
-        "model": model_record(root, P, spec.model),
+        "model": model_record(root, params, spec.model),
         "source": source,
         "task": task_of_source(root, source, whole=spec.arch != "classifier"),
         "teachers": scores,
-        "open": {
-            who: teacher_record(root, P, who)
+        "openable_teachers": {
+            who: teacher_record(root, params, who)
             | {
                 "weights": {
                     file.relative_to(root).as_posix(): file_digest(file)
                     for file in sorted((root / f"data/teacher/{who}").rglob("*.safetensors"))
                 }
             }
-            for who in sorted({w for p in spec.phases if p.asks_tokens or p.asks_states for w in p.teachers})
+            for who in sorted(
+                {w for p in spec.phases if p.needs_token_logprobs or p.needs_hidden_states for w in p.teachers}
+            )
         },
     }
 
@@ -129,7 +131,7 @@ class StageTables:
         source, split = where.split("/")
         path = f"data/augmented/{source}/rows" if split == "augmented" else f"data/processed/{source}/{split}"
         return [
-            {key: row.get(key) for key in (*INPUT_COLUMNS, "rationale", "answers")} | {"where": where}
+            {key: row.get(key) for key in (*INPUT_COLUMNS, "rationale", "answers")} | {"split_ref": where}
             for row in self(f"{path}.parquet")
         ]
 
@@ -145,15 +147,15 @@ class StageTables:
         return {row["id"]: row | (unread if row["label"] is None else {}) for row in rows if row["source"] == source}
 
 
-def student_rows(tables: StageTables, P: Params, name: str) -> tuple[list[dict[str, Any]], list[str]]:
+def student_rows(tables: StageTables, params: Params, name: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows that student `name` learns from, with its teachers' signals, and the names of those teachers.
 
     A row's rationale is the first that one of its teachers gives; its own, where it has no teacher. Left out are those
     that argue for another label, and of an unlabelled row those of teachers that the others outvote.
     Raises UserError when a teacher has no signal for a row it should teach.
     """
-    phases = P.students[name].phases
-    reasons = any(phase.tells_reasons for phase in phases)
+    phases = params.students[name].phases
+    reasons = any(phase.trains_on_rationales for phase in phases)
     teachers = sorted({who for phase in phases for who in phase.teachers})
     teaches = {(where, who) for phase in phases for where in phase.data for who in phase.teachers}
     out = []
@@ -165,7 +167,7 @@ def student_rows(tables: StageTables, P: Params, name: str) -> tuple[list[dict[s
             row["rationale"] = row["rationale"] if reasons and not taught else None
         for who in teachers:
             said = tables.signals(who, where) if who in taught else {}
-            wanted = who in taught and P.teachers[who].kind != "answers"  # those cover what they cover
+            wanted = who in taught and params.teachers[who].kind != "answers"  # those cover what they cover
             missing = [row["id"] for row in rows if row["id"] not in said] if wanted else []
             if missing:
                 raise UserError(
@@ -211,21 +213,21 @@ def write_table(path: Path, rows: list[dict[str, Any]], teachers: list[str] | No
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), file)
 
 
-def write_teacher_records(root: Path, P: Params) -> None:
+def write_teacher_records(root: Path, params: Params) -> None:
     """Write `build/teachers/`. Raises UserError when a file of the stages before is missing."""
     shutil.rmtree(root / "build/teachers", ignore_errors=True)
     (root / "build/teachers").mkdir(parents=True)
-    for name in P.teachers:
-        write_json(root / f"build/teachers/{name}.json", teacher_record(root, P, name))
+    for name in params.teachers:
+        write_json(root / f"build/teachers/{name}.json", teacher_record(root, params, name))
 
 
-def write_student_inputs(root: Path, P: Params) -> None:
+def write_student_inputs(root: Path, params: Params) -> None:
     """Write `data/inputs/`. Raises UserError when a file or a teacher's signal is missing."""
     shutil.rmtree(root / "data/inputs", ignore_errors=True)
     tables = StageTables(root)
-    for name in P.students:
-        folder, source = root / f"data/inputs/{name}", P.tested_on(name)
-        write_json(folder / "experiment.json", experiment_record(root, P, name))
-        write_table(folder / "rows.parquet", *student_rows(tables, P, name))
+    for name in params.students:
+        folder, source = root / f"data/inputs/{name}", params.test_source(name)
+        write_json(folder / "experiment.json", experiment_record(root, params, name))
+        write_table(folder / "rows.parquet", *student_rows(tables, params, name))
         for split in ("validation", "test"):
             write_table(folder / f"{split}.parquet", tables.rows(f"{source}/{split}"))

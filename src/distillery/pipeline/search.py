@@ -55,17 +55,17 @@ def sample_groups(rows: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
 
 
 def run_trial(
-    root: Path, P: Params, chosen: dict[str, Any], rows: pd.DataFrame, held_out: pd.DataFrame, key: str
+    root: Path, params: Params, chosen: dict[str, Any], rows: pd.DataFrame, held_out: pd.DataFrame, key: str
 ) -> float:
     """Accuracy on `held_out` of the student after its phase was run with the settings `chosen` on `rows`."""
-    spec, inputs = P.students[P.search.student], root / "data" / "inputs" / P.search.student
+    spec, inputs = params.students[params.search.student], root / "data" / "inputs" / params.search.student
     told = json.loads((inputs / "experiment.json").read_text(encoding="utf-8"))
-    phase = validate_section(PhaseConfig, spec.phases[P.search.phase - 1].model_dump() | chosen, "search")
-    if phase.asks_tokens or phase.asks_states:
+    phase = validate_section(PhaseConfig, spec.phases[params.search.phase - 1].model_dump() | chosen, "search")
+    if phase.needs_token_logprobs or phase.needs_hidden_states:
         raise UserError("params.yaml: search.phase: only for losses of labels and their probabilities")
     task = Task.model_validate(told["task"])
     origin = ModelConfig.model_validate({k: v for k, v in told["model"].items() if k != "content"})
-    student = build_student(spec, fetch_model(spec.model, origin), task, P.search.seed, origin.trust_remote_code)
+    student = build_student(spec, fetch_model(spec.model, origin), task, params.search.seed, origin.trust_remote_code)
     scores = {name: found["accuracy"] for name, found in told["teachers"].items()}
     folder = root / ".cache" / "search" / key
     train_phase(
@@ -73,7 +73,7 @@ def run_trial(
         phase_rows(rows, phase, task.names, scores),
         phase.model_copy(update={"early_stopping": None}),
         folder=folder,
-        seed=P.search.seed,
+        seed=params.search.seed,
         checkpoint_every=spec.checkpoint_every,
     )
     shutil.rmtree(folder, ignore_errors=True)
@@ -81,16 +81,18 @@ def run_trial(
     return float((said["label"] == said["prediction"]).mean())
 
 
-def search_settings(root: Path, P: Params) -> pd.DataFrame:
+def search_settings(root: Path, params: Params) -> pd.DataFrame:
     """Every set with its folds' accuracies and their mean, best first. Raises UserError when inputs are missing."""
-    spec = P.search
+    spec = params.search
     if spec is None:
         raise UserError("params.yaml: search: there is none; name a student, a phase and what to choose from")
     path = root / "data" / "inputs" / spec.student / "rows.parquet"
     if not path.exists():
         raise UserError(f"{path.relative_to(root)}: not there yet; run `dvc repro inputs` first")
     rows, decides = pd.read_parquet(path), path.with_name("experiment.json").read_text(encoding="utf-8")
-    gold = rows[rows["where"].isin(P.students[spec.student].phases[spec.phase - 1].data) & rows["label"].notna()]
+    gold = rows[
+        rows["split_ref"].isin(params.students[spec.student].phases[spec.phase - 1].data) & rows["label"].notna()
+    ]
     gold = sample_groups(gold, spec.share, spec.seed)
     if gold["group"].nunique() < spec.folds:
         raise UserError(
@@ -101,12 +103,12 @@ def search_settings(root: Path, P: Params) -> pd.DataFrame:
     for i, chosen in enumerate(draw_settings(spec)):
         scores = []
         for k, (train, held_out) in enumerate(parts):
-            student = P.students[spec.student].model_dump()
+            student = params.students[spec.student].model_dump()
             phase = student.pop("phases")[spec.phase - 1] | chosen
             key = run_key(student, phase, spec.seed, spec.folds, k, gold.to_json(), decides)
             kept = root / ".cache" / "search" / f"{key}.json"
             if not kept.exists():
-                score = run_trial(root, P, chosen, gold.iloc[train], gold.iloc[held_out], key)
+                score = run_trial(root, params, chosen, gold.iloc[train], gold.iloc[held_out], key)
                 with atomic_write(kept) as scratch:
                     scratch.write_text(json.dumps({"accuracy": score}))
             scores.append(json.loads(kept.read_text())["accuracy"])
@@ -115,26 +117,26 @@ def search_settings(root: Path, P: Params) -> pd.DataFrame:
     return pd.DataFrame(tried).sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
 
 
-def write_settings(root: Path, P: Params, best: dict[str, Any]) -> None:
+def write_settings(root: Path, params: Params, best: dict[str, Any]) -> None:
     """Put the settings `best` into their phase in params.yaml; everything else in it stays as it is."""
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 4096
     path = root / "params.yaml"
     content = yaml.load(path.read_text(encoding="utf-8"))
-    content["students"][P.search.student]["phases"][P.search.phase - 1].update(best)
+    content["students"][params.search.student]["phases"][params.search.phase - 1].update(best)
     with atomic_write(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         yaml.dump(content, file)
 
 
 def run_search(write: bool = False) -> None:
     """Search, show what was tried, keep the best; `write` puts it into params.yaml. Raises UserError."""
-    root, P = repository_root(), load_params()
-    tried = search_settings(root, P)
+    root, params = repository_root(), load_params()
+    tried = search_settings(root, params)
     print(tried.head(10).to_string(index=False))
     best = {key: tried.iloc[0][key] for key in tried if key not in ("accuracy", "folds")}
     best = {key: value.item() if isinstance(value, np.generic) else value for key, value in best.items()}
-    with atomic_write(root / ".cache" / "search" / f"{P.search.student}.json") as path:
+    with atomic_write(root / ".cache" / "search" / f"{params.search.student}.json") as path:
         path.write_text(tried.to_json(orient="records", indent=2), encoding="utf-8")
     if write:
-        write_settings(root, P, best)
+        write_settings(root, params, best)
     print(f"best: {best}{', now in params.yaml' if write else ''}")

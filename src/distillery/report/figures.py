@@ -164,7 +164,7 @@ def figure_reliability(results: Results) -> Figure:
         figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
         axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
         bins = reliability_table(results)
-        for line in results.shown:
+        for line in results.compared:
             mine, colour = bins[bins["model"] == line.name], ROLE_COLOURS[line.role]
             axes.plot(mine["confidence"], mine["right"], color=colour, lw=1.2)
             size = 8 + 160 * mine["rows"] / mine["rows"].sum()
@@ -174,7 +174,7 @@ def figure_reliability(results: Results) -> Figure:
         _percent_axes(axes)
         # a dot of its own: those in the picture are as large as their bins
         handles = [
-            plt.Line2D([], [], color=ROLE_COLOURS[x.role], marker="o", ms=5, label=x.name) for x in results.shown
+            plt.Line2D([], [], color=ROLE_COLOURS[x.role], marker="o", ms=5, label=x.name) for x in results.compared
         ]
         axes.legend(handles=handles, loc="lower right")
     return figure
@@ -184,7 +184,7 @@ def figure_coverage(results: Results) -> Figure:
     """Error rate among the rows that a model is surest of, if it may decline to answer the others."""
     with drawing():
         figure, axes = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
-        for line in results.shown:
+        for line in results.compared:
             gold = metrics.encode_labels(results.tests[line.source]["label"], results.labels[line.source])
             gold, p = np.tile(gold, len(line.probabilities)), np.concatenate(line.probabilities)
             curve = metrics.risk_coverage(gold, p)
@@ -204,13 +204,13 @@ def _percent_axes(axes: Any) -> None:
 def figure_confusion(results: Results) -> Figure:
     """Gold against predicted labels of the headline, its control and its teacher: share of each gold label."""
     with drawing():
-        lines = results.shown
+        lines = results.compared
         labels, gold = results.labels[lines[0].source], results.tests[lines[0].source]["label"]
         k, width = len(labels), max(1.6, min(4.0, 0.35 * len(labels)))
         size = (0.8 + width * len(lines), 0.7 + width)
         figure, many = plt.subplots(1, len(lines), figsize=size, layout="constrained", sharey=True, squeeze=False)
         for axes, line in zip(many[0], lines, strict=True):
-            counts = np.mean([metrics.confusion(gold, p, labels)[:, :-1] for p in line.predicted], axis=0)
+            counts = np.mean([metrics.confusion(gold, p, labels)[:, :-1] for p in line.predictions], axis=0)
             share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
             for i in range(k):
                 for j in range(k):
@@ -234,7 +234,7 @@ def figure_confusion(results: Results) -> Figure:
 def figure_labels(results: Results, board: pd.DataFrame) -> Figure:
     """Precision and recall of each label: headline, control and teacher."""
     with drawing():
-        lines, rows = results.shown, board.set_index("model")
+        lines, rows = results.compared, board.set_index("model")
         labels = results.labels[lines[0].source]
         figure, many = plt.subplots(1, 2, figsize=(5.6, 0.9 + 0.22 * len(labels) * (len(lines) + 0.8)), sharey=True,
                                     layout="constrained")  # fmt: skip
@@ -339,7 +339,7 @@ def score_table(board: pd.DataFrame) -> pd.DataFrame:
 def reliability_table(results: Results) -> pd.DataFrame:
     """For `dvc plots`: confidence, share right and rows of each bin, of the headline, its control and its teacher."""
     parts = []
-    for line in results.shown:
+    for line in results.compared:
         gold = metrics.encode_labels(results.tests[line.source]["label"], results.labels[line.source])
         bins = metrics.calibration(np.tile(gold, len(line.probabilities)), np.concatenate(line.probabilities), bins=10)
         rows = pd.DataFrame({"confidence": bins["confidence"], "right": bins["accuracy"], "rows": bins["rows"]})

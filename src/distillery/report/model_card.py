@@ -199,17 +199,17 @@ def render_card(folder: Path, spec: StudentConfig, task: Task, about: dict[str, 
     )
 
 
-def write_cards(root: Path, P: Params) -> None:
+def write_cards(root: Path, params: Params) -> None:
     """Write the card of every run to `reports/cards/<run>.md` and, as README.md, into its model folder.
 
     DVC ignores the copy in the model folder: it comes after the run's own outputs. Raises UserError when a run is
     missing.
     """
-    for name, spec in P.students.items():
+    for name, spec in params.students.items():
         inputs = root / f"data/inputs/{name}"
         task = Task.model_validate(json.loads((inputs / "experiment.json").read_text(encoding="utf-8"))["task"])
         test = pd.read_parquet(inputs / "test.parquet")
-        for run in (f"{name}-{seed}" for seed in P.seeds):
+        for run in (f"{name}-{seed}" for seed in params.seeds):
             folder = root / "runs" / run
             about = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             said = pd.read_parquet(folder / "predictions.parquet")

@@ -60,7 +60,7 @@ def write_report(root: Path, results: Results, board: pd.DataFrame, measured: Me
     timing = {"models": measured.timing, "rows": results.params.evaluate.throughput_rows}
     timing |= {"latency_rows": LATENCY_ROWS, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     gold = results.tests[head.source]["label"]
-    first = pd.DataFrame({"actual": gold, "predicted": head.predicted[0]})
+    first = pd.DataFrame({"actual": gold, "predicted": head.predictions[0]})
     numbers = summarize(results, board)
     if len(measured.robustness):
         mine = measured.robustness[measured.robustness["model"] == head.name].set_index("change")
@@ -105,7 +105,7 @@ def render_page(
     rows = board.astype(object).where(board.notna(), None).to_dict("records")
     span = max(0.0, board["accuracy_low"].min() - 0.03), min(1.0, board["accuracy_high"].max() + 0.03)
     head = results.headline
-    speaks_of = {line.name for line in results.shown}
+    speaks_of = {line.name for line in results.compared}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -131,12 +131,12 @@ def render_page(
         control=head.control,
         teacher=results.teacher_of(head),
         labels=results.labels[head.source],
-        free=head.written is not None,
+        free=head.answers is not None,
         names=results.labels,
         level=f"{100 * results.params.evaluate.confidence:g} %",
         comparisons=count_comparisons(board),
         trained=[row for row in rows if row["role"] in TRAINED_ROLES],
-        shown=[line.name for line in results.shown],
+        shown=[line.name for line in results.compared],
         timed=bool(measured.timing),
         legs=group_records(phase_accuracies(root, results).astype(object), "model"),
         closeness=group_records(teacher_closeness(results), "model"),

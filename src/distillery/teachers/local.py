@@ -92,28 +92,28 @@ def predict_cached(
     words = [[name, render_answer(teacher.task, name, teacher.prompt)] for name in names]
     prompts = [prompt_text(teacher, text, solved[i] if solved else teacher.few_shot) for i, text in enumerate(texts)]
     questions = memory.questions(teacher, prompts, asks="label", labels=words)
-    known = [[json.loads(a.text)[name] for name in names] if a else None for a in memory.store.get(questions)]
+    cached = [[json.loads(a.text)[name] for name in names] if a else None for a in memory.store.get(questions)]
 
-    def keep(rows: list[int], said: np.ndarray) -> None:
+    def on_batch(rows: list[int], said: np.ndarray) -> None:
         answers = (Answer(json.dumps(dict(zip(names, p, strict=True)))) for p in said.astype(float).tolist())
         memory.store.put(zip((questions[i] for i in rows), answers, strict=True))
 
-    return teacher.predict(texts, shots=solved, known=known, keep=keep)
+    return teacher.predict(texts, shots=solved, cached=cached, on_batch=on_batch)
 
 
 def answer_cached(teacher: LabelModel, texts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """:meth:`LabelModel.respond`, with nothing asked that the teacher's memory has, and every answer kept there."""
+    """:meth:`LabelModel.answer_questions` with a cache: answers in it are not computed again, new ones are added."""
     memory: AnswerCache | None = getattr(teacher, "memory", None)
     if memory is None:
-        return teacher.respond(texts, max_new_tokens)
+        return teacher.answer_questions(texts, max_new_tokens)
     prompts = [prompt_text(teacher, text, teacher.few_shot) for text in texts]
     questions = memory.questions(teacher, prompts, asks="answer", max_new_tokens=max_new_tokens)
 
-    def keep(rows: list[int], said: list[str]) -> None:
+    def on_batch(rows: list[int], said: list[str]) -> None:
         memory.store.put((questions[i], Answer(text)) for i, text in zip(rows, said, strict=True))
 
-    known = [answer.text if answer else None for answer in memory.store.get(questions)]
-    return teacher.respond(texts, max_new_tokens, known=known, keep=keep)
+    cached = [answer.text if answer else None for answer in memory.store.get(questions)]
+    return teacher.answer_questions(texts, max_new_tokens, cached=cached, on_batch=on_batch)
 
 
 def prompt_text(teacher: LabelModel | ApiTeacher, text: str, solved: Sequence[FewShotExample] | int) -> str:
@@ -123,7 +123,7 @@ def prompt_text(teacher: LabelModel | ApiTeacher, text: str, solved: Sequence[Fe
     if teacher.arch == "api":
         turns = chat_turns(teacher.task, text, solved)
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-    return teacher.rendered(text, solved)
+    return teacher.prompt_for(text, solved)
 
 
 def row_prompt(teacher: LabelModel | ApiTeacher | FileTeacher, row: pd.Series) -> str:
@@ -158,16 +158,16 @@ def generate_cached(
     questions = [Question(asker | sampling, prompt, sample) for prompt in prompts]
     store = AnswerStore(root / STORE_PATH)
 
-    def keep(rows: list[int], texts: list[str]) -> None:
+    def on_batch(rows: list[int], texts: list[str]) -> None:
         store.put((questions[i], Answer(text)) for i, text in zip(rows, texts, strict=True))
 
-    known = [answer.text if answer else None for answer in store.get(questions)]
+    cached = [answer.text if answer else None for answer in store.get(questions)]
     return teacher.generate(
         prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=1000 * seed + sample,
         batch_size=batch_size,
-        known=known,
-        keep=keep,
+        cached=cached,
+        on_batch=on_batch,
     )

@@ -65,18 +65,18 @@ def rejection_reason(
     return "kept"
 
 
-def generate_paraphrases(root: Path, P: Params, task: Task, gold: pd.DataFrame) -> pd.DataFrame:
+def generate_paraphrases(root: Path, params: Params, task: Task, gold: pd.DataFrame) -> pd.DataFrame:
     """`augment.per_row` paraphrases of every row of `gold` by the untuned teacher; what it has written is kept.
 
     Returns id, text, label, group, source_id, source_text; label and group are those of the row.
     """
-    spec, frames = P.augment, []
+    spec, frames = params.augment, []
     columns = ["id", "text", "label", "group", "source_id", "source_text"]
     if not spec.per_row:
         return pd.DataFrame(columns=columns, dtype=str)
-    teacher = open_teacher(spec.teacher, P, task)
+    teacher = open_teacher(spec.teacher, params, task)
     asker, prompts = (
-        model_identity(P, P.teachers[spec.teacher].model, teacher),
+        model_identity(params, params.teachers[spec.teacher].model, teacher),
         paraphrase_prompts(task, gold["text"].tolist()),
     )
     settings = {key: getattr(spec, key) for key in ("temperature", "max_new_tokens", "batch_size", "seed")}
@@ -89,14 +89,14 @@ def generate_paraphrases(root: Path, P: Params, task: Task, gold: pd.DataFrame) 
 
 
 def filter_paraphrases(
-    root: Path, P: Params, task: Task, candidates: pd.DataFrame, held_out: Sequence[str], near: float
+    root: Path, params: Params, task: Task, candidates: pd.DataFrame, held_out: Sequence[str], near: float
 ) -> pd.DataFrame:
     """`candidates` with a `reason` each: `kept`, or why not; see :func:`rejection_reason`.
 
     held_out: validation and test texts; a candidate at similarity `near` or above to one of them is dropped. With
     `keep.same_label` the tuned teacher must read the row's label in what the filters left.
     """
-    spec = P.augment
+    spec = params.augment
     if candidates.empty:
         return candidates.assign(reason=pd.Series(dtype=str))
     closest = np.maximum(*(nearest_texts(candidates["text"].tolist(), held_out, masked)[0] for masked in (True, False)))
@@ -111,11 +111,11 @@ def filter_paraphrases(
     left = left.difference(twice)
     if spec.keep.same_label and len(left):
         tuned = root / "data" / "teacher" / spec.teacher / "model"
-        tuned_too = P.teachers[spec.teacher].finetune is not None
+        tuned_too = params.teachers[spec.teacher].finetune is not None
         model = (
-            open_teacher(spec.teacher, P, task, tuned=tuned)
+            open_teacher(spec.teacher, params, task, tuned=tuned)
             if tuned_too
-            else open_prompted_teacher(root, spec.teacher, P, task)
+            else open_prompted_teacher(root, spec.teacher, params, task)
         )
         read = candidates.loc[left].assign(source=spec.source, split="augmented")
         said = signal_table(read, predict_labels(model, read), task.names, -1)["label"]
@@ -124,13 +124,13 @@ def filter_paraphrases(
     return candidates
 
 
-def label_paraphrases(root: Path, P: Params, task: Task, kept: pd.DataFrame, gold: pd.DataFrame) -> pd.DataFrame:
+def label_paraphrases(root: Path, params: Params, task: Task, kept: pd.DataFrame, gold: pd.DataFrame) -> pd.DataFrame:
     """Every teacher's signal for every kept paraphrase, by the model that was not tuned on the row it was made of; none
     of a teacher that has no such model."""
-    source, out = P.augment.source, []
+    source, out = params.augment.source, []
     rows = kept[["id", "text", "group", "source_id"]].assign(source=source, split="augmented")
-    for name, spec in P.teachers.items():
-        if source not in P.sources_of(name) or rows.empty or spec.kind == "answers":
+    for name, spec in params.teachers.items():
+        if source not in params.teacher_sources(name) or rows.empty or spec.kind == "answers":
             continue  # answers from a file are about other texts
         folder = root / "data" / "teacher" / name
         fold = pd.Series(-1, index=rows.index)
@@ -142,9 +142,9 @@ def label_paraphrases(root: Path, P: Params, task: Task, kept: pd.DataFrame, gol
             where = folder / "folds" / str(k) if k >= 0 else folder / "model"
             part = rows[fold == k]
             model = (
-                open_teacher(name, P, task, tuned=where)
+                open_teacher(name, params, task, tuned=where)
                 if spec.finetune
-                else open_prompted_teacher(root, name, P, task)
+                else open_prompted_teacher(root, name, params, task)
             )
             said = signal_table(part, predict_labels(model, part), task.names, k)
             out.append(said.assign(teacher=name, order=part.index))

@@ -44,14 +44,14 @@ def estimate_label_prior(teacher: LabelModel | ApiTeacher, how: str, unlabelled:
 
 
 def compare_prompts(
-    root: Path, name: str, P: Params, task: Task, rows: pd.DataFrame
+    root: Path, name: str, params: Params, task: Task, rows: pd.DataFrame
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The teacher's prompts compared on validation rows, and the best of them: by macro-F1 as `calibrate` says.
 
     rows: see :func:`gather_rows`. Returns a line for each prompt and calibration (accuracy with its 95 % interval,
     macro_f1, unparsable), and how the teacher is to be asked: see :func:`open_prompted_teacher`.
     """
-    spec, lines, hows = P.teachers[name], [], []
+    spec, lines, hows = params.teachers[name], [], []
     validation = rows[rows["split"] == "validation"].reset_index(drop=True)
     unlabelled = rows[rows["split"] == ("pool" if (rows["split"] == "pool").any() else "train")]
     unlabelled = unlabelled.head(PRIOR_ROWS).reset_index(drop=True)
@@ -59,7 +59,7 @@ def compare_prompts(
         if prompt is not None and prompt not in task.prompts:
             known = ", ".join(task.prompts) or "none"
             raise UserError(f"params.yaml: teachers.{name}.prompts: the task has no `{prompt}`; it has: {known}")
-        teacher = open_prompted_teacher(root, name, P, task, {"prompt": prompt, "prior": None})
+        teacher = open_prompted_teacher(root, name, params, task, {"prompt": prompt, "prior": None})
         plain = predict_labels(teacher, validation)
         for calibrate in dict.fromkeys(["none", spec.calibrate] if spec.kind == "api" else CALIBRATIONS):
             prior = estimate_label_prior(teacher, calibrate, unlabelled)

@@ -18,14 +18,14 @@ from distillery.teachers.local import generate_cached
 
 
 def add_rationales(
-    root: Path, name: str, P: Params, task: Task, rows: pd.DataFrame, said: pd.DataFrame
+    root: Path, name: str, params: Params, task: Task, rows: pd.DataFrame, said: pd.DataFrame
 ) -> pd.DataFrame:
     """`said` with a rationale for a sample of gold and pool rows: of the gold label if there is one, else its own.
 
     Answers that were read from a file bring their own explanations, for all of these rows. rows, said: row by row the
     same ones.
     """
-    spec = P.teachers[name]
+    spec = params.teachers[name]
     open_rows = rows.index[rows["split"].isin(["train", "pool"])]
     chosen = np.random.default_rng(spec.seed).permutation(open_rows)[: spec.rationales]
     labels = [rows["label"][i] if rows["split"][i] == "train" else said["label"][i] for i in chosen]
@@ -35,11 +35,11 @@ def add_rationales(
     if spec.kind == "answers":
         open_rows = said.index[said["split"].isin(["train", "pool"])]
         texts = said.loc[open_rows, ["source", "split", "id", "label"]].merge(rows.drop(columns="label"))
-        said.loc[open_rows, "rationale"] = open_teacher(name, P, task).explanations(texts, texts["label"].tolist())
+        said.loc[open_rows, "rationale"] = open_teacher(name, params, task).explanations(texts, texts["label"].tolist())
         return _flag_contradictions(task, said, said["label"].tolist())
-    teacher = open_teacher(name, P, task)
+    teacher = open_teacher(name, params, task)
     prompts = rationale_prompts(task, rows["text"][chosen].tolist(), labels)
-    asker = model_identity(P, spec.model, teacher)
+    asker = model_identity(params, spec.model, teacher)
     told = generate_cached(
         root, teacher, asker, prompts, max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size
     )

@@ -54,7 +54,7 @@ class PhaseTrainerMixin:
         self.pairs: dict[str, list[tuple[int, int]]] = {}
         self.signals: dict[str, TeacherOutputs] = {}
         self.teachers = teachers or {}
-        if isinstance(spec, PhaseConfig) and (spec.asks_tokens or spec.asks_states):
+        if isinstance(spec, PhaseConfig) and (spec.needs_token_logprobs or spec.needs_hidden_states):
             for name in spec.teachers:
                 self._ask(name, self.teachers[name])
         use_bit_dropout(self.model)
@@ -65,24 +65,24 @@ class PhaseTrainerMixin:
         """What every row's answer (and reason) is, in the tokens of `model`."""
         reasons = self.rows.rationales or [None] * len(self.rows)
         if self.rows.answers is not None:
-            model.learn(self.rows.answers)
-        return [model.completions(int(i), reason) for i, reason in zip(self.rows.targets, reasons, strict=True)]
+            model.set_answers(self.rows.answers)
+        return [model.row_completions(int(i), reason) for i, reason in zip(self.rows.targets, reasons, strict=True)]
 
     def open(self, name: str, fold: int) -> LabelModel:
         """The teacher's model for rows of `fold`. Raises UserError when its tokens are not the student's."""
-        model = self.teachers[name].open(fold)
+        model = self.teachers[name].open_fold(fold)
         model.model.eval()
         if self.rows.answers is not None:
-            model.learn(self.rows.answers)
-        if self.spec.asks_tokens and "uld" not in self.weights:
-            ours, theirs = ([one.answer(i) for i in range(len(one.labels))] for one in (self.student, model))
+            model.set_answers(self.rows.answers)
+        if self.spec.needs_token_logprobs and "uld" not in self.weights:
+            ours, theirs = ([one.label_completion(i) for i in range(len(one.label_token_ids))] for one in (self.student, model))
             check_same_tokens(name, model, ours, theirs)
         return model
 
     def _ask(self, name: str, teacher: OpenableTeacher) -> None:
         spec, student = self.spec, self.student
         layers: list[int] = []
-        if spec.asks_states:
+        if spec.needs_hidden_states:
             config = student.model.config
             depth = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
             pairs = []
@@ -93,18 +93,18 @@ class PhaseTrainerMixin:
                     else [tuple(p) if isinstance(p, list) else p for p in spec.layers]
                 )
                 try:
-                    pairs = losses.pair_layers(depth, teacher.depth, rule)
+                    pairs = losses.pair_layers(depth, teacher.num_layers, rule)
                 except ValueError as error:
                     raise UserError(f"phases: layers: {error} (teacher `{name}`)") from None
                 if not pairs:
                     raise UserError(
-                        f"phases: layers: `{rule}` pairs no layers of {depth} with `{name}`'s {teacher.depth}"
+                        f"phases: layers: `{rule}` pairs no layers of {depth} with `{name}`'s {teacher.num_layers}"
                     )
-            self.pairs[name] = [*pairs, (depth, teacher.depth)]  # the last pair is `cosine`'s
+            self.pairs[name] = [*pairs, (depth, teacher.num_layers)]  # the last pair is `cosine`'s
             self.layers = [ours for ours, _ in self.pairs[name]]
             layers = [theirs for _, theirs in self.pairs[name]]
-        asks = spec.asks_tokens and spec.on_policy < 1
-        fold = self.rows.folds[name] if self.rows.folds else [-1] * len(self.rows)
+        asks = spec.needs_token_logprobs and spec.on_policy < 1
+        fold = self.rows.teacher_folds[name] if self.rows.teacher_folds else [-1] * len(self.rows)
         if not asks and not layers:
             return  # all that it will be asked about has yet to be written
         maps = "attention" in self.weights
@@ -112,7 +112,7 @@ class PhaseTrainerMixin:
         told = [rows.targets.tolist(), rows.rationales, rows.answers, "uld" in self.weights] if asks else None
         what = [rows.texts, told, fold, layers, maps, spec.top_k]
         self.signals[name] = collect_teacher_outputs(
-            teacher.cache / teacher_outputs_key(teacher.decides, what),
+            teacher.cache_dir / teacher_outputs_key(teacher.identity, what),
             lambda k: self.open(name, k),
             rows.texts,
             fold=fold,
@@ -185,7 +185,11 @@ class PhaseTrainerMixin:
         labels = student.arch == "classifier" or bool(self.divergences and not self.vocabulary) or "prior" in weights
         asked = self.asked(picked, sampled)
         out = student.forward(
-            [self.ids[i] for i in picked], asked, labels=labels, layers=self.layers, maps="attention" in weights
+            [self.ids[i] for i in picked],
+            asked,
+            label_space=labels,
+            layers=self.layers,
+            activation_maps="attention" in weights,
         )
         rows = self.supervised["rows"]
         values: dict[str, torch.Tensor] = {}
@@ -193,28 +197,28 @@ class PhaseTrainerMixin:
         if "ce" in weights:
             if student.arch == "classifier":
                 target = torch.as_tensor(self.rows.targets[picked], device=student.device)
-                values["ce"] = losses.reduce(losses.cross_entropy(out.logits, target), None, rows)
+                values["ce"] = losses.reduce(losses.cross_entropy(out.label_logits, target), None, rows)
             else:
-                values["ce"] = losses.reduce(out.nll, kinds == ANSWER, self.supervised[ANSWER])
+                values["ce"] = losses.reduce(out.completion_nll, kinds == ANSWER, self.supervised[ANSWER])
         if "rationale" in weights:
-            values["rationale"] = losses.reduce(out.nll, kinds == REASON, max(1, self.supervised[REASON]))
+            values["rationale"] = losses.reduce(out.completion_nll, kinds == REASON, max(1, self.supervised[REASON]))
         total = sum((weights[term] * value for term, value in values.items()), torch.zeros((), device=student.device))
         if self.divergences:
             if self.vocabulary:
-                loss, more = self.compare_tokens(out.told, kinds, picked, sampled, asked)
+                loss, more = self.compare_tokens(out.completion_logits, kinds, picked, sampled, asked)
             else:
                 teacher = self.rows.logprobs[picked].to(student.device)
-                loss, more = self.compare(out.logits, teacher, rows)
+                loss, more = self.compare(out.label_logits, teacher, rows)
             total, values = total + loss, values | more
         if "uld" in weights:
-            values["uld"] = self.compare_sorted(out.told, picked)
+            values["uld"] = self.compare_sorted(out.completion_logits, picked)
             total = total + weights["uld"] * values["uld"]
         if self.pairs:
             for term, value in self.compare_states(out, picked).items():
                 values[term] = value / rows
                 total = total + weights[term] * values[term]
         if "prior" in weights:
-            penalty = losses.shortcut_penalty(out.logits, self.rows.prior.to(student.device))
+            penalty = losses.shortcut_penalty(out.label_logits, self.rows.label_prior.to(student.device))
             values["prior"] = penalty * len(picked) / rows
             total = total + weights["prior"] * values["prior"]
         for term, value in values.items():
@@ -252,7 +256,7 @@ class PhaseTrainerMixin:
             return self.weights["kl"] * value, {"kl": value.detach()}
         if sampled is not None:
             told = told[kinds == SAMPLED]
-        teacher = [logprobs.to(device) for logprobs in self.said_of(picked, sampled)]
+        teacher = [logprobs.to(device) for logprobs in self.teacher_logprobs(picked, sampled)]
         try:
             cut = [losses.shared_vocabulary(told, one) for one in teacher]
         except ValueError as error:
@@ -267,10 +271,12 @@ class PhaseTrainerMixin:
             else [len(t) for t, _ in sampled]
         )
         repeats = torch.tensor(lengths)
-        each = torch.stack([self.rows.weights[name][picked].repeat_interleave(repeats) for name in spec.teachers])
+        each = torch.stack(
+            [self.rows.teacher_weights[name][picked].repeat_interleave(repeats) for name in spec.teachers]
+        )
         return self.compare(told[:, :width], losses.mix_teachers(torch.stack(teacher), each.to(device)), tokens)
 
-    def said_of(self, picked: list[int], sampled: list[Completion] | None) -> list[torch.Tensor]:
+    def teacher_logprobs(self, picked: list[int], sampled: list[Completion] | None) -> list[torch.Tensor]:
         """Each teacher's log-probabilities at the tokens that are compared."""
         return [self.signals[name].logprobs(picked) for name in self.spec.teachers]
 
@@ -295,14 +301,14 @@ class PhaseTrainerMixin:
 
     def share(self, name: str, picked: list[int]) -> torch.Tensor:
         """What teacher `name` counts for each row in `picked` [rows], of 1 for all teachers together."""
-        weights = self.rows.weights
+        weights = self.rows.teacher_weights
         return weights[name][picked] / sum(weights[who][picked] for who in self.spec.teachers)
 
     def compare_states(self, out: ModelOutput, picked: list[int]) -> dict[str, torch.Tensor]:
         """The sums over rows of the terms that compare hidden states, over teachers as `mix` says."""
         values: dict[str, torch.Tensor] = {}
         for name, found in self.signals.items():
-            ours, theirs = out.states, found.hidden(picked).to(out.states.device)
+            ours, theirs = out.hidden_states, found.hidden(picked).to(out.hidden_states.device)
             held = getattr(self.model, "projections", None)
             projections = held[name] if held is not None and name in held else None
             n = len(self.pairs[name]) - 1
@@ -316,12 +322,12 @@ class PhaseTrainerMixin:
                     elif term == "cosine":
                         row = losses.cosine_embedding(ours[:, n], theirs[:, n])
                     else:
-                        width = out.maps.shape[-1]
+                        width = out.activation_maps.shape[-1]
                         lengths = [int(found.at[i + 1] - found.at[i]) for i in picked]
                         if lengths != [len(self.ids[i]) for i in picked]:
                             raise ValueError("attention maps compare token by token: the two tokenizers differ")
-                        maps = found.activity(picked, width).to(out.maps.device)
-                        row = losses.attention_transfer_maps(out.maps[:, :n], maps[:, :n])
+                        maps = found.activity(picked, width).to(out.activation_maps.device)
+                        row = losses.attention_transfer_maps(out.activation_maps[:, :n], maps[:, :n])
                 except ValueError as error:
                     raise UserError(f"phases: loss.{term}: teacher `{name}`: {error}") from None
                 values[term] = values.get(term, 0) + (row * self.share(name, picked).to(row)).sum()
@@ -350,8 +356,8 @@ class PhaseTrainerMixin:
         """Scores on the validation split, for early stopping."""
         rows, names = self.validation, self.student.task.names
         asked = pd.DataFrame({"id": "", "text": rows.texts, "label": [names[i] for i in rows.targets]})
-        if rows.accepted is not None:
-            asked["answers"] = rows.accepted
+        if rows.accepted_answers is not None:
+            asked["answers"] = rows.accepted_answers
         report = score_predictions(predict_rows(self.student, asked), names)
         f1 = report.get("token_f1", report["macro_f1"])  # of free answers
         told = {"eval_accuracy": report["accuracy"], "eval_macro_f1": f1, "eval_loss": report["log_loss"]}

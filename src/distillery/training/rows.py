@@ -20,20 +20,20 @@ class TrainingRows:
     """What a phase learns from. targets [n]: label indices (gold, or the teachers' where there is no gold).
 
     logprobs [n, labels]: the teachers' mixed distribution at T = 1, None when the phase has no teacher.
-    rationales [n]: text, or None where there is none. weights {teacher: [n]}: of each teacher in a mix, row by row.
-    folds {teacher: [n]}: which of its models may answer a row. prior [labels]: shares of the gold labels.
-    answers: of a `qa` task, what targets are indices of. accepted [n]: what is right, to score by.
+    rationales [n]: text, or None where there is none. teacher_weights {teacher: [n]}: weight of each teacher in a mix.
+    teacher_folds {teacher: [n]}: which of its models may answer a row. label_prior [labels]: shares of the gold labels.
+    answers: of a `qa` task, what targets are indices of. accepted_answers [n]: what is right, to score by.
     """
 
     texts: list[str]
     targets: np.ndarray
     logprobs: torch.Tensor | None = None
     rationales: list[str | None] | None = None
-    weights: dict[str, torch.Tensor] | None = None
-    folds: dict[str, list[int]] | None = None
-    prior: torch.Tensor | None = None
+    teacher_weights: dict[str, torch.Tensor] | None = None
+    teacher_folds: dict[str, list[int]] | None = None
+    label_prior: torch.Tensor | None = None
     answers: list[str] | None = None
-    accepted: list[str] | None = None
+    accepted_answers: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -62,7 +62,7 @@ def phase_rows(
     A row that no teacher of the phase has a signal for is left out; of several teachers, those that have one count.
     Raises UserError when a phase finds no row, or no rationale that it should learn from.
     """
-    rows = frame[frame["where"].isin(phase.data)].reset_index(drop=True)
+    rows = frame[frame["split_ref"].isin(phase.data)].reset_index(drop=True)
     if list(labels) == list(ANSWER_LABELS) and len(rows):
         return question_rows(rows, phase)
     if phase.teachers and phase.take != PseudoLabelFilter():
@@ -75,7 +75,7 @@ def phase_rows(
     index = {label: i for i, label in enumerate(labels)}
     targets = np.array([index.get(label, -1) for label in rows["label"]])
     out = TrainingRows(rows["text"].tolist(), targets)
-    if phase.tells_reasons:
+    if phase.trains_on_rationales:
         reasons = rows["rationale"].tolist() if "rationale" in rows else []
         out.rationales = [reason if isinstance(reason, str) else None for reason in reasons]  # pandas says nan for none
         if not any(out.rationales):
@@ -86,7 +86,7 @@ def phase_rows(
         gold = torch.bincount(
             torch.from_numpy(frame["label"].map(index).dropna().to_numpy(int, copy=True)), minlength=len(labels)
         )
-        out.prior = gold.double() if gold.sum() else torch.ones(len(labels))
+        out.label_prior = gold.double() if gold.sum() else torch.ones(len(labels))
     if not phase.teachers:
         return out
     equally = np.full(len(labels), 1 / len(labels))
@@ -109,10 +109,10 @@ def phase_rows(
     out.logprobs = losses.mix_teachers(logprobs, weights).float()
     out.targets = np.where(targets < 0, out.logprobs.argmax(-1).numpy(), targets)
     each = weights if weights.dim() == 2 else weights[:, None].expand(-1, len(rows))
-    out.weights = dict(zip(phase.teachers, each, strict=True))
+    out.teacher_weights = dict(zip(phase.teachers, each, strict=True))
     if f"fold_{phase.teachers[0]}" in rows:
         folds = {teacher: rows[f"fold_{teacher}"] for teacher in phase.teachers}
-        out.folds = {teacher: found.fillna(-1).astype(int).tolist() for teacher, found in folds.items()}
+        out.teacher_folds = {teacher: found.fillna(-1).astype(int).tolist() for teacher, found in folds.items()}
     return out
 
 
@@ -148,6 +148,6 @@ def question_rows(rows: pd.DataFrame, phase: PhaseConfig) -> TrainingRows:
     index = {answer: i for i, answer in enumerate(answers)}
     out = TrainingRows(rows["text"].tolist(), np.array([index[answer] for answer in told]), answers=answers)
     if phase.teachers:
-        out.weights = {teacher: torch.ones(len(rows), dtype=torch.double) for teacher in phase.teachers}
-        out.folds = {teacher: rows[f"fold_{teacher}"].astype(int).tolist() for teacher in phase.teachers}
+        out.teacher_weights = {teacher: torch.ones(len(rows), dtype=torch.double) for teacher in phase.teachers}
+        out.teacher_folds = {teacher: rows[f"fold_{teacher}"].astype(int).tolist() for teacher in phase.teachers}
     return out

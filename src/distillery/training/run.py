@@ -129,7 +129,7 @@ def train_phases(
         validation["text"].tolist(), np.array([names.index(label) for label in validation["label"]])
     )
     if student.task.kind == "qa":
-        held_out.accepted = validation["answers"].tolist()
+        held_out.accepted_answers = validation["answers"].tolist()
     histories, said = [], []
     for k in range(len(spec.phases) + 1):
         done = folder / f"phase-{k}"

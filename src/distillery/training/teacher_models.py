@@ -68,18 +68,18 @@ def check_same_tokens(name: str, teacher: LabelModel, ours: Sequence[Completion]
 class OpenableTeacher:
     """A teacher that can be opened, to be asked about tokens and hidden states.
 
-    open: gives its model for rows of a fold (-1: tuned on all gold rows). decides: all that decides what it says.
-    depth: its number of layers. cache: the folder in which its signals are kept.
+    open_fold: gives its model for rows of a fold (-1: tuned on all gold rows). identity: all that decides what it says.
+    num_layers: its number of layers. cache_dir: the folder in which its signals are kept.
     """
 
-    open: Callable[[int], LabelModel]
-    decides: Any
-    depth: int
-    cache: Path
+    open_fold: Callable[[int], LabelModel]
+    identity: Any
+    num_layers: int
+    cache_dir: Path
 
 
 def openable_teacher(root: Path, name: str, found: dict[str, Any]) -> OpenableTeacher:
-    """The teacher `name` that `experiment.json` describes in `open`, its models in `data/teacher/<name>/`."""
+    """The teacher `name` as `openable_teachers` in `experiment.json` describes it; models in `data/teacher/<name>/`."""
     spec = TeacherConfig.model_validate(found["spec"])
     origin = ModelConfig.model_validate({k: v for k, v in found["model"].items() if k != "content"})
     task, folder = Task.model_validate(found["task"]), root / "data" / "teacher" / name

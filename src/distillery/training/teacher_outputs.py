@@ -111,10 +111,12 @@ def collect_teacher_outputs(
             for a in range(0, len(mine), batch_size):
                 rows = mine[a : a + batch_size]
                 asked = [told[i] for i in rows] if told else None
-                out = teacher.forward([ids[i] for i in rows], asked, labels=False, layers=layers, maps=maps)
+                out = teacher.forward(
+                    [ids[i] for i in rows], asked, label_space=False, layers=layers, activation_maps=maps
+                )
                 if told:
                     at = np.concatenate([np.arange(files["start"][i], files["start"][i + 1]) for i in rows])
-                    logprobs = out.told.log_softmax(-1)
+                    logprobs = out.completion_logits.log_softmax(-1)
                     if top_k:
                         values, indices, tail = losses.to_top_k(logprobs, top_k)
                         files["indices"][at] = indices.cpu().numpy()
@@ -123,11 +125,11 @@ def collect_teacher_outputs(
                         values = logprobs
                     files["tokens"][at] = values.cpu().numpy()  # log-probabilities down to -65,504
                 if layers:
-                    files["states"][rows] = out.states.cpu().numpy()
+                    files["states"][rows] = out.hidden_states.cpu().numpy()
                 if maps:
                     for j, i in enumerate(rows):
                         files["maps"][files["at"][i] : files["at"][i + 1]] = (
-                            out.maps[j, :, : len(ids[i])].T.cpu().numpy()
+                            out.activation_maps[j, :, : len(ids[i])].T.cpu().numpy()
                         )
             del teacher
         for array in files.values():

@@ -59,7 +59,7 @@ class OnPolicyTrainer(PhaseTrainerMixin, GKDTrainer):
         draw = np.random.default_rng([self.seed, self.state.global_step, micro_batch])
         if draw.random() >= self.spec.on_policy:
             return None
-        written = self.student.continue_(
+        written = self.student.generate_tokens(
             [self.ids[i] for i in picked],
             max_new_tokens=self.spec.max_new_tokens,
             temperature=1.0,
@@ -69,21 +69,21 @@ class OnPolicyTrainer(PhaseTrainerMixin, GKDTrainer):
         return [(tokens, 0) for tokens in written]
 
     @torch.no_grad()
-    def said_of(self, picked: list[int], sampled: list[Completion] | None) -> list[torch.Tensor]:
+    def teacher_logprobs(self, picked: list[int], sampled: list[Completion] | None) -> list[torch.Tensor]:
         """As above, for tokens that the student wrote; gold rows go to the model that did not learn from them."""
         if sampled is None:
-            return super().said_of(picked, sampled)
+            return super().teacher_logprobs(picked, sampled)
         out = []
         for name in self.spec.teachers:
             parts: list[torch.Tensor] = [torch.empty(0)] * len(picked)
-            folds = [self.rows.folds[name][i] if self.rows.folds else -1 for i in picked]
+            folds = [self.rows.teacher_folds[name][i] if self.rows.teacher_folds else -1 for i in picked]
             for k in sorted(set(folds)):
                 key = f"{name}/{k}"
                 if key not in self.live:
                     self.live[key] = self.open(name, k)
                 mine = [j for j, fold in enumerate(folds) if fold == k]
                 ids = self.live[key].encode([self.rows.texts[picked[j]] for j in mine])
-                told = self.live[key].forward(ids, [[sampled[j]] for j in mine], labels=False).told
+                told = self.live[key].forward(ids, [[sampled[j]] for j in mine], label_space=False).completion_logits
                 lengths = [len(sampled[j][0]) for j in mine]
                 for j, part in zip(mine, told.log_softmax(-1).split(lengths), strict=True):
                     parts[j] = part

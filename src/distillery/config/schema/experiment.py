@@ -27,11 +27,11 @@ class Params(Section):
     recipe: RecipeConfig | None = None
     scale: dict[Name, dict[str, Any]] = {}  # overlays, see `distillery recipe`
 
-    def tested_on(self, student: str) -> str:
+    def test_source(self, student: str) -> str:
         """The source `student` is scored on: the last that it learns from (without phases: the headline's)."""
         phases = self.students[student].phases or self.students[self.evaluate.headline].phases
         return phases[-1].data[-1].split("/")[0] if phases else next(iter(self.data))
 
-    def sources_of(self, teacher: str) -> list[str]:
+    def teacher_sources(self, teacher: str) -> list[str]:
         """The sources that `teacher` labels, in the order of `data`."""
         return self.teachers[teacher].data or list(self.data)

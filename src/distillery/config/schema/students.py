@@ -70,16 +70,16 @@ class PhaseConfig(TrainingConfig):
     early_stopping: EarlyStoppingConfig | None = None
 
     @property
-    def asks_tokens(self) -> bool:
+    def needs_token_logprobs(self) -> bool:
         """Whether the teachers are asked about tokens, not only about labels."""
         return "uld" in self.loss or (self.space == "vocabulary" and any(term in DIVERGENCES for term in self.loss))
 
     @property
-    def asks_states(self) -> bool:
+    def needs_hidden_states(self) -> bool:
         return any(term in HIDDEN_STATE_TERMS for term in self.loss)
 
     @property
-    def tells_reasons(self) -> bool:
+    def trains_on_rationales(self) -> bool:
         return self.rationales or "rationale" in self.loss
 
     @model_validator(mode="after")
@@ -89,7 +89,7 @@ class PhaseConfig(TrainingConfig):
             raise ValueError(f"loss term `{signals[0]}` needs `teachers`")
         if self.order == "confidence" and not self.teachers:
             raise ValueError("`order: confidence` needs `teachers`")
-        if self.on_policy and not (self.space == "vocabulary" and self.asks_tokens and "uld" not in self.loss):
+        if self.on_policy and not (self.space == "vocabulary" and self.needs_token_logprobs and "uld" not in self.loss):
             raise ValueError("`on_policy` needs `space: vocabulary` and a divergence in `loss`")
         if self.top_k:
             other = [term for term in self.loss if term in (*DIVERGENCES, "uld") and term != "kl"]

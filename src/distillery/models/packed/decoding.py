@@ -16,7 +16,7 @@ from distillery.models.packed.token_tree import pack_token_tree
 def decode_completions(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    read: list[tuple[Tensor, Tensor]],
+    prefix_kv: list[tuple[Tensor, Tensor]],
     *,
     max_new_tokens: int,
     temperature: float,
@@ -24,20 +24,20 @@ def decode_completions(
 ) -> list[list[int]]:
     """The tokens that a causal `model` writes after each prompt, up to and with one of `ends`.
 
-    read: see :func:`compute_prefix_kv`; all prompts begin with its P tokens. Greedy when `temperature` is 0, else
+    prefix_kv: see :func:`compute_prefix_kv`; all prompts begin with its P tokens. Greedy when `temperature` is 0, else
     drawn from torch's random state.
     """
     body, device = transformer_body(model), next(model.parameters()).device
-    tree = pack_token_tree(prompts, [[[0]]] * len(prompts), read).to(device)
+    tree = pack_token_tree(prompts, [[[0]]] * len(prompts), prefix_kv).to(device)
     tree.kept = {}
     with attend_by_tree(tree, body.config):
         said = body(input_ids=tree.input_ids, position_ids=tree.position_ids, use_cache=False).last_hidden_state[0]
     logits = output_head(model)(said[tree.at])
     room = [tree.kept[layer] for layer in range(len(tree.kept))]
     state = DecodingState(
-        read,
+        prefix_kv,
         *([nn.functional.pad(kept[k], (0, 0, 0, max_new_tokens)) for kept in room] for k in (0, 1)),
-        torch.tensor([len(prompt) - read[0][0].shape[1] for prompt in prompts], device=device),
+        torch.tensor([len(prompt) - prefix_kv[0][0].shape[1] for prompt in prompts], device=device),
     )
     position = torch.tensor([len(prompt) for prompt in prompts], device=device)
     out: list[list[int]] = [[] for _ in prompts]

@@ -17,9 +17,9 @@ def completion_hidden_states(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[Sequence[int]]],
     layers: Sequence[int] = (),
-    read: list[tuple[Tensor, Tensor]] | None = None,
+    prefix_kv: list[tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Hidden states where the tokens of `completions` are predicted. read: see :func:`compute_prefix_kv`.
+    """Hidden states where the tokens of `completions` are predicted. prefix_kv: see :func:`compute_prefix_kv`.
 
     Returns hidden [u, d] at the distinct positions, then for each of the n predicted tokens its row in `hidden`, its
     id and its branch (completions counted through the rows). The gather comes before the output head, which then
@@ -29,7 +29,7 @@ def completion_hidden_states(
     body = transformer_body(model)
     device = next(model.parameters()).device
     more = {"use_cache": False, "output_hidden_states": bool(layers)}
-    tree = pack_token_tree(prompts, completions, read).to(device)
+    tree = pack_token_tree(prompts, completions, prefix_kv).to(device)
     if supports_token_trees(model):
         with attend_by_tree(tree, body.config):
             out = body(input_ids=tree.input_ids, position_ids=tree.position_ids, **more)
