@@ -13,8 +13,11 @@ import pytest
 from ruamel.yaml import YAML
 
 import tiny
+from distillery.config.load import validate_section
+from distillery.config.schema import StudentConfig
 from distillery.data.near_duplicates import nearest_texts
 from distillery.errors import UserError
+from distillery.files import read_yaml
 
 FILE = tiny.ROOT / "benchmarks" / "phrasebank.py"
 LOST = "\N{REPLACEMENT CHARACTER}"
@@ -116,7 +119,7 @@ def settings(folder, tiny_models):
 
 def test_every_seed_draws_a_split_without_twins_across_it(bank, files, headlines, tiny_models, tmp_path):
     path, _ = settings(tmp_path, tiny_models)
-    chosen = bank.params.validate(bank.Settings, bank.params.read_yaml(path), path.name)
+    chosen = validate_section(bank.Settings, read_yaml(path), path.name)
     rows, pool = bank.phrasebank(files), bank.read_headlines(headlines)
     assert len(pool) == 13  # each once, without the section's name; too short ones left out
     seen = []
@@ -202,8 +205,8 @@ def test_the_board_counts_right_answers_seed_by_seed(bank):
     for seed in (0, 1):
         board.add("c", "control", seed, gold, wrong, cost)
         board.add("longer", "control", seed, gold, right, cost)
-    student = bank.params.Student(model="x", arch="classifier", phases=[], control="c")
-    longer = bank.params.Student(model="x", arch="classifier", phases=[])
+    student = StudentConfig(model="x", arch="classifier", phases=[], control="c")
+    longer = StudentConfig(model="x", arch="classifier", phases=[])
     lines = board.differences({"m": student, "longer": longer})
     assert len(lines) == 8 and "| 50agree | m | longer | 2 | accuracy | -0.2500 |" in lines[4]
     assert (
