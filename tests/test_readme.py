@@ -1,4 +1,4 @@
-"""What README.md tells a newcomer to do, done: from a table of one's own to the finished model."""
+"""What README.md and docs/ show a newcomer, done: from a table of one's own to the finished model."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from distillery.report.page import leaderboard_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.M | re.S)
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+BLOCKS = [text for page in PAGES.values() for _, text in re.findall(r"^```(\w+)\n(.*?)^```$", page, flags=re.M | re.S)]
 
 
 def block(start: str) -> str:
-    """The one code block of the README that starts with `start`."""
-    (found,) = [text for _, text in BLOCKS if text.startswith(start)]
-    return found
+    """The one code block of README.md and docs/ that starts with `start`."""
+    (text,) = [text for text in BLOCKS if text.startswith(start)]
+    return text
 
 
 def messages() -> str:
@@ -53,7 +54,7 @@ def messages() -> str:
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory, tiny_models) -> Path:
-    """The README's own-data example, run to its end with tiny models in place of the real ones."""
+    """The example of docs/own-data.md, run to its end with tiny models in place of the real ones."""
     repo = tiny.experiment(tmp_path_factory.mktemp("mine") / "repo", tiny_models)
     (repo / "data/mine.csv").write_text(messages(), encoding="utf-8")
     (repo / "tasks/mine.yaml").write_text(block("# tasks/mine.yaml\n"), encoding="utf-8")
@@ -83,7 +84,20 @@ def test_the_experiments_in_the_readme_are_valid(tmp_path):
     hub = YAML(typ="safe").load(block("models:\n  distilbert").replace("<commit>", "abc"))
     assert ModelConfig.model_validate(hub["models"]["distilbert"]).hub
     far = YAML(typ="safe", pure=True).load(block("teachers:\n  far:"))["teachers"]
-    assert [validate_section(TeacherConfig, spec, "README.md").kind for spec in far.values()] == ["api", "answers"]
+    assert [validate_section(TeacherConfig, spec, "docs").kind for spec in far.values()] == ["api", "answers"]
+
+
+def test_the_example_for_a_gpu_is_a_valid_experiment(tmp_path):
+    yaml = YAML(typ="safe", pure=True)
+    content = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content |= yaml.load(block("models:\n  qwen-7b").replace("<commit>", "abc"))
+    content["augment"] |= {"teacher": "qwen-7b"}
+    content["evaluate"] |= {"headline": "small"}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/finance-sentiment.yaml").touch()
+    with (tmp_path / "params.yaml").open("w", encoding="utf-8") as file:
+        yaml.dump(content, file)
+    assert load_params(tmp_path / "params.yaml").students["small"].adapter.kind == "qlora"
 
 
 def test_a_table_of_ones_own_becomes_a_model(mine):
@@ -112,10 +126,16 @@ def test_the_model_loads_where_this_package_is_not(mine, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == said.loc[rows["id"], "prediction"].tolist()
 
 
-def test_every_file_that_the_readme_links_is_there():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    written = ("reports/notebooks",) if not (ROOT / "reports").exists() else ()
-    assert links and [link for link in links if link not in written and not (ROOT / link).exists()] == []
+def test_every_file_that_a_page_links_is_there():
+    missing = []
+    for path, text in PAGES.items():
+        links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not link.startswith("http")]
+        missing += [f"{path.name}: {link}" for link in links if not (path.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 160
 
 
 def test_the_leaderboard_in_the_readme_is_that_of_the_committed_run():
