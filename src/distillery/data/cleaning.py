@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,9 @@ ROW_COLUMNS = ("id", "text", "label", "rationale", "group")  # of every split; e
 HUB_SPLIT_COLUMN = "split of the hub"  # a column between reading and splitting
 
 
+DuplicateGroup = tuple[int, str]  # a row, and the group of a dropped duplicate: the row belongs to that group too
+
+
 def normalize_text(text: str) -> str:
     """`text` in Unicode NFC, with every run of white space folded into one space and none at the ends."""
     return " ".join(unicodedata.normalize("NFC", text).split())
@@ -33,7 +38,7 @@ def _visible(text: str) -> bool:
 
 
 def _to_name(value: Any) -> str | None:
-    """A label, id or group as text: integers are spelt out, an empty one is None. TypeError for anything else."""
+    """A label, id or group as text: an integer becomes its digits, an empty text None. TypeError for other types."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (str, int)):
@@ -41,149 +46,189 @@ def _to_name(value: Any) -> str | None:
     return normalize_text(str(value)) or None
 
 
+@dataclass
+class CleanRow:
+    """One checked row. `answers`: accepted answers of a `qa` row, joined to one text."""
+
+    id: str | None
+    text: str
+    label: str | None
+    rationale: str | None
+    group: str | None
+    answers: str | None
+
+
+class RowCleaner:
+    """Turns the records of `raw` into rows of the task.
+
+    Raises UserError when a column of `spec.columns` is missing from the file.
+    """
+
+    def __init__(self, raw: RawRows, spec: SourceConfig, task: Task):
+        self.raw, self.spec, self.task, self.names = raw, spec, task, spec.columns
+        self.labels = {normalize_text(label): label for label in task.names}
+        columns = list(dict.fromkeys(column for record in raw.rows for column in record))
+        roles = ("text", "options", "label", "id", "group", "rationale")
+        mapped = {role: getattr(self.names, role) for role in roles if role != "options" or task.kind == "choice"}
+        mapped = {role: [name] if isinstance(name, str) else name or [] for role, name in mapped.items()}
+        for role, names in mapped.items():
+            for column in names:
+                required = role in ("text", "options", "label") or role in self.names.model_fields_set
+                if column not in columns and required:
+                    shown = ", ".join(f"`{c}`" for c in columns)
+                    raise UserError(f"{raw.name}: no column `{column}` for the {role}; there are: {shown}")
+        self.text_columns, self.option_columns = mapped["text"], mapped.get("options", [])
+        self.has_ids = self.names.id in columns
+        unmapped = [column for column in columns if not any(column in names for names in mapped.values())]
+        # A second column with the name `label`, beside the one in use, would bring labels into the pool.
+        self.left_out = [column for column in unmapped if column in ROW_COLUMNS or not column.strip()]
+        if task.kind == "qa" and "answers" in unmapped:
+            self.left_out.append("answers")  # the name of the column of accepted answers, see `_build_frame`
+        self.extra_columns = [column for column in unmapped if column not in self.left_out]
+
+    def clean(self, i: int) -> CleanRow:
+        """Row `i`. Raises UserError naming the line or row, the column, and what is allowed."""
+        record, at, names = self.raw.rows[i], self.raw.at(i), self.names
+        for column in (*self.text_columns, names.rationale):
+            value = record.get(column)
+            if value is not None and not isinstance(value, str):
+                raise UserError(f"{at}: `{column}` must be text, not {value_kind(value)} ({value!r:.60})")
+        text = normalize_text(" ".join(record.get(column) or "" for column in self.text_columns))
+        if not _visible(text):
+            raise UserError(f"{at}: `{'`, `'.join(self.text_columns)}` is empty; every row needs a text")
+        label, answers = record.get(names.label), None
+        if self.raw.labels and type(label) is int and 0 <= label < len(self.raw.labels):
+            label = self.raw.labels[label]
+        if self.task.kind == "qa" and names.label is not None:
+            label, answers = "right", _join_answers(at, names.label, label)
+        values = {"label": label, "id": record.get(names.id), "group": record.get(names.group)}
+        for role, value in values.items():
+            try:
+                values[role] = _to_name(value)
+            except TypeError:
+                kind = f"{value_kind(value)} ({value!r:.60})"
+                raise UserError(f"{at}: `{getattr(names, role)}` must be text or a whole number, not {kind}") from None
+        if self.task.kind == "choice":
+            text, values["label"] = self._shuffle_options(at, text, record, values["label"])
+        if values["label"] not in self.labels and names.label is not None:
+            problem = f"unknown label {values['label']!r:.60}" if values["label"] else f"`{names.label}` is empty"
+            raise UserError(f"{at}: {problem}; allowed: {', '.join(self.task.names)}")
+        rationale = normalize_text(record.get(names.rationale) or "") or None
+        label = self.labels.get(values["label"])
+        return CleanRow(values["id"], text, label, rationale, values["group"], answers)
+
+    def _shuffle_options(
+        self, at: str, text: str, record: dict[str, Any], answer: str | None
+    ) -> tuple[str, str | None]:
+        """`text` with its options in a shuffled order, and the label of the right one.
+
+        The text and the options alone decide the order. So the position of an option holds no information, and two
+        copies of a question read the same. Raises UserError when the options or the answer do not fit the task.
+        """
+        columns, first, names = self.option_columns, self.names.first, self.task.names
+        raw_options = record.get(columns[0]) if len(columns) == 1 else [record.get(column) for column in columns]
+        shown = "`, `".join(columns)
+        if not isinstance(raw_options, list) or not all(
+            isinstance(option, str) and normalize_text(option) for option in raw_options
+        ):
+            raise UserError(f"{at}: `{shown}` must be a list of texts, none of them empty, not {raw_options!r:.60}")
+        options = [normalize_text(option) for option in raw_options]
+        if first == "A" and all(re.match(rf"\(?{chr(65 + n)}\)", option) for n, option in enumerate(options)):
+            # "A)21": `with_options` writes its own letters
+            options = [re.sub(r"^\(?[A-Z]\)\s*", "", option) for option in options]
+        if not 2 <= len(options) <= len(names):
+            raise UserError(f"{at}: `{shown}` holds {len(options)} options; allowed: 2 to {len(names)}")
+        seed = hashlib.sha256("\n".join([text, *sorted(options)]).encode()).digest()
+        # equal options keep the order of the file among themselves
+        by_option = sorted(range(len(options)), key=lambda n: (options[n], n))
+        order = np.random.default_rng(list(seed)).permutation(by_option)
+        label = None
+        if self.names.label is not None:
+            allowed = [chr(65 + n) if first == "A" else str(first + n) for n in range(len(options))]
+            if answer not in allowed:
+                problem = f"unknown answer {answer!r:.60}" if answer else f"`{self.names.label}` is empty"
+                raise UserError(f"{at}: {problem}; allowed: {', '.join(allowed)}")
+            label = names[int(np.flatnonzero(order == allowed.index(answer))[0])]
+        return with_options(self.task, text, [options[n] for n in order]), label
+
+
 def clean_rows(
     raw: RawRows, spec: SourceConfig, task: Task
-) -> tuple[pd.DataFrame, list[tuple[int, str]], dict[str, Any]]:
+) -> tuple[pd.DataFrame, list[DuplicateGroup], dict[str, Any]]:
     """Checked and cleaned rows, before any grouping.
 
-    Returns the frame (id, text, label, rationale, group or None, extra columns); pairs (row, group) of the groups
-    of dropped duplicates, which the row that stays also belongs to; and the counts of what was left out.
-    Raises UserError naming the line or row and what is allowed.
+    Returns the frame (id, text, label, rationale, group or None, extra columns), the groups of dropped duplicates, and
+    the counts of what was left out. Raises UserError naming the line or row and what is allowed.
     """
-    there = list(dict.fromkeys(column for row in raw.rows for column in row))
-    columns = spec.columns
-    roles = ("text", "options", "label", "id", "group", "rationale")
-    named = {role: getattr(columns, role) for role in roles if role != "options" or task.kind == "choice"}
-    named = {role: [name] if isinstance(name, str) else name or [] for role, name in named.items()}
-    for role, names in named.items():
-        for column in names:
-            if column not in there and (role in ("text", "options", "label") or role in columns.model_fields_set):
-                shown = ", ".join(f"`{c}`" for c in there)
-                raise UserError(f"{raw.name}: no column `{column}` for the {role}; there are: {shown}")
-    mapped = {column for names in named.values() for column in names}
-    # A second column called `label` beside the one that is used would bring labels into the pool.
-    left_out = [column for column in there if column not in mapped and (column in ROW_COLUMNS or not column.strip())]
-    if task.kind == "qa" and "answers" in there and "answers" not in mapped:
-        left_out.append("answers")  # the accepted ones are called so below
-    extras = [column for column in there if column not in mapped and column not in left_out]
-    allowed = {normalize_text(label): label for label in task.names}
-
-    kept: dict[str, list[Any]] = {role: [] for role in ROW_COLUMNS}
-    origin: list[int] = []  # of each kept row in raw.rows
-    told: list[str | None] = []  # accepted answers
-    first: dict[tuple[str, str | None], int] = {}  # (text, label or answers) -> kept row
-    also: list[tuple[int, str]] = []
-    seen: dict[str, int] = {}
-    for i, row in enumerate(raw.rows):
-        values = {role: row.get(getattr(columns, role)) for role in ROW_COLUMNS if role != "text"}
-        for column in (*named["text"], columns.rationale):
-            value = row.get(column)
-            if value is not None and not isinstance(value, str):
-                raise UserError(f"{raw.at(i)}: `{column}` must be text, not {value_kind(value)} ({value!r:.60})")
-        text = normalize_text(" ".join(row.get(column) or "" for column in named["text"]))
-        if not _visible(text):
-            raise UserError(f"{raw.at(i)}: `{'`, `'.join(named['text'])}` is empty; every row needs a text")
-        if raw.labels and type(values["label"]) is int and 0 <= values["label"] < len(raw.labels):
-            values["label"] = raw.labels[values["label"]]
-        answers = None
-        if task.kind == "qa" and columns.label is not None:
-            answers = _join_answers(raw.at(i), columns.label, values["label"])
-            values["label"] = "right"
-        for role in ("label", "id", "group"):
-            try:
-                values[role] = _to_name(values[role])
-            except TypeError:
-                column, value = getattr(columns, role), values[role]
-                raise UserError(
-                    f"{raw.at(i)}: `{column}` must be text or a whole number, not {value_kind(value)} ({value!r:.60})"
-                ) from None
-        if task.kind == "choice":
-            text, values["label"] = _shuffle_options(
-                raw.at(i), text, row, named["options"], values["label"], spec, task
-            )
-        if values["label"] not in allowed and columns.label is not None:
-            what = f"unknown label {values['label']!r:.60}" if values["label"] else f"`{columns.label}` is empty"
-            raise UserError(f"{raw.at(i)}: {what}; allowed: {', '.join(task.names)}")
-        label = allowed.get(values["label"])
-        same = (text, answers or label)
-        if same in first:
-            if values["group"]:
-                also.append((first[same], values["group"]))
-            continue
-        identity = values["id"] if columns.id in there else f"r{raw.numbers[i]:06d}"
-        if identity is None:
-            raise UserError(f"{raw.at(i)}: `{columns.id}` is empty; every row needs an id of its own (or none has one)")
-        if identity in seen:
-            raise UserError(f"{raw.at(i)}: the id {identity!r:.60} is already that of {raw.unit} {seen[identity]}")
-        seen[identity] = raw.numbers[i]
-        first[same] = len(origin)
-        origin.append(i)
-        told.append(answers)
-        rationale = normalize_text(values["rationale"] or "") or None
-        for role, value in zip(ROW_COLUMNS, (identity, text, label, rationale, values["group"]), strict=True):
-            kept[role].append(value)
-    frame = pd.DataFrame({role: pd.Series(values, dtype=object) for role, values in kept.items()})
-    for column in extras:
-        frame[column] = pd.Series(_parquet_values([raw.rows[i].get(column) for i in origin]), dtype=object)
-    if task.kind == "qa":
-        frame["answers"] = pd.Series(told, dtype=object)
-    if raw.splits:
-        frame[HUB_SPLIT_COLUMN] = [raw.splits[i] for i in origin]
+    cleaner = RowCleaner(raw, spec, task)
+    rows, origin, duplicate_groups = _drop_duplicates(cleaner, map(cleaner.clean, range(len(raw.rows))))
+    frame = _build_frame(cleaner, rows, origin)
     counts = {
         "read": len(raw.rows),
         "blank": raw.blank,
         "duplicates": len(raw.rows) - len(frame),
-        "columns_left_out": left_out,
+        "columns_left_out": cleaner.left_out,
     }
-    return frame, also, counts
+    return frame, duplicate_groups, counts
+
+
+def _drop_duplicates(
+    cleaner: RowCleaner, rows: Iterable[CleanRow]
+) -> tuple[list[CleanRow], list[int], list[DuplicateGroup]]:
+    """The first row of every text and label, its position in the file, and the groups of the others.
+
+    Every row that stays has an id afterwards. Raises UserError for an id that is empty or stands there twice.
+    """
+    raw = cleaner.raw
+    unique: list[CleanRow] = []
+    origin: list[int] = []
+    duplicate_groups: list[DuplicateGroup] = []
+    first_row: dict[tuple[str, str | None], int] = {}
+    number_of_id: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        content = (row.text, row.answers or row.label)
+        if content in first_row:
+            if row.group:
+                duplicate_groups.append((first_row[content], row.group))
+            continue
+        if not cleaner.has_ids:
+            row.id = f"r{raw.numbers[i]:06d}"
+        if row.id is None:
+            column = cleaner.names.id
+            raise UserError(f"{raw.at(i)}: `{column}` is empty; every row needs an id of its own (or none has one)")
+        if row.id in number_of_id:
+            first = f"{raw.unit} {number_of_id[row.id]}"
+            raise UserError(f"{raw.at(i)}: the id {row.id!r:.60} is already that of {first}")
+        number_of_id[row.id] = raw.numbers[i]
+        first_row[content] = len(unique)
+        unique.append(row)
+        origin.append(i)
+    return unique, origin, duplicate_groups
+
+
+def _build_frame(cleaner: RowCleaner, rows: list[CleanRow], origin: list[int]) -> pd.DataFrame:
+    raw, qa = cleaner.raw, cleaner.task.kind == "qa"
+    values = {column: [getattr(row, column) for row in rows] for column in ROW_COLUMNS}
+    values |= {c: _parquet_values([raw.rows[i].get(c) for i in origin]) for c in cleaner.extra_columns}
+    values |= {"answers": [row.answers for row in rows]} if qa else {}
+    frame = pd.DataFrame({column: pd.Series(series, dtype=object) for column, series in values.items()})
+    if raw.splits:
+        frame[HUB_SPLIT_COLUMN] = [raw.splits[i] for i in origin]
+    return frame
 
 
 def _join_answers(at: str, column: str, value: Any) -> str:
-    """The accepted answers in one text, each once: of one text, of a list, or of a `value` and its `aliases`."""
+    """The accepted answers in one text, each once. `value`: a text, a list, or a dict of `value` and `aliases`."""
     if isinstance(value, dict):
         value = [value.get("value"), *(value.get("aliases") or [])]
     value = [value] if isinstance(value, str | int) else value
     try:
-        found = [_to_name(one) for one in value or []]
+        answers = [_to_name(answer) for answer in value or []]
     except TypeError:
-        found = []
-    if not found or None in found:
+        answers = []
+    if not answers or None in answers:
         raise UserError(f"{at}: `{column}` must be an answer or a list of accepted answers, not {value!r:.60}")
-    return ANSWER_SEPARATOR.join(dict.fromkeys(one.replace(ANSWER_SEPARATOR, " / ") for one in found))
-
-
-def _shuffle_options(
-    at: str, text: str, row: dict[str, Any], columns: list[str], answer: str | None, spec: SourceConfig, task: Task
-) -> tuple[str, str | None]:
-    """The text with its options in an order of their own, and the label of the right one.
-
-    The order follows from what is asked and offered alone, so that no option's place tells anything and the same
-    question twice reads the same. Raises UserError when the options or the answer do not fit the task.
-    """
-    offered = row.get(columns[0]) if len(columns) == 1 else [row.get(column) for column in columns]
-    shown = "`, `".join(columns)
-    if not isinstance(offered, list) or not all(
-        isinstance(option, str) and normalize_text(option) for option in offered
-    ):
-        raise UserError(f"{at}: `{shown}` must be a list of texts, none of them empty, not {offered!r:.60}")
-    options = [normalize_text(option) for option in offered]
-    if spec.columns.first == "A" and all(re.match(rf"\(?{chr(65 + n)}\)", o) for n, o in enumerate(options)):
-        options = [re.sub(r"^\(?[A-Z]\)\s*", "", option) for option in options]  # "A)21": the letter is said below
-    if not 2 <= len(options) <= len(task.names):
-        raise UserError(f"{at}: `{shown}` holds {len(options)} options; allowed: 2 to {len(task.names)}")
-    seed = hashlib.sha256("\n".join([text, *sorted(options)]).encode()).digest()
-    # equal options keep the order of the file among themselves
-    order = np.random.default_rng(list(seed)).permutation(sorted(range(len(options)), key=lambda n: (options[n], n)))
-    label = None
-    if spec.columns.label is not None:
-        called = [
-            chr(65 + n) if spec.columns.first == "A" else str(spec.columns.first + n) for n in range(len(options))
-        ]
-        if answer not in called:
-            what = f"unknown answer {answer!r:.60}" if answer else f"`{spec.columns.label}` is empty"
-            raise UserError(f"{at}: {what}; allowed: {', '.join(called)}")
-        label = task.names[int(np.flatnonzero(order == called.index(answer))[0])]
-    return with_options(task, text, [options[n] for n in order]), label
+    return ANSWER_SEPARATOR.join(dict.fromkeys(answer.replace(ANSWER_SEPARATOR, " / ") for answer in answers))
 
 
 def _parquet_values(values: list[Any]) -> list[Any]:
@@ -196,27 +241,33 @@ def _parquet_values(values: list[Any]) -> list[Any]:
     return [None if v is None else json.dumps(v, ensure_ascii=False, sort_keys=True, default=str) for v in values]
 
 
+def take_rows(
+    rows: pd.DataFrame, duplicate_groups: list[DuplicateGroup], index: np.ndarray
+) -> tuple[pd.DataFrame, list[DuplicateGroup]]:
+    """The rows at the positions `index` (ascending), renumbered, and the groups of their dropped duplicates."""
+    new_position = {int(old): new for new, old in enumerate(index)}
+    taken = [(new_position[i], group) for i, group in duplicate_groups if i in new_position]
+    return rows.iloc[index].reset_index(drop=True), taken
+
+
 def filter_rows(
-    raw: RawRows, rows: pd.DataFrame, also: list[tuple[int, str]], spec: SourceConfig
-) -> tuple[pd.DataFrame, list[tuple[int, str]], dict[str, int]]:
-    """The rows that `spec.filter` lets through, and how many each step took. Raises UserError when none are left."""
-    wanted, counts = spec.filter, {}
-    if wanted is None:
-        return rows, also, counts
-    stay = pd.Series(True, index=rows.index)
-    if wanted.languages:
-        if wanted.language not in rows:
-            raise UserError(f"{raw.name}: no column `{wanted.language}` to filter languages by")
-        stay &= rows[wanted.language].isin(wanted.languages)
-        counts["other_language"] = int((~stay).sum())
-    if wanted.keywords:
-        words = re.compile("|".join(rf"\b{re.escape(word.casefold())}\b" for word in wanted.keywords))
-        found = rows["text"].map(lambda text: len(set(words.findall(text.casefold()))))
-        counts["without_keyword"] = int((stay & (found < wanted.least)).sum())
-        stay &= found >= wanted.least
-    if not stay.any():
+    raw: RawRows, rows: pd.DataFrame, duplicate_groups: list[DuplicateGroup], spec: SourceConfig
+) -> tuple[pd.DataFrame, list[DuplicateGroup], dict[str, int]]:
+    """The rows that pass `spec.filter`, and how many rows each step drops. Raises UserError when none are left."""
+    row_filter, counts = spec.filter, {}
+    if row_filter is None:
+        return rows, duplicate_groups, counts
+    passes = pd.Series(True, index=rows.index)
+    if row_filter.languages:
+        if row_filter.language not in rows:
+            raise UserError(f"{raw.name}: no column `{row_filter.language}` to filter languages by")
+        passes &= rows[row_filter.language].isin(row_filter.languages)
+        counts["other_language"] = int((~passes).sum())
+    if row_filter.keywords:
+        pattern = re.compile("|".join(rf"\b{re.escape(word.casefold())}\b" for word in row_filter.keywords))
+        n_keywords = rows["text"].map(lambda text: len(set(pattern.findall(text.casefold()))))
+        counts["without_keyword"] = int((passes & (n_keywords < row_filter.least)).sum())
+        passes &= n_keywords >= row_filter.least
+    if not passes.any():
         raise UserError(f"{raw.name}: the filter leaves no row: {counts}")
-    kept = np.flatnonzero(stay)
-    position = {int(old): new for new, old in enumerate(kept)}
-    also = [(position[i], group) for i, group in also if i in position]
-    return rows.iloc[kept].reset_index(drop=True), also, counts
+    return *take_rows(rows, duplicate_groups, np.flatnonzero(passes)), counts

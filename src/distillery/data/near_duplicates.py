@@ -13,8 +13,6 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import normalize
 
 MAX_SIMILARITIES = 1 << 23  # similarities held in memory at a time (32 MiB)
-
-
 SIMILARITY_SLACK = 1e-5  # float32 puts identical texts a little below 1
 
 
@@ -26,14 +24,17 @@ def mask_digits(text: str) -> str:
 def ngram_vectors(texts: Sequence[str], masked: bool) -> csr_array:
     """Unit vectors [n, vocabulary] of 4-character counts within word boundaries, case folded.
 
-    No inverse document frequency: the similarity of two texts must not depend on which others stand beside them.
+    No inverse document frequency: the similarity of two texts must not depend on the other texts of the source.
     """
     counter = CountVectorizer(analyzer="char_wb", ngram_range=(4, 4), dtype=np.float32)
     return csr_array(normalize(counter.fit_transform(mask_digits(t) if masked else t for t in texts)))
 
 
 def similarity_blocks(left: csr_array, right: csr_array) -> Iterator[tuple[int, np.ndarray]]:
-    """First row and cosine similarities [rows, n of right] of successive blocks of `left`; memory is bounded."""
+    """Successive blocks of `left`: the first row of each, and the cosine similarities [rows, n of right] of its rows.
+
+    A block holds at most `MAX_SIMILARITIES` numbers, or one row.
+    """
     step = max(1, MAX_SIMILARITIES // max(1, right.shape[0]))
     transposed = right.T.tocsr()
     for start in range(0, left.shape[0], step):
@@ -41,18 +42,18 @@ def similarity_blocks(left: csr_array, right: csr_array) -> Iterator[tuple[int, 
 
 
 def nearest_texts(left: Sequence[str], right: Sequence[str], masked: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """For each text of `left`, its highest similarity to one of `right` (0 to 1) and that one's index.
+    """For each text of `left`: the highest similarity, in [0, 1], to a text of `right`, and the index of that text.
 
     The similarity is the cosine of 4-character counts; with `masked` all numbers count as equal.
-    With nothing to compare to, similarity 0 and index -1.
+    Where `right` is empty, the similarity is 0 and the index -1.
     """
-    best, where = np.zeros(len(left)), np.full(len(left), -1)
+    highest, nearest = np.zeros(len(left)), np.full(len(left), -1)
     if len(left) and len(right):
         vectors = ngram_vectors([*left, *right], masked)
         for start, block in similarity_blocks(vectors[: len(left)], vectors[len(left) :]):
-            where[start : start + len(block)] = block.argmax(axis=1)
-            best[start : start + len(block)] = block.max(axis=1)
-    return np.minimum(best, 1.0), where
+            nearest[start : start + len(block)] = block.argmax(axis=1)
+            highest[start : start + len(block)] = block.max(axis=1)
+    return np.minimum(highest, 1.0), nearest
 
 
 def near_duplicate_pairs(
@@ -67,42 +68,44 @@ def near_duplicate_pairs(
         yield i[i < j], j[i < j], similarity[i < j]
 
 
-def unite_components(component: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """`component` (one number per row) after every row `i` has been united with its row `j`."""
+def merge_components(component: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """`component` (one number per row) after the components of each pair of rows `i`, `j` have been merged."""
     size = int(component.max()) + 1 if len(component) else 0
     graph = coo_array((np.ones(len(i), dtype=np.int8), (component[i], component[j])), shape=(size, size))
     return connected_components(graph, directed=False)[1][component]
 
 
 def cluster_near_duplicates(texts: Sequence[str], threshold: float) -> np.ndarray:
-    """Cluster number per text: texts joined by a chain of pairs at least `threshold` alike, digits masked or not.
+    """Cluster number per text: a chain of pairs with a similarity of at least `threshold` joins the texts of a cluster.
 
-    Unmasked pairs count too, as long numbers in common can make two texts more alike than their words do.
+    Pairs count with digits masked and as written: long numbers in common can make two texts more similar than their
+    words do.
     """
     component = np.arange(len(texts))
     for masked in (True, False):
         for i, j, _ in near_duplicate_pairs(texts, threshold, masked):
-            component = unite_components(component, i, j)
+            component = merge_components(component, i, j)
     return component
 
 
-def name_groups(frame: pd.DataFrame, cluster: np.ndarray, also: list[tuple[int, str]]) -> list[str]:
-    """One name per row, the same for rows that a user's group or a near-duplicate cluster joins.
+def name_groups(rows: pd.DataFrame, cluster: np.ndarray, duplicate_groups: list[tuple[int, str]]) -> list[str]:
+    """One group name per row, the same for all rows that a group of the file or a near-duplicate cluster joins.
 
-    A group is called like the first user's group in it, or like its first row when there is none.
+    duplicate_groups: (row, group) of dropped duplicates; the row belongs to that group too.
+    The name is that of the first group of the file in it, or the id of its first row when there is none.
     """
-    rows = [*((i, group) for i, group in enumerate(frame["group"]) if group is not None), *also]
-    holder: dict[str, int] = {}
-    pairs = [(i, holder.setdefault(group, i)) for i, group in rows]
-    component = unite_components(cluster, np.array([i for i, _ in pairs], int), np.array([j for _, j in pairs], int))
+    memberships = [*((i, group) for i, group in enumerate(rows["group"]) if group is not None), *duplicate_groups]
+    first_row: dict[str, int] = {}
+    pairs = [(i, first_row.setdefault(group, i)) for i, group in memberships]
+    component = merge_components(cluster, np.array([i for i, _ in pairs], int), np.array([j for _, j in pairs], int))
     names: dict[int, str] = {}
-    for i, group in rows:
+    for i, group in memberships:
         names.setdefault(component[i], group)
-    taken = set(holder)
-    for i, identity in enumerate(frame["id"]):
+    used = set(first_row)
+    for i, name in enumerate(rows["id"]):
         if component[i] not in names:
-            while identity in taken:  # a user's group may be called like somebody's id
-                identity += "+"
-            taken.add(identity)
-            names[component[i]] = identity
+            while name in used:  # a group of the file may have the name of another row's id
+                name += "+"
+            used.add(name)
+            names[component[i]] = name
     return [names[c] for c in component]

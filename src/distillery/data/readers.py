@@ -1,4 +1,4 @@
-"""Read records from CSV, TSV, JSON lines, Parquet and hub data sets, with the place of each."""
+"""Read records from CSV, TSV, JSON lines, Parquet and hub data sets, with the line or row of each."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 @dataclass(frozen=True)
 class RawRows:
-    """Records as they stand in the file, and where each one stands."""
+    """The records of a source, unchanged, and the line or row of each."""
 
     name: str  # the source as the user wrote it
     unit: str  # "line" or "row"
     rows: list[dict[str, Any]]
-    numbers: list[int]  # of the line or row, from 1
-    blank: int = 0  # empty lines that were skipped
-    labels: list[str] | None = None  # names of the label's integers, when a hub data set brings them
-    splits: list[str] | None = None  # of each row, when a hub data set's own are kept
+    numbers: list[int]  # line or row of each record, from 1
+    blank: int = 0  # empty lines, which are skipped
+    labels: list[str] | None = None  # the names of integer labels, where a hub data set has them
+    splits: list[str] | None = None  # of each record, where the splits of a hub data set are used
 
     def at(self, i: int) -> str:
+        """Where record `i` stands, for messages."""
         return f"{self.name}, {self.unit} {self.numbers[i]}"
 
 
@@ -80,11 +81,11 @@ def read_rows(name: str, base: Path) -> RawRows:
 
 
 def _decode(name: str, content: bytes) -> str:
-    mark = 3 if content.startswith(b"\xef\xbb\xbf") else 0
+    mark_length = 3 if content.startswith(b"\xef\xbb\xbf") else 0  # byte order mark
     try:
-        return content[mark:].decode("utf-8")
+        return content[mark_length:].decode("utf-8")
     except UnicodeDecodeError as error:
-        offset = error.start + mark
+        offset = error.start + mark_length
         line = content.count(b"\n", 0, offset) + 1
         raise UserError(
             f"{name}, line {line}: byte 0x{content[offset]:02x} at offset {offset} is not UTF-8; save the file as UTF-8"
@@ -93,7 +94,7 @@ def _decode(name: str, content: bytes) -> str:
 
 def _read_jsonl(name: str, content: bytes) -> RawRows:
     rows, numbers, blank = [], [], 0
-    # Only "\n" ends a line: str.splitlines would also cut at characters that may stand inside a JSON string.
+    # Only "\n" ends a line: str.splitlines also splits at characters that a JSON string may contain.
     lines = _decode(name, content).removesuffix("\n").split("\n") if content else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -132,9 +133,9 @@ def _read_table(name: str, content: bytes, delimiter: str) -> RawRows:
             blank += 1
         elif header is None:
             header = [cell.strip() for cell in cells]
-            twice = [column for column, n in Counter(header).items() if n > 1]
-            if twice:
-                raise UserError(f"{name}, line {number}: the column `{twice[0]}` is there twice")
+            repeated = [column for column, n in Counter(header).items() if n > 1]
+            if repeated:
+                raise UserError(f"{name}, line {number}: the column `{repeated[0]}` is there twice")
         elif len(cells) != len(header):
             raise UserError(f"{name}, line {number}: {len(cells)} fields, but the header has {len(header)}")
         else:
@@ -155,40 +156,45 @@ def _read_parquet(name: str, content: bytes) -> RawRows:
 
 def _read_hub(spec: SourceConfig) -> RawRows:
     source = spec.source
-    found = re.fullmatch(r"hub:(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w./-]+))?", source)
-    if not found:
+    match = re.fullmatch(r"hub:(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w./-]+))?", source)
+    if not match:
         raise UserError(f"{source}: not a hub data set; write hub:owner/name or hub:owner/name@revision")
-    own = {part: name for part, name in (spec.hub_splits.model_dump() if spec.hub_splits else {}).items() if name}
+    repo, revision = match.groups()
+    hub_splits = spec.hub_splits.model_dump() if spec.hub_splits else {}  # split -> split of the hub
+    hub_splits = {split: hub_split for split, hub_split in hub_splits.items() if hub_split}
     import datasets  # slow to import, and only needed here
 
-    chatter = [logging.getLogger(n) for n in ("datasets", "huggingface_hub")]
-    levels = [logger.level for logger in chatter]
-    bars = datasets.is_progress_bar_enabled()
+    loggers = [logging.getLogger(n) for n in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    progress_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        for logger in chatter:  # its retries and hints would bury the one line that matters
+        for logger in loggers:  # retries and hints of the library would hide the one line that matters
             logger.setLevel(logging.CRITICAL)
         parts = [
-            datasets.load_dataset(found[1], spec.hub_config, revision=found[2], split=split)
-            for split in own.values() or [spec.hub_split]
+            datasets.load_dataset(repo, spec.hub_config, revision=revision, split=hub_split)
+            for hub_split in hub_splits.values() or [spec.hub_split]
         ]
-    except OSError as error:  # the library tells no network, offline mode, unknown and gated apart in prose only
+    except OSError as error:  # no network, offline mode, unknown and gated data sets differ only in the library's prose
         unreachable = "no network (or HF_HUB_OFFLINE is set), unknown data set or revision, or no right to read it"
         raise UserError(f"{source}: {error.strerror or unreachable}") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{source}: cannot be read: {reason[:300]}") from None
     finally:
-        for logger, level in zip(chatter, levels, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if bars:
+        if progress_bars:
             datasets.enable_progress_bars()
-    names = getattr(parts[0].features.get(spec.columns.label), "names", None)
+    labels = getattr(parts[0].features.get(spec.columns.label), "names", None)
     rows = [row for part in parts for row in part.to_list()]
-    splits = [name for name, part in zip(own, parts, strict=True) for _ in range(len(part))] if own else None
-    return RawRows(source, "row", rows, list(range(1, len(rows) + 1)), labels=names, splits=splits)
+    splits = None
+    if hub_splits:
+        splits = [split for split, part in zip(hub_splits, parts, strict=True) for _ in range(len(part))]
+    return RawRows(source, "row", rows, list(range(1, len(rows) + 1)), labels=labels, splits=splits)
 
 
 def value_kind(value: Any) -> str:
+    """The type of `value` in plain words, for messages."""
     names = {bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
     return "nothing" if value is None else names.get(type(value), type(value).__name__)

@@ -25,50 +25,51 @@ def split_groups(
     """
     share = {split: getattr(shares, split) for split in SPLITS if getattr(shares, split) > 0}
     splits = list(share)
-    needed = [splits.index(split) for split in NEEDS_EVERY_LABEL if split in share]
-    group_of, _ = pd.factorize(np.asarray(groups, dtype=object))
-    label_of = pd.Categorical(labels, categories=list(names)).codes
-    counts = np.zeros((group_of.max() + 1, len(names)), dtype=int)
-    np.add.at(counts, (group_of, label_of), 1)
-    holders = (counts > 0).sum(axis=0)
-    wanted = ", ".join(splits[s] for s in needed)
-    for label, n in zip(names, holders, strict=True):
-        if n < len(needed):
+    required = [splits.index(split) for split in NEEDS_EVERY_LABEL if split in share]
+    required_names = ", ".join(splits[s] for s in required)
+    group_code, _ = pd.factorize(np.asarray(groups, dtype=object))
+    label_code = pd.Categorical(labels, categories=list(names)).codes
+    counts = np.zeros((group_code.max() + 1, len(names)), dtype=int)
+    np.add.at(counts, (group_code, label_code), 1)
+    for label, n_groups in zip(names, (counts > 0).sum(axis=0), strict=True):
+        if n_groups < len(required):
             raise UserError(
-                f"label `{label}` has {n} group(s) of rows (rows that belong together count once), "
-                f"too few to split: needs {len(needed)}, one each for {wanted}"
+                f"label `{label}` has {n_groups} group(s) of rows (rows that belong together count once), "
+                f"too few to split: needs {len(required)}, one each for {required_names}"
             )
     for attempt in range(50):
         rng = np.random.default_rng([seed, attempt])
-        assigned = _assign_groups(counts, np.array([share[s] for s in splits]), needed, rng)
+        assigned = _assign_groups(counts, np.array([share[s] for s in splits]), required, rng)
         if assigned is not None:
-            return np.array(splits, dtype=object)[assigned[group_of]]
-    raise UserError(f"no split holds every label in each of {wanted}: the labels share too few groups; add rows")
+            return np.array(splits, dtype=object)[assigned[group_code]]
+    raise UserError(
+        f"no split holds every label in each of {required_names}: the labels share too few groups; add rows"
+    )
 
 
 def _assign_groups(
-    counts: np.ndarray, share: np.ndarray, needed: list[int], rng: np.random.Generator
+    counts: np.ndarray, share: np.ndarray, required: list[int], rng: np.random.Generator
 ) -> np.ndarray | None:
-    """Split index per group [groups], or None when this shuffle leaves a needed split without some label."""
+    """Split index per group [groups], or None when this shuffle leaves a required split without some label."""
     target = np.outer(share, counts.sum(axis=0))  # [splits, labels] rows
-    held = np.zeros_like(target)
+    current = np.zeros_like(target)
     assigned = np.full(len(counts), -1)
     shuffled = rng.permutation(len(counts))
 
-    def put(group: int, split: int) -> None:
+    def assign(group: int, split: int) -> None:
         assigned[group] = split
-        held[split] += counts[group]
+        current[split] += counts[group]
 
     for label in np.argsort((counts > 0).sum(axis=0), kind="stable"):  # the rarest first
-        for split in needed:
-            if not held[split, label]:
+        for split in required:
+            if not current[split, label]:
                 free = [g for g in shuffled if assigned[g] < 0 and counts[g, label]]
                 if not free:
                     return None
-                put(min(free, key=lambda g: ((counts[g] > 0).sum(), counts[g].sum())), split)
-    # Sainte-Laguë's rule for seats. Filling the emptiest split instead would hand all large groups to the largest
-    # splits, and contrast pairs would be missing from the small ones.
+                assign(min(free, key=lambda g: ((counts[g] > 0).sum(), counts[g].sum())), split)
+    # Sainte-Laguë's rule for seats. The rule "to the emptiest split" would give all large groups to the largest splits,
+    # and contrast pairs would be missing from the small ones.
     weight = counts / counts.sum(axis=0)
     for group in sorted((g for g in shuffled if assigned[g] < 0), key=lambda g: -counts[g].sum()):
-        put(group, int(np.argmin(((held + counts[group] / 2) / target) @ weight[group])))
+        assign(group, int(np.argmin(((current + counts[group] / 2) / target) @ weight[group])))
     return assigned

@@ -26,7 +26,7 @@ def _write_parquet(frame: pd.DataFrame, schema: pa.Schema, path: Path) -> None:
 def write_source(prepared: PreparedSource, folder: Path) -> None:
     """Write the splits, `pool_labels.parquet`, `task.json` and `audit.json` into `folder`, replacing it as a whole.
 
-    The pool carries no label, no rationale and no column that tells the label.
+    The pool carries no label, no rationale and no column that reveals the label.
     Raises UserError when the disk is full; `folder` is then as it was before.
     """
     rows, split = prepared.rows, prepared.split
@@ -37,9 +37,9 @@ def write_source(prepared: PreparedSource, folder: Path) -> None:
     schema = pa.schema(list(types.items()))
     with atomic_write(folder) as new:
         new.mkdir()
-        for part in SPLITS:
-            frame = rows[split == part]
-            _write_parquet(frame.drop(columns=hidden) if part == "pool" else frame, schema, new / f"{part}.parquet")
+        for name in SPLITS:
+            frame = rows[split == name]
+            _write_parquet(frame.drop(columns=hidden) if name == "pool" else frame, schema, new / f"{name}.parquet")
         _write_parquet(rows.loc[split == "pool", ["id", *gold]], schema, new / "pool_labels.parquet")
         # The order of the labels is the order of probability vectors: keys stay as they are.
         task = json.dumps(prepared.task.model_dump(), ensure_ascii=False, indent=2)
@@ -48,12 +48,12 @@ def write_source(prepared: PreparedSource, folder: Path) -> None:
         (new / "audit.json").write_text(audit + "\n", encoding="utf-8")
 
 
-def read_split(folder: Path, part: str) -> pd.DataFrame:
-    """One written file: `part` is train, pool, validation, test or pool_labels. Missing values are None.
+def read_split(folder: Path, name: str) -> pd.DataFrame:
+    """The rows of one written file: train, pool, validation, test or pool_labels. Missing values are None.
 
-    Raises UserError when it has not been written yet.
+    Raises UserError when the file does not exist yet.
     """
-    path = folder / f"{part}.parquet"
+    path = folder / f"{name}.parquet"
     if not path.exists():
         raise UserError(f"{path}: not there yet; run `dvc repro` first")
     frame = pq.read_table(path).to_pandas(strings_to_categorical=False)
