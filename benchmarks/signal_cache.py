@@ -100,8 +100,10 @@ def vocabulary_errors(
                 wrong = (losses.kl(ours, kept.logprobs(part), temperature) - exact).abs()
             elif temperature == 1:
                 wrong = (losses.kl_top_k(ours, *kept.top(part)) - exact).abs()
-            else:  # nothing that is kept gives this loss
-                wrong = losses.top_k_error(ours, full, k, temperature) * exact
+            else:  # what is kept would give this loss, if a phase took it
+                values, indices, tail = losses.to_top_k(full, k)
+                cut = losses.kl_top_k(ours / temperature, values / temperature, indices, tail / temperature)
+                wrong = (cut - exact).abs()
             for kind, mask in where.of(part).items():
                 sums = apart.setdefault((kind, temperature), [0.0, 0.0])
                 sums[0] += wrong[mask].double().sum().item()

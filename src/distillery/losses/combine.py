@@ -5,27 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distillery.losses.divergences import (
-    DIVERGENCE_FUNCTIONS,
-    cross_entropy,
-    temper,
-    temperature_factor,
-)
+from distillery.losses.divergences import DIVERGENCE_FUNCTIONS, cross_entropy, temper, temperature_factor
 from distillery.losses.tensors import shape_text
-
-# From values per row to one loss
 
 
 def reduce(values: Tensor, weights: Tensor | None, denominator: float | Tensor) -> Tensor:
-    """sum_i w_i v_i / denominator: the one way from values per row to a loss.
+    """sum_i w_i v_i / denominator: the loss of all terms from their values per row.
 
     Args:
         values: [n], one per row.
         weights: [n] (a mask, or weights per row), or None for ones. A row of weight 0 counts for nothing, even if
             its value is not finite.
         denominator: > 0, the number (or weight) of supervised positions of the whole optimizer step. Every
-            accumulated micro-batch passes the same number, and their backward passes add up; dividing again by the
-            number of micro-batches would be a mistake.
+            accumulated micro-batch passes the same number, and their backward passes add up. So do not divide again
+            by the number of micro-batches.
     Returns: a scalar in the units of `values`.
     Raises: ValueError for shapes that differ, naming both, or a denominator that is not above 0.
     """
@@ -70,6 +63,26 @@ def combine_terms(
     Raises: ValueError for an unknown or missing term, a term whose `targets` or `teacher_logprobs` are missing, and
         as the terms do.
     """
+    divergences = _check_terms(loss, targets, teacher_logprobs)
+    if mask is not None:
+        student_logits, targets, teacher_logprobs, mask = _drop_masked(student_logits, targets, teacher_logprobs, mask)
+    tempered = temper(student_logits, teacher_logprobs, temperature) if divergences else None
+    total, values = 0.0, {}
+    for term, weight in loss.items():
+        if term == "ce":
+            row_values = cross_entropy(student_logits, targets)
+        else:
+            row_values = DIVERGENCE_FUNCTIONS[term](tempered, beta, alpha)
+        value = reduce(row_values, mask, denominator)
+        if scale_by_t2:
+            value = value * temperature_factor(term, temperature)
+        total = total + weight * value
+        values[term] = value.detach()
+    return total, values
+
+
+def _check_terms(loss: dict[str, float], targets: Tensor | None, teacher_logprobs: Tensor | None) -> list[str]:
+    """The divergences among the terms. Raises ValueError as :func:`combine_terms`."""
     unknown = [term for term in loss if term != "ce" and term not in DIVERGENCE_FUNCTIONS]
     if unknown or not loss:
         wrong = repr(unknown[0]) if unknown else "none"
@@ -79,28 +92,22 @@ def combine_terms(
     divergences = [term for term in loss if term != "ce"]
     if divergences and teacher_logprobs is None:
         raise ValueError(f"loss term {divergences[0]!r} needs teacher_logprobs")
-    if mask is not None:
-        if mask.dim() != 1 or len(mask) != len(student_logits):
-            raise ValueError(f"mask must be [n]: student_logits {shape_text(student_logits)}, mask {shape_text(mask)}")
-        for name, rows in (("targets", targets), ("teacher_logprobs", teacher_logprobs)):
-            if rows is not None and len(rows) != len(mask):
-                raise ValueError(
-                    f"{name} {shape_text(rows)} must have the rows of student_logits {shape_text(student_logits)}"
-                )
-        keep = mask != 0
-        if not bool(keep.all()):
-            student_logits, mask = student_logits[keep], mask[keep]
-            targets = None if targets is None else targets[keep]
-            teacher_logprobs = None if teacher_logprobs is None else teacher_logprobs[keep]
-    rows = temper(student_logits, teacher_logprobs, temperature) if divergences else None
-    total, values = 0.0, {}
-    for term, weight in loss.items():
-        row_values = (
-            cross_entropy(student_logits, targets) if term == "ce" else DIVERGENCE_FUNCTIONS[term](rows, beta, alpha)
-        )
-        value = reduce(row_values, mask, denominator)
-        if scale_by_t2:
-            value = value * temperature_factor(term, temperature)
-        total = total + weight * value
-        values[term] = value.detach()
-    return total, values
+    return divergences
+
+
+def _drop_masked(
+    student_logits: Tensor, targets: Tensor | None, teacher_logprobs: Tensor | None, mask: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The arguments without the rows of mask 0, which may hold anything, NaN too."""
+    if mask.dim() != 1 or len(mask) != len(student_logits):
+        raise ValueError(f"mask must be [n]: student_logits {shape_text(student_logits)}, mask {shape_text(mask)}")
+    for name, rows in (("targets", targets), ("teacher_logprobs", teacher_logprobs)):
+        if rows is not None and len(rows) != len(mask):
+            raise ValueError(
+                f"{name} {shape_text(rows)} must have the rows of student_logits {shape_text(student_logits)}"
+            )
+    keep = mask != 0
+    if bool(keep.all()):
+        return student_logits, targets, teacher_logprobs, mask
+    tensors = (student_logits, targets, teacher_logprobs, mask)
+    return tuple(None if tensor is None else tensor[keep] for tensor in tensors)

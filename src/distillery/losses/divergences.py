@@ -12,12 +12,7 @@ from torch import Tensor
 from distillery.losses.tensors import as_float, shape_text
 
 LOG_FLOOR = math.log(torch.finfo(torch.float32).tiny)  # -87.34
-
-
-IGNORE_INDEX = -100  # a hard target that counts for nothing, as in torch
-
-
-# Terms over distributions
+IGNORE_INDEX = -100  # the target of a row without a label, as in torch
 
 
 def kl(student_logits: Tensor, teacher_logprobs: Tensor, temperature: float = 1.0) -> Tensor:
@@ -61,14 +56,13 @@ def jsd(
 ) -> Tensor:
     """Generalized Jensen-Shannon divergence, beta KL(p || m) + (1 - beta) KL(s || m) with m = beta p + (1 - beta) s.
 
-    `beta` is the teacher's weight in the mixture, as in the paper and in TRL. Its ends: the divergence goes to 0
-    as beta goes to 0 or 1, in value *and in gradient*, like beta KL(p || s) and (1 - beta) KL(s || p). So the
-    continuous value at an end is 0, which would train nothing without a word; returning a KL there, as TRL does, makes
-    the loss jump by orders of magnitude between 0.01 and 0. Neither is what a user means, so the ends are refused and
-    the message names the term to use instead.
+    `beta` is the teacher's weight in the mixture, as in the paper and in TRL. Near the ends the divergence goes to 0
+    in value *and in gradient*, like beta KL(p || s) and (1 - beta) KL(s || p). So its continuous value at an end is 0,
+    which trains nothing. TRL returns a KL there, so that its loss jumps by orders of magnitude between 0.01 and 0. A
+    user means neither, so the ends are an error, and the message names the term to use instead.
 
     `scaled=True` divides by beta (1 - beta). That is continuous on the closed interval: exactly KL(p || s) at 0, the
-    Jeffreys-like middle, exactly KL(s || p) at 1, and its gradient's size hardly depends on beta. Use it to sweep
+    Jeffreys-like middle, exactly KL(s || p) at 1, and the size of its gradient hardly depends on beta. Use it to sweep
     beta. Its rounding error grows as 1 / (beta (1 - beta)): about 1e-5 at 0.01 in float32.
 
     Args: as for :func:`kl`, and
@@ -94,7 +88,7 @@ def jsd(
 def skew_kl(student_logits: Tensor, teacher_logprobs: Tensor, temperature: float = 1.0, alpha: float = 0.1) -> Tensor:
     """Skew Kullback-Leibler divergence KL(p || alpha p + (1 - alpha) s): forward KL with a bounded gradient.
 
-    Args: as for :func:`kl`, and `alpha` in [0, 1): 0 is :func:`kl`; 1 would be 0 whatever the student says.
+    Args: as for :func:`kl`, and `alpha` in [0, 1): 0 is :func:`kl`; at 1 the loss would be 0 for any student.
     Returns: [n] nats, in [0, -log alpha]. Denominator: none, one value per row.
     Space: labels or vocabulary.
     Raises: as :func:`kl`; ValueError for `alpha` outside [0, 1).
@@ -106,9 +100,9 @@ def skew_kl(student_logits: Tensor, teacher_logprobs: Tensor, temperature: float
 def skew_reverse_kl(
     student_logits: Tensor, teacher_logprobs: Tensor, temperature: float = 1.0, alpha: float = 0.1
 ) -> Tensor:
-    """Skew reverse Kullback-Leibler divergence KL(s || (1 - alpha) p + alpha s): reverse KL that a zero cannot blow up.
+    """Skew reverse Kullback-Leibler divergence KL(s || (1 - alpha) p + alpha s): reverse KL, bounded where p is 0.
 
-    Args: as for :func:`kl`, and `alpha` in [0, 1): 0 is :func:`reverse_kl`; 1 would be 0 whatever the student says.
+    Args: as for :func:`kl`, and `alpha` in [0, 1): 0 is :func:`reverse_kl`; at 1 the loss would be 0 for any student.
     Returns: [n] nats, in [0, -log alpha]. Denominator: none, one value per row.
     Space: labels or vocabulary.
     Raises: as :func:`kl`; ValueError for `alpha` outside [0, 1).
@@ -134,9 +128,9 @@ def cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         student_logits: [n, K], any float dtype, finite.
-        targets: [n] int64 in 0..K-1, or -100 for a row without a gold label (value 0); or [n, K] probabilities.
+        targets: [n] int64 in 0..K-1, or -100 for a row without a label (value 0); or [n, K] probabilities.
     Returns: [n] nats, in [0, inf). Denominator: none, one value per row; a row of -100 is no supervised position
-        and must not be counted in it.
+        and does not count in it.
     Space: labels or vocabulary.
     Raises: ValueError for shapes that do not fit, naming both, or for classes outside 0..K-1.
     """
@@ -152,16 +146,16 @@ def cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
         raise ValueError(
             f"one target per row: student_logits {shape_text(student_logits)}, targets {shape_text(targets)}"
         )
-    wrong = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= logits.shape[1]))
-    if bool(wrong.any()):
+    invalid = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= logits.shape[1]))
+    if bool(invalid.any()):
         raise ValueError(
-            f"targets must be in 0..{logits.shape[1] - 1} (or {IGNORE_INDEX}), not {int(targets[wrong][0])}"
+            f"targets must be in 0..{logits.shape[1] - 1} (or {IGNORE_INDEX}), not {int(targets[invalid][0])}"
         )
     return F.cross_entropy(logits, targets.long(), ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def temperature_factor(term: str, temperature: float) -> float:
-    """What to multiply `term` by so that its gradient's size does not depend on a high temperature.
+    """The factor that keeps the size of the gradient of `term` the same at every high temperature.
 
     T**2 for the divergences, which are quadratic near agreement (Hinton et al. 2015, section 2); T for `tvd`, which is
     linear there; 1 for `ce`, which has no temperature.
@@ -174,10 +168,11 @@ def temperature_factor(term: str, temperature: float) -> float:
     return float(temperature) ** powers[term]
 
 
-# What the terms share: log s and log p at the temperature, and p. Several terms of one mix then cost one softmax each.
-
-
 def temper(student_logits: Tensor, teacher_logprobs: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log s, log p (held at `LOG_FLOOR`) and p at the temperature, [n, K] each: what all terms of a sum share.
+
+    Raises: ValueError for shapes other than two equal [n, K], or a temperature that is not positive.
+    """
     if student_logits.dim() != 2 or student_logits.shape != teacher_logprobs.shape:
         raise ValueError(
             f"student_logits and teacher_logprobs must be two equal [n, K], "
@@ -190,7 +185,7 @@ def temper(student_logits: Tensor, teacher_logprobs: Tensor, temperature: float)
     if temperature != 1:
         student, teacher = student / temperature, teacher / temperature
     log_p = teacher.log_softmax(-1)
-    # p before the floor: an outcome that the teacher excludes weighs exactly nothing, however small the student's
+    # p before the floor: an outcome that the teacher excludes has exactly the weight 0
     return student.log_softmax(-1), log_p.clamp_min(LOG_FLOOR), log_p.exp()
 
 
@@ -211,7 +206,7 @@ def _jsd(log_s: Tensor, log_p: Tensor, p: Tensor, beta: float) -> Tensor:
 
 def _check_alpha(alpha: float) -> None:
     if not 0 <= alpha < 1:
-        raise ValueError(f"alpha must be in [0, 1), not {alpha}: at 1 the loss is 0 whatever the student says")
+        raise ValueError(f"alpha must be in [0, 1), not {alpha}: at 1 the loss is 0 for any student")
 
 
 def _skew_kl(log_s: Tensor, log_p: Tensor, p: Tensor, alpha: float) -> Tensor:
@@ -234,6 +229,7 @@ def _tvd(log_s: Tensor, log_p: Tensor, p: Tensor) -> Tensor:
     return (p - log_s.exp()).abs().sum(-1) / 2
 
 
+# term -> f((log s, log p, p) of `temper`, beta, alpha) -> [n]
 DIVERGENCE_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "kl": lambda rows, beta, alpha: _kl(*rows),
     "reverse_kl": lambda rows, beta, alpha: _reverse_kl(*rows),
@@ -243,14 +239,7 @@ DIVERGENCE_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "tvd": lambda rows, beta, alpha: _tvd(*rows),
 }
 
-
-def _uniform(name: str) -> Callable[..., Tensor]:
-    def term(student_logits, teacher_logprobs, *, temperature=1.0, beta=0.5, alpha=0.1):
-        return DIVERGENCE_FUNCTIONS[name](temper(student_logits, teacher_logprobs, temperature), beta, alpha)
-
-    term.__name__ = name
-    return term
-
-
-# name -> f(student_logits [n, K], teacher_logprobs [n, K], *, temperature=1.0, beta=0.5, alpha=0.1) -> [n]
-DISTRIBUTION_TERMS: dict[str, Callable[..., Tensor]] = {name: _uniform(name) for name in DIVERGENCE_FUNCTIONS}
+# term -> its function of student_logits [n, K], teacher_logprobs [n, K] and temperature -> [n]
+DISTRIBUTION_TERMS: dict[str, Callable[..., Tensor]] = {
+    term.__name__: term for term in (kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd)
+}

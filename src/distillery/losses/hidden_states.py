@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from distillery.losses.tensors import as_float, shape_text
 
-# Representations
-
 
 def hidden_mse(student: Tensor, teacher: Tensor, projection: nn.Linear | None = None) -> Tensor:
     """Mean squared error of hidden states, 1/d_t ||W h_s - h_t||^2.
@@ -59,8 +57,8 @@ def pair_layers(
 ) -> list[tuple[int, int]]:
     """Which teacher layer each student layer learns from: pairs (student layer, teacher layer), counted from 1.
 
-    Layer j's output is `hidden_states[j]` of transformers, 0 being the embeddings. The last layers are left out by
-    both rules: they are held together by the loss on the predictions.
+    The output of layer j is `hidden_states[j]` of transformers, 0 being the embeddings. Both rules leave out the last
+    layers, which the loss on the predictions already compares.
 
     Args:
         n_student, n_teacher: how many layers each model has; n_student <= n_teacher for the two rules.
@@ -86,43 +84,24 @@ def pair_layers(
     return pairs
 
 
-def attention_transfer(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention_transfer_maps(student: Tensor, teacher: Tensor) -> Tensor:
     """Attention transfer: 1/2 sum over layers of || Q_s / ||Q_s|| - Q_t / ||Q_t|| ||, Q_i = sum_c A_ic^2.
 
-    A layer's activations [L, d] are summed over channels into a map of where it is active, so widths may differ.
+    Q, the map of where a layer is active, is the sum of squares of its activations A [L, d] over the channels. So the
+    widths of the two models may differ.
 
-    Args:
-        student: [n, m, L, d_s], teacher: [n, m, L, d_t]: m paired layers, L positions of the same tokens.
-        mask: [n, L], 0 for padding; None for all ones.
+    Args: student, teacher: [n, m, L], Q of m paired layers at L positions of the same tokens, 0 at padding.
     Returns: [n], dimensionless, in [0, m / sqrt(2)]. Denominator: none (the paper sums over layers).
     Space: hidden states.
-    Raises: ValueError for shapes that do not fit, naming both.
-    Source: Zagoruyko & Komodakis 2017, "Paying More Attention to Attention", eq. 2 with p = 2 (their weight is beta;
-        their code squares the norm and takes its mean, the equation does not).
-    """
-    if student.dim() != 4 or student.shape[:3] != teacher.shape[:3]:
-        raise ValueError(
-            f"student [n, m, L, d_s], teacher [n, m, L, d_t], not {shape_text(student)} and {shape_text(teacher)}"
-        )
-    if mask is not None and mask.shape != (len(student), student.shape[2]):
-        raise ValueError(f"mask must be [n, L]: student {shape_text(student)}, mask {shape_text(mask)}")
-    student = as_float(student)
-    maps = [states.to(student.dtype).square().sum(-1) for states in (student, teacher)]
-    if mask is not None:
-        maps = [m.masked_fill(mask[:, None, :] == 0, 0) for m in maps]
-    return attention_transfer_maps(*maps)
-
-
-def attention_transfer_maps(student: Tensor, teacher: Tensor) -> Tensor:
-    """:func:`attention_transfer` of maps that are already summed over channels, which are all that need be kept.
-
-    Args: student, teacher: [n, m, L], Q of m paired layers, 0 at padding.
-    Returns: [n], in [0, m / sqrt(2)]. Raises: ValueError for shapes other than two equal [n, m, L], naming both.
+    Raises: ValueError for shapes other than two equal [n, m, L], naming both.
+    Source: Zagoruyko & Komodakis 2017, "Paying More Attention to Attention", eq. 2 with p = 2. Their weight is beta.
+        Their code takes the mean of the squared norm, the equation does not.
     """
     if student.dim() != 3 or student.shape != teacher.shape:
         raise ValueError(f"student, teacher: two equal [n, m, L], not {shape_text(student)} and {shape_text(teacher)}")
-    ours, theirs = (F.normalize(m, dim=-1) for m in (student, teacher.to(student.dtype)))
-    return torch.linalg.vector_norm(ours - theirs, dim=-1).sum(-1) / 2
+    student = as_float(student)
+    difference = F.normalize(student, dim=-1) - F.normalize(teacher.to(student.dtype), dim=-1)
+    return torch.linalg.vector_norm(difference, dim=-1).sum(-1) / 2
 
 
 def cosine_embedding(student: Tensor, teacher: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ from torch import Tensor
 from distillery.losses.divergences import IGNORE_INDEX, LOG_FLOOR, cross_entropy
 from distillery.losses.tensors import as_float, shape_text
 
-# Several teachers
-
 
 def mix_teachers(logprobs: Tensor, weights: Tensor) -> Tensor:
     """log of the weighted mean of probabilities, log sum_t w_t p_t / sum_t w_t.
@@ -27,23 +25,23 @@ def mix_teachers(logprobs: Tensor, weights: Tensor) -> Tensor:
         raise ValueError(
             f"logprobs [t, n, K] and weights [t] or [t, n], not {shape_text(logprobs)} and {shape_text(weights)}"
         )
-    work = as_float(logprobs)
-    weights = weights.to(work.dtype)
+    logprobs = as_float(logprobs)
+    weights = weights.to(logprobs.dtype)
     if bool((weights < 0).any()) or not bool((weights.sum(0) > 0).all()):
         raise ValueError("weights must not be negative and must have a positive sum")
-    weights = (weights / weights.sum(0)).reshape(len(work), -1, 1)
-    return torch.logsumexp(work.log_softmax(-1) + weights.log(), 0)
+    weights = (weights / weights.sum(0)).reshape(len(logprobs), -1, 1)
+    return torch.logsumexp(logprobs.log_softmax(-1) + weights.log(), 0)
 
 
 def confidence_weights(logprobs: Tensor, targets: Tensor | None = None) -> Tensor:
     """Weight of each of t teachers per example, w_k = (1 - softmax_k(u)) / (t - 1), u_k the teacher's uncertainty.
 
-    u_k is the teacher's cross-entropy with the gold label, as in the paper; where there is no gold label it is the
-    entropy of the teacher's own distribution, its expected cross-entropy if it is calibrated.
+    u_k is the teacher's cross-entropy with the gold label, as in the paper. Where there is no gold label, u_k is the
+    entropy of the teacher's distribution, which is the expected cross-entropy of a calibrated teacher.
 
     Args:
         logprobs: [t, n, K] log-probabilities at T = 1.
-        targets: [n] int64 gold classes, with -100 (no label) falling back on entropy row by row; or None.
+        targets: [n] int64 gold classes, -100 where there is none (entropy for that row); or None.
     Returns: [t, n], not negative, sums to 1 over the teachers; ones for a single teacher.
     Space: labels or vocabulary.
     Raises: ValueError for shapes that do not fit, naming both, or for classes outside 0..K-1.
@@ -55,8 +53,8 @@ def confidence_weights(logprobs: Tensor, targets: Tensor | None = None) -> Tenso
     log_p = as_float(logprobs).log_softmax(-1)
     uncertainty = -(log_p.exp() * log_p.clamp_min(LOG_FLOOR)).sum(-1)
     if targets is not None:
-        gold = torch.stack([cross_entropy(teacher.clamp_min(LOG_FLOOR), targets) for teacher in log_p])
-        uncertainty = torch.where(targets == IGNORE_INDEX, uncertainty, gold)
+        nll = torch.stack([cross_entropy(teacher.clamp_min(LOG_FLOOR), targets) for teacher in log_p])
+        uncertainty = torch.where(targets == IGNORE_INDEX, uncertainty, nll)
     if len(log_p) == 1:
         return torch.ones_like(uncertainty)
     return (1 - uncertainty.softmax(0)) / (len(log_p) - 1)
