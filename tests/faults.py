@@ -1,7 +1,7 @@
-"""TRL's faults beside our terms and trainers, shared by the tests and by `benchmarks/trl_faults.py`.
+"""TRL's faults beside the terms and trainers of this package, shared by the tests and by `benchmarks/trl_faults.py`.
 
-Every function runs TRL's own code and ours on the same tiny models and returns the figures of both; `CASES` holds
-them in order. The tests in `test_faults.py` say what these figures have to be.
+Every function runs TRL's code and this package's on the same tiny models and returns the figures of both; `CASES`
+holds them in order. The tests in `test_faults.py` state what these figures have to be.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LABELS = [0, 1, 2, 0]
 
 @dataclass
 class Case:
-    """number: the fault's place in the list (0: found since). shown: what the figures are."""
+    """number: the fault's place in the list (0: not in it). shown: what the figures are."""
 
     number: int
     name: str
@@ -57,7 +57,7 @@ CASES: list[Case] = []
 
 
 def case(number: int, shown: str) -> Callable[[Any], Any]:
-    """measure(tiny models' folder, empty folder) -> (TRL's figures, ours)."""
+    """measure(tiny models' folder, empty folder) -> (TRL's figures, own figures)."""
 
     def add(measure: Any) -> Any:
         CASES.append(Case(number, measure.__name__, shown, measure))
@@ -137,11 +137,11 @@ def pair(k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return student, teacher.log_softmax(-1)
 
 
-# ------------------------------------------------------------------------------- ours on the same task
+# ------------------------------------------------------------------------- this package's trainer on the same task
 
 
 def finance(folder: Path, seed: int, **more: Any) -> LabelModel:
-    """A tiny language model that is asked for the sentiment of a sentence."""
+    """A tiny language model that predicts the sentiment of a sentence."""
     model = load_model(folder / "tiny-llama", "causal")
     torch.manual_seed(seed)
     for weight in model.parameters():
@@ -151,18 +151,18 @@ def finance(folder: Path, seed: int, **more: Any) -> LabelModel:
 
 
 def messages(texts: list[str]) -> list[list[dict[str, str]]]:
-    said = [TASK.names[label] for label in LABELS]
+    answers = [TASK.names[label] for label in LABELS]
     return [
         [*chat_turns(TASK, text), {"role": "assistant", "content": word}]
-        for text, word in zip(texts, said, strict=False)
+        for text, word in zip(texts, answers, strict=False)
     ]
 
 
 def trainer_of(
     student: LabelModel, teacher: LabelModel, out: Path, rationales: list[str] | None = None, **more: Any
 ) -> Any:
-    """Our trainer of a phase on `TEXTS`."""
-    given = {
+    """This package's trainer of a phase on `TEXTS`."""
+    settings = {
         "data": ["toy/train"],
         "teachers": ["one"],
         "loss": {"jsd": 1.0},
@@ -170,32 +170,32 @@ def trainer_of(
         "batch_size": 4,
         "learning_rate": 1e-3,
     }
-    given |= {"steps": 1} if "epochs" not in more else {}
+    settings |= {"steps": 1} if "epochs" not in more else {}
     rows = TrainingRows(TEXTS, np.array(LABELS), rationales=rationales)
     box = OpenableTeacher(lambda fold: teacher, "one", teacher.model.config.num_hidden_layers, out / "signals")
     return build_trainer(
-        student, rows, PhaseConfig.model_validate(given | more), folder=out / "run", seed=0, title="ours",
+        student, rows, PhaseConfig.model_validate(settings | more), folder=out / "run", seed=0, title="own",
         checkpoint_every=10**6, teachers={"one": box},
     )  # fmt: skip
 
 
 def first_loss(trainer: Any) -> tuple[int, float]:
-    """Supervised tokens of our trainer's first batch, and its loss."""
+    """Supervised tokens of the trainer's first batch, and its loss."""
     picked = list(range(4))
     count = len(trainer.kinds(picked, None))
     trainer.supervised = {"rows": 4, "compared": count}
     return count, trainer.compute_loss(trainer.model, {"index": torch.tensor(picked), "sampled": None}).item()
 
 
-class Rows:
+class HeadRows:
     """Counts the rows that go through an output head."""
 
     def __init__(self, model: Any):
-        self.seen = 0
+        self.count = 0
         model.get_output_embeddings().register_forward_hook(self.add)
 
-    def add(self, module: Any, given: Any, logits: torch.Tensor) -> None:
-        self.seen += logits.shape[:-1].numel()
+    def add(self, module: Any, inputs: Any, logits: torch.Tensor) -> None:
+        self.count += logits.shape[:-1].numel()
 
 
 def count_calls(owner: Any, name: str) -> list[int]:
@@ -216,41 +216,41 @@ def count_calls(owner: Any, name: str) -> list[int]:
 
 @case(1, "on-policy loss of one model with answers of 4, 16, 64 tokens")
 def on_policy_loss_is_divided_by_the_datasets_label_count(folder: Path, out: Path):
-    theirs, ours = [], []
+    trl_figures, own_figures = [], []
     for length in (4, 16, 64):
         trl = letters(out, lmbda=1.0, max_new_tokens=length, max_steps=1)
         trl.create_optimizer_and_scheduler(1)
         batches, count = trl.get_batch_samples(iter(trl.get_train_dataloader()), 1, torch.device("cpu"))
         torch.manual_seed(0)
         inputs = dict(batches[0])
-        theirs.append(trl.training_step(trl.model, inputs, count).item())
+        trl_figures.append(trl.training_step(trl.model, inputs, count).item())
         student, teacher, targets = supervised(trl, inputs)  # training_step leaves what it generated in `inputs`
         assert len(targets) == 4 * length and int(count) < 4 * length
-        ours.append(losses.reduce(losses.jsd(student, teacher), None, len(targets)).item())
-        assert math.isclose(theirs[-1], ours[-1] * len(targets) / int(count), rel_tol=1e-4)
-    return theirs, ours
+        own_figures.append(losses.reduce(losses.jsd(student, teacher), None, len(targets)).item())
+        assert math.isclose(trl_figures[-1], own_figures[-1] * len(targets) / int(count), rel_tol=1e-4)
+    return trl_figures, own_figures
 
 
 @case(2, "loss at T = 1, 5")
 def temperature_never_reaches_the_loss(folder: Path, out: Path):
-    theirs, ours = [], []
+    trl_figures, own_figures = [], []
     for temperature in (1.0, 5.0):
         trl = letters(out, temperature=temperature)
         batch = batch_of(trl)
         student, teacher, targets = supervised(trl, batch)
-        theirs.append(trl.compute_loss(trl.model, batch).item())
-        ours.append(losses.reduce(losses.jsd(student, teacher, temperature, 0.5), None, len(targets)).item())
+        trl_figures.append(trl.compute_loss(trl.model, batch).item())
+        own_figures.append(losses.reduce(losses.jsd(student, teacher, temperature, 0.5), None, len(targets)).item())
         exact = GKDTrainer.generalized_jsd_loss(student, teacher, torch.zeros(len(targets)), 0.5, temperature)
-        assert math.isclose(ours[-1], exact.item(), abs_tol=1e-12)  # the static function does take a temperature
-    return theirs, ours
+        assert math.isclose(own_figures[-1], exact.item(), abs_tol=1e-12)  # the static function does take a temperature
+    return trl_figures, own_figures
 
 
-@case(3, "divergence at beta = 0, 0.01, 0.99, 1 (ours: `scaled`)")
+@case(3, "divergence at beta = 0, 0.01, 0.99, 1 (own: `scaled`)")
 def beta_jumps_at_its_ends(folder: Path, out: Path):
     student, teacher = pair(50)
     betas = (0.0, 0.01, 0.99, 1.0)
-    theirs = [GKDTrainer.generalized_jsd_loss(student, teacher, torch.zeros(4), beta).item() for beta in betas]
-    return theirs, [losses.jsd(student, teacher, beta=beta, scaled=True).mean().item() for beta in betas]
+    trl_figures = [GKDTrainer.generalized_jsd_loss(student, teacher, torch.zeros(4), beta).item() for beta in betas]
+    return trl_figures, [losses.jsd(student, teacher, beta=beta, scaled=True).mean().item() for beta in betas]
 
 
 @case(4, "loss with the right answers, with wrong ones")
@@ -258,19 +258,19 @@ def no_cross_entropy_term(folder: Path, out: Path):
     trl = letters(out)
     batch = batch_of(trl)
     wrong = {**batch, "labels": torch.where(batch["labels"] == -100, -100, 5)}
-    theirs, ours = [], []
+    trl_figures, own_figures = [], []
     for labels in (batch, wrong):
-        theirs.append(trl.compute_loss(trl.model, labels).item())
+        trl_figures.append(trl.compute_loss(trl.model, labels).item())
         student, teacher, targets = supervised(trl, labels)
         loss = {"ce": 0.5, "jsd": 0.5}
         total, _ = losses.combine_terms(
             loss, student, targets=targets, teacher_logprobs=teacher, denominator=len(targets)
         )
-        ours.append(total.item())
-    return theirs, ours
+        own_figures.append(total.item())
+    return trl_figures, own_figures
 
 
-@case(5, "tokens of the instruction before a text that is too long: there are, are kept")
+@case(5, "tokens of the instruction before a text that is too long: in the prompt, left after the cut")
 def a_long_text_pushes_the_instruction_out(folder: Path, out: Path):
     student = finance(folder, 0)
     long = " ".join(TEXTS * 20)
@@ -280,8 +280,8 @@ def a_long_text_pushes_the_instruction_out(folder: Path, out: Path):
     student.max_length = limit
     trl = gkd(out, student.model, student.model, student.tokenizer, messages([long]), max_length=limit)
     batch = trl.data_collator([trl.train_dataset[0]])
-    kept = [common(instruction, ids) for ids in (batch["input_ids"][0].tolist(), student.encode([long])[0])]
-    return [len(instruction), kept[0]], [len(instruction), kept[1]]
+    left = [common(instruction, ids) for ids in (batch["input_ids"][0].tolist(), student.encode([long])[0])]
+    return [len(instruction), left[0]], [len(instruction), left[1]]
 
 
 def common(a: list[int], b: list[int]) -> int:
@@ -294,15 +294,15 @@ def a_generation_prompt_of_its_own_masks_the_answers(folder: Path, out: Path):
     student, teacher = finance(folder, 0), finance(folder, 1)
     for model in (student, teacher):  # as templates of models that think first do
         ends = "{% if add_generation_prompt %}<|im_start|>assistant\n"
-        # as many words as an answer has tokens: with more, TRL's collator fails for this kind of tokenizer, and is
-        # as silent as here for those of bytes
+        # As many words as an answer has tokens. With more words, TRL's collator raises an error for this kind of
+        # tokenizer; for one of bytes it stays silent as it does here.
         model.tokenizer.chat_template = tiny.CHAT.replace(ends, ends + "the year ")
         assert model.tokenizer.chat_template != tiny.CHAT
     trl = gkd(out, student.model, teacher.model, student.tokenizer, messages(TEXTS))
     batch = trl.data_collator([trl.train_dataset[i] for i in range(4)])
     with torch.no_grad():
-        theirs = trl.compute_loss(trl.model, batch).item()
-    return [int((batch["labels"] != -100).sum()), theirs], list(first_loss(trainer_of(student, teacher, out)))
+        trl_loss = trl.compute_loss(trl.model, batch).item()
+    return [int((batch["labels"] != -100).sum()), trl_loss], list(first_loss(trainer_of(student, teacher, out)))
 
 
 @case(6, "positions a step through the student's head, through the teacher's; supervised")
@@ -310,13 +310,13 @@ def every_position_goes_through_both_heads(folder: Path, out: Path):
     student, teacher = finance(folder, 0), finance(folder, 1)
     trl = gkd(out, student.model, teacher.model, student.tokenizer, messages(TEXTS))
     batch = trl.data_collator([trl.train_dataset[i] for i in range(4)])
-    ours = trainer_of(student, teacher, out)  # asks the teacher, once
-    heads = [Rows(model.model) for model in (student, teacher)]
+    trainer = trainer_of(student, teacher, out)  # this calls the teacher, once
+    heads = [HeadRows(model.model) for model in (student, teacher)]
     trl.compute_loss(trl.model, batch)
-    theirs = [head.seen for head in heads]
-    count, _ = first_loss(ours)
-    own = [head.seen - before for head, before in zip(heads, theirs, strict=True)]
-    return [*theirs, int((batch["labels"] != -100).sum())], [*own, count]
+    trl_figures = [head.count for head in heads]
+    count, _ = first_loss(trainer)
+    own_figures = [head.count - before for head, before in zip(heads, trl_figures, strict=True)]
+    return [*trl_figures, int((batch["labels"] != -100).sum())], [*own_figures, count]
 
 
 @case(7, "divergence of 120 tokens from the same vocabulary padded to 128 (nan: refused)")
@@ -324,15 +324,15 @@ def padded_vocabularies_are_refused(folder: Path, out: Path):
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(2, k, generator=generator) for k in (120, 128))
     try:
-        theirs = GKDTrainer.generalized_jsd_loss(student, teacher).item()
+        trl_value = GKDTrainer.generalized_jsd_loss(student, teacher).item()
     except RuntimeError:
-        theirs = math.nan
-    return [theirs], [losses.jsd(*losses.shared_vocabulary(student, teacher.log_softmax(-1))).mean().item()]
+        trl_value = math.nan
+    return [trl_value], [losses.jsd(*losses.shared_vocabulary(student, teacher.log_softmax(-1))).mean().item()]
 
 
 @case(8, "times the teacher writes its text in 1 epoch, in 3 epochs of 2 steps")
 def sequence_distillation_writes_anew_in_every_step(folder: Path, out: Path):
-    theirs, ours = [], []
+    trl_figures, own_figures = [], []
     for epochs in (1, 3):
         student, teacher = finance(folder, 0), finance(folder, 1)
         written, continued = count_calls(teacher.model, "generate"), count_calls(teacher, "generate_tokens")
@@ -340,13 +340,13 @@ def sequence_distillation_writes_anew_in_every_step(folder: Path, out: Path):
         settings = {"seq_kd": True, "max_new_tokens": 2, "per_device_train_batch_size": 2, "num_train_epochs": epochs}
         gkd(out, student.model, teacher.model, student.tokenizer, messages(TEXTS), **settings).train()
         random.setstate(state)
-        theirs.append(len(written))
-        said = teacher.generate([turns[:-1] for turns in messages(TEXTS)], max_new_tokens=4)  # once, for good
+        trl_figures.append(len(written))
+        rationales = teacher.generate([turns[:-1] for turns in messages(TEXTS)], max_new_tokens=4)  # once, for good
         loss = {"ce": 0.5, "rationale": 0.5}
         more = {"teachers": [], "space": "labels", "batch_size": 2}
-        trainer_of(student, teacher, out, rationales=said, loss=loss, epochs=epochs, **more).train()
-        ours.append(len(continued))
-    return theirs, ours
+        trainer_of(student, teacher, out, rationales=rationales, loss=loss, epochs=epochs, **more).train()
+        own_figures.append(len(continued))
+    return trl_figures, own_figures
 
 
 @case(0, "divergence from a teacher with a probability of 0")
