@@ -74,9 +74,6 @@ def test_answers_are_judged_by_all_that_are_accepted():
 def test_the_best_accepted_answer_counts():
     assert metrics.token_overlap("a red fox", ["wolf", "fox", "red fox cub"]) == pytest.approx((0.8, 1.0, 2 / 3))
     assert metrics.token_overlap(None, ["fox"]) == (0, 0, 0)
-    for text in ("fox", "the fox ran", "", "cub cub"):
-        f1, _, _ = metrics.token_overlap(text, ["fox", "fox cub"])
-        assert f1 == pytest.approx(metrics.token_f1(text, ["fox", "fox cub"]))
     with pytest.raises(ValueError, match="at least one alias"):
         metrics.token_overlap("fox", [])
 

@@ -10,11 +10,12 @@ from scipy import special  # not scipy.stats, which is slow to import: every sta
 
 from distillery.metrics.counts import safe_ratio
 
-# Probabilities are stored as float32: nothing below its resolution can be told from zero.
+# Probabilities are stored as float32, which cannot separate anything smaller from zero.
 PROBABILITY_FLOOR = float(np.finfo(np.float32).eps)
 
 
 def check_probabilities(p: ArrayLike, rows: int, k: int) -> np.ndarray:
+    """`p` in float64, normalised. Raises ValueError unless it is [rows, k] and each row is a distribution."""
     p = np.asarray(p, dtype=np.float64)
     if p.shape != (rows, k):
         raise ValueError(f"probabilities must have the shape ({rows}, {k}), not {p.shape}")
@@ -24,47 +25,50 @@ def check_probabilities(p: ArrayLike, rows: int, k: int) -> np.ndarray:
 
 
 def log_loss(true: np.ndarray, p: np.ndarray) -> float:
-    """Mean of -ln p[true label], in nats (0 best); true [n] are positions, p [n, K]; p is floored at `FLOOR`."""
+    """Mean of -ln p[true], in nats (0 best), with p floored at `PROBABILITY_FLOOR`.
+
+    true [n]: positions of the gold labels; p [n, K].
+    """
     return float(-np.log(np.maximum(p[np.arange(len(true)), true], PROBABILITY_FLOOR)).mean())
 
 
 def brier(true: np.ndarray, p: np.ndarray) -> float:
-    """Mean squared distance of p [n, K] from the one-hot true label, in [0, 2] (0 best). Brier 1950."""
+    """Mean squared distance of p [n, K] from the one-hot gold label, in [0, 2] (0 best). Brier 1950."""
     return float(np.square(p - np.eye(p.shape[1])[true]).sum(1).mean())
 
 
 def calibration(true: np.ndarray, p: np.ndarray, bins: int = 15) -> dict[str, Any]:
-    """Expected calibration error of the top label over bins of equal width (Guo et al. 2017; 0 best).
+    """Expected calibration error of the likeliest label over bins of equal width (Guo et al. 2017; 0 best).
 
     true [n] are positions, p [n, K]. Returns ece, and per bin: edges [bins + 1], confidence, accuracy (NaN where the
     bin is empty), rows. A confidence on an edge belongs to the bin below it.
     """
-    confidence, right = p.max(1), p.argmax(1) == true
+    confidence, correct = p.max(1), p.argmax(1) == true
     edges = np.linspace(0, 1, bins + 1)
-    at = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    rows = np.bincount(at, minlength=bins)
-    mean_confidence = safe_ratio(np.bincount(at, confidence, bins), rows, np.nan)
-    accuracy = safe_ratio(np.bincount(at, right, bins), rows, np.nan)
+    bin_of_row = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    rows = np.bincount(bin_of_row, minlength=bins)
+    mean_confidence = safe_ratio(np.bincount(bin_of_row, confidence, bins), rows, np.nan)
+    accuracy = safe_ratio(np.bincount(bin_of_row, correct, bins), rows, np.nan)
     ece = np.nansum(rows * np.abs(accuracy - mean_confidence)) / len(true)
     return {"ece": float(ece), "edges": edges, "confidence": mean_confidence, "accuracy": accuracy, "rows": rows}
 
 
 def risk_coverage(true: np.ndarray, p: np.ndarray) -> dict[str, Any]:
-    """Error rate among the rows answered when only the most confident are (Geifman and El-Yaniv 2017).
+    """Error rate among the most confident rows, at every share of rows that are answered (Geifman, El-Yaniv 2017).
 
     true [n] are positions, p [n, K]. Returns coverage [n] (from 1/n to 1), risk [n], and area, the mean risk (0 best).
     Rows of equal confidence share their errors evenly, so that the order of rows does not matter.
     """
-    confidence, wrong = p.max(1), (p.argmax(1) != true).astype(float)
-    _, block = np.unique(-confidence, return_inverse=True)
-    shared = (np.bincount(block, wrong) / np.bincount(block))[np.sort(block)]
+    confidence, errors = p.max(1), (p.argmax(1) != true).astype(float)
+    _, tie = np.unique(-confidence, return_inverse=True)
+    shared_errors = (np.bincount(tie, errors) / np.bincount(tie))[np.sort(tie)]
     answered = np.arange(1, len(true) + 1)
-    risk = np.cumsum(shared) / answered
+    risk = np.cumsum(shared_errors) / answered
     return {"coverage": answered / len(true), "risk": risk, "area": float(risk.mean())}
 
 
 def kl_divergence(teacher: ArrayLike, student: ArrayLike) -> np.ndarray:
-    """KL(teacher || student) of each row in nats, [n, K], [n, K] -> [n] (0 best); the student is floored at `FLOOR`.
+    """KL(teacher || student) of each row in nats, [n, K], [n, K] -> [n] (0 best); the student is floored.
 
     Raises ValueError for unequal shapes or rows that are no distributions.
     """
@@ -77,15 +81,15 @@ def kl_divergence(teacher: ArrayLike, student: ArrayLike) -> np.ndarray:
 
 
 def apply_temperature(p: ArrayLike, temperature: float) -> np.ndarray:
-    """Rows of probabilities [n, K] proportional to p^(1/temperature): above 1 less sure, below 1 surer; [n, K]."""
+    """Probabilities [n, K] proportional to p^(1/temperature), [n, K]: flatter above 1, more peaked below 1."""
     p = np.asarray(p, dtype=np.float64)
     return special.softmax(np.log(np.maximum(p, PROBABILITY_FLOOR)) / temperature, axis=-1)
 
 
 def fit_temperature(true: np.ndarray, p: ArrayLike) -> float:
-    """The temperature, within 1/20 and 20, at which `tempered(p)` has the smallest log loss (Guo et al. 2017).
+    """The temperature in [1/20, 20] at which :func:`apply_temperature` gives the smallest log loss (Guo et al. 2017).
 
-    true [n] are positions, p [n, K]. To be fitted on validation rows only: on rows that are scored it flatters.
+    true [n] are positions, p [n, K]. Fit it on validation rows only: on the rows of a score it makes that score better.
     """
     from scipy import optimize  # only needed here
 

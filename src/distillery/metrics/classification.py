@@ -17,36 +17,37 @@ def classification_report(
 ) -> dict[str, Any]:
     """Every score of one set of predictions, as plain floats.
 
-    gold [n] and predicted [n] hold labels; probabilities [n, K] in the order of `labels`, or None when there are none
-    (the scores that need them are then left out). A score that divides by zero is 0, as in scikit-learn.
+    gold [n] and predicted [n] hold labels; probabilities [n, K] in the order of `labels`, or None (the scores that need
+    them are then left out). A score that divides by zero is 0, as in scikit-learn.
 
-    Returns rows, accuracy, balanced_accuracy (mean recall, or sensitivity, of the labels present), macro_specificity
-    (mean specificity of the labels that some row has not), macro_f1, weighted_f1, mcc, answer_bias (0 best),
-    commonest_answer (share of the most frequent prediction); with probabilities log_loss (0 best, nats), brier (0
-    best, at most 2), ece (0 best), risk_coverage_area (0 best); and `labels`: per label precision, recall
-    (sensitivity), f1, specificity, support.
+    Returns rows, accuracy, balanced_accuracy (mean recall of the labels present), macro_specificity (mean specificity
+    of the labels that some row does not have), macro_f1, weighted_f1, mcc, answer_bias (0 best), commonest_answer
+    (share of the most frequent prediction); with probabilities log_loss (0 best, nats), brier (0 best, at most 2), ece
+    (0 best), risk_coverage_area (0 best); and `labels`: per label precision, recall (sensitivity), f1, specificity,
+    support.
 
     Raises ValueError for empty input, unequal lengths, or a gold label that is not in `labels`.
     """
     counts = confusion(gold, predicted, labels)
-    rows, right = counts.sum(), np.diagonal(counts).astype(float)
-    support, answers = counts.sum(1), counts[:, :-1].sum(0)
-    precision, recall = safe_ratio(right, answers, 0.0), safe_ratio(right, support, 0.0)
-    specificity = safe_ratio(rows - support - answers + right, rows - support, 0.0)
+    rows, true_positives = counts.sum(), np.diagonal(counts).astype(float)
+    support, n_predicted = counts.sum(1), counts[:, :-1].sum(0)
+    precision, recall = safe_ratio(true_positives, n_predicted, 0.0), safe_ratio(true_positives, support, 0.0)
+    specificity = safe_ratio(rows - support - n_predicted + true_positives, rows - support, 0.0)
     f1 = np.nan_to_num(f1_of(counts))
-    true, codes = encode_labels(gold, labels), encode_labels(predicted, labels)
+    has_negatives = support < rows
     report = {
         "rows": int(rows),
         "accuracy": float(accuracy_of(counts)),
         "balanced_accuracy": float(recall[support > 0].mean()),
-        "macro_specificity": float(specificity[support < rows].mean()) if (support < rows).any() else 0.0,
+        "macro_specificity": float(specificity[has_negatives].mean()) if has_negatives.any() else 0.0,
         "macro_f1": float(macro_f1_of(counts)),
         "weighted_f1": float((f1 * support).sum() / rows),
         "mcc": mcc(counts),
-        "answer_bias": answer_bias(gold, predicted, labels),
-        "commonest_answer": float(np.bincount(codes).max() / rows),
+        "answer_bias": answer_bias(counts),
+        "commonest_answer": float(counts.sum(0).max() / rows),
     }
     if probabilities is not None:
+        true = encode_labels(gold, labels)
         p = check_probabilities(probabilities, len(true), len(labels))
         report |= {
             "log_loss": log_loss(true, p),
@@ -62,11 +63,11 @@ def classification_report(
     return report
 
 
-def answer_bias(gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str]) -> float:
-    """Total variation distance, in [0, 1], of the shares of predicted labels from the true ones (0 best).
+def answer_bias(counts: np.ndarray) -> float:
+    """Total variation distance, in [0, 1], of the shares of predicted labels from the gold ones (0 best).
 
-    A model that has learned a short cut (always the commonest answer) shows here before it shows in accuracy.
+    counts: confusion counts [K, K + 1]. A model with a shortcut, such as to predict the most frequent label always,
+    shows here before it shows in accuracy.
     """
-    counts = confusion(gold, predicted, labels)
-    true = np.append(counts.sum(1), 0)
-    return float(np.abs(counts.sum(0) - true).sum() / counts.sum() / 2)
+    support = np.append(counts.sum(1), 0)
+    return float(np.abs(counts.sum(0) - support).sum() / counts.sum() / 2)

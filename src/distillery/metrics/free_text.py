@@ -1,4 +1,4 @@
-"""Scores of written answers: exact match and token overlap."""
+"""Scores of free-text answers: exact match and token overlap."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer in lower case without punctuation, articles and superfluous white space (SQuAD, Rajpurkar 2016)."""
+    """`answer` in lower case without punctuation, articles and repeated white space (SQuAD, Rajpurkar et al. 2016)."""
     answer = "".join(c for c in answer.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
 
@@ -26,41 +26,25 @@ def exact_match(prediction: str | None, aliases: Sequence[str]) -> float:
     )
 
 
-def token_f1(prediction: str | None, aliases: Sequence[str]) -> float:
-    """Best F1, in [0, 1], of the words that `prediction` shares with an accepted answer, both :func:`normalize_answer`.
-
-    Words are counted as often as they occur. Where either side has no words left, 1.0 if neither has, else 0.0; None
-    is wrong. Raises ValueError when there is no accepted answer.
-    """
-    if not aliases:
-        raise ValueError("an answer needs at least one alias to be compared with")
-    if prediction is None:
-        return 0.0
-    said, best = normalize_answer(prediction).split(), 0.0
-    for alias in aliases:
-        meant = normalize_answer(alias).split()
-        shared = sum((Counter(said) & Counter(meant)).values())
-        best = max(best, 2 * shared / (len(said) + len(meant)) if said and meant else float(said == meant))
-    return best
-
-
 def token_overlap(prediction: str | None, aliases: Sequence[str]) -> tuple[float, float, float]:
-    """F1, precision and recall, each in [0, 1], of the words shared with the accepted answer of the best F1.
+    """F1, precision and recall, each in [0, 1], of the words shared with the accepted answer of the highest F1.
 
-    As :func:`token_f1`; precision is the share of the prediction's words, recall that of the accepted answer's. Of
-    answers of the same F1 the one with the higher recall counts. Raises ValueError when there is no accepted answer.
+    Both texts are normalized (:func:`normalize_answer`); a word counts as often as it occurs. Precision is the share of
+    the words of the prediction, recall that of the accepted answer. Of several answers with the same F1 the one with
+    the highest recall counts. Where either text has no words left, all are 1.0 if neither has, else 0.0; None is wrong.
+    Raises ValueError when there is no accepted answer.
     """
     if not aliases:
         raise ValueError("an answer needs at least one alias to be compared with")
     if prediction is None:
         return 0.0, 0.0, 0.0
-    said, best = normalize_answer(prediction).split(), (0.0, 0.0, 0.0)
+    predicted, best = normalize_answer(prediction).split(), (0.0, 0.0, 0.0)
     for alias in aliases:
-        meant = normalize_answer(alias).split()
-        shared = sum((Counter(said) & Counter(meant)).values())
-        if said and meant:
-            found = 2 * shared / (len(said) + len(meant)), shared / len(said), shared / len(meant)
+        accepted = normalize_answer(alias).split()
+        shared = sum((Counter(predicted) & Counter(accepted)).values())
+        if predicted and accepted:
+            scores = 2 * shared / (len(predicted) + len(accepted)), shared / len(predicted), shared / len(accepted)
         else:
-            found = (float(said == meant),) * 3
-        best = max(best, found, key=lambda scores: (scores[0], scores[2]))
+            scores = (float(predicted == accepted),) * 3
+        best = max(best, scores, key=lambda scores: (scores[0], scores[2]))
     return best

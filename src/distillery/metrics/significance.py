@@ -13,7 +13,8 @@ from distillery.metrics.counts import accuracy_of, check_same_rows, confusion, e
 BLOCK = 4_000_000  # draws held in memory at once: 32 MB
 
 
-def _groups(groups: ArrayLike, rows: int) -> np.ndarray:
+def _encode_groups(groups: ArrayLike, rows: int) -> np.ndarray:
+    """Number of the group of each row [rows]. Raises ValueError unless there is one group per row."""
     groups = np.asarray(groups, dtype=object)
     if groups.shape != (rows,):
         raise ValueError(f"{rows} rows need one group each, not an array of shape {groups.shape}")
@@ -43,27 +44,27 @@ def cluster_bootstrap(values: ArrayLike, groups: ArrayLike, n: int = 2000, seed:
     """Means of `values` under `n` resamples of whole groups (and of seeds, when there are several) -> [n].
 
     values: [rows], or [seeds, rows], one per row and seed; groups: [rows]. Near-duplicates are one observation, not
-    several, so the group is what is drawn; then as many seeds as there are, and their means averaged.
+    several, so each resample draws groups; then it draws as many seeds as there are and averages their means.
     """
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))
-    unit = _groups(groups, values.shape[1])
-    sums = np.stack([np.bincount(unit, row) for row in [np.ones(len(unit)), *values]], axis=1)
+    group = _encode_groups(groups, values.shape[1])
+    sums = np.stack([np.bincount(group, row) for row in [np.ones(len(group)), *values]], axis=1)
     drawn = _resample(sums, n, np.random.default_rng([seed, 0]))
     return _over_seeds(drawn[:, 1:] / drawn[:, :1], seed, stream=1)
 
 
 def _over_seeds(samples: np.ndarray, seed: int, stream: int) -> np.ndarray:
-    """Mean of [n, seeds] over seeds drawn with replacement -> [n]: other runs would have scored otherwise.
+    """Mean of [n, seeds] over seeds drawn with replacement -> [n]: other seeds would give other scores.
 
-    S values drawn from S have a variance that is (S - 1)/S of what it should be, half for two seeds: deviations from
-    the mean of the seeds are stretched to make up for it.
+    The variance of a resample of S values is (S - 1)/S of the variance of S new ones, half for two seeds. So the
+    deviations from the mean of the seeds are scaled up by sqrt(S / (S - 1)).
     """
     n, seeds = samples.shape
     if seeds == 1:
         return samples[:, 0]
     drawn = (samples * _draw(seeds, n, np.random.default_rng([seed, stream]))).sum(1) / seeds
-    middle = samples.mean(1)
-    return middle + (drawn - middle) * np.sqrt(seeds / (seeds - 1))
+    mean = samples.mean(1)
+    return mean + (drawn - mean) * np.sqrt(seeds / (seeds - 1))
 
 
 SCORES = {"accuracy": accuracy_of, "macro_f1": macro_f1_of}
@@ -80,17 +81,17 @@ def bootstrap_scores(
 ) -> dict[str, np.ndarray]:
     """Accuracy and macro-F1 under `n` resamples of whole groups and of seeds -> {"accuracy": [n], "macro_f1": [n]}.
 
-    gold [rows]; predicted [rows] or [seeds, rows]; groups [rows]. The groups drawn depend on `seed` alone, so the
-    resamples of two models with one seed are paired; `stream` decides which of the runs are drawn.
+    gold [rows]; predicted [rows] or [seeds, rows]; groups [rows]. The drawn groups depend on `seed` alone, so the
+    resamples of two models with the same `seed` are paired; the drawn runs depend on `stream` too.
     """
     k, true = len(labels), encode_gold(gold, labels)
     codes = np.atleast_2d(check_same_rows(encode_labels(predicted, labels), len(true)))
-    unit = _groups(groups, len(true))
+    group = _encode_groups(groups, len(true))
     cells = k * (k + 1)
     # Counts are additive: each resample is a weighted sum of the groups' confusion counts, one matrix product for all.
-    at = (unit * len(codes) + np.arange(len(codes))[:, None]) * cells + true * (k + 1) + codes
-    size = (unit.max() + 1) * len(codes) * cells
-    per_group = np.bincount(at.ravel(), minlength=size).reshape(unit.max() + 1, -1).astype(np.float64)
+    cell = (group * len(codes) + np.arange(len(codes))[:, None]) * cells + true * (k + 1) + codes
+    size = (group.max() + 1) * len(codes) * cells
+    per_group = np.bincount(cell.ravel(), minlength=size).reshape(group.max() + 1, -1).astype(np.float64)
     drawn = _resample(per_group, n, np.random.default_rng([seed, 0])).reshape(n, len(codes), k, k + 1)
     return {name: _over_seeds(score(drawn), seed, stream).clip(0, 1) for name, score in SCORES.items()}
 
@@ -115,45 +116,48 @@ def paired_difference(
     """A minus B on the same rows: {"accuracy": {...}, "macro_f1": {...}}, each with mean, low, high, p, detectable.
 
     gold [rows]; predicted_a, predicted_b [rows] or [seeds, rows] (their numbers of seeds may differ); groups [rows].
-    Each resample draws the same groups for both and, for each of them, its seeds. [low, high] is the percentile
-    interval; p is two-sided, from the same resamples, so p < 1 - confidence just when the interval leaves out 0 (up
-    to the + 1 that keeps p above 0); detectable is the :func:`smallest_detectable_difference`.
+    Each resample draws the same groups for both models and, for each of them, its seeds. [low, high] is the percentile
+    interval. p is two-sided, from the same resamples, so p < 1 - confidence just when the interval excludes 0 (up to
+    the + 1 that keeps p above 0). detectable is the :func:`smallest_detectable_difference`.
 
-    Few seeds understate the spread between runs: with one, the interval speaks of these very models only.
+    Few seeds understate the spread between runs: with one seed, the interval holds for these two trained models only.
     """
     a = bootstrap_scores(gold, predicted_a, labels, groups, n, seed, stream=1)
     b = bootstrap_scores(gold, predicted_b, labels, groups, n, seed, stream=2)
     mean_a, mean_b = mean_scores(gold, predicted_a, labels), mean_scores(gold, predicted_b, labels)
-    out = {}
+    result = {}
     for name in SCORES:
         difference = a[name] - b[name]
         low, high = interval(difference, confidence)
         tail = min((difference <= 0).sum(), (difference >= 0).sum())
-        out[name] = {
+        result[name] = {
             "mean": mean_a[name] - mean_b[name],
             "low": low,
             "high": high,
             "p": float(min(1.0, 2 * (tail + 1) / (n + 1))),
             "detectable": smallest_detectable_difference(float(difference.std(ddof=1)), confidence),
         }
-    return out
+    return result
 
 
 def smallest_detectable_difference(standard_error: float, confidence: float = 0.95, power: float = 0.8) -> float:
-    """The true difference that a two-sided test at `confidence` would have found with probability `power`."""
+    """The true difference that a two-sided test at `confidence` detects with probability `power`."""
     return float((special.ndtri((1 + confidence) / 2) + special.ndtri(power)) * standard_error)
 
 
-def permutation_test(right_a: ArrayLike, right_b: ArrayLike, groups: ArrayLike, n: int = 2000, seed: int = 0) -> float:
-    """Two-sided p that two models are equally good on the same rows: whose answers are whose is drawn by lot.
+def permutation_test(
+    correct_a: ArrayLike, correct_b: ArrayLike, groups: ArrayLike, n: int = 2000, seed: int = 0
+) -> float:
+    """Two-sided p of the hypothesis that two models are equally good on the same rows: random swaps of their answers.
 
-    right_a, right_b: [rows] or [seeds, rows] of right or wrong, averaged over seeds; groups [rows], swapped as a whole.
-    Of single rows and single runs it is the Monte Carlo form of the exact McNemar test. It speaks of these very runs.
+    correct_a, correct_b: booleans [rows] or [seeds, rows], averaged over seeds; groups [rows], swapped as a whole.
+    For single rows and single runs it is the Monte Carlo form of the exact McNemar test. It holds for these runs only.
+    Raises ValueError for unequal numbers of rows.
     """
-    a, b = (np.atleast_2d(np.asarray(right, dtype=np.float64)).mean(0) for right in (right_a, right_b))
+    a, b = (np.atleast_2d(np.asarray(correct, dtype=np.float64)).mean(0) for correct in (correct_a, correct_b))
     if a.shape != b.shape:
         raise ValueError(f"both must be of the same rows, not {a.shape[0]} and {b.shape[0]}")
-    sums = np.bincount(_groups(groups, len(a)), a - b)
+    sums = np.bincount(_encode_groups(groups, len(a)), a - b)
     sums = sums[np.abs(sums) > 1e-12]
     if not len(sums):
         return 1.0
@@ -164,20 +168,8 @@ def permutation_test(right_a: ArrayLike, right_b: ArrayLike, groups: ArrayLike, 
     return (as_large + 1) / (n + 1)
 
 
-def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
-    """Two-sided p of the exact McNemar test that two models, right or wrong on the same rows [n], are equally good.
-
-    It takes rows for independent; :func:`permutation_test` is the one that knows of groups. McNemar 1947.
-    """
-    a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
-    if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"both must have one shape [n], not {a.shape} and {b.shape}")
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return float(min(1.0, 2 * special.bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
-
-
 def holm(p_values: ArrayLike) -> np.ndarray:
-    """p values [m] adjusted for being m at once: the chance of any false alarm stays under the level. Holm 1979."""
+    """p values [m] adjusted for m tests: controls the probability of any false positive. Holm 1979."""
     p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)

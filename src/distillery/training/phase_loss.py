@@ -75,7 +75,9 @@ class PhaseTrainerMixin:
         if self.rows.answers is not None:
             model.set_answers(self.rows.answers)
         if self.spec.needs_token_logprobs and "uld" not in self.weights:
-            ours, theirs = ([one.label_completion(i) for i in range(len(one.label_token_ids))] for one in (self.student, model))
+            ours, theirs = (
+                [one.label_completion(i) for i in range(len(one.label_token_ids))] for one in (self.student, model)
+            )
             check_same_tokens(name, model, ours, theirs)
         return model
 
