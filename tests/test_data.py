@@ -1,4 +1,4 @@
-"""Sources: what is read, what is refused and how it is told, and splits that do not leak."""
+"""Sources: reading and cleaning, the messages for wrong files and rows, and splits that do not leak."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def records(n: int = 24) -> list[dict]:
     return [{"id": f"x{i}", "text": text, "label": ("up", "down")[i % 2]} for i, text in enumerate(texts(n))]
 
 
-def source(file: str, **more) -> SourceConfig:
-    return SourceConfig(**{"source": file, "task": "mood", "split": QUARTERS} | more)
+def source(file: str, **settings) -> SourceConfig:
+    return SourceConfig(**{"source": file, "task": "mood", "split": QUARTERS} | settings)
 
 
 def jsonl(folder: Path, rows: list) -> str:
@@ -63,8 +63,8 @@ def jsonl(folder: Path, rows: list) -> str:
     return "a.jsonl"
 
 
-def prepare(folder: Path, rows: list, task: Task = TASK, **more) -> PreparedSource:
-    return prepare_source("a", source(jsonl(folder, rows), **more), task, folder)
+def prepare(folder: Path, rows: list, task: Task = TASK, **settings) -> PreparedSource:
+    return prepare_source("a", source(jsonl(folder, rows), **settings), task, folder)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -86,7 +86,7 @@ def test_the_four_kinds_of_file_read_alike(tmp_path):
     frame.to_parquet(tmp_path / "a.parquet")
     read = {name: read_source(source(name), tmp_path) for name in ("a.jsonl", "a.csv", "a.TSV", "a.parquet")}
     assert all(raw.rows == rows for raw in read.values())
-    # where the records start: the first of the CSV file is two lines long, below the header
+    # the line on which a record starts: the first record of the CSV file takes two lines, below the header
     assert {name: raw.numbers for name, raw in read.items()} == {
         "a.jsonl": [1, 2],
         "a.csv": [2, 4],
@@ -142,7 +142,7 @@ UNREADABLE = [  # file, content, the line
 
 
 @pytest.mark.parametrize(("file", "content", "line"), UNREADABLE, ids=[line[:60] for *_, line in UNREADABLE])
-def test_unreadable_files_are_told_in_one_line(tmp_path, file, content, line):
+def test_unreadable_files_are_reported_in_one_line(tmp_path, file, content, line):
     if content is not None:
         (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -159,7 +159,7 @@ def test_a_folder_in_place_of_a_file(tmp_path):
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from([".jsonl", ".csv", ".tsv", ".parquet"]), st.binary(max_size=60))
-def test_any_bytes_are_read_or_told(tmp_path_factory, suffix, content):
+def test_any_bytes_are_read_or_reported(tmp_path_factory, suffix, content):
     folder = tmp_path_factory.getbasetemp()
     (folder / f"any{suffix}").write_bytes(content)
     try:
@@ -204,13 +204,13 @@ def test_hub_out_of_reach_is_one_line(tmp_path):
 
 
 def test_hub_labels_get_their_names(tmp_path):
-    """A folder called like the data set is what `datasets` takes before it asks the hub."""
+    """`datasets` prefers a folder with the name of the data set to the hub."""
     import datasets
 
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["up", "down"])})
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    made = datasets.Dataset.from_dict({"text": ["rose", "fell"], "label": [0, 1]}, features=features)
-    made.to_parquet(tmp_path / "owner" / "name" / "train.parquet")
+    dataset = datasets.Dataset.from_dict({"text": ["rose", "fell"], "label": [0, 1]}, features=features)
+    dataset.to_parquet(tmp_path / "owner" / "name" / "train.parquet")
     done = run_hub(tmp_path, "hub:owner/name")
     assert "labels=['up', 'down']" in done.stdout, done.stderr
     assert "{'text': 'fell', 'label': 1}" in done.stdout
@@ -248,7 +248,7 @@ def test_options_are_shuffled_and_the_answer_moves_with_them():
         lines = text.split("\n")
         assert sorted(line[3:] for line in lines[1:]) == ["blue", "green", "red"]
         assert lines[int(label)] == f"{label}) blue"
-    assert min(Counter(frame["label"]).values()) > 10  # the place of the right option tells nothing
+    assert min(Counter(frame["label"]).values()) > 10  # the position of the right option holds no information
     pd.testing.assert_frame_equal(frame, chosen(rows))  # and is always the same
 
 
@@ -292,7 +292,7 @@ def test_the_public_ways_to_write_a_choice(row, columns):
         ({"text": "x", "label": 0}, "a.jsonl: no column `options` for the options; there are: `text`, `label`"),
     ],
 )
-def test_options_that_do_not_fit_are_told_in_one_line(row, line):
+def test_options_that_do_not_fit_are_reported_in_one_line(row, line):
     with pytest.raises(UserError) as caught:
         chosen([row], LETTERS)
     assert str(caught.value).startswith(line)
@@ -311,7 +311,7 @@ def test_rows_without_labels_are_all_pool(tmp_path):
     rows = [{"text": text, "label": "up"} for text in texts(8)]
     prepared = prepare(tmp_path, rows, split=None, columns=ColumnNames(label=None))
     write_source(prepared, tmp_path / "out")
-    assert {part: len(read_split(tmp_path / "out", part)) for part in SPLITS} == {
+    assert {name: len(read_split(tmp_path / "out", name)) for name in SPLITS} == {
         "train": 0,
         "pool": 8,
         "validation": 0,
@@ -321,12 +321,12 @@ def test_rows_without_labels_are_all_pool(tmp_path):
     assert "label" not in read_split(tmp_path / "out", "pool")
 
 
-def test_a_filter_keeps_what_is_to_the_point(tmp_path):
-    told = [("en", "The flood rose"), ("en", "A quiet day"), ("de", "Die Flut stieg"), ("fr", "La crue monte")]
+def test_a_filter_keeps_rows_of_its_languages_and_keywords(tmp_path):
+    by_language = [("en", "The flood rose"), ("en", "A quiet day"), ("de", "Die Flut stieg"), ("fr", "La crue monte")]
     rows = [
-        {"text": f"{text} {more}", "label": ("up", "down")[i % 2], "language": language}
-        for i, more in enumerate(texts(24))
-        for language, text in told
+        {"text": f"{text} {suffix}", "label": ("up", "down")[i % 2], "language": language}
+        for i, suffix in enumerate(texts(24))
+        for language, text in by_language
     ]
     prepared = prepare(tmp_path, rows, filter={"languages": ["en", "de"], "keywords": ["flood", "Flut"]})
     assert set(prepared.rows["language"]) == {"en", "de"} and len(prepared.rows) == 48
@@ -360,7 +360,7 @@ def test_accepted_answers_in_the_public_ways(label, expected):
 
 
 @pytest.mark.parametrize("label", [None, [], [None], ["a", ""], {"aliases": []}, 1.5])
-def test_a_question_without_an_answer_is_told_in_one_line(label):
+def test_a_question_without_an_answer_is_reported_in_one_line(label):
     with pytest.raises(UserError, match=r"^a.jsonl, line 1: `label` must be an answer or a list of accepted answers"):
         chosen([{"text": "which unit?", "label": label}], QA)
 
@@ -427,7 +427,7 @@ WRONG_ROWS = [  # rows, what the line says after the file
 
 
 @pytest.mark.parametrize(("rows", "line"), WRONG_ROWS, ids=[line[:60] for _, line in WRONG_ROWS])
-def test_wrong_rows_are_told_in_one_line(tmp_path, rows, line):
+def test_wrong_rows_are_reported_in_one_line(tmp_path, rows, line):
     with pytest.raises(UserError) as caught:
         prepare(tmp_path, rows)
     assert str(caught.value).startswith(f"a.jsonl{line}")
@@ -435,7 +435,7 @@ def test_wrong_rows_are_told_in_one_line(tmp_path, rows, line):
 
 
 @pytest.mark.parametrize("role", ["id", "group", "rationale"])
-def test_a_column_that_was_asked_for_must_be_there(tmp_path, role):
+def test_a_column_that_params_name_must_be_there(tmp_path, role):
     with pytest.raises(UserError, match=rf"^a.jsonl: no column `no` for the {role}; there are: `id`, `text`, `label`$"):
         prepare(tmp_path, records(), columns=ColumnNames(**{role: "no"}))
 
@@ -446,31 +446,31 @@ def test_column_names_whole_numbers_and_other_columns(tmp_path):
         {"key": i, "sentence": text, "y": i % 2, "topic": {"a": i}, "code": ["zero", "one"][i % 2], "label": "secret"}
         for i, text in enumerate(texts(24))
     ]
-    made = prepare(tmp_path, rows, task, columns=ColumnNames(id="key", text="sentence", label="y"))
-    assert list(made.rows["label"][:2]) == ["0", "1"]
-    assert list(made.rows["id"][:2]) == ["0", "1"]
-    assert made.rows["topic"][1] == '{"a": 1}'
-    # a second column named `label` is dropped; one that tells the label is kept from the pool
-    assert made.audit["columns_left_out"] == ["label"]
-    assert made.audit["columns_left_out_of_pool"] == ["code"]
-    write_source(made, tmp_path / "out")
+    prepared = prepare(tmp_path, rows, task, columns=ColumnNames(id="key", text="sentence", label="y"))
+    assert list(prepared.rows["label"][:2]) == ["0", "1"]
+    assert list(prepared.rows["id"][:2]) == ["0", "1"]
+    assert prepared.rows["topic"][1] == '{"a": 1}'
+    # a second column named `label` is dropped; one that reveals the label does not get into the pool
+    assert prepared.audit["columns_left_out"] == ["label"]
+    assert prepared.audit["columns_left_out_of_pool"] == ["code"]
+    write_source(prepared, tmp_path / "out")
     assert list(read_split(tmp_path / "out", "pool")) == ["id", "text", "group", "topic"]
     assert list(read_split(tmp_path / "out", "train")) == [*ROW_COLUMNS, "topic", "code"]
 
 
-def test_duplicates_are_dropped_and_counted_and_ids_are_made(tmp_path):
+def test_duplicates_are_dropped_and_counted_and_missing_ids_are_numbered(tmp_path):
     rows = [{"text": row["text"], "label": row["label"]} for row in records()]
     copied = {"text": f"  {rows[0]['text'].replace(' ', '  ')}\n", "label": rows[0]["label"]}
     other_label = {"text": rows[0]["text"], "label": "down"}
-    made = prepare(tmp_path, [*rows, copied, "", other_label])
-    assert made.audit["dropped"] == {"blank": 1, "duplicates": 1, "over_limit": 0}
-    assert list(made.rows["id"]) == [*(f"r{i:06d}" for i in range(1, 25)), "r000027"]  # the number of the line
-    assert made.rows["group"].iloc[-1] == made.rows["group"].iloc[0]
-    assert made.audit["label_conflicts"]["pairs"] == made.audit["label_conflicts"]["identical_texts"] == 1
+    prepared = prepare(tmp_path, [*rows, copied, "", other_label])
+    assert prepared.audit["dropped"] == {"blank": 1, "duplicates": 1, "over_limit": 0}
+    assert list(prepared.rows["id"]) == [*(f"r{i:06d}" for i in range(1, 25)), "r000027"]  # the number of the line
+    assert prepared.rows["group"].iloc[-1] == prepared.rows["group"].iloc[0]
+    assert prepared.audit["label_conflicts"]["pairs"] == prepared.audit["label_conflicts"]["identical_texts"] == 1
 
 
 def test_a_dropped_duplicate_leaves_its_group_behind(tmp_path):
-    """Rows 0 and 1 are of one event, rows 2 and 3 of another; a copy of row 0 is said to be of the second."""
+    """Rows 0 and 1 are of one event, rows 2 and 3 of another; a copy of row 0 names the second."""
     rows = [row | {"group": None} for row in records()]
     for i, group in enumerate(["one", "one", "two", "two"]):
         rows[i]["group"] = group
@@ -493,9 +493,9 @@ def test_a_group_may_be_called_like_an_id(tmp_path):
 
 def test_similarity_by_hand():
     # " up " and " on " are one run of four characters each; "up" and "up on" share one of one and two: 1/sqrt(2)
-    best, where = nearest_texts(["up", "up on", "xx"], ["down", "up on"])
-    assert best == pytest.approx([1 / math.sqrt(2), 1, 0], abs=1e-6)
-    assert list(where[:2]) == [1, 1]
+    similarity, nearest = nearest_texts(["up", "up on", "xx"], ["down", "up on"])
+    assert similarity == pytest.approx([1 / math.sqrt(2), 1, 0], abs=1e-6)
+    assert list(nearest[:2]) == [1, 1]
     # " abc" and "abc " against " abc" and "abcd", "bcd ": one in common, norms sqrt(2) and sqrt(3)
     assert nearest_texts(["abc"], ["abcd"])[0] == pytest.approx([1 / math.sqrt(6)], abs=1e-6)
 
@@ -508,8 +508,8 @@ def test_similarity_with_and_without_digits():
 
 
 def test_nothing_to_compare_to():
-    assert [list(part) for part in nearest_texts(["a"], [])] == [[0], [-1]]
-    assert [list(part) for part in nearest_texts([], ["a"])] == [[], []]
+    assert [list(array) for array in nearest_texts(["a"], [])] == [[0], [-1]]
+    assert [list(array) for array in nearest_texts([], ["a"])] == [[], []]
 
 
 @settings(max_examples=40, deadline=None)
@@ -523,24 +523,24 @@ def test_blocks_do_not_change_the_result(lines, threshold):
     margin = np.abs(whole - (threshold - SIMILARITY_SLACK)).min()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("distillery.data.near_duplicates.MAX_SIMILARITIES", 2 * n)  # two rows at a time
-        found = [
+        pairs = [
             (int(a), int(b)) for i, j, _ in near_duplicate_pairs(lines, threshold) for a, b in zip(i, j, strict=True)
         ]
         cluster = cluster_near_duplicates(lines, threshold)
     if margin > 1e-6:  # else float32 may fall on either side
-        assert set(found) == expected
-    assert len(found) == len(set(found))
+        assert set(pairs) == expected
+    assert len(pairs) == len(set(pairs))
     unmasked = {
         (int(a), int(b)) for i, j, _ in near_duplicate_pairs(lines, threshold, False) for a, b in zip(i, j, strict=True)
     }
-    part = list(range(n))
-    for _ in range(n):  # the smallest number of a neighbour, until nothing changes any more
-        for i, j in (*found, *unmasked):
-            part[i] = part[j] = min(part[i], part[j])
-    assert [list(cluster).index(c) for c in cluster] == part
+    component = list(range(n))
+    for _ in range(n):  # the smallest number of a neighbour, until no number changes
+        for i, j in (*pairs, *unmasked):
+            component[i] = component[j] = min(component[i], component[j])
+    assert [list(cluster).index(c) for c in cluster] == component
 
 
-def test_planted_twins_stay_together(tmp_path):
+def test_planted_near_duplicates_stay_together(tmp_path):
     """Rows that differ in numbers, in case or in one short word get one group, and so does a chain of them."""
     a = "Operating profit of the Talvikoski group rose to EUR 12.4 mn in the first quarter of the financial year"
     twins = [a, a.replace("12.4", "9"), a.upper(), a.replace(" in the", " during"), a.replace("rose", "fell")]
@@ -548,14 +548,14 @@ def test_planted_twins_stay_together(tmp_path):
     rows = records() + [
         {"id": f"twin{i}", "text": text, "label": "up" if i < 4 else "down"} for i, text in enumerate([*twins, other])
     ]
-    made = prepare(tmp_path, rows)
-    groups = made.rows.set_index("id")["group"]
+    prepared = prepare(tmp_path, rows)
+    groups = prepared.rows.set_index("id")["group"]
     assert len({groups[f"twin{i}"] for i in range(5)}) == 1
     assert groups["twin5"] == "twin5"
-    assert made.audit["clusters"]["near_duplicate_clusters"] == 1
-    assert made.audit["clusters"]["largest_cluster"] == 5
-    assert made.audit["label_conflicts"]["pairs"] == 4
-    assert {row["id"] for found in made.audit["label_conflicts"]["examples"] for row in found["rows"]} == {
+    assert prepared.audit["clusters"]["near_duplicate_clusters"] == 1
+    assert prepared.audit["clusters"]["largest_cluster"] == 5
+    assert prepared.audit["label_conflicts"]["pairs"] == 4
+    assert {row["id"] for pair in prepared.audit["label_conflicts"]["examples"] for row in pair["rows"]} == {
         f"twin{i}" for i in range(5)
     }
 
@@ -585,14 +585,14 @@ def test_split_properties(case, seed):
     frame = pd.DataFrame({"group": groups, "label": labels, "split": split})
     assert set(split) <= set(SPLITS)
     assert (frame.groupby("group")["split"].nunique() == 1).all()
-    for part in ("train", "validation", "test"):
-        assert set(frame["label"][frame["split"] == part]) == set(names)
-    for part in SPLITS:
-        if getattr(shares, part) == 0:
-            assert part not in set(split)
+    for name in ("train", "validation", "test"):
+        assert set(frame["label"][frame["split"] == name]) == set(names)
+    for name in SPLITS:
+        if getattr(shares, name) == 0:
+            assert name not in set(split)
         for label, total in Counter(labels).items():
-            got = ((frame["split"] == part) & (frame["label"] == label)).sum()
-            assert abs(got - getattr(shares, part) * total) <= 6, (part, label)  # a group and a half of rows
+            n_rows = ((frame["split"] == name) & (frame["label"] == label)).sum()
+            assert abs(n_rows - getattr(shares, name) * total) <= 6, (name, label)  # a group and a half of rows
 
 
 def test_exact_shares_when_rows_stand_alone():
@@ -610,7 +610,7 @@ def test_large_groups_are_spread_in_proportion():
     shares = SplitShares(train=0.2, pool=0.4, validation=0.1, test=0.3)
     split = split_groups(groups, labels, ["up", "down"], shares, 0)
     pairs = Counter(split[:200:2])
-    assert all(abs(pairs[part] - 100 * getattr(shares, part)) <= 1 for part in SPLITS)
+    assert all(abs(pairs[name] - 100 * getattr(shares, name)) <= 1 for name in SPLITS)
 
 
 def test_another_seed_is_another_split():
@@ -620,33 +620,33 @@ def test_another_seed_is_another_split():
 
 
 def test_labels_that_share_their_groups():
-    """`rest` is only found beside `up`: whichever way the groups are drawn, all three labels must be everywhere."""
+    """`rest` stands only beside `up`: whichever way the groups are drawn, all three labels must be everywhere."""
     groups = ["a", "a", "b", "b", "c", "c", "d", "e", "f"]
     labels = ["up", "rest"] * 3 + ["down"] * 3
     for seed in range(10):
         split = split_groups(groups, labels, ["up", "down", "rest"], QUARTERS, seed)
-        for part in ("train", "validation", "test"):
-            assert {label for label, s in zip(labels, split, strict=True) if s == part} == {"up", "down", "rest"}
+        for name in ("train", "validation", "test"):
+            assert {label for label, s in zip(labels, split, strict=True) if s == name} == {"up", "down", "rest"}
 
 
 def test_limit_takes_whole_groups(tmp_path):
     rows = [row | {"group": f"g{i // 3}"} for i, row in enumerate(records(90))]
-    made = prepare(tmp_path, rows, limit=12)
-    assert made.rows["group"].nunique() == 12
-    assert (made.rows["group"].value_counts() == 3).all()
-    assert made.audit["dropped"]["over_limit"] == 90 - 36
-    assert list(prepare(tmp_path, rows, limit=12).rows["id"]) == list(made.rows["id"])
-    assert list(prepare(tmp_path, rows, limit=12, seed=1).rows["id"]) != list(made.rows["id"])
+    prepared = prepare(tmp_path, rows, limit=12)
+    assert prepared.rows["group"].nunique() == 12
+    assert (prepared.rows["group"].value_counts() == 3).all()
+    assert prepared.audit["dropped"]["over_limit"] == 90 - 36
+    assert list(prepare(tmp_path, rows, limit=12).rows["id"]) == list(prepared.rows["id"])
+    assert list(prepare(tmp_path, rows, limit=12, seed=1).rows["id"]) != list(prepared.rows["id"])
 
 
 # ------------------------------------------------------------------------------------------- audit and files
 
 
-def test_the_audit_finds_planted_leaks(tmp_path):
-    """Twins that were torn apart after the fact are found with digits masked, and named."""
-    made = prepare(tmp_path, records())
-    assert made.audit["across_splits"]["digits_masked"]["pairs_above"] == 0
-    rows, split = made.rows.copy(), made.split
+def test_the_audit_reports_planted_leaks(tmp_path):
+    """Near-duplicates that are moved to different splits afterwards are reported, with digits masked."""
+    prepared = prepare(tmp_path, records())
+    assert prepared.audit["across_splits"]["digits_masked"]["pairs_above"] == 0
+    rows, split = prepared.rows.copy(), prepared.split
     in_train, in_test = np.flatnonzero(split == "train")[0], np.flatnonzero(split == "test")[0]
     rows.loc[in_train, "text"] = "Net sales of the third quarter amounted to 412,500 euros after 398,100"
     rows.loc[in_test, "text"] = "Net sales of the third quarter amounted to 77 euros after 1,200,345"
@@ -661,44 +661,44 @@ def test_the_audit_finds_planted_leaks(tmp_path):
 
 
 def test_few_shot_examples_that_stand_in_the_data_are_named(tmp_path):
-    made = prepare(tmp_path, records())
-    shown = {part: made.rows["text"][made.split == part].iloc[0] for part in ("test", "pool")}
+    prepared = prepare(tmp_path, records())
+    shown = {name: prepared.rows["text"][prepared.split == name].iloc[0] for name in ("test", "pool")}
     shots = [{"text": text, "label": "up"} for text in ("Nothing like it stands anywhere", *shown.values())]
     task = Task.model_validate(TASK.model_dump() | {"few_shot": shots})
-    found = prepare(tmp_path, records(), task).audit["few_shot_near_duplicates"]
-    assert [(f["few_shot"], f["split"], f["row"]["text"]) for f in found] == [
+    findings = prepare(tmp_path, records(), task).audit["few_shot_near_duplicates"]
+    assert [(f["few_shot"], f["split"], f["row"]["text"]) for f in findings] == [
         (2, "pool", shown["pool"]),
         (1, "test", shown["test"]),
     ]
 
 
-def test_what_is_written(tmp_path):
+def test_the_written_files(tmp_path):
     rows = [row | {"rationale": "because" if i % 3 else None, "n": i} for i, row in enumerate(records())]
-    made = prepare(tmp_path, rows)
-    write_source(made, tmp_path / "out")
+    prepared = prepare(tmp_path, rows)
+    write_source(prepared, tmp_path / "out")
     assert set(bytes_of(tmp_path / "out")) == FILES
-    frames = {part: read_split(tmp_path / "out", part) for part in (*SPLITS, "pool_labels")}
+    frames = {name: read_split(tmp_path / "out", name) for name in (*SPLITS, "pool_labels")}
     assert list(frames["pool"]) == ["id", "text", "group", "n"]
     assert list(frames["pool_labels"]) == ["id", "label", "rationale"]
     assert list(frames["pool_labels"]["id"]) == list(frames["pool"]["id"])
-    for part in ("train", "validation", "test"):
-        assert list(frames[part]) == [*ROW_COLUMNS, "n"]
-    whole = pd.concat([frames[part] for part in SPLITS])
+    for name in ("train", "validation", "test"):
+        assert list(frames[name]) == [*ROW_COLUMNS, "n"]
+    whole = pd.concat([frames[name] for name in SPLITS])
     assert sorted(whole["id"]) == sorted(row["id"] for row in rows)
     given_rows = {row["id"]: row for row in rows}
-    for part in ("train", "validation", "test", "pool_labels"):
-        for row in frames[part].to_dict("records"):
+    for name in ("train", "validation", "test", "pool_labels"):
+        for row in frames[name].to_dict("records"):
             assert (row["label"], row["rationale"]) == tuple(given_rows[row["id"]][k] for k in ("label", "rationale"))
     assert read_task(tmp_path / "out") == TASK
     assert list(json.loads((tmp_path / "out" / "task.json").read_text())["labels"]) == ["up", "down"]
     audit = json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert {part: counts["rows"] for part, counts in audit["splits"].items()} == {p: len(frames[p]) for p in SPLITS}
+    assert {name: counts["rows"] for name, counts in audit["splits"].items()} == {p: len(frames[p]) for p in SPLITS}
     assert audit["lengths"]["all"]["words"] == {"mean": 4, "p5": 4, "p50": 4, "p95": 4, "max": 4}
 
 
 def test_an_empty_pool_is_a_file_with_the_same_columns(tmp_path):
-    made = prepare(tmp_path, records(), split=SplitShares(train=0.5, validation=0.25, test=0.25))
-    write_source(made, tmp_path / "out")
+    prepared = prepare(tmp_path, records(), split=SplitShares(train=0.5, validation=0.25, test=0.25))
+    write_source(prepared, tmp_path / "out")
     assert list(read_split(tmp_path / "out", "pool")) == ["id", "text", "group"]
     assert len(read_split(tmp_path / "out", "pool_labels")) == 0
 
@@ -729,10 +729,10 @@ from test_data import TASK, Path, source
 from distillery.data.prepare import prepare_source
 from distillery.data.storage import write_source
 from distillery.errors import UserError
-made = prepare_source("a", source("a.jsonl", seed=1), TASK, Path("."))
+prepared = prepare_source("a", source("a.jsonl", seed=1), TASK, Path("."))
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    write_source(made, Path("out"))
+    write_source(prepared, Path("out"))
 except UserError as error:
     sys.exit(str(error))
 """
@@ -755,7 +755,7 @@ def finance() -> PreparedSource:
 
 
 def test_the_real_corpus_is_split_without_leaks(finance):
-    assert {part: counts["rows"] for part, counts in finance.audit["splits"].items()} == {
+    assert {name: counts["rows"] for name, counts in finance.audit["splits"].items()} == {
         "train": 303,
         "pool": 909,
         "validation": 202,
@@ -767,9 +767,9 @@ def test_the_real_corpus_is_split_without_leaks(finance):
     own = frame["id"].map({row["id"]: row["group"] for row in map(json.loads, lines)})
     assert (frame.groupby(own)["split"].nunique() == 1).all()
     assert frame["style"].notna().all()
-    for way in finance.audit["across_splits"].values():
-        assert way["pairs_above"] == 0
-        assert way["nearest"]["highest"] < 0.85
+    for leaks in finance.audit["across_splits"].values():
+        assert leaks["pairs_above"] == 0
+        assert leaks["nearest"]["highest"] < 0.85
     assert finance.audit["few_shot_near_duplicates"] == []
 
 

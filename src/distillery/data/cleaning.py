@@ -17,7 +17,7 @@ from distillery.config.schema import SourceConfig
 from distillery.data.readers import RawRows, value_kind
 from distillery.errors import UserError
 from distillery.tasks.prompts import with_options
-from distillery.tasks.schema import ANSWER_SEPARATOR, Task
+from distillery.tasks.schema import ANSWER_LABELS, ANSWER_SEPARATOR, Task
 
 ROW_COLUMNS = ("id", "text", "label", "rationale", "group")  # of every split; extra columns of the source come after
 
@@ -100,7 +100,8 @@ class RowCleaner:
         if self.raw.labels and type(label) is int and 0 <= label < len(self.raw.labels):
             label = self.raw.labels[label]
         if self.task.kind == "qa" and names.label is not None:
-            label, answers = "right", _join_answers(at, names.label, label)
+            answers = _join_answers(at, names.label, label)
+            label, _ = ANSWER_LABELS  # these are the accepted answers
         values = {"label": label, "id": record.get(names.id), "group": record.get(names.group)}
         for role, value in values.items():
             try:
