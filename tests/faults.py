@@ -180,7 +180,7 @@ def trainer_of(
 
 
 def first_loss(trainer: Any) -> tuple[int, float]:
-    """Supervised tokens of the trainer's first batch, and its loss."""
+    """Supervised tokens of our trainer's first batch, and its loss."""
     picked = list(range(4))
     count = len(trainer.kinds(picked, None))
     trainer.supervised = {"rows": 4, "compared": count}

@@ -65,21 +65,21 @@ class RowCleaner:
     """
 
     def __init__(self, raw: RawRows, spec: SourceConfig, task: Task):
-        self.raw, self.spec, self.task, self.names = raw, spec, task, spec.columns
+        self.raw, self.task, self.columns = raw, task, spec.columns
         self.labels = {normalize_text(label): label for label in task.names}
-        columns = list(dict.fromkeys(column for record in raw.rows for column in record))
+        file_columns = list(dict.fromkeys(column for record in raw.rows for column in record))
         roles = ("text", "options", "label", "id", "group", "rationale")
-        mapped = {role: getattr(self.names, role) for role in roles if role != "options" or task.kind == "choice"}
+        mapped = {role: getattr(self.columns, role) for role in roles if role != "options" or task.kind == "choice"}
         mapped = {role: [name] if isinstance(name, str) else name or [] for role, name in mapped.items()}
         for role, names in mapped.items():
             for column in names:
-                required = role in ("text", "options", "label") or role in self.names.model_fields_set
-                if column not in columns and required:
-                    shown = ", ".join(f"`{c}`" for c in columns)
+                required = role in ("text", "options", "label") or role in self.columns.model_fields_set
+                if column not in file_columns and required:
+                    shown = ", ".join(f"`{c}`" for c in file_columns)
                     raise UserError(f"{raw.name}: no column `{column}` for the {role}; there are: {shown}")
         self.text_columns, self.option_columns = mapped["text"], mapped.get("options", [])
-        self.has_ids = self.names.id in columns
-        unmapped = [column for column in columns if not any(column in names for names in mapped.values())]
+        self.has_ids = self.columns.id in file_columns
+        unmapped = [column for column in file_columns if not any(column in names for names in mapped.values())]
         # A second column with the name `label`, beside the one in use, would bring labels into the pool.
         self.left_out = [column for column in unmapped if column in ROW_COLUMNS or not column.strip()]
         if task.kind == "qa" and "answers" in unmapped:
@@ -88,33 +88,35 @@ class RowCleaner:
 
     def clean(self, i: int) -> CleanRow:
         """Row `i`. Raises UserError naming the line or row, the column, and what is allowed."""
-        record, at, names = self.raw.rows[i], self.raw.at(i), self.names
-        for column in (*self.text_columns, names.rationale):
+        record, at, columns = self.raw.rows[i], self.raw.at(i), self.columns
+        for column in (*self.text_columns, columns.rationale):
             value = record.get(column)
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{at}: `{column}` must be text, not {value_kind(value)} ({value!r:.60})")
         text = normalize_text(" ".join(record.get(column) or "" for column in self.text_columns))
         if not _visible(text):
             raise UserError(f"{at}: `{'`, `'.join(self.text_columns)}` is empty; every row needs a text")
-        label, answers = record.get(names.label), None
+        label, answers = record.get(columns.label), None
         if self.raw.labels and type(label) is int and 0 <= label < len(self.raw.labels):
             label = self.raw.labels[label]
-        if self.task.kind == "qa" and names.label is not None:
-            answers = _join_answers(at, names.label, label)
+        if self.task.kind == "qa" and columns.label is not None:
+            answers = _join_answers(at, columns.label, label)
             label, _ = ANSWER_LABELS  # these are the accepted answers
-        values = {"label": label, "id": record.get(names.id), "group": record.get(names.group)}
+        values = {"label": label, "id": record.get(columns.id), "group": record.get(columns.group)}
         for role, value in values.items():
             try:
                 values[role] = _to_name(value)
             except TypeError:
                 kind = f"{value_kind(value)} ({value!r:.60})"
-                raise UserError(f"{at}: `{getattr(names, role)}` must be text or a whole number, not {kind}") from None
+                raise UserError(
+                    f"{at}: `{getattr(columns, role)}` must be text or a whole number, not {kind}"
+                ) from None
         if self.task.kind == "choice":
             text, values["label"] = self._shuffle_options(at, text, record, values["label"])
-        if values["label"] not in self.labels and names.label is not None:
-            problem = f"unknown label {values['label']!r:.60}" if values["label"] else f"`{names.label}` is empty"
+        if values["label"] not in self.labels and columns.label is not None:
+            problem = f"unknown label {values['label']!r:.60}" if values["label"] else f"`{columns.label}` is empty"
             raise UserError(f"{at}: {problem}; allowed: {', '.join(self.task.names)}")
-        rationale = normalize_text(record.get(names.rationale) or "") or None
+        rationale = normalize_text(record.get(columns.rationale) or "") or None
         label = self.labels.get(values["label"])
         return CleanRow(values["id"], text, label, rationale, values["group"], answers)
 
@@ -126,9 +128,10 @@ class RowCleaner:
         The text and the options alone decide the order. So the position of an option holds no information, and two
         copies of a question read the same. Raises UserError when the options or the answer do not fit the task.
         """
-        columns, first, names = self.option_columns, self.names.first, self.task.names
-        raw_options = record.get(columns[0]) if len(columns) == 1 else [record.get(column) for column in columns]
-        shown = "`, `".join(columns)
+        option_columns, first, names = self.option_columns, self.columns.first, self.task.names
+        raw_options = [record.get(column) for column in option_columns]
+        raw_options = raw_options[0] if len(option_columns) == 1 else raw_options
+        shown = "`, `".join(option_columns)
         if not isinstance(raw_options, list) or not all(
             isinstance(option, str) and normalize_text(option) for option in raw_options
         ):
@@ -144,10 +147,10 @@ class RowCleaner:
         by_option = sorted(range(len(options)), key=lambda n: (options[n], n))
         order = np.random.default_rng(list(seed)).permutation(by_option)
         label = None
-        if self.names.label is not None:
+        if self.columns.label is not None:
             allowed = [chr(65 + n) if first == "A" else str(first + n) for n in range(len(options))]
             if answer not in allowed:
-                problem = f"unknown answer {answer!r:.60}" if answer else f"`{self.names.label}` is empty"
+                problem = f"unknown answer {answer!r:.60}" if answer else f"`{self.columns.label}` is empty"
                 raise UserError(f"{at}: {problem}; allowed: {', '.join(allowed)}")
             label = names[int(np.flatnonzero(order == allowed.index(answer))[0])]
         return with_options(self.task, text, [options[n] for n in order]), label
@@ -195,7 +198,7 @@ def _drop_duplicates(
         if not cleaner.has_ids:
             row.id = f"r{raw.numbers[i]:06d}"
         if row.id is None:
-            column = cleaner.names.id
+            column = cleaner.columns.id
             raise UserError(f"{raw.at(i)}: `{column}` is empty; every row needs an id of its own (or none has one)")
         if row.id in number_of_id:
             first = f"{raw.unit} {number_of_id[row.id]}"
