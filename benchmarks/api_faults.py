@@ -45,7 +45,7 @@ def questions(task: Task, rows: int) -> list[str]:
 
 
 def teacher(url: str, path: Path, model: str, variable: str = VARIABLE) -> ApiTeacher:
-    settings = {"model": model, "base_url": url, "key": variable, "max_tokens": 1, "timeout": 3.0, "attempts": 30}
+    settings = {"model": model, "base_url": url, "key": variable, "max_tokens": 1, "timeout": 3.0, "max_attempts": 30}
     spec = validate_section(ApiConfig, settings | {"concurrency": 12}, "benchmark")
     task = load_task("finance-sentiment", ROOT / "tasks")
     return ApiTeacher(Endpoint("benchmark", spec, AnswerStore(path)), task)

@@ -33,7 +33,7 @@ SHOTS = (("task", 0), ("task", 3), ("gold", 6), ("similar", 4))
 def asked_so(params: Params, task: Task, shots: str, n: int) -> Params:
     """`P` with a teacher `smollm2` that is only prompted, with `n` solved examples from `shots`."""
     spec = {"kind": "lm", "model": "smollm2", "dtype": "bfloat16", "prompts": [*task.prompts], "few_shot": n}
-    spec |= {"shots": shots, "embeddings": "minilm-l6" if shots == "similar" else None}
+    spec |= {"examples_from": shots, "embeddings": "minilm-l6" if shots == "similar" else None}
     return params.model_copy(update={"teachers": {"smollm2": validate_section(TeacherConfig, spec, "benchmark")}})
 
 

@@ -47,7 +47,7 @@ def key(monkeypatch):
 
 
 def teacher(url: str, model: str, path: Path, **settings) -> ApiTeacher:
-    base = {"model": model, "base_url": url, "key": KEY, "max_tokens": 1, "timeout": 1.0, "attempts": 20}
+    base = {"model": model, "base_url": url, "key": KEY, "max_tokens": 1, "timeout": 1.0, "max_attempts": 20}
     spec = validate_section(ApiConfig, base | settings, "params.yaml")
     said: list[str] = []
     made = ApiTeacher(Endpoint("far", spec, AnswerStore(path / "answers.sqlite"), said.append), TASK)
@@ -157,7 +157,7 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(server, tmp_path):
     path = tmp_path / "answers.sqlite"
     with loopback.Proxy(port, share=0.3, seed=2, key=SECRET) as proxy:
         settings = {"model": model, "base_url": proxy.url, "key": KEY, "max_tokens": 1, "timeout": 1.0}
-        settings |= {"attempts": 20, "concurrency": 4}
+        settings |= {"max_attempts": 20, "concurrency": 4}
         command = [sys.executable, "-c", ASK, json.dumps([settings, str(path), TEXTS])]
         environment = os.environ | {"PYTHONPATH": str(tiny.ROOT / "src")}
         for part in (20, 40):
@@ -180,7 +180,7 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(server, tmp_path):
 def test_a_server_that_asks_for_time_gets_it(server, tmp_path):
     port, model = server
     with loopback.Proxy(port, share=1.0, faults=("429",)) as proxy:
-        asked = teacher(proxy.url, model, tmp_path, attempts=3, concurrency=1)
+        asked = teacher(proxy.url, model, tmp_path, max_attempts=3, concurrency=1)
         with pytest.raises(UserError, match=r"teachers.far: no answer from .* after 3 calls, the last: HTTP 429"):
             asked.predict(TEXTS[:1])
         pauses = np.diff(proxy.times)
@@ -214,7 +214,7 @@ def test_a_stage_asks_an_endpoint_once_and_writes_the_key_nowhere(server, tmp_pa
     repo = tiny.experiment(tmp_path / "repo")
     with loopback.Proxy(port, share=0.1, seed=3, key=SECRET) as proxy:
         tree = read_yaml(repo / "params.yaml")
-        far = {"model": model, "base_url": proxy.url, "key": KEY, "max_tokens": 1, "timeout": 1.0, "attempts": 20}
+        far = {"model": model, "base_url": proxy.url, "key": KEY, "max_tokens": 1, "timeout": 1.0, "max_attempts": 20}
         tree["teachers"]["far"] = {"kind": "api", "api": far, "prompts": ["bare"], "few_shot": 1, "rationales": 2}
         tree["data"]["finance"]["limit"] = 48
         with (repo / "params.yaml").open("w", encoding="utf-8") as file:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from distillery.config.load import load_params, validate_section
+from distillery.config.renamed import rename_old_keys
 from distillery.config.schema import Params
 from distillery.errors import UserError
 from distillery.files import atomic_write, repository_root
@@ -133,7 +134,7 @@ MISTAKES = [
     ("data.news.limit", 0, "data.news.limit: must be greater than 0, not 0"),
     ("data.news.near_duplicate", 85, "data.news.near_duplicate: must be less than or equal to 1, not 85"),
     # a search
-    ("search", {"student": "kd"}, "search: nothing to choose: give `learning_rate` or `choose`"),
+    ("search", {"student": "kd"}, "search: nothing to search: give `learning_rate` or `choices`"),
     ("search", {"student": "no", "learning_rate": [0.1, 0.2]}, "search.student: unknown student `no`; known: "),
     ("search", {"student": "kd", "phase": 9, "learning_rate": [0.1, 0.2]}, "search.phase: `kd` has no phase 9"),
     # models
@@ -143,8 +144,8 @@ MISTAKES = [
     ("models.llm.wheel", ["a==1", "b"], "models.llm.wheel.1: must be name==version, not 'b'"),
     ("models.llm.wheel", ["a==1"], "models.llm.wheel: needs at least 2"),
     ("models.llm.wheel", ["a==1", "b==1"], "models.llm: 2 `wheel` need as many `sha256`, in the same order; not 1"),
-    ("models.encoder", {}, "models.encoder: needs exactly one of `wheel`, `hub`, `folder` or `built`"),
-    ("models.encoder.hub", "a/b", "models.encoder: needs exactly one of `wheel`, `hub`, `folder` or `built`"),
+    ("models.encoder", {}, "models.encoder: needs exactly one of `wheel`, `hub`, `folder` or `random`"),
+    ("models.encoder.hub", "a/b", "models.encoder: needs exactly one of `wheel`, `hub`, `folder` or `random`"),
     ("models.encoder", {"hub": "a/b"}, "models.encoder: a `hub` model needs a pinned `revision`"),
     # teachers
     ("teachers.llm.model", "lm", "teachers.llm.model: unknown model `lm`; known: llm, encoder"),
@@ -184,8 +185,8 @@ MISTAKES = [
     ),
     ("teachers.llm.kind", "api", "teachers.llm: `kind: api` needs `api`, not `model`"),
     ("teachers.llm.api", {"model": "m"}, "teachers.llm: `kind: lm` needs `model`, not `api`"),
-    ("teachers.llm.prompts", ["short"], "teachers.llm: `prompts`, `shots` and `calibrate` are for teachers that are"),
-    ("teachers.llm.shots", "similar", "teachers.llm: `shots: similar` and `embeddings` (an encoder of `models`) go"),
+    ("teachers.llm.prompts", ["short"], "teachers.llm: `prompts`, `examples_from` and `calibrate` are for"),
+    ("teachers.llm.examples_from", "similar", "teachers.llm: `examples_from: similar` and `embeddings` (an encoder"),
     (
         "teachers.llm",
         {"kind": "api", "api": {"model": "m", "key": "sk-my-key"}},
@@ -266,6 +267,69 @@ def test_mistakes_are_told_in_one_line(folder, key, value, line):
     message = str(caught.value)
     assert f"{message}\n".startswith(f"params.yaml: {line}")
     assert "\n" not in message
+
+
+# old key, its value, the new key, and its value
+RENAMED = [
+    ("students.kd.phases.0.take", {"confidence": 0.6}, "students.kd.phases.0.pseudo_labels", {"min_confidence": 0.6}),
+    ("students.kd.phases.1.take", {"agree": True}, "students.kd.phases.1.pseudo_labels", {"agreement": True}),
+    ("students.gold.phases.0.loss.prior", 0.3, "students.gold.phases.0.loss.label_prior", 0.3),
+    ("data.news.filter", {"least": 2}, "data.news.filter", {"min_keywords": 2}),
+    (
+        "models.encoder.built",
+        {"type": "bert", "words": ["x"]},
+        "models.encoder.random",
+        {"type": "bert", "words": ["x"]},
+    ),
+    ("search.sets", 7, "search.trials", 7),
+    ("search.choose", {"loss": [{"prior": 0.1}]}, "search.choices", {"loss": [{"label_prior": 0.1}]}),
+    ("teachers.far.shots", "gold", "teachers.far.examples_from", "gold"),
+    ("teachers.far.api.attempts", 3, "teachers.far.api.max_attempts", 3),
+]
+
+
+def with_far_teacher_and_search(key: str, value):
+    """BASE with a teacher behind an endpoint and a search, and `value` at `key`."""
+    raw = changed("search", {"student": "kd", "learning_rate": [0.1, 0.2]})
+    raw["teachers"]["far"] = {"kind": "api", "data": ["news"], "few_shot": 2, "api": {"model": "m"}}
+    if key.startswith("models.encoder."):
+        del raw["models"]["encoder"]["folder"]
+    *path, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+    node = raw
+    for part in path:
+        node = node[part]
+    node[last] = value
+    return raw
+
+
+@pytest.mark.parametrize(("old", "old_value", "new", "new_value"), RENAMED, ids=[old for old, *_ in RENAMED])
+def test_an_old_key_is_still_read_and_named_on_stderr(folder, capsys, old, old_value, new, new_value):
+    expected = load(folder, with_far_teacher_and_search(new, new_value))
+    assert capsys.readouterr().err == ""
+    assert load(folder, with_far_teacher_and_search(old, old_value)) == expected
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(
+        re.fullmatch(r"params\.yaml: \S+: renamed to \w+; the old key is read until version 0\.3", line)
+        for line in lines
+    )
+    if old.rpartition(".")[2] != new.rpartition(".")[2]:
+        assert f"params.yaml: {old}: renamed to {new.rpartition('.')[2]}; " in "\n".join(lines)
+
+
+def test_an_old_key_beside_its_new_one_is_a_mistake(folder):
+    raw = with_far_teacher_and_search("search.trials", 7)
+    raw["search"]["sets"] = 7
+    with pytest.raises(
+        UserError, match=r"^params.yaml: search.sets: renamed to `trials`, which stands there too; leave"
+    ):
+        load(folder, raw)
+
+
+def test_a_renamed_loss_term_keeps_its_place(folder):
+    raw = changed("students.gold.phases.0.loss", {"prior": 0.1, "ce": 1.0})
+    renamed = rename_old_keys(raw, "params.yaml")
+    assert list(renamed["students"]["gold"]["phases"][0]["loss"]) == ["label_prior", "ce"]
+    assert list(raw["students"]["gold"]["phases"][0]["loss"]) == ["prior", "ce"]  # not changed in place
 
 
 def test_two_tasks_in_one_student(folder):

@@ -51,7 +51,7 @@ def test_a_student_learns_to_write_the_answers(tiny_models, tmp_path):
     [
         ({"loss": {"ce": 1.0, "rationale": 1.0}}, "loss.rationale"),
         ({"loss": {"kl": 1.0}, "teachers": ["one"]}, "loss.kl"),
-        ({"teachers": ["one"], "take": {"confidence": 0.5}}, "take"),
+        ({"teachers": ["one"], "pseudo_labels": {"min_confidence": 0.5}}, "pseudo_labels"),
         ({"teachers": ["one", "two"], "mix": "validation"}, "mix"),
         ({"teachers": ["one"], "order": "confidence"}, "order: confidence"),
     ],

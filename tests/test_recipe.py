@@ -62,6 +62,18 @@ def test_a_recipe_has_a_folder_of_its_own(repository):
     assert (small / "src/distillery/config/load.py").stat().st_mtime_ns == kept
 
 
+def test_old_keys_of_a_recipe_and_of_its_scale_are_read(repository, capsys):
+    path = repository / "recipes" / "other.yaml"
+    old = path.read_text().replace("{phases: {1: {steps: 1}}}", "{phases: {1: {take: {agree: true}}}}")
+    path.write_text(old)
+    loaded = load_params(prepare_recipe(repository, "other", "small") / "params.yaml")
+    assert loaded.students["tiny-kd"].phases[1].pseudo_labels.agreement
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    key = "students.tiny-kd.phases.1.take"
+    assert lines[1].startswith(f"recipes/other.yaml, scale small: {key}: renamed to pseudo_labels; the old key is read")
+
+
 def test_a_recipe_runs_there_with_dvc(repository):
     """The first stage is enough to see that DVC works without git and writes to that folder alone."""
     folder = prepare_recipe(repository, "other", "small")
@@ -109,7 +121,7 @@ def test_a_stand_in_is_built_from_its_config(kind, arch, tmp_path):
     from distillery.models.fetch import fetch_model
     from distillery.models.load import load_tokenizer
 
-    spec = ModelConfig(built={"type": kind, "words": ["data/corpora/math.jsonl", "tasks/math.yaml"], "layers": 2})
+    spec = ModelConfig(random={"type": kind, "words": ["data/corpora/math.jsonl", "tasks/math.yaml"], "layers": 2})
     folder = fetch_model("tiny", spec, tmp_path)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer("How many minutes do they take?")["input_ids"]

@@ -14,7 +14,7 @@ from distillery.errors import UserError
 from distillery.pipeline.search import draw_settings, run_search, run_trial, sample_groups, search_settings
 
 SPEC = SearchConfig(
-    student="tiny-gold", sets=3, share=0.5, folds=2, learning_rate=[1.0e-4, 1.0e-2], choose={"batch_size": [4, 8]}
+    student="tiny-gold", trials=3, share=0.5, folds=2, learning_rate=[1.0e-4, 1.0e-2], choices={"batch_size": [4, 8]}
 )
 
 
@@ -41,7 +41,7 @@ def repository(tiny_models, tmp_path, monkeypatch):
 
 
 def test_settings_are_drawn_within_their_bounds_and_always_the_same():
-    drawn = draw_settings(SPEC.model_copy(update={"sets": 200}))
+    drawn = draw_settings(SPEC.model_copy(update={"trials": 200}))
     assert all(1.0e-4 <= one["learning_rate"] <= 1.0e-2 for one in drawn)
     assert sum(one["learning_rate"] < 1.0e-3 for one in drawn) == pytest.approx(100, abs=25)  # even over the logarithm
     assert {one["batch_size"] for one in drawn} == {4, 8}

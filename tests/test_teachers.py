@@ -492,7 +492,7 @@ def test_a_killed_teacher_goes_on_where_it_stood_and_a_second_run_asks_nothing(e
 
 def test_a_prompted_teacher_is_measured_with_its_own_examples_and_calibration(experiment, monkeypatch):
     root, params = experiment
-    params = prompted(params, few_shot=len(TASK.few_shot) + 3, shots="gold")
+    params = prompted(params, few_shot=len(TASK.few_shot) + 3, examples_from="gold")
     monkeypatch.setattr("distillery.teachers.base.gather_rows", lambda *_: gold_rows(20))
     teacher = open_prompted_teacher(root, "lm", params, TASK, {"prompt": None, "prior": [0.5, 0.3, 0.2]})
     rows, calls = gold_rows(30).tail(4), []

@@ -195,17 +195,17 @@ def test_of_the_pool_only_sure_or_agreed_labels_are_taken():
     two = [[0.1, 0.9, 0.0], [0.1, 0.9, 0.0], [0.1, 0.9, 0.0], [0.4, 0.3, 0.3], [0.8, 0.1, 0.1], [0.9, 0.1, 0.0]]
     frame["p_one"], frame["p_two"] = one, two
 
-    def texts(**take) -> list[str]:
-        spec = phase({"kl": 1.0}, data=["toy/train", "toy/pool"], teachers=["one", "two"], take=take)
+    def texts(**pseudo_labels) -> list[str]:
+        spec = phase({"kl": 1.0}, data=["toy/train", "toy/pool"], teachers=["one", "two"], pseudo_labels=pseudo_labels)
         return phase_rows(frame, spec, LABELS).texts
 
     def where(*rows: int) -> list[str]:
         return frame["text"].iloc[list(rows)].tolist()
 
     assert texts() == where(0, 1, 2, 3, 4, 5)  # rows with a gold label stay whatever the teachers say
-    assert texts(agree=True) == where(0, 1, 3, 4, 5)
-    assert texts(confidence=0.6) == where(0, 1, 4, 5) and texts(confidence=0.6, agree=True) == where(0, 1, 4, 5)
-    assert texts(confidence=0.8) == where(0, 1, 4)
+    assert texts(agreement=True) == where(0, 1, 3, 4, 5)
+    assert texts(min_confidence=0.6) == texts(min_confidence=0.6, agreement=True) == where(0, 1, 4, 5)
+    assert texts(min_confidence=0.8) == where(0, 1, 4)
 
 
 def test_a_row_is_taught_by_those_who_answered_and_by_nobody_if_none_did():
@@ -556,7 +556,7 @@ def test_the_shortcut_penalty_pulls_the_mean_prediction_to_the_gold_shares(tiny_
     frame = toy(24)
     frame.loc[frame.index % 4 != 0, "label"] = "positive"
     student = learner(tiny_models, "classifier", scale=4)
-    spec = phase({"prior": 1.0}, steps=60, batch_size=8, learning_rate=3e-3)
+    spec = phase({"label_prior": 1.0}, steps=60, batch_size=8, learning_rate=3e-3)
     trained(student, frame, spec, tmp_path)
     shares = [(frame["label"] == label).mean() for label in LABELS]
     np.testing.assert_allclose(student.predict(frame["text"]).mean(0), shares, atol=0.05)

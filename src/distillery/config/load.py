@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from distillery.config.messages import validation_message
 from distillery.config.references import check_references
+from distillery.config.renamed import rename_old_keys
 from distillery.config.schema import Params, Section
 from distillery.errors import UserError
 from distillery.files import read_yaml, repository_root
@@ -24,7 +25,7 @@ def load_params(path: Path | str | None = None) -> Params:
     Raises UserError with one line naming the first wrong key and what is allowed there.
     """
     path = Path(path) if path else repository_root() / "params.yaml"
-    params = validate_section(Params, read_yaml(path), path.name)
+    params = validate_section(Params, rename_old_keys(read_yaml(path), path.name), path.name)
     check_references(params, path.name, path.parent)
     return params
 

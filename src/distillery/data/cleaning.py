@@ -270,8 +270,8 @@ def filter_rows(
     if row_filter.keywords:
         pattern = re.compile("|".join(rf"\b{re.escape(word.casefold())}\b" for word in row_filter.keywords))
         n_keywords = rows["text"].map(lambda text: len(set(pattern.findall(text.casefold()))))
-        counts["without_keyword"] = int((passes & (n_keywords < row_filter.least)).sum())
-        passes &= n_keywords >= row_filter.least
+        counts["without_keyword"] = int((passes & (n_keywords < row_filter.min_keywords)).sum())
+        passes &= n_keywords >= row_filter.min_keywords
     if not passes.any():
         raise UserError(f"{raw.name}: the filter leaves no row: {counts}")
     return *take_rows(rows, duplicate_groups, np.flatnonzero(passes)), counts

@@ -41,9 +41,9 @@ def fetch_model(name: str, spec: ModelConfig, cache: Path | None = None) -> Path
             raise UserError(f"params.yaml: models.{name}.folder: {spec.folder} holds no config.json")
         return folder
     cache = cache or repository_root() / ".cache" / "models"
-    decides = json.dumps(spec.model_dump(exclude=None if spec.built else {"built"}), sort_keys=True).encode()
-    if spec.built:
-        decides += b"".join(read_words_file(name, file).read_bytes() for file in spec.built.words)
+    decides = json.dumps(spec.model_dump(exclude=None if spec.random else {"random"}), sort_keys=True).encode()
+    if spec.random:
+        decides += b"".join(read_words_file(name, file).read_bytes() for file in spec.random.words)
     key = hashlib.sha256(decides).hexdigest()[:12]
     folder = cache / f"{name}-{key}"
     if not folder.exists():

@@ -18,7 +18,7 @@ from distillery.files import repository_root
 def read_words_file(name: str, file: str) -> Path:
     path = repository_root() / file
     if not path.is_file():
-        raise UserError(f"params.yaml: models.{name}.built.words: {file}: no such file")
+        raise UserError(f"params.yaml: models.{name}.random.words: {file}: no such file")
     return path
 
 
@@ -28,7 +28,7 @@ def build_random_model(name: str, spec: ModelConfig, scratch: Path) -> Path:
     from tokenizers.models import WordLevel
     from transformers import AutoModel, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-    built = spec.built
+    built = spec.random
     encoder = built.type in ("bert", "albert")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] if encoder else ["<pad>", "<unk>", "</s>"]
     words = Tokenizer(WordLevel(unk_token=special[1]))

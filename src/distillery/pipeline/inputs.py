@@ -51,7 +51,7 @@ def model_record(root: Path, params: Params, name: str) -> dict[str, Any]:
 
 
 # of an endpoint: how fast, how often and for how much it may be asked decides nothing of what it answers
-API_KEYS_WITHOUT_EFFECT = {"key", "concurrency", "requests_per_minute", "timeout", "attempts"}
+API_KEYS_WITHOUT_EFFECT = {"key", "concurrency", "requests_per_minute", "timeout", "max_attempts"}
 
 
 API_KEYS_WITHOUT_EFFECT |= {"price", "max_cost", "max_total_tokens"}

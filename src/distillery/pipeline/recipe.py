@@ -19,6 +19,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from distillery.config.load import load_params
+from distillery.config.renamed import rename_old_keys
 from distillery.errors import UserError
 from distillery.files import atomic_write, read_yaml, repository_root
 
@@ -48,13 +49,13 @@ def load_recipe(root: Path, name: str, scale: str | None = None) -> dict[str, An
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
         raise UserError(f"recipes/{name}.yaml: no such recipe; there are: {known or 'none'}")
-    raw = read_yaml(path)
+    raw = rename_old_keys(read_yaml(path), f"recipes/{name}.yaml")
     scales = raw.pop("scale", None) or {}
     if scale is None:
         return raw
     if scale not in scales:
         raise UserError(f"recipes/{name}.yaml: no scale `{scale}`; there are: {', '.join(scales) or 'none'}")
-    return merge_overlay(raw, scales[scale])
+    return merge_overlay(raw, rename_old_keys(scales[scale], f"recipes/{name}.yaml, scale {scale}"))
 
 
 def prepare_recipe(root: Path, name: str, scale: str | None = None) -> Path:
@@ -94,7 +95,7 @@ def prepare_folder(root: Path, raw: dict[str, Any], folder: Path, name: str) -> 
 def _corpora(raw: dict[str, Any]) -> list[str]:
     """The files in the repository that the recipe reads."""
     named = [source.get("source", "") for source in raw.get("data", {}).values() if isinstance(source, dict)]
-    named += [file for model in raw.get("models", {}).values() for file in (model.get("built") or {}).get("words", [])]
+    named += [file for model in raw.get("models", {}).values() for file in (model.get("random") or {}).get("words", [])]
     return [file for file in dict.fromkeys(named) if not file.startswith("hub:") and not Path(file).is_absolute()]
 
 

@@ -35,12 +35,12 @@ def draw_settings(spec: SearchConfig) -> list[dict[str, Any]]:
     """The settings to try: rates log-uniform between their bounds, everything else one of those listed."""
     rng = np.random.default_rng(spec.seed)
     out = []
-    for _ in range(spec.sets):
+    for _ in range(spec.trials):
         chosen: dict[str, Any] = {}
         if spec.learning_rate:
             low, high = np.log(spec.learning_rate)
             chosen["learning_rate"] = float(f"{np.exp(rng.uniform(low, high)):.3g}")
-        for key, values in spec.choose.items():
+        for key, values in spec.choices.items():
             chosen[key] = values[int(rng.integers(len(values)))]
         out.append(chosen)
     return out
@@ -112,7 +112,7 @@ def search_settings(root: Path, params: Params) -> pd.DataFrame:
                 with atomic_write(kept) as scratch:
                     scratch.write_text(json.dumps({"accuracy": score}))
             scores.append(json.loads(kept.read_text())["accuracy"])
-        print(f"set {i + 1} of {spec.sets}: {chosen}: accuracy {np.mean(scores):.3f}", flush=True)
+        print(f"set {i + 1} of {spec.trials}: {chosen}: accuracy {np.mean(scores):.3f}", flush=True)
         tried.append(chosen | {"accuracy": float(np.mean(scores)), "folds": scores})
     return pd.DataFrame(tried).sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
 

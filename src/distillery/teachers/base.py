@@ -84,7 +84,7 @@ def open_prompted_teacher(
     if how["prompt"] is not None:
         task = task.model_copy(update={"prompt": task.prompts[how["prompt"]]})
     teacher = open_teacher(name, params, task)
-    if spec.shots != "task" and spec.few_shot:
+    if spec.examples_from != "task" and spec.few_shot:
         rows = gather_rows(root, params, name)
         encoder = fetch_model(spec.embeddings, params.models[spec.embeddings]) if spec.embeddings else None
         teacher.shots = GoldExamples(rows[rows["split"] == "train"], spec.few_shot, encoder, spec.seed)

@@ -184,7 +184,8 @@ class PhaseTrainerMixin:
         and those of hidden states by rows, the others by the tokens they supervise. No term sees a prompt's logits."""
         picked, sampled = inputs["index"].tolist(), inputs["sampled"]
         student, weights = self.student, self.weights
-        labels = student.arch == "classifier" or bool(self.divergences and not self.vocabulary) or "prior" in weights
+        labels = student.arch == "classifier" or bool(self.divergences and not self.vocabulary)
+        labels = labels or "label_prior" in weights
         asked = self.asked(picked, sampled)
         out = student.forward(
             [self.ids[i] for i in picked],
@@ -219,10 +220,10 @@ class PhaseTrainerMixin:
             for term, value in self.compare_states(out, picked).items():
                 values[term] = value / rows
                 total = total + weights[term] * values[term]
-        if "prior" in weights:
+        if "label_prior" in weights:
             penalty = losses.shortcut_penalty(out.label_logits, self.rows.label_prior.to(student.device))
-            values["prior"] = penalty * len(picked) / rows
-            total = total + weights["prior"] * values["prior"]
+            values["label_prior"] = penalty * len(picked) / rows
+            total = total + weights["label_prior"] * values["label_prior"]
         for term, value in values.items():
             self.terms.setdefault(term, []).append(value.item())
         return (total, out) if return_outputs else total

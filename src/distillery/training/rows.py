@@ -40,15 +40,15 @@ class TrainingRows:
 
 
 def select_pseudo_labels(rows: pd.DataFrame, phase: PhaseConfig) -> np.ndarray:
-    """Which of `rows` (label, `p_<teacher>`) `phase.take` leaves [n]: all with a gold label, and of the others those
-    whose teachers are sure enough of one label, or agree on it."""
+    """Which of `rows` (label, `p_<teacher>`) `phase.pseudo_labels` leaves [n]: all with a gold label, and of the others
+    those whose teachers are sure enough of one label, or agree on it."""
     keep = rows["label"].notna().to_numpy(copy=True)
     for i in np.flatnonzero(~keep):
         said = [rows[f"p_{teacher}"][i] for teacher in phase.teachers]
         said = np.stack([p for p in said if p is not None] or [[0.0]])
         mean = said.mean(0)
         agree = (said.argmax(-1) == mean.argmax()).all()
-        keep[i] = mean.max() >= phase.take.confidence and (agree or not phase.take.agree)
+        keep[i] = mean.max() >= phase.pseudo_labels.min_confidence and (agree or not phase.pseudo_labels.agreement)
     return keep
 
 
@@ -65,7 +65,7 @@ def phase_rows(
     rows = frame[frame["split_ref"].isin(phase.data)].reset_index(drop=True)
     if list(labels) == list(ANSWER_LABELS) and len(rows):
         return question_rows(rows, phase)
-    if phase.teachers and phase.take != PseudoLabelFilter():
+    if phase.teachers and phase.pseudo_labels != PseudoLabelFilter():
         rows = rows[select_pseudo_labels(rows, phase)].reset_index(drop=True)
     told = np.stack([rows[f"p_{teacher}"].notna() for teacher in phase.teachers]) if phase.teachers else None
     if told is not None and not told.all():
@@ -82,7 +82,7 @@ def phase_rows(
             raise UserError(
                 f"phases: no row in {', '.join(phase.data)} has a rationale; set the teacher's `rationales`"
             )
-    if "prior" in phase.loss:
+    if "label_prior" in phase.loss:
         gold = torch.bincount(
             torch.from_numpy(frame["label"].map(index).dropna().to_numpy(int, copy=True)), minlength=len(labels)
         )
@@ -130,11 +130,11 @@ def question_rows(rows: pd.DataFrame, phase: PhaseConfig) -> TrainingRows:
 
     Raises UserError for a loss or an order that needs a distribution over labels, and for a row without an answer.
     """
-    barred = {"prior", "rationale", *(DIVERGENCES if phase.space == "labels" else ())}
+    barred = {"label_prior", "rationale", *(DIVERGENCES if phase.space == "labels" else ())}
     wrong = [f"loss.{term}" for term in phase.loss if term in barred]
     wrong += ["order: confidence"] if phase.order == "confidence" else []
     wrong += ["rationales"] if phase.rationales else []
-    wrong += [key for key in ("take", "mix") if getattr(phase, key) != PhaseConfig.model_fields[key].default]
+    wrong += [key for key in ("pseudo_labels", "mix") if getattr(phase, key) != PhaseConfig.model_fields[key].default]
     if wrong:
         what = wrong[0]
         raise UserError(f"phases: {what}: answers are free text, not labels; use `ce`, or `space: vocabulary`")

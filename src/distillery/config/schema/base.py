@@ -18,7 +18,7 @@ DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")  
 HIDDEN_STATE_TERMS = ("hidden", "pkd", "attention", "cosine")
 
 
-LOSS_TERMS = ("ce", *DIVERGENCES, "uld", *HIDDEN_STATE_TERMS, "rationale", "prior")
+LOSS_TERMS = ("ce", *DIVERGENCES, "uld", *HIDDEN_STATE_TERMS, "rationale", "label_prior")
 
 
 class Section(BaseModel):

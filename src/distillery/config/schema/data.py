@@ -51,15 +51,16 @@ class ColumnNames(Section):
 
 
 class RowFilter(Section):
-    """Which rows of a corpus are to the point: by language, then by words; the next step is a phase's `take`.
+    """Which rows of a corpus are to the point: by language, then by words; the next step is a phase's `pseudo_labels`.
 
-    languages: what the column `language` may hold.  keywords: words or phrases, `least` of which a text must hold.
+    languages: what the column `language` may hold.
+    keywords: words or phrases, `min_keywords` of which a text must hold.
     """
 
     languages: Annotated[list[str], Field(min_length=1)] | None = None
     language: str = "language"
     keywords: list[str] = []
-    least: Annotated[int, Field(gt=0)] = 1
+    min_keywords: Annotated[int, Field(gt=0)] = 1
 
 
 class SourceConfig(Section):

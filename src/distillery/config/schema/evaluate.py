@@ -24,25 +24,25 @@ class EvaluateConfig(Section):
 class SearchConfig(Section):
     """Random settings for one phase of a student, tried on a share of its gold rows: see `distillery search`.
 
-    phase: counted from 1.  learning_rate: lowest and highest.  choose: values for other keys of the phase.
+    phase: counted from 1.  learning_rate: lowest and highest.  choices: values for other keys of the phase.
     """
 
     student: Name
     phase: Annotated[int, Field(gt=0)] = 1
-    sets: Annotated[int, Field(gt=0)] = 25
+    trials: Annotated[int, Field(gt=0)] = 25
     share: Annotated[float, Field(gt=0, le=1)] = 0.05
     folds: Annotated[int, Field(ge=2)] = 3
     learning_rate: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
-    choose: dict[
+    choices: dict[
         Literal["batch_size", "temperature", "weight_decay", "warmup", "epochs", "steps", "schedule", "loss"],
         Annotated[list[Any], Field(min_length=1)],
     ] = {}
     seed: int = 0
 
     @model_validator(mode="after")
-    def _something_to_choose(self):
-        if not self.learning_rate and not self.choose:
-            raise ValueError("nothing to choose: give `learning_rate` or `choose`")
+    def _something_to_search(self):
+        if not self.learning_rate and not self.choices:
+            raise ValueError("nothing to search: give `learning_rate` or `choices`")
         return self
 
 

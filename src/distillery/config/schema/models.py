@@ -25,7 +25,7 @@ class RandomModelConfig(Section):
 
 class ModelConfig(Section):
     """Where a model comes from: exactly one of `wheel` (pinned, with `sha256`), `hub` (with `revision`), `folder`,
-    `built`.
+    `random`.
 
     Lists of `wheel` and `sha256`: wheels that each hold a part of one zip archive, too large for a single one.
     """
@@ -36,7 +36,7 @@ class ModelConfig(Section):
     hub: str | None = None
     revision: str | None = None
     folder: str | None = None
-    built: RandomModelConfig | None = None
+    random: RandomModelConfig | None = None
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -47,8 +47,8 @@ class ModelConfig(Section):
             wheels, digests = ([v] if isinstance(v, str) else v for v in (self.wheel, self.sha256))
             if len(wheels) != len(digests):
                 raise ValueError(f"{len(wheels)} `wheel` need as many `sha256`, in the same order; not {len(digests)}")
-        elif sum(origin is not None for origin in (self.hub, self.folder, self.built)) != 1:
-            raise ValueError("needs exactly one of `wheel`, `hub`, `folder` or `built`")
+        elif sum(origin is not None for origin in (self.hub, self.folder, self.random)) != 1:
+            raise ValueError("needs exactly one of `wheel`, `hub`, `folder` or `random`")
         elif self.hub and not self.revision:
             raise ValueError("a `hub` model needs a pinned `revision` (a commit hash or a tag)")
         return self

@@ -39,8 +39,8 @@ class EarlyStoppingConfig(Section):
 class PseudoLabelFilter(Section):
     """Which pseudo-labels to learn from: of at least this confidence (of the teachers' mean), that all of them give."""
 
-    confidence: Fraction = 0.0
-    agree: bool = False
+    min_confidence: Fraction = 0.0
+    agreement: bool = False
 
 
 class PhaseConfig(TrainingConfig):
@@ -53,7 +53,7 @@ class PhaseConfig(TrainingConfig):
     data: Annotated[list[str], Field(min_length=1)]  # `source/split`
     teachers: list[Name] = []
     mix: Literal["uniform", "validation", "confidence"] = "uniform"
-    take: PseudoLabelFilter = PseudoLabelFilter()  # of the rows without a gold label
+    pseudo_labels: PseudoLabelFilter = PseudoLabelFilter()  # of the rows without a gold label
     loss: Annotated[dict[Literal[LOSS_TERMS], Positive], Field(min_length=1)]
     space: Literal["labels", "vocabulary"] = "labels"
     temperature: Positive = 1.0
@@ -84,7 +84,7 @@ class PhaseConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _terms_fit(self):
-        signals = [term for term in self.loss if term not in ("ce", "rationale", "prior")]
+        signals = [term for term in self.loss if term not in ("ce", "rationale", "label_prior")]
         if signals and not self.teachers:
             raise ValueError(f"loss term `{signals[0]}` needs `teachers`")
         if self.order == "confidence" and not self.teachers:

@@ -36,7 +36,7 @@ class ApiConfig(Section):
     concurrency: Annotated[int, Field(gt=0, le=256)] = 8
     requests_per_minute: Positive | None = None
     timeout: Positive = 60.0
-    attempts: Annotated[int, Field(gt=0)] = 8
+    max_attempts: Annotated[int, Field(gt=0)] = 8
     price: ApiPrice | None = None
     max_cost: Positive | None = None
     max_total_tokens: Annotated[int, Field(gt=0)] | None = None
@@ -88,10 +88,10 @@ class TeacherConfig(Section):
     `api` is asked over the network, `answers` reads what an external LLM answered before.
 
     For those that are only prompted: `prompts` of the task file are tried on validation rows beside its `prompt`, and
-    the best is taken. `shots` says where the `few_shot` solved examples come from: the task file, gold rows, or for
-    each row the gold rows most similar to it (by the encoder `embeddings`), never of its own group. `calibrate` divides
-    by what the prompt says of no text at all (`contextual`) or of many texts (`batch`). `quantize: nf4` loads their
-    linear layers in 4 bits.
+    the best is taken. `examples_from` names the origin of the `few_shot` solved examples: the task file, gold rows, or
+    for each row the gold rows most similar to it (by the encoder `embeddings`), never of its own group. `calibrate`
+    divides by what the prompt says of no text at all (`contextual`) or of many texts (`batch`). `quantize: nf4` loads
+    their linear layers in 4 bits.
     """
 
     kind: Literal["lm", "classifier", "seq2seq", "api", "answers"]
@@ -103,7 +103,7 @@ class TeacherConfig(Section):
     prompt: Literal["chat", "plain"] = "chat"
     prompts: list[str] = []
     few_shot: Count = 0
-    shots: Literal["task", "gold", "similar"] = "task"
+    examples_from: Literal["task", "gold", "similar"] = "task"
     embeddings: Name | None = None
     calibrate: Literal["none", "contextual", "batch"] = "none"
     rationales: Count = 0
@@ -123,9 +123,9 @@ class TeacherConfig(Section):
                 raise ValueError(f"`kind: {self.kind}` needs `{needed}`" + (f", not `{key}`" if key != needed else ""))
         if self.finetune and needed != "model":
             raise ValueError(f"`kind: {self.kind}` cannot be fine-tuned here: leave `finetune` out")
-        if (self.shots == "similar") != (self.embeddings is not None):
-            raise ValueError("`shots: similar` and `embeddings` (an encoder of `models`) go together")
-        chosen = self.prompts or self.shots != "task" or self.calibrate != "none"
+        if (self.examples_from == "similar") != (self.embeddings is not None):
+            raise ValueError("`examples_from: similar` and `embeddings` (an encoder of `models`) go together")
+        chosen = self.prompts or self.examples_from != "task" or self.calibrate != "none"
         if chosen and (self.finetune or self.kind in ("classifier", "answers")):
-            raise ValueError("`prompts`, `shots` and `calibrate` are for teachers that are only prompted")
+            raise ValueError("`prompts`, `examples_from` and `calibrate` are for teachers that are only prompted")
         return self

@@ -156,7 +156,7 @@ class Endpoint:
         """The answer to each question, from the store or from the endpoint; each is kept on arrival.
 
         Questions are asked `concurrency` at a time, at most `requests_per_minute`; a question that fails for a reason
-        that may pass is asked again, `attempts` times in all, after a random, growing while or when the server says.
+        that may pass is asked again, `max_attempts` times in all, after a random, growing time or when the server says.
         Raises UserError when a ceiling would be passed, and when the endpoint refuses or does not answer a question.
         """
         there = self.store.get(questions)
@@ -181,7 +181,7 @@ class Endpoint:
 
     def _answer(self, question: Question) -> None:
         empty = 0
-        for attempt in range(1, self.spec.attempts + 1):
+        for attempt in range(1, self.spec.max_attempts + 1):
             self._wait_for_turn()
             if self.stop.is_set():
                 return
@@ -190,7 +190,7 @@ class Endpoint:
                 return
             except RetryableError as failure:
                 empty += failure.outcome == NOTHING
-                if attempt == self.spec.attempts:
+                if attempt == self.spec.max_attempts:
                     self.stop.set()
                     raise UserError(
                         f"teachers.{self.name}: no answer from {self.base_url} after {attempt} calls, the last: "
