@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line: which file, key or row, and what is allowed."""
+    """A user's mistake, in one line: which file, key or row is wrong, and what is allowed."""
 
-    def _render_traceback_(self) -> list[str]:  # IPython asks the exception how it wants to be shown
+    def _render_traceback_(self) -> list[str]:  # IPython shows an exception by this method
         return [f"error: {self}"]

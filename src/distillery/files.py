@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,63 @@ def repository_root(start: Path | str | None = None) -> Path:
 
     Raises UserError when there is none. Papermill starts in the root, Jupyter in `notebooks/`.
     """
-    here = Path(start or Path.cwd()).resolve()
-    for folder in (here, *here.parents):
+    start = Path(start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
         if (folder / "dvc.yaml").exists():
             return folder
-    raise UserError(f"{here}: no dvc.yaml here or in any folder above; run from inside the repository")
+    raise UserError(f"{start}: no dvc.yaml here or in any folder above; run from inside the repository")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The files and folders of an experiment below its `root`."""
+
+    root: Path
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+    @property
+    def tasks(self) -> Path:
+        return self.root / "tasks"
+
+    @property
+    def build(self) -> Path:
+        """What the first stage writes for the others to depend on."""
+        return self.root / "build"
+
+    @property
+    def reports(self) -> Path:
+        return self.root / "reports"
+
+    @property
+    def cache(self) -> Path:
+        """What is computed or fetched once and no stage owns: models, answers, teacher outputs, checkpoints."""
+        return self.root / ".cache"
+
+    def task(self, name: str) -> Path:
+        return self.tasks / f"{name}.yaml"
+
+    def processed(self, source: str) -> Path:
+        """The folder of a source's cleaned and split rows."""
+        return self.root / "data" / "processed" / source
+
+    def teacher(self, name: str) -> Path:
+        """The folder of a teacher's signals, scores and models."""
+        return self.root / "data" / "teacher" / name
+
+    def augmented(self, source: str) -> Path:
+        """The folder of a source's paraphrases and their signals."""
+        return self.root / "data" / "augmented" / source
+
+    def inputs(self, student: str) -> Path:
+        """The folder of all that decides a student: rows, signals, settings."""
+        return self.root / "data" / "inputs" / student
+
+    def run(self, student: str, seed: int) -> Path:
+        """The folder of one trained student: its model, predictions, history and scores."""
+        return self.root / "runs" / f"{student}-{seed}"
 
 
 def read_yaml(path: Path) -> Any:
@@ -44,16 +97,16 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
 
 
 def raise_if_disk_full(error: Exception, path: Path) -> None:
     """Raise a UserError that names the file if `error` is some library's way to say that there is no space left."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # Libraries written in Rust or C++ tell it in their message only, torch just that a write failed.
-    told = (*(os.strerror(code) for code in full), "PytorchStreamWriter failed writing")
-    if getattr(error, "errno", None) in full or any(words in str(error) for words in told):
+    # Libraries written in Rust or C++ have the cause in their message only, torch just that a write failed.
+    messages = (*(os.strerror(code) for code in full), "PytorchStreamWriter failed writing")
+    if getattr(error, "errno", None) in full or any(message in str(error) for message in messages):
         raise UserError(f"{path}: the disk is full; free some space and run again") from None
 
 

@@ -16,7 +16,7 @@ from distillery.config.references import check_references
 from distillery.config.renamed import rename_old_keys
 from distillery.config.schema import Params, Section
 from distillery.errors import UserError
-from distillery.files import read_yaml, repository_root
+from distillery.files import Paths, read_yaml, repository_root
 
 
 def load_params(path: Path | str | None = None) -> Params:
@@ -24,7 +24,7 @@ def load_params(path: Path | str | None = None) -> Params:
 
     Raises UserError with one line naming the first wrong key and what is allowed there.
     """
-    path = Path(path) if path else repository_root() / "params.yaml"
+    path = Path(path) if path else Paths(repository_root()).params
     params = validate_section(Params, rename_old_keys(read_yaml(path), path.name), path.name)
     check_references(params, path.name, path.parent)
     return params

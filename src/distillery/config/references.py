@@ -1,136 +1,177 @@
-"""Checks across sections: names that point elsewhere exist there, and loss terms fit their models."""
+"""Checks across sections of `params.yaml`: names that point elsewhere exist there, and settings fit together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
-from distillery.config.schema import SPLITS, WRITING_KINDS, Params, PhaseConfig, StudentConfig
+from distillery.config.schema import (
+    WRITING_KINDS,
+    Params,
+    PhaseConfig,
+    SplitRef,
+    StudentConfig,
+    TeacherConfig,
+)
 from distillery.errors import UserError
+from distillery.files import Paths
 
 
 def check_references(params: Params, file: str, folder: Path) -> None:
-    """Names that point at other sections must exist there."""
+    """Check that names which point at other sections, or at task files in `folder`, exist there.
 
-    def known(key: str, name: str, names: Iterable[str], what: str) -> None:
-        if name not in names:
-            raise UserError(f"{file}: {key}: unknown {what} `{name}`; known: {', '.join(names) or 'none'}")
-
-    def split_of(key: str, where: str, splits: tuple[str, ...]) -> str:
-        source, _, split = where.partition("/")
-        known(key, source, params.data, "source")
-        if split not in splits:
-            raise UserError(f"{file}: {key}: `{where}` must be `source/split` with split one of {', '.join(splits)}")
-        if split in SPLITS and not params.data[source].holds(split):
-            raise UserError(f"{file}: {key}: `{where}` is empty: data.{source}.split.{split} is 0")
-        return source
-
-    for name, source in params.data.items():
-        if not (folder / "tasks" / f"{source.task}.yaml").exists():
-            here = sorted(p.stem for p in (folder / "tasks").glob("*.yaml"))
-            known(f"data.{name}.task", source.task, here, "task")
+    Raises UserError with one line that starts with `file` and the key.
+    """
+    _check_data(params, file, Paths(folder))
     for name, teacher in params.teachers.items():
-        if teacher.model:
-            known(f"teachers.{name}.model", teacher.model, params.models, "model")
-        if teacher.embeddings:
-            known(f"teachers.{name}.embeddings", teacher.embeddings, params.models, "model")
-        for i, source in enumerate(teacher.data or []):
-            known(f"teachers.{name}.data.{i}", source, params.data, "source")
-        sources = params.teacher_sources(name)
-        tasks = {params.data[s].task for s in sources}
-        if len(tasks) > 1:
-            raise UserError(f"{file}: teachers.{name}.data: sources of one task only, not {', '.join(sorted(tasks))}")
-        if teacher.finetune:
-            source = split_of(f"teachers.{name}.finetune.on", teacher.finetune.on, ("train",))
-            if params.data[source].task not in tasks:
-                raise UserError(f"{file}: teachers.{name}.finetune.on: `{source}` has another task than its data")
-            if source not in sources:
-                raise UserError(
-                    f"{file}: teachers.{name}.finetune.on: `{source}` is not among its `data`: add it there"
-                )
-        elif teacher.kind == "classifier":
-            raise UserError(f"{file}: teachers.{name}: a classifier needs `finetune`, its head starts untrained")
-    known("augment.source", params.augment.source, params.data, "source")
-    if params.augment.per_row:
-        split_of("augment.source", f"{params.augment.source}/train", ("train",))
-        known("augment.teacher", params.augment.teacher, params.teachers, "teacher")
-        if params.teachers[params.augment.teacher].kind not in WRITING_KINDS:
-            raise UserError(
-                f"{file}: augment.teacher: `{params.augment.teacher}` cannot write; needs `kind: "
-                f"{' or '.join(WRITING_KINDS)}`"
-            )
-        if params.augment.source not in params.teacher_sources(params.augment.teacher):
-            raise UserError(f"{file}: augment.teacher: `{params.augment.teacher}` does not label that source")
+        _check_teacher(params, f"{file}: teachers.{name}", name, teacher)
+    _check_augment(params, file)
     for name, student in params.students.items():
-        known(f"students.{name}.model", student.model, params.models, "model")
-        if student.control:
-            known(
-                f"students.{name}.control", student.control, [n for n in params.students if n != name], "other student"
-            )
-        if student.adapter.kind == "qlora" and student.arch != "causal":
-            raise UserError(f"{file}: students.{name}.adapter.kind: qlora is for `arch: causal`, not {student.arch}")
-        seen = set()
-        for i, phase in enumerate(student.phases):
-            key = f"students.{name}.phases.{i}"
-            sources = [split_of(f"{key}.data", d, ("train", "pool", "augmented")) for d in phase.data]
-            seen |= {params.data[s].task for s in sources}
-            if "ce" in phase.loss and not phase.teachers and any(d.endswith("/pool") for d in phase.data):
-                raise UserError(f"{file}: {key}.loss: `ce` on a pool needs `teachers`: its rows carry no gold label")
-            _check_terms(params, f"{file}: {key}", student, phase)
-            for where in phase.data:
-                if where.endswith("/augmented") and where.split("/")[0] != params.augment.source:
-                    raise UserError(f"{file}: {key}.data: `{where}`: only `{params.augment.source}` is augmented")
-            for teacher in phase.teachers:
-                known(f"{key}.teachers", teacher, params.teachers, "teacher")
-                tuned = params.teachers[teacher].finetune
-                for where in phase.data if tuned and not tuned.folds else []:
-                    source, split = where.split("/")
-                    if source == tuned.on.split("/")[0] and split != "pool":
-                        raise UserError(
-                            f"{file}: {key}.data: `{where}`: `{teacher}` was tuned on these rows, or on those they are "
-                            "made of, and says nothing of them without folds (finetune.folds: 0)"
-                        )
-                for source in sources:
-                    known(f"{key}.teachers", teacher, _teachers_of_source(params, source), f"teacher for `{source}`")
-        if len(seen) > 1:
-            raise UserError(f"{file}: students.{name}.phases: one task only, not {', '.join(sorted(seen))}")
-    if params.evaluate.paraphrased_rows:
-        known("augment.teacher", params.augment.teacher, params.teachers, "teacher")
-        if params.teachers[params.augment.teacher].kind != "lm":
-            raise UserError(
-                f"{file}: evaluate.paraphrased_rows: `{params.augment.teacher}` (augment.teacher) cannot write"
-            )
-    for name, sources in params.evaluate.pretrained_on.items():
-        known("evaluate.pretrained_on", name, [*params.models, *params.teachers], "model or teacher")
-        for source in sources:
-            known(f"evaluate.pretrained_on.{name}", source, params.data, "source")
-    if params.search:
-        known("search.student", params.search.student, params.students, "student")
-        if params.search.phase > len(params.students[params.search.student].phases):
-            raise UserError(f"{file}: search.phase: `{params.search.student}` has no phase {params.search.phase}")
-    known("evaluate.headline", params.evaluate.headline, params.students, "student")
+        _check_student(params, f"{file}: students.{name}", name, student)
+    _check_evaluation(params, file)
     if len(set(params.seeds)) != len(params.seeds):
         raise UserError(f"{file}: seeds: each seed once, not {params.seeds}")
 
 
-def _check_terms(params: Params, key: str, student: StudentConfig, phase: PhaseConfig) -> None:
+def _check_known(place: str, name: str, known: Collection[str], kind: str) -> None:
+    """`name` is one of `known`. place: file and key, the start of the message."""
+    if name not in known:
+        raise UserError(f"{place}: unknown {kind} `{name}`; known: {', '.join(known) or 'none'}")
+
+
+def _check_split(params: Params, place: str, text: str, splits: Collection[str]) -> SplitRef:
+    """The split that `text` names: of a known source, one of `splits`, and not empty."""
+    try:
+        ref = SplitRef.parse(text, splits)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
+    _check_known(place, ref.source, params.data, "source")
+    if ref.split != "augmented" and not params.data[ref.source].holds(ref.split):
+        raise UserError(f"{place}: `{ref}` is empty: data.{ref.source}.split.{ref.split} is 0")
+    return ref
+
+
+def _check_data(params: Params, file: str, paths: Paths) -> None:
+    for name, source in params.data.items():
+        if not paths.task(source.task).exists():
+            tasks = sorted(path.stem for path in paths.tasks.glob("*.yaml"))
+            _check_known(f"{file}: data.{name}.task", source.task, tasks, "task")
+
+
+def _check_teacher(params: Params, place: str, name: str, teacher: TeacherConfig) -> None:
+    for key in ("model", "embeddings"):
+        if model := getattr(teacher, key):
+            _check_known(f"{place}.{key}", model, params.models, "model")
+    for i, source in enumerate(teacher.data or []):
+        _check_known(f"{place}.data.{i}", source, params.data, "source")
+    sources = params.teacher_sources(name)
+    tasks = {params.data[source].task for source in sources}
+    if len(tasks) > 1:
+        raise UserError(f"{place}.data: sources of one task only, not {', '.join(sorted(tasks))}")
+    if teacher.finetune:
+        tuned_on = _check_split(params, f"{place}.finetune.on", teacher.finetune.on, ("train",)).source
+        if params.data[tuned_on].task not in tasks:
+            raise UserError(f"{place}.finetune.on: `{tuned_on}` has another task than its data")
+        if tuned_on not in sources:
+            raise UserError(f"{place}.finetune.on: `{tuned_on}` is not among its `data`: add it there")
+    elif teacher.kind == "classifier":
+        raise UserError(f"{place}: a classifier needs `finetune`, its head starts untrained")
+
+
+def _check_augment(params: Params, file: str) -> None:
+    source, teacher = params.augment.source, params.augment.teacher
+    _check_known(f"{file}: augment.source", source, params.data, "source")
+    if not params.augment.per_row:
+        return
+    _check_split(params, f"{file}: augment.source", f"{source}/train", ("train",))
+    _check_known(f"{file}: augment.teacher", teacher, params.teachers, "teacher")
+    if params.teachers[teacher].kind not in WRITING_KINDS:
+        kinds = " or ".join(WRITING_KINDS)
+        raise UserError(f"{file}: augment.teacher: `{teacher}` cannot write; needs `kind: {kinds}`")
+    if source not in params.teacher_sources(teacher):
+        raise UserError(f"{file}: augment.teacher: `{teacher}` does not label that source")
+
+
+def _check_student(params: Params, place: str, name: str, student: StudentConfig) -> None:
+    _check_known(f"{place}.model", student.model, params.models, "model")
+    if student.control:
+        others = [other for other in params.students if other != name]
+        _check_known(f"{place}.control", student.control, others, "other student")
+    if student.adapter.kind == "qlora" and student.arch != "causal":
+        raise UserError(f"{place}.adapter.kind: qlora is for `arch: causal`, not {student.arch}")
+    tasks = set()
+    for i, phase in enumerate(student.phases):
+        refs = _check_phase_data(params, f"{place}.phases.{i}", phase)
+        tasks |= {params.data[ref.source].task for ref in refs}
+        _check_terms(params, f"{place}.phases.{i}", student, phase)
+        _check_phase_teachers(params, f"{place}.phases.{i}", phase, refs)
+    if len(tasks) > 1:
+        raise UserError(f"{place}.phases: one task only, not {', '.join(sorted(tasks))}")
+
+
+def _check_phase_data(params: Params, place: str, phase: PhaseConfig) -> list[SplitRef]:
+    """The splits that `phase` trains on."""
+    refs = [_check_split(params, f"{place}.data", text, ("train", "pool", "augmented")) for text in phase.data]
+    if "ce" in phase.loss and not phase.teachers and any(ref.split == "pool" for ref in refs):
+        raise UserError(f"{place}.loss: `ce` on a pool needs `teachers`: its rows carry no gold label")
+    for ref in refs:
+        if ref.split == "augmented" and ref.source != params.augment.source:
+            raise UserError(f"{place}.data: `{ref}`: only `{params.augment.source}` is augmented")
+    return refs
+
+
+def _check_phase_teachers(params: Params, place: str, phase: PhaseConfig, refs: list[SplitRef]) -> None:
+    """Every teacher of `phase` exists and has signals for the rows in `refs`."""
+    for name in phase.teachers:
+        _check_known(f"{place}.teachers", name, params.teachers, "teacher")
+        finetune = params.teachers[name].finetune
+        for ref in refs if finetune and not finetune.folds else []:
+            if ref.source == SplitRef.parse(finetune.on).source and ref.split != "pool":
+                raise UserError(
+                    f"{place}.data: `{ref}`: `{name}` was tuned on these rows, or on those they are made of, and has "
+                    "no signals for them without folds (finetune.folds: 0)"
+                )
+        for ref in refs:
+            teachers = [other for other in params.teachers if ref.source in params.teacher_sources(other)]
+            _check_known(f"{place}.teachers", name, teachers, f"teacher for `{ref.source}`")
+
+
+def _check_terms(params: Params, place: str, student: StudentConfig, phase: PhaseConfig) -> None:
     """The loss terms of `phase` can be computed for this student and these teachers."""
     kinds = {name: params.teachers[name].kind for name in phase.teachers if name in params.teachers}
     if student.arch == "classifier":
-        tokens = [term for term in phase.loss if term in ("uld", "rationale")]
-        if tokens or phase.space == "vocabulary" or phase.trains_on_rationales:
-            what = f"loss.{tokens[0]}" if tokens else "rationales" if phase.trains_on_rationales else "space"
-            raise UserError(f"{key}.{what}: a classifier writes no tokens; needs `arch: causal` or `seq2seq`")
+        tokens = [f"loss.{term}" for term in phase.loss if term in ("uld", "rationale")]
+        tokens += ["rationales"] if phase.trains_on_rationales else []
+        tokens += ["space"] if phase.space == "vocabulary" else []
+        if tokens:
+            raise UserError(f"{place}.{tokens[0]}: a classifier writes no tokens; needs `arch: causal` or `seq2seq`")
     if phase.on_policy and student.arch != "causal":
-        raise UserError(f"{key}.on_policy: needs `arch: causal`, not {student.arch}")
+        raise UserError(f"{place}.on_policy: needs `arch: causal`, not {student.arch}")
     if "attention" in phase.loss and {student.arch, *kinds.values()} != {"classifier"}:
-        raise UserError(f"{key}.loss.attention: compares the tokens of two classifiers, student and teacher")
+        raise UserError(f"{place}.loss.attention: compares the tokens of two classifiers, student and teacher")
     for name, kind in kinds.items():
         if phase.needs_token_logprobs and kind not in ("lm", "seq2seq"):
-            raise UserError(f"{key}.teachers: `{name}` ({kind}) gives no token log-probabilities; use `space: labels`")
+            raise UserError(
+                f"{place}.teachers: `{name}` ({kind}) gives no token log-probabilities; use `space: labels`"
+            )
         if phase.needs_hidden_states and kind not in ("lm", "seq2seq", "classifier"):
-            raise UserError(f"{key}.teachers: `{name}` ({kind}) shows no hidden states")
+            raise UserError(f"{place}.teachers: `{name}` ({kind}) gives no hidden states")
 
 
-def _teachers_of_source(params: Params, source: str) -> list[str]:
-    return [t for t in params.teachers if source in params.teacher_sources(t)]
+def _check_evaluation(params: Params, file: str) -> None:
+    """The sections `evaluate` and `search`."""
+    evaluate, search, writer = params.evaluate, params.search, params.augment.teacher
+    if evaluate.paraphrased_rows:
+        _check_known(f"{file}: augment.teacher", writer, params.teachers, "teacher")
+        if params.teachers[writer].kind != "lm":
+            raise UserError(f"{file}: evaluate.paraphrased_rows: `{writer}` (augment.teacher) cannot write")
+    for name, sources in evaluate.pretrained_on.items():
+        models = [*params.models, *params.teachers]
+        _check_known(f"{file}: evaluate.pretrained_on", name, models, "model or teacher")
+        for source in sources:
+            _check_known(f"{file}: evaluate.pretrained_on.{name}", source, params.data, "source")
+    if search:
+        _check_known(f"{file}: search.student", search.student, params.students, "student")
+        if search.phase > len(params.students[search.student].phases):
+            raise UserError(f"{file}: search.phase: `{search.student}` has no phase {search.phase}")
+    _check_known(f"{file}: evaluate.headline", evaluate.headline, params.students, "student")

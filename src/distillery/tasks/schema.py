@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from distillery.config.load import validate_section
 from distillery.config.schema import TRIMMED_TEXT, Section
-from distillery.files import read_yaml, repository_root
+from distillery.files import Paths, read_yaml, repository_root
 
 Verbalization = Annotated[str, Field(pattern=TRIMMED_TEXT)]
 
@@ -108,7 +108,7 @@ class Task(Section):
 
 def load_task(name: str, folder: Path | None = None) -> Task:
     """The task `tasks/<name>.yaml`. Raises UserError naming the file and the key."""
-    path = (folder or repository_root() / "tasks") / f"{name}.yaml"
+    path = folder / f"{name}.yaml" if folder else Paths(repository_root()).task(name)
     return validate_section(Task, read_yaml(path), f"tasks/{name}.yaml")
 
 

@@ -22,6 +22,7 @@ from distillery.config.schema.base import (
     PinnedWheel,
     Positive,
     Section,
+    SplitRef,
 )
 from distillery.config.schema.data import ColumnNames, HubSplits, RowFilter, SourceConfig, SplitShares
 from distillery.config.schema.evaluate import EvaluateConfig, PublishedScores, RecipeConfig, SearchConfig
@@ -76,6 +77,7 @@ __all__ = [
     "SearchConfig",
     "Section",
     "SourceConfig",
+    "SplitRef",
     "SplitShares",
     "StudentConfig",
     "StudentInit",

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 SPLITS = ("train", "pool", "validation", "test")
+
+
+@dataclass(frozen=True)
+class SplitRef:
+    """A split of a source, written `source/split`. The split `augmented` holds paraphrases of `train`."""
+
+    source: str
+    split: str
+
+    @classmethod
+    def parse(cls, text: str, splits: Collection[str] = (*SPLITS, "augmented")) -> SplitRef:
+        """The split that `text` names. Raises ValueError when it is no `source/split` with one of `splits`."""
+        source, _, split = text.partition("/")
+        if not source or split not in splits:
+            raise ValueError(f"`{text}` must be `source/split` with split one of {', '.join(splits)}")
+        return cls(source, split)
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.split}"
 
 
 WRITING_KINDS = ("lm", "seq2seq", "api")  # kinds of teacher that write rationales and paraphrases

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from distillery.config.schema.augment import AugmentConfig
-from distillery.config.schema.base import Name, Section
+from distillery.config.schema.base import Name, Section, SplitRef
 from distillery.config.schema.data import SourceConfig
 from distillery.config.schema.evaluate import EvaluateConfig, RecipeConfig, SearchConfig
 from distillery.config.schema.models import ModelConfig
@@ -30,7 +30,7 @@ class Params(Section):
     def test_source(self, student: str) -> str:
         """The source `student` is scored on: the last that it learns from (without phases: the headline's)."""
         phases = self.students[student].phases or self.students[self.evaluate.headline].phases
-        return phases[-1].data[-1].split("/")[0] if phases else next(iter(self.data))
+        return SplitRef.parse(phases[-1].data[-1]).source if phases else next(iter(self.data))
 
     def teacher_sources(self, teacher: str) -> list[str]:
         """The sources that `teacher` labels, in the order of `data`."""
