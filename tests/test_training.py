@@ -13,6 +13,7 @@ import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -517,6 +518,16 @@ def test_on_policy_the_loss_is_a_mean_over_the_tokens_that_were_written(tiny_mod
         assert len(written) == accumulate and 6 <= n <= 6 * longest
         assert found["jsd"] == pytest.approx(4 * total / n, rel=1e-3)
     assert {path.name for path in tmp_path.iterdir()} == {"6", "2"}  # nothing is kept of a teacher that is asked anew
+
+
+def test_on_policy_answers_are_drawn_at_the_sampling_temperature_of_the_phase():
+    trainer, calls = OnPolicyTrainer.__new__(OnPolicyTrainer), []
+    trainer.spec = phase({"kl": 1.0}, space="vocabulary", on_policy=1.0, sampling_temperature=0.5, temperature=3.0)
+    trainer.seed, trainer.ids, trainer.state = 0, [[1]], SimpleNamespace(global_step=0)
+    trainer.student = SimpleNamespace(generate_tokens=lambda ids, **settings: calls.append(settings) or [[2]])
+    assert trainer.sample([0], 0) == [([2], 0)]
+    assert calls[0]["temperature"] == 0.5
+    assert PhaseConfig.model_fields["sampling_temperature"].default == 1.0
 
 
 def test_on_policy_a_teacher_of_another_tokenizer_is_refused(tiny_models, tmp_path):

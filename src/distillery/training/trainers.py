@@ -62,7 +62,7 @@ class OnPolicyTrainer(PhaseTrainerMixin, GKDTrainer):
         written = self.student.generate_tokens(
             [self.ids[i] for i in picked],
             max_new_tokens=self.spec.max_new_tokens,
-            temperature=1.0,
+            temperature=self.spec.sampling_temperature,
             seed=int(draw.integers(2**31)),
             batch_size=len(picked),
         )

@@ -66,6 +66,7 @@ class PhaseConfig(TrainingConfig):
     top_k: Annotated[int, Field(gt=0)] | None = None  # keep so many outcomes of a vocabulary, not all
     on_policy: Fraction = 0.0  # share of batches whose answers the student writes itself
     max_new_tokens: Annotated[int, Field(gt=0)] = 16  # of these answers
+    sampling_temperature: Positive = 1.0  # at which these answers are drawn
     order: Literal["random", "confidence", "length"] = "random"
     early_stopping: EarlyStoppingConfig | None = None
 
