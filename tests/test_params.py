@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from distillery.config.load import load_params, validate_section
+from distillery.config.references import control_differences, unused_settings
 from distillery.config.renamed import rename_old_keys
-from distillery.config.schema import Params
+from distillery.config.schema import Params, SplitRef
 from distillery.errors import UserError
-from distillery.files import atomic_write, repository_root
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = """
@@ -332,6 +332,85 @@ def test_a_renamed_loss_term_keeps_its_place(folder):
     assert list(raw["students"]["gold"]["phases"][0]["loss"]) == ["prior", "ce"]  # not changed in place
 
 
+# the key of the student `kd` that differs, its value, and the lines
+DIFFERENCES = [
+    (None, None, ["init.layers: [0, 2] and all"]),
+    ("dtype", "bfloat16", ["init.layers: [0, 2] and all", "dtype: bfloat16 and float32"]),
+    ("init", {}, []),
+    ("phases.0.learning_rate", 2.0e-3, ["init.layers: [0, 2] and all", "phases.0.learning_rate: 0.002 and 0.0001"]),
+    ("phases.0.steps", 3, ["init.layers: [0, 2] and all", "steps: 3 and 4"]),
+    (
+        "phases.0.early_stopping",
+        {"every": 1},
+        [
+            "init.layers: [0, 2] and all",
+            "phases.0.early_stopping: {'metric': 'macro_f1', 'patience': 3, 'every': 1} and none",
+        ],
+    ),
+    # what a control is to differ in, what changes no result, and settings that the control has no use for
+    ("phases.0.data", ["news/train", "bare/train"], ["init.layers: [0, 2] and all"]),
+    ("phases.0.temperature", 2.0, ["init.layers: [0, 2] and all"]),
+    ("phases.0.pseudo_labels", {"agreement": True}, ["init.layers: [0, 2] and all"]),
+    ("checkpoint_every", 7, ["init.layers: [0, 2] and all"]),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "lines"), DIFFERENCES, ids=[str(key) for key, *_ in DIFFERENCES])
+def test_settings_in_which_a_student_differs_from_its_control(folder, key, value, lines):
+    raw = changed("students.kd.phases.1.steps", 4)
+    raw["students"]["kd"]["phases"].pop(0)
+    node, *path = raw["students"]["kd"], *(key or "").split(".")
+    for part in path[:-1]:
+        node = node[int(part) if part.isdigit() else part]
+    if key:
+        node[path[-1]] = value
+    params = load(folder, raw)
+    assert control_differences(params, "kd") == lines
+    assert control_differences(params, "gold") == []
+
+
+def test_students_with_other_numbers_of_phases_are_compared_in_all_values_of_a_setting(folder):
+    raw = changed("students.kd.init", {})
+    assert control_differences(load(folder, raw), "kd") == ["phases: 2 and 1"]  # one phase gives epochs: no total
+    raw["students"]["kd"]["phases"][0]["learning_rate"] = 0.5
+    raw["students"]["kd"]["phases"][1]["batch_size"] = 8
+    assert control_differences(load(folder, raw), "kd") == [
+        "phases: 2 and 1",
+        "phases.*.learning_rate: 0.5, 0.0001 and 0.0001",
+        "phases.*.batch_size: 16, 8 and 16",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, None),
+        ({"temperature": 2.0}, None),
+        (
+            {"loss": {"ce": 1.0}, "temperature": 1.0},
+            "temperature: has no effect in this phase: it needs kl or reverse_",
+        ),
+        (
+            {"loss": {"pkd": 1.0}, "temperature": 1.0},
+            "temperature: has no effect in this phase: it needs kl or reverse",
+        ),
+        ({"beta": 0.5}, "beta: has no effect in this phase: it needs jsd"),
+        ({"loss": {"jsd": 1.0}, "beta": 0.5}, None),
+        ({"alpha": 0.1}, "alpha: has no effect in this phase: it needs skew_kl or skew_reverse_kl"),
+        ({"loss": {"skew_reverse_kl": 1.0}, "alpha": 0.1}, None),
+        ({"sampling_temperature": 1.0}, "sampling_temperature: has no effect in this phase: it needs on_policy"),
+    ],
+)
+def test_settings_without_effect(folder, changes, line):
+    raw = changed("seeds", [0])
+    raw["students"]["kd"]["phases"][0].update(changes)
+    lines = unused_settings(load(folder, raw))
+    if line is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1 and lines[0].startswith(f"students.kd.phases.0.{line}")
+
+
 def test_two_tasks_in_one_student(folder):
     raw = changed("students.gold.phases.0.data", ["news/train"])
     second = copy.deepcopy(raw["students"]["gold"]["phases"][0]) | {"data": ["other/train"]}
@@ -411,83 +490,18 @@ def test_any_value_anywhere_is_accepted_or_told(value):
             assert "\n" not in str(error)
 
 
-def test_root_is_found_from_below(folder):
-    (folder / "notebooks" / "deep").mkdir(parents=True)
-    assert repository_root(folder / "notebooks" / "deep") == folder.resolve()
-
-
-def test_root_outside_of_a_repository(tmp_path):
-    with pytest.raises(UserError, match=r"no dvc.yaml here or in any folder above"):
-        repository_root(tmp_path)
-
-
-# --------------------------------------------------------------------------------------------------- atomic
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def test_atomic_writes_and_replaces_a_file(tmp_path):
-    for text in ("first", "second"):
-        with atomic_write(tmp_path / "a" / "b.txt") as new:
-            new.write_text(text)
-    assert (tmp_path / "a" / "b.txt").read_text() == "second"
-    assert names(tmp_path) == ["a", "a/b.txt"]
-
-
-def test_atomic_replaces_a_folder_as_a_whole(tmp_path):
-    for name in ("first", "second"):
-        with atomic_write(tmp_path / "out") as new:
-            new.mkdir()
-            (new / name).touch()
-    assert names(tmp_path) == ["out", "out/second"]
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_atomic_leaves_the_old_when_the_block_fails(tmp_path, kind):
-    with atomic_write(tmp_path / "out") as new:
-        new.write_text("old")
-    with pytest.raises(KeyError), atomic_write(tmp_path / "out") as new:
-        if kind == "file":
-            new.write_text("half")
-        else:
-            new.mkdir()
-            (new / "half").touch()
-        raise KeyError
-    assert names(tmp_path) == ["out"]
-    assert (tmp_path / "out").read_text() == "old"
-
-
-WRITERS = {
-    "text": "new.write_text('x' * 100_000)",
-    "parquet": "pd.DataFrame({'x': [str(i) for i in range(50_000)]}).to_parquet(new)",
-    "safetensors": "save_file({'x': np.zeros(100_000)}, new)",
-    "folder": "new.mkdir(); (new / 'one').touch(); (new / 'two').write_text('x' * 100_000)",
-}
-
-
-@pytest.mark.parametrize("writer", WRITERS)
-def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, writer):
-    """A limit on the size of files stands in for a full disk; both reach the writer as a failed write."""
-    code = f"""
-import resource, sys
-import numpy as np, pandas as pd
-from safetensors.numpy import save_file
-from distillery.errors import UserError
-from distillery.files import atomic_write
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    with atomic_write("out.bin") as new:
-        {WRITERS[writer]}
-except UserError as error:
-    sys.exit(str(error))
-"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stderr == "out.bin: the disk is full; free some space and run again\n"
-    assert done.returncode == 1
-    assert names(tmp_path) == []
+def test_split_references():
+    ref = SplitRef.parse("finance/pool")
+    assert (ref.source, ref.split, str(ref)) == ("finance", "pool", "finance/pool")
+    assert ref == SplitRef("finance", "pool") and len({ref, SplitRef("finance", "pool")}) == 1
+    assert SplitRef.parse("finance/augmented").split == "augmented"
+    for text in ("finance", "finance/", "/pool", "finance/pools", "finance/pool/x", ""):
+        with pytest.raises(
+            ValueError, match=r"must be `source/split` with split one of train, pool, validation, test, a"
+        ):
+            SplitRef.parse(text)
+    with pytest.raises(ValueError, match="`finance/pool` must be `source/split` with split one of train$"):
+        SplitRef.parse("finance/pool", ("train",))
 
 
 # --------------------------------------------------------------------------------------- distillery check
@@ -506,6 +520,15 @@ def test_main_counts_what_it_found(folder):
     assert done.stdout == "params.yaml: 3 source(s), 2 teacher(s), 2 student(s) x 1 seed(s)\n"
 
 
+def test_main_warns_of_a_setting_without_effect(folder):
+    (folder / "params.yaml").write_text(BASE.replace("loss: {ce: 1.0}", "loss: {ce: 1.0}, temperature: 2.0"))
+    done = main(folder)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(
+        "warning: params.yaml: students.gold.phases.0.temperature: has no effect in this phase"
+    )
+
+
 def test_main_tells_a_mistake_without_a_traceback(folder):
     (folder / "params.yaml").write_text(BASE.replace("seeds:", "seedz:"))
     done = main(folder)
@@ -522,3 +545,4 @@ def test_every_recipe_is_a_whole_experiment(recipe, tmp_path):
     shutil.copy(recipe, tmp_path / "params.yaml")
     loaded = load_params(tmp_path / "params.yaml")
     assert all((ROOT / s.source).exists() for s in loaded.data.values() if not s.source.startswith("hub:"))
+    assert unused_settings(loaded) == []

@@ -15,8 +15,11 @@ from distillery.errors import UserError
 def check() -> None:
     """Validate params.yaml and say what it holds."""
     from distillery.config.load import load_params
+    from distillery.config.references import unused_settings
 
     params = load_params()
+    for line in unused_settings(params):
+        print(f"warning: params.yaml: {line}", file=sys.stderr)
     print(
         f"params.yaml: {len(params.data)} source(s), {len(params.teachers)} teacher(s), "
         f"{len(params.students)} student(s) x {len(params.seeds)} seed(s)"

@@ -17,11 +17,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from distillery import fingerprint
 from distillery.config.load import load_params
+from distillery.config.references import unused_settings
 from distillery.errors import UserError
 from distillery.files import file_digest, repository_root, write_json
 from distillery.tasks.schema import load_task
@@ -92,6 +94,8 @@ def run_strip() -> None:
     """Check params.yaml and the task files it names, then write `build/`. Raises UserError."""
     root = repository_root()
     experiment = load_params()
+    for line in unused_settings(experiment):
+        print(f"warning: params.yaml: {line}", file=sys.stderr)
     kinds = {task: load_task(task).kind for task in sorted({source.task for source in experiment.data.values()})}
     augmented = experiment.augment.source
     if experiment.augment.per_row and kinds[experiment.data[augmented].task] != "classification":
