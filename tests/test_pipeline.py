@@ -308,6 +308,10 @@ CHANGES: dict[str, tuple[Change, list[str]]] = {
         replacing("tasks/finance-sentiment.yaml", "You are", "You were"),
         ["data@finance", *AFTER_DATA],
     ),
+    "a direction word of a task, which no model sees": (
+        replacing("tasks/finance-sentiment.yaml", "plunge, plunged", "plunge, plunged, sank"),
+        ["data@finance", "teacher-inputs", "augment", "inputs", "distill@tiny-kd-0", "evaluate"],
+    ),
     "a row of the corpus": (
         replacing("data/corpora/finance.jsonl", '"text": "', '"text": "Today, '),
         ["data@finance", *AFTER_DATA, "teach@encoder", "distill@tiny-gold-0"],

@@ -38,6 +38,7 @@ from distillery.training.student import build_student
 
 LABELS = ["up", "flat", "down"]
 TASK = "kind: classification\nlabels: {up: it rises, flat: it stays, down: it falls}\n"
+TASK += "perturbations: {names: {invented: [Veltora], tickers: '\\$[A-Z]+'}}\n"
 WORDS = [
     a + b for a in ("pro", "ship", "order", "paper", "loan", "steel") for b in ("fit", "ment", "yard", "ing", "ers")
 ]

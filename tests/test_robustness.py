@@ -9,7 +9,6 @@ import pytest
 
 from distillery.evaluation.perturbations import (
     FIGURE,
-    INVENTED_NAMES,
     WORD,
     contrast_pairs_right,
     double_amounts,
@@ -18,8 +17,10 @@ from distillery.evaluation.perturbations import (
     replace_names,
     respell,
 )
+from distillery.tasks.schema import Perturbations, load_task
 
 ROOT = Path(__file__).resolve().parents[1]
+RULES = load_task("finance-sentiment", ROOT / "tasks").perturbations
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def corpus() -> list[str]:
 )
 def test_names_by_hand(text, changed):
     known = known_words(["shares fell, the profit rose, lender to margin owner said stretch of"])
-    got = replace_names(text, known)
-    names = [n for n in re.findall(r"[A-Z][a-z]+", got) if n in INVENTED_NAMES]
+    got = replace_names(text, known, RULES)
+    names = [n for n in re.findall(r"[A-Z][a-z]+", got) if n in RULES.names.invented]
     assert got == changed.format(*dict.fromkeys(names))
     assert len(set(names)) == len(set(re.findall(r"\{\d\}", changed)))
 
@@ -64,7 +65,7 @@ def test_names_by_hand(text, changed):
     ],
 )
 def test_amounts_by_hand(text, changed):
-    assert double_amounts(text) == changed
+    assert double_amounts(text, RULES) == changed
 
 
 @pytest.mark.parametrize(
@@ -77,11 +78,11 @@ def test_amounts_by_hand(text, changed):
     ],
 )
 def test_spelling_by_hand(text, changed):
-    assert respell(text) == changed
+    assert respell(text, RULES.spelling) == changed
 
 
 def test_on_a_corpus_only_what_a_rule_is_about_changes(corpus):
-    rules, known = perturbations(corpus), known_words(corpus)
+    rules, known = perturbations(corpus, RULES), known_words(corpus)
     digits = re.compile(r"\d+")
     counted = dict.fromkeys(rules, 0)
     for text in corpus:
@@ -94,8 +95,21 @@ def test_on_a_corpus_only_what_a_rule_is_about_changes(corpus):
         assert set(WORD.findall(amounts)) == set(WORD.findall(text))  # only numbers moved
         old, new = ([float(n.replace(",", "")) for n in re.findall(FIGURE, t)] for t in (text, amounts))
         assert all(b in (a, pytest.approx(2 * a)) for a, b in zip(old, new, strict=True))
-        assert names == rules["names"](text) and replace_names(text, known) == names
+        assert names == rules["names"](text) and replace_names(text, known, RULES) == names
     assert counted["names"] > 1000 and min(counted.values()) > 300
+
+
+def test_a_rule_without_its_section_is_off(corpus):
+    assert perturbations(corpus, Perturbations()) == {}
+    assert list(perturbations(corpus, Perturbations(spelling={"a": "b"}))) == ["spelling"]
+    assert list(perturbations(corpus, RULES.model_copy(update={"names": None}))) == ["amounts", "spelling"]
+    no_calendar = RULES.model_copy(update={"calendar": []})
+    assert double_amounts("EUR 5 mn in 12 shops", no_calendar) == "EUR 5 mn in 12 shops"  # no word is a month
+    no_units = Perturbations(amounts={"currencies": ["USD"]})
+    assert double_amounts("USD 5 mn and 7%", no_units) == "USD 10 mn and 7%"
+    assert double_amounts("5 mn", no_units) == "5 mn"
+    plain = Perturbations(names={"invented": ["Veltora"]})
+    assert replace_names("owner of Nokia and $ABC", {"owner"}, plain) == "owner of Veltora and $ABC"
 
 
 def test_contrast_pairs_are_right_as_a_whole_or_not_at_all():

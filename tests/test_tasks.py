@@ -156,6 +156,28 @@ def test_a_row_with_fewer_options_has_fewer_labels():
         (LABELS + "few_shot: [{text: x, label: c}]", "(the whole file): `few_shot` names the unknown label 'c'; known"),
         (LABELS + 'few_shot: [{text: "", label: a}]', "few_shot.0.text: must not be empty, not ''"),
         (LABELS + "few_shot: [{label: a}]", "few_shot.0.text: missing"),
+        (LABELS + "perturbations: {names: {}}", "perturbations.names.invented: missing"),
+        (LABELS + "perturbations: {names: {invented: []}}", "perturbations.names.invented: must not be empty"),
+        (
+            LABELS + "perturbations: {tickers: '('}",
+            "perturbations.tickers: must be a regular expression: missing ), unt",
+        ),
+        (
+            LABELS + "perturbations: {spelling: {'(': x}}",
+            "perturbations.spelling.(: must be a regular expression: miss",
+        ),
+        (
+            LABELS + "perturbations: {spelling: {a: '\\1'}}",
+            "perturbations: `spelling`: 'a': '\\\\1' does not fit: inv",
+        ),
+        (
+            LABELS + "perturbations: {directions: {up: [Rose]}}",
+            "perturbations: `directions.up`: 'Rose' must be in lower",
+        ),
+        (
+            LABELS + "perturbations: {directions: {up: [cut], down: [cut]}}",
+            "perturbations: `directions`: 'cut' is in two families, up and down",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(load, content, line):

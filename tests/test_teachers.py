@@ -25,11 +25,11 @@ from distillery.models.load import load_model, load_tokenizer
 from distillery.models.save import save_model, save_trained_weights
 from distillery.tasks.parsing import first_sentence
 from distillery.tasks.prompts import chat_turns, render_prompt
-from distillery.tasks.schema import Task, load_task
+from distillery.tasks.schema import Perturbations, Task, load_task
 from distillery.teachers.agreement import combine_votes, pseudo_label_precision, teacher_votes
 from distillery.teachers.base import open_prompted_teacher, open_teacher
 from distillery.teachers.cache import STORE_PATH
-from distillery.teachers.directions import DIRECTIONS, directions, numbers, tickers
+from distillery.teachers.directions import directions, numbers, tickers
 from distillery.teachers.few_shot import GoldExamples
 from distillery.teachers.file import FileTeacher, read_answer_files
 from distillery.teachers.finetune import assign_folds, cross_fit, finetune_teacher
@@ -48,6 +48,7 @@ from distillery.teachers.signals import label_rows, score_signals, signal_table
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 LABELS = TASK.names
+RULES = TASK.perturbations
 KEEP = ParaphraseFilter()
 
 # ------------------------------------------------------------------------------- what a program can see
@@ -68,7 +69,7 @@ def test_numbers(text, found):
 
 
 def test_tickers_are_words_in_capitals():
-    assert tickers("$aapl and EUR beat IBM, but I and Nokia did not") == {"$aapl", "EUR", "IBM"}
+    assert tickers("$aapl and EUR beat IBM, but I and Nokia did not", RULES.tickers) == {"$aapl", "EUR", "IBM"}
 
 
 @pytest.mark.parametrize(
@@ -82,11 +83,11 @@ def test_tickers_are_words_in_capitals():
     ],
 )
 def test_directions(text, found):
-    assert directions(text) == found
+    assert directions(text, RULES.directions) == found
 
 
 def test_a_direction_word_belongs_to_one_family():
-    up, down = (set(DIRECTIONS[family].split()) for family in ("up", "down"))
+    up, down = (set(RULES.directions[family]) for family in ("up", "down"))
     assert not up & down and {"up", "rose"} <= up and {"down", "fell"} <= down
 
 
@@ -104,8 +105,8 @@ def test_similarity_is_a_share_and_whole_for_the_same_text(a, b):
 @given(WORDS.filter(bool))
 def test_a_copy_is_dropped_whatever_its_case(words):
     text = " ".join(words)
-    assert rejection_reason(text, text, keep=KEEP) == "copy"
-    assert rejection_reason(text, text.upper(), keep=KEEP) == "copy"
+    assert rejection_reason(text, text, keep=KEEP, perturbations=RULES) == "copy"
+    assert rejection_reason(text, text.upper(), keep=KEEP, perturbations=RULES) == "copy"
 
 
 SOURCE = "Net sales of IBM went up 48% to EUR 1,200 mn in 2010 as demand for its servers came back."
@@ -126,21 +127,29 @@ SOURCE = "Net sales of IBM went up 48% to EUR 1,200 mn in 2010 as demand for its
     ],
 )
 def test_why_a_paraphrase_is_dropped(text, reason):
-    assert rejection_reason(SOURCE, text, keep=KEEP) == reason
+    assert rejection_reason(SOURCE, text, keep=KEEP, perturbations=RULES) == reason
+
+
+def test_a_task_without_perturbations_checks_neither_tickers_nor_directions():
+    text = "In 2010 the company's net sales were down 48% and came to EUR 1200 mn as servers sold."
+    assert rejection_reason(SOURCE, text, keep=KEEP, perturbations=RULES) == "tickers lost"
+    assert rejection_reason(SOURCE, text, keep=KEEP, perturbations=Perturbations()) == "kept"
+    only = Perturbations(directions={"rising": ["went"]})
+    assert rejection_reason(SOURCE, text, keep=KEEP, perturbations=only) == "direction changed"
 
 
 def test_a_good_paraphrase_near_a_held_out_row_is_dropped_and_thresholds_are_those_of_params():
     good = "In 2010 the net sales of IBM rose by 48% and came to EUR 1200 mn as servers sold."
-    assert "held-out" in rejection_reason(SOURCE, good, keep=KEEP, overlap=True)
-    assert rejection_reason(SOURCE, good, keep=ParaphraseFilter(max_similarity=0.3)) == "copy"
-    assert rejection_reason(SOURCE, good, keep=ParaphraseFilter(min_similarity=0.9)) == "off topic"
+    assert "held-out" in rejection_reason(SOURCE, good, keep=KEEP, perturbations=RULES, overlap=True)
+    assert rejection_reason(SOURCE, good, keep=ParaphraseFilter(max_similarity=0.3), perturbations=RULES) == "copy"
+    assert rejection_reason(SOURCE, good, keep=ParaphraseFilter(min_similarity=0.9), perturbations=RULES) == "off topic"
 
 
 @given(st.integers(0, 999), st.sampled_from(["up", "rose", "higher"]), st.sampled_from(["down", "fell", "lower"]))
 def test_a_turned_direction_is_never_kept(number, up, down):
     source = f"Quarterly profit of the company moved {up} {number}% from a year ago"
     turned = f"The profit that the company made in the quarter went {down} {number}% against a year ago"
-    assert rejection_reason(source, turned, keep=KEEP) != "kept"
+    assert rejection_reason(source, turned, keep=KEEP, perturbations=RULES) != "kept"
 
 
 def test_a_sentence_ends_at_a_full_stop_not_within_a_number():

@@ -126,6 +126,7 @@ def gather_results(root: Path, params: Params) -> Results:
                if line.role in TRAINED_ROLES and line.source in closed]  # fmt: skip
     return Results(
         params=params,
+        tasks=asked,
         labels=labels,
         tests=tests,
         validations=validations,

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from distillery.config.schema import Params
+from distillery.tasks.schema import Task
 
 ERROR_KINDS = (
     "only the teacher is right",
@@ -63,6 +64,7 @@ class Results:
     """Everything that the report speaks of."""
 
     params: Params
+    tasks: dict[str, Task]  # of each source
     labels: dict[str, list[str]]  # of each source, in the order of probability vectors
     tests: dict[str, pd.DataFrame]  # of each source
     validations: dict[str, pd.DataFrame]  # of each source

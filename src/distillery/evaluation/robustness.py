@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from distillery import metrics
-from distillery.data.storage import read_task
 from distillery.evaluation.perturbations import perturbations
 from distillery.evaluation.results import Results
 from distillery.tasks.schema import ANSWER_LABELS
@@ -29,11 +28,13 @@ def paraphrase_test_rows(root: Path, results: Results) -> pd.DataFrame:
     chosen = test.sample(min(params.evaluate.paraphrased_rows, len(test)), random_state=params.evaluate.seed)
     if chosen.empty:
         return chosen.assign(new=pd.Series(dtype=object))
-    made = generate_paraphrases(root, params, read_task(root / f"data/processed/{source}"), chosen)
+    task = results.tasks[source]
+    made = generate_paraphrases(root, params, task, chosen)
     made = made.drop_duplicates("source_id").set_index("source_id")["text"]
     chosen = chosen.assign(new=chosen["id"].map(made))
     reasons = [
-        rejection_reason(a, b, keep=params.augment.keep) for a, b in zip(chosen["text"], chosen["new"], strict=True)
+        rejection_reason(a, b, keep=params.augment.keep, perturbations=task.perturbations)
+        for a, b in zip(chosen["text"], chosen["new"], strict=True)
     ]
     return chosen[np.array(reasons) == "kept"].reset_index(drop=True)
 
@@ -53,7 +54,7 @@ def measure_robustness(
     shuffled = test.iloc[order].reset_index(drop=True)
     every = [text for s in ("test", "validation") for text in getattr(results, f"{s}s")[source]["text"]]
     table, examples, asked = [], [], {}
-    for change, rule in perturbations(every).items():
+    for change, rule in perturbations(every, results.tasks[source].perturbations).items():
         new = shuffled["text"].map(rule)
         asked[change] = shuffled.assign(new=new)[new != shuffled["text"]].head(e.rewritten_rows)
     asked["other words"] = shuffled.head(0) if paraphrases is None else paraphrases

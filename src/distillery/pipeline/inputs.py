@@ -39,10 +39,12 @@ def _read_json(path: Path) -> Any:
 def task_of_source(root: Path, source: str, whole: bool) -> dict[str, Any]:
     """The task of `source` as it was prepared; if not `whole`, without meanings and prompts: a classifier sees none.
 
-    The order of `labels` is that of probability vectors.
+    The order of `labels` is that of probability vectors. `perturbations` are left out: no model sees them.
     """
     task = Task.model_validate(_read_json(root / f"data/processed/{source}/task.json"))
-    return (task if whole else Task(kind=task.kind, labels=dict.fromkeys(task.names, ""))).model_dump()
+    return (task if whole else Task(kind=task.kind, labels=dict.fromkeys(task.names, ""))).model_dump(
+        exclude={"perturbations"}
+    )
 
 
 def model_record(root: Path, params: Params, name: str) -> dict[str, Any]:

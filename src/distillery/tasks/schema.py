@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from distillery.config.load import validate_section
 from distillery.config.schema import TRIMMED_TEXT, Section
 from distillery.files import Paths, read_yaml, repository_root
 
 Verbalization = Annotated[str, Field(pattern=TRIMMED_TEXT)]
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_compiles)]
 
 
 ANSWER_LABELS = {"right": "it is one of the accepted answers", "wrong": "it is not"}  # the labels of a `qa` task
@@ -56,6 +68,71 @@ class FewShotExample(Section):
     paraphrase: str = ""
 
 
+class NamePerturbation(Section):
+    """Other names: every name and ticker of a text is replaced by an invented one."""
+
+    invented: Annotated[list[str], Field(min_length=1)]
+    """Names to put in place of those of a text; none may hint at a label."""
+    unchanged: list[str] = []
+    """Words with a capital that are no names, beside `calendar`, such as `Ltd`."""
+    tickers: Pattern | None = None
+    """Regular expression of tickers; their capitals are shifted by seven letters."""
+
+
+class AmountPerturbation(Section):
+    """Other amounts: all amounts of money in a text are doubled."""
+
+    currencies: list[str]
+    """Codes and signs that stand before a figure."""
+    currency_words: list[str] = []
+    """Words that stand after a figure, such as `euros`."""
+    units: list[str] = []
+    """Units between a figure and its currency, such as `million`."""
+    money_units: list[str] = []
+    """Units that mark money even without a currency, such as `mn`."""
+
+
+class Perturbations(Section):
+    """Words that a change of wording must keep, and rules that reword a text without a change of its label.
+
+    A paraphrase is rejected when it loses `tickers` or other `directions` occur in it. The evaluation rewrites test
+    rows by `names`, `amounts` and `spelling`. Whatever is left out is neither checked nor rewritten.
+    """
+
+    directions: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
+    """Families of direction words in lower case: the same families must occur in a text and in its paraphrase."""
+    tickers: Pattern | None = None
+    """Regular expression of the tickers, currencies and names in capitals that a paraphrase must keep."""
+    calendar: list[str] = []
+    """Months, days and holidays: words with a capital that are no names; a number beside one is a date."""
+    names: NamePerturbation | None = None
+    """Rewrites test rows with other names."""
+    amounts: AmountPerturbation | None = None
+    """Rewrites test rows with doubled amounts of money."""
+    spelling: dict[Pattern, str] = {}
+    """Rewrites test rows in another spelling: regular expressions and their replacements, applied in order."""
+
+    @model_validator(mode="after")
+    def _one_family_a_word(self):
+        family_of: dict[str, str] = {}
+        for family, words in self.directions.items():
+            for word in words:
+                if word != word.lower():
+                    raise ValueError(f"`directions.{family}`: {word!r} must be in lower case")
+                if family_of.setdefault(word, family) != family:
+                    raise ValueError(f"`directions`: {word!r} is in two families, {family_of[word]} and {family}")
+        return self
+
+    @model_validator(mode="after")
+    def _replacements_fit(self):
+        for pattern, replacement in self.spelling.items():
+            try:
+                re.sub(pattern, replacement, "")
+            except (re.error, IndexError) as error:
+                raise ValueError(f"`spelling`: {pattern!r}: {replacement!r} does not fit: {error}") from None
+        return self
+
+
 class Task(Section):
     """A task file. `labels` maps each label to its meaning; their order is the order of probability vectors.
 
@@ -71,6 +148,7 @@ class Task(Section):
     severity: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # of labels that call for an alert
     verbalizer: dict[str, Verbalization] = {}
     few_shot: list[FewShotExample] = []
+    perturbations: Perturbations = Perturbations()
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ import pandas as pd
 
 from distillery.config.schema import Params, ParaphraseFilter
 from distillery.data.near_duplicates import SIMILARITY_SLACK, nearest_texts
-from distillery.tasks.schema import Task
+from distillery.tasks.schema import Perturbations, Task
 from distillery.teachers.base import open_prompted_teacher, open_teacher
 from distillery.teachers.directions import directions, numbers, tickers
 from distillery.teachers.identity import model_identity
@@ -41,10 +41,12 @@ def rejection_reason(
     text: str,
     *,
     keep: ParaphraseFilter,
+    perturbations: Perturbations,
     overlap: bool = False,
 ) -> str:
     """`kept`, or the first reason why the paraphrase `text` of `source` cannot be used.
 
+    perturbations: the task's, whose tickers and directions must be kept.
     overlap: whether `text` is a near-duplicate of a validation or test row. The label's survival is for a teacher to
     judge: see :func:`filter_paraphrases`.
     """
@@ -56,9 +58,9 @@ def rejection_reason(
         return "off topic"
     if numbers(source) != numbers(text):
         return "numbers changed"
-    if tickers(source) - tickers(text):
+    if tickers(source, perturbations.tickers) - tickers(text, perturbations.tickers):
         return "tickers lost"
-    if directions(source) != directions(text):
+    if directions(source, perturbations.directions) != directions(text, perturbations.directions):
         return "direction changed"
     if overlap:
         return "near-duplicate of a held-out row"
@@ -101,7 +103,13 @@ def filter_paraphrases(
         return candidates.assign(reason=pd.Series(dtype=str))
     closest = np.maximum(*(nearest_texts(candidates["text"].tolist(), held_out, masked)[0] for masked in (True, False)))
     reasons = [
-        rejection_reason(source, text, keep=spec.keep, overlap=bool(nearness >= near - SIMILARITY_SLACK))
+        rejection_reason(
+            source,
+            text,
+            keep=spec.keep,
+            perturbations=task.perturbations,
+            overlap=bool(nearness >= near - SIMILARITY_SLACK),
+        )
         for source, text, nearness in zip(candidates["source_text"], candidates["text"], closest, strict=True)
     ]
     candidates = candidates.assign(reason=reasons)
