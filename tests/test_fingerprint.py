@@ -17,6 +17,7 @@ class Row:
     """A row."""
 
     text: str
+    """Its text."""
     size: int = 0
 
 
@@ -30,6 +31,8 @@ SAME = {
     "a comment": ("# the product", "# of both"),
     "a docstring": ("Twice `x`.", "`x`, two times."),
     "the docstring of a class": ("A row.", "One row."),
+    "the description of a field": ("Its text.", "The text of it."),
+    "a field without description": ('    """Its text."""\n', ""),
     "the docstring of the module": ("What it is for.", "What else it is for."),
     "the annotation of an argument": ("x: int", "x: float"),
     "the annotation of a returned value": ("-> float", "-> object"),

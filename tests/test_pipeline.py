@@ -310,7 +310,7 @@ CHANGES: dict[str, tuple[Change, list[str]]] = {
     ),
     "a direction word of a task, which no model sees": (
         replacing("tasks/finance-sentiment.yaml", "plunge, plunged", "plunge, plunged, sank"),
-        ["data@finance", "teacher-inputs", "augment", "inputs", "distill@tiny-kd-0", "evaluate"],
+        ["data@finance", "teacher-inputs", "augment", "inputs", "evaluate"],
     ),
     "a row of the corpus": (
         replacing("data/corpora/finance.jsonl", '"text": "', '"text": "Today, '),

@@ -26,6 +26,22 @@ def check() -> None:
     )
 
 
+def schema(write: bool) -> None:
+    """Print the JSON schema of params.yaml, or write it and the reference of all keys into docs/."""
+    from distillery.config.reference_docs import REFERENCE_FILE, SCHEMA_FILE, reference_markdown, schema_json
+    from distillery.files import repository_root
+    from distillery.tasks.schema import Task
+
+    if not write:
+        print(schema_json(), end="")
+        return
+    for file, text in ((SCHEMA_FILE, schema_json()), (REFERENCE_FILE, reference_markdown(Task))):
+        path = repository_root() / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(file)
+
+
 def leaderboard() -> None:
     """Print the leaderboard of the last run as a Markdown table."""
     import pandas as pd
@@ -88,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     verb(check)
+    verb(schema).add_argument(
+        "--write", action="store_true", help="write docs/params.schema.json and docs/parameters.md"
+    )
     verb(leaderboard)
     verb(strip)
     verb(inputs).add_argument("what", choices=("teachers", "students"))

@@ -46,6 +46,11 @@ class _WithoutProse(ast.NodeTransformer):
         node.annotation = None
         return node
 
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        """A string below a field of a class describes it."""
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text and self.scopes[-1] is ast.ClassDef else self.generic_visit(node)
+
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         self.generic_visit(node)
         if self.scopes[-1] in (ast.Module, ast.ClassDef) or not node.simple:

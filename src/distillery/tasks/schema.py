@@ -1,4 +1,4 @@
-"""What is predicted: one `tasks/<name>.yaml` per task."""
+"""The schema of task files, `tasks/<name>.yaml`."""
 
 from __future__ import annotations
 
@@ -34,26 +34,29 @@ ANSWER_SEPARATOR = " | "  # two accepted answers of a question
 
 
 class TaskPrompt(Section):
-    """Texts with `{…}` fields. `template` asks for the label; `rationale` and `paraphrase` ask for free text.
-
-    `response` says in what form the answer is wanted; it stands where the template has `{response}`.
-    """
+    """Texts of a prompt, with `{…}` fields."""
 
     system: str = ""
+    """System turn."""
     instruction: str = ""
+    """Instruction, for `{instruction}` in the template."""
     response: str = ""
+    """Form of the answer, for `{response}` in the template."""
     template: str = "{instruction}\n\nText: {text}\nLabel:"
+    """User turn that requests the label of `{text}`."""
     rationale: str = "Explain in one short sentence why the answer is {label}."
+    """User turn that requests an explanation of `{label}`."""
     paraphrase: str = "Rewrite the text in other words. Keep every number and name. Reply with the new text only."
+    """User turn that requests a paraphrase."""
 
     @model_validator(mode="after")
-    def _fields(self):
+    def _fields_are_known(self):
         fields = {"template": {"instruction", "response", "text"}, "rationale": {"label"}, "paraphrase": set()}
         for name, allowed in fields.items():
-            found = {field for _, field, _, _ in Formatter().parse(getattr(self, name)) if field is not None}
-            if found - allowed:
+            used = {field for _, field, _, _ in Formatter().parse(getattr(self, name)) if field is not None}
+            if used - allowed:
                 known = ", ".join(f"{{{field}}}" for field in sorted(allowed)) or "none"
-                raise ValueError(f"`{name}` knows no field {{{min(found - allowed)}}}; allowed: {known}")
+                raise ValueError(f"`{name}` knows no field {{{min(used - allowed)}}}; allowed: {known}")
         if "{text}" not in self.template:
             raise ValueError("`template` must hold {text}")
         if self.response and "{response}" not in self.template:
@@ -62,10 +65,16 @@ class TaskPrompt(Section):
 
 
 class FewShotExample(Section):
+    """A solved example for prompts."""
+
     text: Annotated[str, Field(min_length=1)]
+    """The text."""
     label: str
+    """Its label; of a `qa` task the answer."""
     rationale: str = ""
+    """Explanation of the label, for prompts that request rationales."""
     paraphrase: str = ""
+    """Paraphrase of the text, for prompts that request paraphrases."""
 
 
 class NamePerturbation(Section):
@@ -134,25 +143,29 @@ class Perturbations(Section):
 
 
 class Task(Section):
-    """A task file. `labels` maps each label to its meaning; their order is the order of probability vectors.
-
-    kind: `classification`; or `choice`, where the n-th label stands for the n-th option that a row's text ends with; or
-    `qa`, whose answers are free text, and whose labels are what a score makes of one: right or wrong.
-    `prompts` are other ways to ask, which a teacher may be told to compare with `prompt`.
-    """
+    """A task file, `tasks/<name>.yaml`: what is predicted, and the prompts for language models."""
 
     kind: Literal["classification", "choice", "qa"]
+    """`classification`: one of the labels. `choice`: the n-th label stands for the n-th option that the row's text ends
+    with. `qa`: free text, compared with the accepted answers."""
     labels: Annotated[dict[Verbalization, str], Field(min_length=2)]
+    """Labels and their meaning, in the order of probability vectors; not for a `qa` task."""
     prompt: TaskPrompt = TaskPrompt()
+    """The prompt."""
     prompts: dict[Verbalization, TaskPrompt] = {}
-    severity: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # of labels that call for an alert
+    """Other prompts by name, for a teacher that tries them."""
+    severity: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    """Severity of labels that call for an alert."""
     verbalizer: dict[str, Verbalization] = {}
+    """Words for labels in prompts and answers; the label itself when not given."""
     few_shot: list[FewShotExample] = []
+    """Solved examples for prompts."""
     perturbations: Perturbations = Perturbations()
+    """Words that a paraphrase must keep, and rules that reword test rows."""
 
     @model_validator(mode="before")
     @classmethod
-    def _verdicts(cls, raw: Any) -> Any:
+    def _labels_of_answers(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and raw.get("kind") == "qa":
             if raw.get("labels", ANSWER_LABELS) != ANSWER_LABELS:
                 raise ValueError("`kind: qa` has no labels of its own: leave `labels` out")
@@ -161,8 +174,8 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _labels_fit(self):
-        shots = [] if self.kind == "qa" else [shot.label for shot in self.few_shot]
-        for key, names in (("severity", self.severity), ("verbalizer", self.verbalizer), ("few_shot", shots)):
+        examples = [] if self.kind == "qa" else [example.label for example in self.few_shot]
+        for key, names in (("severity", self.severity), ("verbalizer", self.verbalizer), ("few_shot", examples)):
             for name in names:
                 if name not in self.labels:
                     raise ValueError(f"`{key}` names the unknown label {name!r}; known: {', '.join(self.labels)}")

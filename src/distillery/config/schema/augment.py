@@ -10,19 +10,32 @@ from distillery.config.schema.base import Count, Fraction, Name, Positive, Secti
 
 
 class ParaphraseFilter(Section):
+    """Conditions that a paraphrase must meet to be trained on."""
+
     same_label: bool = True
+    """The teacher must predict the row's label for the paraphrase, too."""
     max_similarity: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Largest similarity to the row's text, by characters: above it the paraphrase is a copy."""
     min_similarity: Fraction = 0.2
+    """Smallest similarity to the row's text: below it the paraphrase is off topic."""
 
 
 class AugmentConfig(Section):
-    """Paraphrases of a source's gold rows; `per_row: 0` turns them off."""
+    """Paraphrases of a source's gold rows. They are the split `augmented` of the source."""
 
     source: Name
+    """The source in `data` whose training rows are paraphrased."""
     teacher: Name
+    """The teacher that writes the paraphrases; also those of test rows, see `evaluate.paraphrased_rows`."""
     per_row: Count = 1
+    """Paraphrases of each row; 0 for none."""
     temperature: Positive = 0.7
+    """Sampling temperature."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 80
+    """Largest length of a paraphrase, in tokens."""
     batch_size: Annotated[int, Field(gt=0)] = 32
+    """Rows in one batch of generation."""
     keep: ParaphraseFilter = ParaphraseFilter()
+    """Conditions that a paraphrase must meet to be trained on."""
     seed: int = 0
+    """Seed of the sampling."""

@@ -43,8 +43,12 @@ LOSS_TERMS = ("ce", *DIVERGENCES, "uld", *HIDDEN_STATE_TERMS, "rationale", "labe
 
 
 class Section(BaseModel):
+    """A section of keys and values. The string below a field is its meaning in docs/parameters.md."""
+
     # strict: a number in quotes is a slip, and coercing it here would hide it from the tools that do not
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"

@@ -1,4 +1,4 @@
-"""Sections under `data`: where rows come from, which columns count, and how they are split."""
+"""Sections under `data`: the origin of rows, their columns, and their splits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ class SplitShares(Section):
     """Share of the rows of every label that goes to each split, by whole groups; the shares add up to 1."""
 
     train: Fraction
+    """Rows with gold labels to train on."""
     pool: Fraction = 0.0
+    """Rows whose labels are hidden: teachers label them."""
     validation: Annotated[float, Field(gt=0, lt=1)]
+    """Rows to choose checkpoints, prompts and calibrations on."""
     test: Annotated[float, Field(gt=0, lt=1)]
+    """Rows to score on; nothing is trained or chosen on them."""
 
     @model_validator(mode="after")
     def _adds_up(self):
@@ -26,57 +30,75 @@ class SplitShares(Section):
 
 
 class HubSplits(Section):
-    """Which of a hub data set's own splits plays which part, in the hub's words (`train[:90%]`)."""
+    """The splits of a hub data set to use, in the hub's notation (`train[:90%]`)."""
 
     train: str | None = None
+    """Rows with gold labels to train on."""
     pool: str | None = None
+    """Rows whose labels are hidden: teachers label them."""
     validation: str
+    """Rows to choose checkpoints, prompts and calibrations on."""
     test: str
+    """Rows to score on."""
 
 
 class ColumnNames(Section):
-    """Which column of the file holds what.
-
-    text: several columns are joined by a space.  label: null says that the rows have none, and are all pool.
-    options: of a `choice` task, a column with a list or one column an option.  first: what its `label` calls the first.
-    """
+    """Names of the columns of the data file."""
 
     text: str | Annotated[list[str], Field(min_length=1)] = "text"
+    """The text. Several columns are joined by a space."""
     label: str | None = "label"
+    """The label, or the accepted answers of a `qa` task. null: the rows have none, and all go to the pool."""
     options: str | Annotated[list[str], Field(min_length=2)] = "options"
+    """The options of a `choice` task: one column with a list, or one column for each option."""
     first: Literal[0, 1, "A"] = 0
+    """The value in the column `label` that stands for the first option."""
     id: str = "id"
+    """A unique name of the row; optional."""
     group: str = "group"
+    """Rows with the same value always go to the same split; optional."""
     rationale: str = "rationale"
+    """An explanation of the label; optional."""
 
 
 class RowFilter(Section):
-    """Which rows of a corpus are to the point: by language, then by words; the next step is a phase's `pseudo_labels`.
-
-    languages: what the column `language` may hold.
-    keywords: words or phrases, `min_keywords` of which a text must hold.
-    """
+    """Which rows of a corpus to use, by language, then by keywords. See also `pseudo_labels` of a phase."""
 
     languages: Annotated[list[str], Field(min_length=1)] | None = None
+    """Languages to keep; all when not given."""
     language: str = "language"
+    """The column that holds the language."""
     keywords: list[str] = []
+    """Words or phrases; a text must hold `min_keywords` of them."""
     min_keywords: Annotated[int, Field(gt=0)] = 1
+    """Smallest number of `keywords` in a text."""
 
 
 class SourceConfig(Section):
-    """One named data set. `source` is a .jsonl, .csv, .tsv or .parquet file, or `hub:owner/name[@revision]`."""
+    """One named data set with its task and its splits."""
 
     source: str
+    """A .jsonl, .csv, .tsv or .parquet file, or `hub:owner/name[@revision]`."""
     task: Name
+    """What is predicted: the file `tasks/<task>.yaml`."""
     split: SplitShares | None = None
+    """Share of the rows in each split."""
     hub_splits: HubSplits | None = None
+    """The hub's own splits, instead of `split`."""
     columns: ColumnNames = ColumnNames()
+    """Names of the columns of the data file."""
     hub_config: str | None = None
+    """Configuration of the hub data set."""
     hub_split: str = "train"
+    """The hub's split that `split` divides."""
     filter: RowFilter | None = None
+    """Which rows to use; all when not given."""
     seed: int = 0
+    """Seed of the split and of the rows that `limit` draws."""
     limit: Annotated[int, Field(gt=0)] | None = None
+    """Largest number of rows, drawn at random; all when not given."""
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Similarity from which two texts are near-duplicates: they go to the same split."""
 
     @model_validator(mode="after")
     def _one_way_to_split(self):

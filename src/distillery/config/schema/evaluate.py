@@ -10,34 +10,50 @@ from distillery.config.schema.base import Count, Name, Positive, Section
 
 
 class EvaluateConfig(Section):
-    headline: Name  # the student that the report's first sentence is about
+    """How students and teachers are scored and compared."""
+
+    headline: Name
+    """The student that the report's first sentence is about."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Resamples of the bootstrap, and of the permutation test."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Level of the confidence intervals."""
     throughput_rows: Annotated[int, Field(gt=0)] = 128
-    rewritten_rows: Count = 64  # test rows asked again with other names, amounts or spelling; 0: none
-    paraphrased_rows: Count = 0  # and test rows that `augment.teacher` puts into other words
-    pretrained_on: dict[Name, list[Name]] = {}  # who had learned from a source before: no test of them
+    """Test rows on which the speed is measured."""
+    rewritten_rows: Count = 64
+    """Test rows predicted again after each perturbation of the task file; 0 for none."""
+    paraphrased_rows: Count = 0
+    """Test rows predicted again after `augment.teacher` has paraphrased them; 0 for none."""
+    pretrained_on: dict[Name, list[Name]] = {}
+    """Models or teachers, and the sources that they were trained on before: their scores there are no test."""
     samples: Annotated[int, Field(gt=0)] = 12
+    """Predictions of single test rows shown in the report."""
     seed: int = 0
+    """Seed of the bootstrap and of the rows that are drawn."""
 
 
 class SearchConfig(Section):
-    """Random settings for one phase of a student, tried on a share of its gold rows: see `distillery search`.
-
-    phase: counted from 1.  learning_rate: lowest and highest.  choices: values for other keys of the phase.
-    """
+    """Random settings for one phase of a student, tried on a share of its gold rows: see `distillery search`."""
 
     student: Name
+    """The student."""
     phase: Annotated[int, Field(gt=0)] = 1
+    """Number of the phase, counted from 1."""
     trials: Annotated[int, Field(gt=0)] = 25
+    """Number of settings to try."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Share of the phase's gold rows that is used."""
     folds: Annotated[int, Field(ge=2)] = 3
+    """Folds of the cross-validation."""
     learning_rate: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    """Lowest and highest learning rate; drawn log-uniformly."""
     choices: dict[
         Literal["batch_size", "temperature", "weight_decay", "warmup", "epochs", "steps", "schedule", "loss"],
         Annotated[list[Any], Field(min_length=1)],
     ] = {}
+    """Values to draw from, for other keys of the phase."""
     seed: int = 0
+    """Seed of the settings, the rows and the training."""
 
     @model_validator(mode="after")
     def _something_to_search(self):
@@ -47,19 +63,26 @@ class SearchConfig(Section):
 
 
 class PublishedScores(Section):
-    """Figures of a published system, for one student or teacher as it is called here."""
+    """Figures of a published system, for one student or teacher of this file."""
 
     model: str
+    """The student or teacher that stands for it."""
     scores: Annotated[dict[str, float], Field(min_length=1)]
+    """The published figures by metric."""
     note: str = ""
+    """Anything a reader must know to compare them."""
 
 
 class RecipeConfig(Section):
-    """What a recipe reproduces. guesses: where the source is silent or contradicts itself.  differences: what is not
-    as in the source."""
+    """What a recipe reproduces."""
 
     source: str
+    """The published system."""
     published: list[PublishedScores] = []
+    """Its figures."""
     guesses: list[str] = []
+    """Settings of this file on which the source is silent or contradicts itself."""
     differences: list[str] = []
-    needs: str = ""  # hardware and time to expect
+    """Settings of this file that are not as in the source."""
+    needs: str = ""
+    """Hardware and time to expect."""

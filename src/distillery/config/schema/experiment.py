@@ -16,16 +16,28 @@ from distillery.config.schema.teachers import TeacherConfig
 
 
 class Params(Section):
+    """The whole experiment."""
+
     seeds: Annotated[list[int], Field(min_length=1)]
+    """Random seeds: each student is trained once with each of them."""
     data: Annotated[dict[Name, SourceConfig], Field(min_length=1)]
+    """Data sets by name."""
     models: Annotated[dict[Name, ModelConfig], Field(min_length=1)]
+    """Models by name, for teachers and students to start from."""
     teachers: dict[Name, TeacherConfig]
+    """Teachers by name."""
     augment: AugmentConfig
+    """Paraphrases of gold rows."""
     students: Annotated[dict[Name, StudentConfig], Field(min_length=1)]
+    """Students by name."""
     evaluate: EvaluateConfig
+    """How students and teachers are scored and compared."""
     search: SearchConfig | None = None
+    """A search for settings of one phase, see `distillery search`."""
     recipe: RecipeConfig | None = None
-    scale: dict[Name, dict[str, Any]] = {}  # overlays, see `distillery recipe`
+    """The published system that this experiment reproduces."""
+    scale: dict[Name, dict[str, Any]] = {}
+    """Overlays by name that change this experiment, see `distillery recipe --scale`."""
 
     def test_source(self, student: str) -> str:
         """The source `student` is scored on: the last that it learns from (without phases: the headline's)."""

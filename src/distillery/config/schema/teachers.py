@@ -11,55 +11,73 @@ from distillery.config.schema.training import FinetuneConfig
 
 
 class ApiPrice(Section):
-    """US dollars a million tokens."""
+    """Price in US dollars for a million tokens."""
 
     input: Annotated[float, Field(ge=0)]
+    """Price of prompt tokens."""
     output: Annotated[float, Field(ge=0)]
+    """Price of generated tokens."""
 
 
 class ApiConfig(Section):
-    """An endpoint and how it is asked. `key` names the environment variable that holds the key.
-
-    labels: `text` reads the label from what is written, `structured` lets the endpoint write nothing else, `logprobs`
-    takes the probabilities of the answer's first token. With `samples` above 1 their agreement gives the probabilities.
-    The ceilings hold for all that this model was ever asked from this folder.
-    """
+    """A model behind an endpoint. Its limits hold for all requests that were ever made to it from this folder."""
 
     client: Literal["openai", "anthropic"] = "openai"
+    """Protocol of the endpoint."""
     model: Annotated[str, Field(min_length=1)]
+    """Name of the model at the endpoint."""
     base_url: Annotated[str, Field(pattern=URL)] | None = None
+    """Address of the endpoint; the vendor's own when not given."""
     key: Annotated[str, Field(pattern=VARIABLE)] | None = None
+    """Name of the environment variable that holds the key."""
     labels: Literal["text", "structured", "logprobs"] = "text"
+    """Origin of the label: parsed from free text, from text that the endpoint restricts to the labels, or from the
+    probabilities of the answer's first token."""
     samples: Annotated[int, Field(gt=0)] = 1
+    """Answers to each question; with several, the share of each label is its probability."""
     temperature: Annotated[float, Field(ge=0)] | None = 0.0
+    """Sampling temperature; null sends none."""
     max_tokens: Annotated[int, Field(gt=0)] = 16
+    """Largest length of an answer, in tokens."""
     concurrency: Annotated[int, Field(gt=0, le=256)] = 8
+    """Largest number of requests at the same time."""
     requests_per_minute: Positive | None = None
+    """Largest number of requests a minute; any when not given."""
     timeout: Positive = 60.0
+    """Seconds to wait for an answer."""
     max_attempts: Annotated[int, Field(gt=0)] = 8
+    """Requests for one answer before the run stops."""
     price: ApiPrice | None = None
+    """Price of the tokens."""
     max_cost: Positive | None = None
+    """Limit in US dollars: the run stops before the request that may pass it."""
     max_total_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Limit in tokens: the run stops before the request that may pass it."""
 
     @model_validator(mode="after")
     def _fits(self):
         if self.max_cost is not None and self.price is None:
             raise ValueError("`max_cost` needs `price`")
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError("`samples` above 1 need a `temperature` above 0, or all say the same")
+            raise ValueError("`samples` above 1 need a `temperature` above 0, or all answers are equal")
         if self.labels == "logprobs" and self.client == "anthropic":
-            raise ValueError("`labels: logprobs` is not for `client: anthropic`, which tells none")
+            raise ValueError("`labels: logprobs` is not for `client: anthropic`, which returns none")
         return self
 
 
 class AnswerColumns(Section):
-    """Which column holds what. `answer` is for files with label and explanation in one text, as an LLM wrote them."""
+    """Names of the columns of an answer file."""
 
     id: str | None = None
+    """The row's id, to find the row by; or `text`."""
     text: str | None = "text"
+    """The row's text, to find the row by; or `id`."""
     label: str | None = None
+    """The label; or `answer`."""
     explanation: str | None = None
+    """The explanation of the label."""
     answer: str | None = None
+    """Label and explanation in one text, as a language model wrote them."""
 
     @model_validator(mode="after")
     def _fits(self):
@@ -71,61 +89,78 @@ class AnswerColumns(Section):
 
 
 class AnswerFilesConfig(Section):
-    """Answers of an external LLM that were asked for elsewhere: .csv, .tsv, .jsonl or .parquet files.
-
-    repeats: `drop` answers that are, word for word, those of the row before although that is another text: the trace of
-    a script that kept its last answer when a call failed. Only explanations tell; a bare label may well come twice.
-    """
+    """Answers of an external language model from .csv, .tsv, .jsonl or .parquet files."""
 
     files: Annotated[list[str], Field(min_length=1)]
+    """The files."""
     columns: AnswerColumns
+    """Names of their columns."""
     repeats: Literal["drop", "keep"] = "drop"
+    """`drop` leaves out an answer with the explanation of the row before although the text is another one: the trace of
+    a script that repeated its last answer when a request failed."""
 
 
 class TeacherConfig(Section):
-    """A model that produces signals. Without `finetune` it is only prompted (label-free).
+    """A model that gives signals for rows: labels, probabilities, rationales. Without `finetune` it is only prompted.
 
-    `api` is asked over the network, `answers` reads what an external LLM answered before.
-
-    For those that are only prompted: `prompts` of the task file are tried on validation rows beside its `prompt`, and
-    the best is taken. `examples_from` names the origin of the `few_shot` solved examples: the task file, gold rows, or
-    for each row the gold rows most similar to it (by the encoder `embeddings`), never of its own group. `calibrate`
-    divides by what the prompt says of no text at all (`contextual`) or of many texts (`batch`). `quantize: nf4` loads
-    their linear layers in 4 bits.
+    `prompts`, `examples_from` and `calibrate` are for teachers that are only prompted.
     """
 
     kind: Literal["lm", "classifier", "seq2seq", "api", "answers"]
+    """A local causal language model, an encoder with a classification head, an encoder and decoder, a model behind an
+    endpoint, or answers from files."""
     model: Name | None = None
+    """The model in `models`; not for `kind: api` and `kind: answers`."""
     api: ApiConfig | None = None
+    """The endpoint of `kind: api`."""
     answers: AnswerFilesConfig | None = None
-    data: list[Name] | None = None  # the sources it labels; all of them when not given
+    """The files of `kind: answers`."""
+    data: list[Name] | None = None
+    """The sources it labels; all when not given."""
     finetune: FinetuneConfig | None = None
+    """Fine-tuning on gold rows before it labels."""
     prompt: Literal["chat", "plain"] = "chat"
+    """Form of the prompt: the tokenizer's chat template, or the turns as plain text."""
     prompts: list[str] = []
+    """Other prompts of the task file to try on validation rows; the best one is used."""
     few_shot: Count = 0
+    """Solved examples in the prompt."""
     examples_from: Literal["task", "gold", "similar"] = "task"
+    """Origin of the solved examples: the task file, gold rows, or for each row the most similar gold rows of other
+    groups."""
     embeddings: Name | None = None
+    """The encoder in `models` that measures the similarity for `examples_from: similar`."""
     calibrate: Literal["none", "contextual", "batch"] = "none"
+    """Divide probabilities by a label prior: the prediction for empty texts (Zhao et al. 2021), or the mean prediction
+    for many texts (Zhou et al. 2024)."""
     rationales: Count = 0
+    """Rows for which it writes a rationale."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 48
+    """Largest length of a rationale, in tokens."""
     batch_size: Annotated[int, Field(gt=0)] = 32
+    """Rows in one batch of prediction or generation."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the computation."""
     quantize: Literal["none", "nf4"] = "none"
+    """`nf4`: linear layers in 4 bits, for a teacher that is only prompted."""
     seed: int = 0
+    """Seed of fine-tuning, folds and sampled rows."""
 
     @model_validator(mode="after")
-    def _asked(self):
+    def _kind_fits(self):
         if self.quantize != "none" and (self.kind not in ("lm", "seq2seq") or self.finetune):
             raise ValueError("`quantize` is for a `kind: lm` or `seq2seq` that is only prompted, without `finetune`")
-        needed = self.kind if self.kind in ("api", "answers") else "model"
+        required = self.kind if self.kind in ("api", "answers") else "model"
         for key in ("model", "api", "answers"):
-            if (getattr(self, key) is not None) != (key == needed):
-                raise ValueError(f"`kind: {self.kind}` needs `{needed}`" + (f", not `{key}`" if key != needed else ""))
-        if self.finetune and needed != "model":
+            if (getattr(self, key) is not None) != (key == required):
+                raise ValueError(
+                    f"`kind: {self.kind}` needs `{required}`" + (f", not `{key}`" if key != required else "")
+                )
+        if self.finetune and required != "model":
             raise ValueError(f"`kind: {self.kind}` cannot be fine-tuned here: leave `finetune` out")
         if (self.examples_from == "similar") != (self.embeddings is not None):
             raise ValueError("`examples_from: similar` and `embeddings` (an encoder of `models`) go together")
-        chosen = self.prompts or self.examples_from != "task" or self.calibrate != "none"
-        if chosen and (self.finetune or self.kind in ("classifier", "answers")):
+        prompted = self.prompts or self.examples_from != "task" or self.calibrate != "none"
+        if prompted and (self.finetune or self.kind in ("classifier", "answers")):
             raise ValueError("`prompts`, `examples_from` and `calibrate` are for teachers that are only prompted")
         return self
