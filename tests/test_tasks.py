@@ -58,7 +58,7 @@ def test_turns_with_and_without_examples(load):
     assert chat_turns(task, "we drew") == [system, asked]
     assert chat_turns(task, "we drew", 1) == [system, *shots[:2], asked]
     assert chat_turns(task, "we drew", 2) == [system, *shots, asked]
-    with pytest.raises(UserError, match="few_shot: 3 examples asked for, the task file holds 2"):
+    with pytest.raises(UserError, match="few_shot: 3 examples wanted, the task file has 2"):
         chat_turns(task, "we drew", 3)
 
 

@@ -1,1 +1,1 @@
-"""The experiment in `params.yaml`: its schema, how it is read, and what is checked."""
+"""The experiment in `params.yaml`: its schema, the loading of the file, and its checks."""

@@ -1,4 +1,4 @@
-"""pydantic's errors as one line for a person who edits YAML."""
+"""Errors of pydantic as one line for the user who edits YAML."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from distillery.config.schema import PATTERNS, URL, VARIABLE
 
-MESSAGES = {  # what pydantic's kinds of error mean to somebody who edits YAML
+MESSAGES = {  # type of pydantic's error -> its meaning in YAML
     "model_type": "must be a section of keys and values",
     "model_attributes_type": "must be a section of keys and values",
     "dict_type": "must be a section of keys and values",
@@ -26,34 +26,41 @@ MESSAGES = {  # what pydantic's kinds of error mean to somebody who edits YAML
 
 
 def validation_message(error: ValidationError, kind: type[BaseModel], raw: Any, file: str) -> str:
-    located = [(_key_path(found, raw), found) for found in error.errors()]
-    # An unknown key is nearly always the cause of what else is wrong beside it (its right spelling is "missing").
-    top, first = min(located, key=lambda item: item[1]["type"] != "extra_forbidden")
-    # A value of several allowed kinds gives an error for each: the one that got furthest says what was meant.
-    below = [item for item in located if item[0][: len(top)] == top]
-    keys = top
-    if first["type"] != "extra_forbidden" and first["loc"][-1:] != ("[key]",):
-        keys, first = max(below, key=lambda item: len(item[0]))
+    """One line: `file`, the first wrong key of `raw`, and what is allowed there.
+
+    kind: the section class that `raw` does not fit. Values that may be secrets are not shown.
+    """
+    located = [(_key_path(issue, raw), issue) for issue in error.errors()]
+    # An unknown key is nearly always the cause of the other errors beside it (its right spelling is "missing").
+    keys, issue = min(located, key=lambda item: item[1]["type"] != "extra_forbidden")
+    if issue["type"] == "extra_forbidden":
+        return f"{file}: {'.'.join(keys)}: {_unknown_key_message(kind, keys)}"
+    # A value that may have several types gives an error for each. The deepest error belongs to the intended type.
+    below = [item for item in located if item[0][: len(keys)] == keys]
+    if issue["loc"][-1:] != ("[key]",):
+        keys, issue = max(below, key=lambda item: len(item[0]))
+    texts = [_describe(other) for path, other in below if path == keys and other["type"] != "string_type"]
+    first, *others = dict.fromkeys(texts or ["must be text"])
+    message = " or ".join([first, *(text.removeprefix("must be ") for text in others)])
+    hidden = issue["type"] == "missing" or isinstance(issue["input"], (dict, list))
+    hidden |= (issue.get("ctx") or {}).get("pattern") in (URL, VARIABLE)  # the value may be a secret
     key = ".".join(keys) or "(the whole file)"
-    if first["type"] == "extra_forbidden":
-        model = _section_at(kind, keys[:-1])
-        names = list(model.model_fields) if model else []
-        close = difflib.get_close_matches(keys[-1], names, n=1)
-        hint = f"; did you mean `{close[0]}`?" if close else ";"
-        return f"{file}: {key}: unknown key{hint} allowed: {', '.join(names)}"
-    here = [found for at, found in below if at == keys]
-    said = list(dict.fromkeys(_describe(found) for found in here if found["type"] != "string_type")) or ["must be text"]
-    message = " or ".join([said[0], *(more.removeprefix("must be ") for more in said[1:])])
-    silent = first["type"] == "missing" or isinstance(first["input"], (dict, list))
-    silent |= (first.get("ctx") or {}).get("pattern") in (URL, VARIABLE)  # what stands there may be a secret
-    return f"{file}: {key}: {message}" + ("" if silent else f", not {first['input']!r}")
+    return f"{file}: {key}: {message}" + ("" if hidden else f", not {issue['input']!r}")
 
 
-def _key_path(found: Any, raw: Any) -> list[str]:
-    """The keys from the top of `raw` to the error; pydantic puts the names of union members among them."""
+def _unknown_key_message(kind: type[BaseModel], keys: list[str]) -> str:
+    section = _section_at(kind, keys[:-1])
+    names = list(section.model_fields) if section else []
+    close = difflib.get_close_matches(keys[-1], names, n=1)
+    hint = f"; did you mean `{close[0]}`?" if close else ";"
+    return f"unknown key{hint} allowed: {', '.join(names)}"
+
+
+def _key_path(issue: Any, raw: Any) -> list[str]:
+    """The keys from the top of `raw` to the error, without pydantic's names of union members among them."""
     keys, node = [], raw
-    for part in found["loc"]:
-        if isinstance(node, dict) and (part in node or found["type"] in ("missing", "extra_forbidden")):
+    for part in issue["loc"]:
+        if isinstance(node, dict) and (part in node or issue["type"] in ("missing", "extra_forbidden")):
             keys.append(str(part))
             node = node.get(part)
         elif isinstance(node, list) and isinstance(part, int) and part < len(node):
@@ -62,39 +69,35 @@ def _key_path(found: Any, raw: Any) -> list[str]:
     return keys
 
 
-def _describe(found: Any) -> str:
-    if found["type"] == "literal_error":
-        return f"must be {found['ctx']['expected']}"
-    if found["type"] == "too_short":
-        least = found["ctx"]["min_length"]
-        return "must not be empty" if least == 1 else f"needs at least {least}"
-    if found["type"] == "string_pattern_mismatch":
-        return f"must be {PATTERNS[found['ctx']['pattern']]}"
-    return MESSAGES.get(found["type"]) or found["msg"].removeprefix("Value error, ").replace(
-        "Input should be", "must be"
-    )
+def _describe(issue: Any) -> str:
+    if issue["type"] == "literal_error":
+        return f"must be {issue['ctx']['expected']}"
+    if issue["type"] == "too_short":
+        shortest = issue["ctx"]["min_length"]
+        return "must not be empty" if shortest == 1 else f"needs at least {shortest}"
+    if issue["type"] == "string_pattern_mismatch":
+        return f"must be {PATTERNS[issue['ctx']['pattern']]}"
+    text = issue["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return MESSAGES.get(issue["type"], text)
 
 
 def _section_at(kind: Any, keys: Iterable[str]) -> type[BaseModel] | None:
-    """The section class that sits at `keys` below `kind`."""
+    """The section class at `keys` below the class `kind`."""
     for key in keys:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             field = kind.model_fields.get(key)
             kind = field.annotation if field else None
-        else:
-            kind = next((a for a in _member_types(kind) if a is not str), None)
+        else:  # a dictionary or a list: its values
+            kind = next((member for member in reversed(get_args(kind)) if member is not str), None)
         kind = _section_type(kind)
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def _member_types(kind: Any) -> list[Any]:
-    return list(get_args(kind))[::-1]
-
-
 def _section_type(kind: Any) -> Any:
+    """The section class among the members of a union, or `kind` without its limits."""
     while get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     if get_origin(kind) in (Union, UnionType):
-        members = [_section_type(a) for a in get_args(kind) if a is not type(None)]
+        members = [_section_type(member) for member in get_args(kind) if member is not type(None)]
         return next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), members[0])
     return kind

@@ -1,1 +1,1 @@
-"""Tasks: what is predicted, the prompts that ask for it, and how answers are parsed."""
+"""Tasks: what is predicted, the prompts for it, and the parsing of answers."""

@@ -1,4 +1,4 @@
-"""From the text of an answer to a label; in doubt to none."""
+"""From the text of an answer to a label, or to none when there is any doubt."""
 
 from __future__ import annotations
 
@@ -6,39 +6,41 @@ import re
 
 from distillery.tasks.schema import Task
 
-SURROUNDING_CHARACTERS = (
-    " \t\r\n\"'`*_.,:;!()[]{}<>“”‘’«»"  # quotes, brackets, emphasis and a full stop are no part of a label
-)
-
-
-LABEL_END = re.compile(r"[.:](?=\s|$)| [-–—] |\n")  # what may stand between a label and what follows it
+# quotes, brackets, emphasis and a full stop are not part of a label
+SURROUNDING_CHARACTERS = " \t\r\n\"'`*_.,:;!()[]{}<>“”‘’«»"
+LABEL_END = re.compile(r"[.:](?=\s|$)| [-–—] |\n")  # between a label and its explanation
 
 
 def parse_explained_label(task: Task, text: str) -> tuple[str | None, str]:
-    """The label that `text` gives as its answer, and what it says after it. The label is None when there is any doubt.
+    """The label that the answer `text` gives, or None when there is any doubt; and the explanation after it.
 
-    A label's word must come first, whatever its case, alone on its line or with a full stop, a colon or a dash after
-    it; the name that the template gives the answer ("Sentiment: positive") may stand before it. An answer that gives
-    another label on a line of its own takes the first one back.
+    A label's word must come first, in any case, alone on its line or followed by a full stop, a colon or a dash. The
+    last words of the prompt's template ("Sentiment:") may stand before it. There is doubt when another line holds
+    another label.
     """
     text = text.strip()
-    asked = task.prompt.template.splitlines()[-1].rpartition("}")[2].strip(SURROUNDING_CHARACTERS)
-    if asked and text.lstrip(SURROUNDING_CHARACTERS).casefold().startswith(asked.casefold()):
-        text = text.lstrip(SURROUNDING_CHARACTERS)[len(asked) :].lstrip(SURROUNDING_CHARACTERS + "-–—")
-    words = {task.word(label).strip(SURROUNDING_CHARACTERS).casefold(): label for label in task.labels}
+    cue = _trim(task.prompt.template.splitlines()[-1].rpartition("}")[2])
+    start = text.lstrip(SURROUNDING_CHARACTERS)
+    if cue and start.casefold().startswith(cue.casefold()):
+        text = start[len(cue) :].lstrip(SURROUNDING_CHARACTERS + "-–—")
+    labels = {_trim(task.word(label)).casefold(): label for label in task.labels}
     end = LABEL_END.search(text)
     first, rest = (text[: end.start()], text[end.end() :]) if end else (text, "")
-    label = words.get(first.strip(SURROUNDING_CHARACTERS).casefold())
-    others = {words.get(line.strip(SURROUNDING_CHARACTERS).casefold(), label) for line in rest.splitlines()}
+    label = labels.get(_trim(first).casefold())
+    others = {labels.get(_trim(line).casefold(), label) for line in rest.splitlines()}
     return (label if others <= {label} else None), rest.strip()
 
 
 def parse_label(task: Task, text: str) -> str | None:
-    """The label that `text` gives as its answer, or None: nothing is guessed. See :func:`parse_explained_label`."""
+    """The label that the answer `text` gives, or None when there is any doubt. See :func:`parse_explained_label`."""
     return parse_explained_label(task, text)[0]
 
 
 def first_sentence(text: str) -> str:
     """`text` up to the first full stop that ends a sentence (a dot within a number does not)."""
-    found = re.search(r"[.!?](?=\s|$)", text)
-    return text[: found.end()] if found else text
+    end = re.search(r"[.!?](?=\s|$)", text)
+    return text[: end.end()] if end else text
+
+
+def _trim(text: str) -> str:
+    return text.strip(SURROUNDING_CHARACTERS)

@@ -1,4 +1,4 @@
-"""Prompts made from a task: chat turns, rendered text, and what follows as the answer."""
+"""Prompts of a task: chat turns, rendered text, and the answer that follows."""
 
 from __future__ import annotations
 
@@ -9,49 +9,47 @@ from distillery.errors import UserError
 from distillery.tasks.schema import FewShotExample, Task
 
 PLAIN_SEPARATOR = "\n\n"
-
-
-RATIONALE_CUE = "\nReason:"  # after an answer it asks for the rationale
+RATIONALE_CUE = "\nReason:"  # between an answer and its rationale
 
 
 def with_options(task: Task, text: str, options: Sequence[str]) -> str:
-    """`text` (one line) with one more line for each of `options`, after the word of its label."""
+    """`text` (one line) and a line for each of `options`, with the word of its label before it."""
     lines = [f"{task.word(label)}) {option}" for label, option in zip(task.names, options, strict=False)]
     return "\n".join([text, *lines])
 
 
 def count_options(task: Task, text: str) -> int:
-    """How many of the task's labels, from the first, can be right for `text`: a row may have fewer options."""
+    """The number of options in `text`, and so of labels, from the first, that can be right; without options all labels."""
     options = text.count("\n") if task.kind == "choice" else 0
     return options or len(task.names)
 
 
 def user_turn(task: Task, text: str) -> str:
-    """The user's turn that asks for the label of `text`."""
+    """The user turn that requests the label of `text`."""
     prompt = task.prompt
     return prompt.template.format(instruction=prompt.instruction, response=prompt.response, text=text)
 
 
 def chat_turns(task: Task, text: str, few_shot: int | Sequence[FewShotExample] = 0) -> list[dict[str, str]]:
-    """Chat turns that ask for the label of `text`, after `few_shot` solved examples of the task file, or these ones.
+    """Chat turns that request the label of `text`, after solved examples.
 
-    Raises UserError when the task file holds fewer examples.
+    few_shot: the number of examples from the task file, or the examples. Raises UserError when the task file has fewer.
     """
     if isinstance(few_shot, int):
         if few_shot > len(task.few_shot):
-            raise UserError(f"few_shot: {few_shot} examples asked for, the task file holds {len(task.few_shot)}")
+            raise UserError(f"few_shot: {few_shot} examples wanted, the task file has {len(task.few_shot)}")
         few_shot = task.few_shot[:few_shot]
-    out = [{"role": "system", "content": task.prompt.system}] if task.prompt.system else []
-    for shot in few_shot:
-        out += [
-            {"role": "user", "content": user_turn(task, shot.text)},
-            {"role": "assistant", "content": task.word(shot.label)},
+    turns = [{"role": "system", "content": task.prompt.system}] if task.prompt.system else []
+    for example in few_shot:
+        turns += [
+            {"role": "user", "content": user_turn(task, example.text)},
+            {"role": "assistant", "content": task.word(example.label)},
         ]
-    return [*out, {"role": "user", "content": user_turn(task, text)}]
+    return [*turns, {"role": "user", "content": user_turn(task, text)}]
 
 
 def render_prompt(messages: list[dict[str, str]], tokenizer: Any, style: str = "chat") -> str:
-    """The prompt text up to where the answer starts.
+    """The text of the prompt, up to the start of the answer.
 
     style: `chat` uses the tokenizer's chat template (UserError when it has none), `plain` joins the turns.
     """
@@ -66,5 +64,5 @@ def render_prompt(messages: list[dict[str, str]], tokenizer: Any, style: str = "
 
 
 def render_answer(task: Task, label: str, style: str = "chat") -> str:
-    """What follows :func:`render_prompt` when the answer is `label`."""
+    """The text after :func:`render_prompt` when the answer is `label`."""
     return task.word(label) if style == "chat" else f" {task.word(label)}"
