@@ -1,4 +1,4 @@
-"""The configuration file: what is wrong in it is told in one line, with the key and what is allowed."""
+"""The configuration file: a mistake in it gives one line, with the key and what is allowed."""
 
 from __future__ import annotations
 
@@ -13,75 +13,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ruamel.yaml import YAML
 
 from distillery.config.load import load_params, validate_section
-from distillery.config.references import control_differences, unused_settings
-from distillery.config.renamed import rename_old_keys
+from distillery.config.references import unused_settings
 from distillery.config.schema import Params, SplitRef
 from distillery.errors import UserError
+from experiments import BASE, DELETE, changed, load, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = """
-seeds: [0]
-data:
-  news: {source: news.csv, task: mood, split: {train: 0.2, pool: 0.4, validation: 0.1, test: 0.3}}
-  bare: {source: bare.csv, task: mood, split: {train: 0.5, validation: 0.25, test: 0.25}}
-  other: {source: other.csv, task: topic, split: {train: 0.5, validation: 0.25, test: 0.25}}
-models:
-  llm: {wheel: a-b==1.0, sha256: "%s", gguf: a/b.gguf}
-  encoder: {folder: models/encoder}
-teachers:
-  llm:
-    {kind: lm, model: llm, data: [news, bare], finetune: {on: news/train, epochs: 2, learning_rate: 1e-3, lora: {r: 4}}}
-  encoder: {kind: classifier, model: encoder, data: [news], finetune: {on: news/train, steps: 9, learning_rate: 1.0e-4}}
-augment: {source: news, teacher: llm}
-students:
-  kd:
-    model: encoder
-    arch: classifier
-    control: gold
-    init: {layers: [0, 2]}
-    phases:
-      - {data: [news/pool, news/augmented], teachers: [llm], loss: {kl: 1.0}, epochs: 1, learning_rate: 1.0e-4}
-      - {data: [news/train], teachers: [llm], loss: {ce: 0.5, kl: 0.5}, steps: 3, learning_rate: 1.0e-4}
-  gold:
-    model: encoder
-    arch: classifier
-    phases: [{data: [news/train], loss: {ce: 1.0}, steps: 4, learning_rate: 1.0e-4}]
-evaluate: {headline: kd}
-""" % ("0f" * 32)
-DELETE = object()
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "tasks").mkdir()
-    for task in ("mood", "topic"):
-        (tmp_path / "tasks" / f"{task}.yaml").write_text("kind: classification\nlabels: {a: one, b: two}\n")
-    (tmp_path / "dvc.yaml").touch()
-    return tmp_path
-
-
-def changed(key: str, value):
-    """BASE as plain objects with the value at the dotted `key` replaced."""
-    raw = YAML(typ="safe", pure=True).load(BASE)
-    *path, last = [int(part) if part.isdigit() else part for part in key.split(".")]
-    node = raw
-    for part in path:
-        node = node[part]
-    if value is DELETE:
-        del node[last]
-    else:
-        node[last] = value
-    return raw
-
-
-def load(folder: Path, raw) -> Params:
-    path = folder / "params.yaml"
-    with open(path, "w") as file:
-        YAML().dump(raw, file)  # the safe one sorts keys
-    return load_params(path)
+    return prepare(tmp_path)
 
 
 def test_the_experiments_in_the_repository_are_valid():
@@ -101,7 +45,7 @@ def test_base_is_valid_and_typed(folder):
     assert checked.students["kd"].init.layers == [0, 2]
 
 
-# key, value, what the line says after "params.yaml: "
+# key, value, the line after "params.yaml: "
 MISTAKES = [
     ("seedz", [1], "seedz: unknown key; did you mean `seeds`? allowed: seeds, data, models, teachers, augment, "),
     ("seeds", DELETE, "seeds: missing"),
@@ -261,154 +205,12 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("key", "value", "line"), MISTAKES, ids=[f"{key}={value!r:.20}" for key, value, _ in MISTAKES])
-def test_mistakes_are_told_in_one_line(folder, key, value, line):
+def test_mistakes_give_one_line(folder, key, value, line):
     with pytest.raises(UserError) as caught:
         load(folder, changed(key, value))
     message = str(caught.value)
     assert f"{message}\n".startswith(f"params.yaml: {line}")
     assert "\n" not in message
-
-
-# old key, its value, the new key, and its value
-RENAMED = [
-    ("students.kd.phases.0.take", {"confidence": 0.6}, "students.kd.phases.0.pseudo_labels", {"min_confidence": 0.6}),
-    ("students.kd.phases.1.take", {"agree": True}, "students.kd.phases.1.pseudo_labels", {"agreement": True}),
-    ("students.gold.phases.0.loss.prior", 0.3, "students.gold.phases.0.loss.label_prior", 0.3),
-    ("data.news.filter", {"least": 2}, "data.news.filter", {"min_keywords": 2}),
-    (
-        "models.encoder.built",
-        {"type": "bert", "words": ["x"]},
-        "models.encoder.random",
-        {"type": "bert", "words": ["x"]},
-    ),
-    ("search.sets", 7, "search.trials", 7),
-    ("search.choose", {"loss": [{"prior": 0.1}]}, "search.choices", {"loss": [{"label_prior": 0.1}]}),
-    ("teachers.far.shots", "gold", "teachers.far.examples_from", "gold"),
-    ("teachers.far.api.attempts", 3, "teachers.far.api.max_attempts", 3),
-]
-
-
-def with_far_teacher_and_search(key: str, value):
-    """BASE with a teacher behind an endpoint and a search, and `value` at `key`."""
-    raw = changed("search", {"student": "kd", "learning_rate": [0.1, 0.2]})
-    raw["teachers"]["far"] = {"kind": "api", "data": ["news"], "few_shot": 2, "api": {"model": "m"}}
-    if key.startswith("models.encoder."):
-        del raw["models"]["encoder"]["folder"]
-    *path, last = [int(part) if part.isdigit() else part for part in key.split(".")]
-    node = raw
-    for part in path:
-        node = node[part]
-    node[last] = value
-    return raw
-
-
-@pytest.mark.parametrize(("old", "old_value", "new", "new_value"), RENAMED, ids=[old for old, *_ in RENAMED])
-def test_an_old_key_is_still_read_and_named_on_stderr(folder, capsys, old, old_value, new, new_value):
-    expected = load(folder, with_far_teacher_and_search(new, new_value))
-    assert capsys.readouterr().err == ""
-    assert load(folder, with_far_teacher_and_search(old, old_value)) == expected
-    lines = capsys.readouterr().err.splitlines()
-    assert lines and all(
-        re.fullmatch(r"params\.yaml: \S+: renamed to \w+; the old key is read until version 0\.3", line)
-        for line in lines
-    )
-    if old.rpartition(".")[2] != new.rpartition(".")[2]:
-        assert f"params.yaml: {old}: renamed to {new.rpartition('.')[2]}; " in "\n".join(lines)
-
-
-def test_an_old_key_beside_its_new_one_is_a_mistake(folder):
-    raw = with_far_teacher_and_search("search.trials", 7)
-    raw["search"]["sets"] = 7
-    with pytest.raises(
-        UserError, match=r"^params.yaml: search.sets: renamed to `trials`, which stands there too; leave"
-    ):
-        load(folder, raw)
-
-
-def test_a_renamed_loss_term_keeps_its_place(folder):
-    raw = changed("students.gold.phases.0.loss", {"prior": 0.1, "ce": 1.0})
-    renamed = rename_old_keys(raw, "params.yaml")
-    assert list(renamed["students"]["gold"]["phases"][0]["loss"]) == ["label_prior", "ce"]
-    assert list(raw["students"]["gold"]["phases"][0]["loss"]) == ["prior", "ce"]  # not changed in place
-
-
-# the key of the student `kd` that differs, its value, and the lines
-DIFFERENCES = [
-    (None, None, ["init.layers: [0, 2] and all"]),
-    ("dtype", "bfloat16", ["init.layers: [0, 2] and all", "dtype: bfloat16 and float32"]),
-    ("init", {}, []),
-    ("phases.0.learning_rate", 2.0e-3, ["init.layers: [0, 2] and all", "phases.0.learning_rate: 0.002 and 0.0001"]),
-    ("phases.0.steps", 3, ["init.layers: [0, 2] and all", "steps: 3 and 4"]),
-    (
-        "phases.0.early_stopping",
-        {"every": 1},
-        [
-            "init.layers: [0, 2] and all",
-            "phases.0.early_stopping: {'metric': 'macro_f1', 'patience': 3, 'every': 1} and none",
-        ],
-    ),
-    # what a control is to differ in, what changes no result, and settings that the control has no use for
-    ("phases.0.data", ["news/train", "bare/train"], ["init.layers: [0, 2] and all"]),
-    ("phases.0.temperature", 2.0, ["init.layers: [0, 2] and all"]),
-    ("phases.0.pseudo_labels", {"agreement": True}, ["init.layers: [0, 2] and all"]),
-    ("checkpoint_every", 7, ["init.layers: [0, 2] and all"]),
-]
-
-
-@pytest.mark.parametrize(("key", "value", "lines"), DIFFERENCES, ids=[str(key) for key, *_ in DIFFERENCES])
-def test_settings_in_which_a_student_differs_from_its_control(folder, key, value, lines):
-    raw = changed("students.kd.phases.1.steps", 4)
-    raw["students"]["kd"]["phases"].pop(0)
-    node, *path = raw["students"]["kd"], *(key or "").split(".")
-    for part in path[:-1]:
-        node = node[int(part) if part.isdigit() else part]
-    if key:
-        node[path[-1]] = value
-    params = load(folder, raw)
-    assert control_differences(params, "kd") == lines
-    assert control_differences(params, "gold") == []
-
-
-def test_students_with_other_numbers_of_phases_are_compared_in_all_values_of_a_setting(folder):
-    raw = changed("students.kd.init", {})
-    assert control_differences(load(folder, raw), "kd") == ["phases: 2 and 1"]  # one phase gives epochs: no total
-    raw["students"]["kd"]["phases"][0]["learning_rate"] = 0.5
-    raw["students"]["kd"]["phases"][1]["batch_size"] = 8
-    assert control_differences(load(folder, raw), "kd") == [
-        "phases: 2 and 1",
-        "phases.*.learning_rate: 0.5, 0.0001 and 0.0001",
-        "phases.*.batch_size: 16, 8 and 16",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({}, None),
-        ({"temperature": 2.0}, None),
-        (
-            {"loss": {"ce": 1.0}, "temperature": 1.0},
-            "temperature: has no effect in this phase: it needs kl or reverse_",
-        ),
-        (
-            {"loss": {"pkd": 1.0}, "temperature": 1.0},
-            "temperature: has no effect in this phase: it needs kl or reverse",
-        ),
-        ({"beta": 0.5}, "beta: has no effect in this phase: it needs jsd"),
-        ({"loss": {"jsd": 1.0}, "beta": 0.5}, None),
-        ({"alpha": 0.1}, "alpha: has no effect in this phase: it needs skew_kl or skew_reverse_kl"),
-        ({"loss": {"skew_reverse_kl": 1.0}, "alpha": 0.1}, None),
-        ({"sampling_temperature": 1.0}, "sampling_temperature: has no effect in this phase: it needs on_policy"),
-    ],
-)
-def test_settings_without_effect(folder, changes, line):
-    raw = changed("seeds", [0])
-    raw["students"]["kd"]["phases"][0].update(changes)
-    lines = unused_settings(load(folder, raw))
-    if line is None:
-        assert lines == []
-    else:
-        assert len(lines) == 1 and lines[0].startswith(f"students.kd.phases.0.{line}")
 
 
 def test_two_tasks_in_one_student(folder):
@@ -473,7 +275,7 @@ def test_missing_file_and_folder_in_its_place(folder):
 @given(
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), st.lists, max_leaves=4)
 )
-def test_any_value_anywhere_is_accepted_or_told(value):
+def test_any_value_anywhere_is_accepted_or_refused(value):
     """A wrong value never ends in another error than UserError, and never in several lines."""
     for key in (
         "seeds",
@@ -507,31 +309,31 @@ def test_split_references():
 # --------------------------------------------------------------------------------------- distillery check
 
 
-def main(folder: Path) -> subprocess.CompletedProcess:
+def run_check(folder: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "distillery", "check"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def test_main_counts_what_it_found(folder):
+def test_check_counts_the_sections(folder):
     (folder / "params.yaml").write_text(BASE)
-    done = main(folder)
+    done = run_check(folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "params.yaml: 3 source(s), 2 teacher(s), 2 student(s) x 1 seed(s)\n"
 
 
-def test_main_warns_of_a_setting_without_effect(folder):
+def test_check_warns_of_a_setting_without_effect(folder):
     (folder / "params.yaml").write_text(BASE.replace("loss: {ce: 1.0}", "loss: {ce: 1.0}, temperature: 2.0"))
-    done = main(folder)
+    done = run_check(folder)
     assert done.returncode == 0 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(
         "warning: params.yaml: students.gold.phases.0.temperature: has no effect in this phase"
     )
 
 
-def test_main_tells_a_mistake_without_a_traceback(folder):
+def test_check_shows_a_mistake_without_a_traceback(folder):
     (folder / "params.yaml").write_text(BASE.replace("seeds:", "seedz:"))
-    done = main(folder)
+    done = run_check(folder)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("error: params.yaml: seedz: unknown key; did you mean `seeds`?")

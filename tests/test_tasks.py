@@ -1,4 +1,4 @@
-"""Task files: what they may hold, and the prompts made from them."""
+"""Task files: their schema, and the prompts from them."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def test_labels_that_yaml_1_1_would_take_for_booleans(load):
 
 def test_turns_with_and_without_examples(load):
     task = load(MOOD)
-    asked = {"role": "user", "content": "Good or bad? we drew Mood:"}
+    request = {"role": "user", "content": "Good or bad? we drew Mood:"}
     system = {"role": "system", "content": "Judge."}
-    shots = [
+    examples = [
         {"role": "user", "content": "Good or bad? we won Mood:"},
         {"role": "assistant", "content": "+"},
         {"role": "user", "content": "Good or bad? we lost Mood:"},
         {"role": "assistant", "content": "bad"},
     ]
-    assert chat_turns(task, "we drew") == [system, asked]
-    assert chat_turns(task, "we drew", 1) == [system, *shots[:2], asked]
-    assert chat_turns(task, "we drew", 2) == [system, *shots, asked]
+    assert chat_turns(task, "we drew") == [system, request]
+    assert chat_turns(task, "we drew", 1) == [system, *examples[:2], request]
+    assert chat_turns(task, "we drew", 2) == [system, *examples, request]
     with pytest.raises(UserError, match="few_shot: 3 examples wanted, the task file has 2"):
         chat_turns(task, "we drew", 3)
 
@@ -104,7 +104,7 @@ def test_the_task_in_the_repository():
 
 
 @pytest.mark.parametrize("path", sorted((tiny.ROOT / "tasks").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_task_in_the_repository_can_be_read_and_asked(path):
+def test_every_task_in_the_repository_can_be_read_and_has_a_prompt(path):
     task = load_task(path.stem, path.parent)
     assert "{" not in user_turn(task, "Sales rose.")
     for shot in task.few_shot:
@@ -180,7 +180,7 @@ def test_a_row_with_fewer_options_has_fewer_labels():
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(load, content, line):
+def test_mistakes_give_one_line(load, content, line):
     with pytest.raises(UserError) as caught:
         load(content)
     assert str(caught.value).startswith(f"tasks/mood.yaml: {line}")
@@ -229,7 +229,7 @@ def test_what_follows_a_label_is_its_explanation_and_words_stand_for_labels():
 def test_solved_examples_may_be_given_and_a_response_format_stands_in_the_template():
     prompt = {"instruction": "I", "response": "R", "template": "{instruction} {response}: {text} ="}
     task = Task(kind="classification", labels={"up": "", "down": ""}, prompt=prompt)
-    shots = [FewShotExample(text="a", label="up")]
-    assert [turn["content"] for turn in chat_turns(task, "b", shots)] == ["I R: a =", "up", "I R: b ="]
+    examples = [FewShotExample(text="a", label="up")]
+    assert [turn["content"] for turn in chat_turns(task, "b", examples)] == ["I R: a =", "up", "I R: b ="]
     with pytest.raises(ValueError, match=r"`template` must hold \{response\}"):
         TaskPrompt(response="R")

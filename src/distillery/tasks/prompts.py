@@ -19,7 +19,7 @@ def with_options(task: Task, text: str, options: Sequence[str]) -> str:
 
 
 def count_options(task: Task, text: str) -> int:
-    """The number of options in `text`, and so of labels, from the first, that can be right; without options all labels."""
+    """The number of labels, from the first, that can be right for `text`: one for each option; all without options."""
     options = text.count("\n") if task.kind == "choice" else 0
     return options or len(task.names)
 
