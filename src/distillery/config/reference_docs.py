@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from distillery.config.renamed import LAST_VERSION, RENAMED_KEYS
 from distillery.config.schema import NAME, PATTERNS, Params, Section
 
 SCHEMA_FILE = "docs/params.schema.json"
@@ -35,12 +36,16 @@ def schema_json() -> str:
 
 
 def reference_markdown(task: type[Section]) -> str:
-    """The reference of all keys: of `params.yaml`, then of a task file, whose schema is `task`."""
+    """The reference of all keys: of `params.yaml`, of a task file, whose schema is `task`, and the renamed ones."""
     parts = [INTRODUCTION]
     for file, top in (("params.yaml", Params), ("tasks/<name>.yaml", task)):
         for place, section in sections(top):
             title = f"`{place}`" if place else f"`{file}`"
             parts.append(f"## {title}\n\n{_one_line(section.__doc__)}\n\n{_table(section)}")
+    renamed = "".join(f"| `{old}` | `{new}` |\n" for old, new in RENAMED_KEYS.items())
+    parts.append(
+        f"## Renamed keys\n\nOld names are read until version {LAST_VERSION}.\n\n| old | new |\n|---|---|\n{renamed}"
+    )
     return "\n".join(parts)
 
 

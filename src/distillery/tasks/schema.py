@@ -204,5 +204,5 @@ def load_task(name: str, folder: Path | None = None) -> Task:
 
 
 def accepted_answers(answers: str) -> list[str]:
-    """The accepted answers of a question, the one to learn first."""
+    """The accepted answers of a question; training uses the first."""
     return answers.split(ANSWER_SEPARATOR)
