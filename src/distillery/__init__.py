@@ -5,7 +5,8 @@ import os
 
 __version__ = "0.1.0"
 
-# oneDNN keeps the bfloat16 kernels that it compiles for every new shape: by default fewer than one epoch meets
+# Libraries read these when they are imported, so they stand here; `models.runtime` makes the other settings of a run.
+# oneDNN compiles a bfloat16 kernel for every new shape, and one epoch meets more shapes than it stores by default.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the version is pinned
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # no warning that the module may change: the version is pinned
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel whenever it is imported

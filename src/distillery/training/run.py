@@ -26,12 +26,6 @@ from distillery.training.rows import TrainingRows, phase_rows
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
 
-torch.use_deterministic_algorithms(True)  # same inputs, same seed, same machine: same result, to the bit
-
-
-torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every buffer twice
-
-
 HISTORY_COLUMNS = ("step", "epoch", "loss", "learning_rate")
 
 
