@@ -140,13 +140,13 @@ def test_a_prefix_that_was_read_before_says_the_same(labels):
 
 def test_a_tree_holds_the_shared_tokens_once_and_no_last_token():
     tree = pack_token_tree([[3, 4, 5, 6], [3, 4, 7]], [LABELS["a shared first token"]] * 2)
-    assert tree.shared == 2
+    assert tree.prefix_length == 2
     assert tree.input_ids[0, :11].tolist() == [3, 4, 5, 6, 5, 5, 7, 7, 5, 5, 7]
     assert tree.position_ids[0, :11].tolist() == [0, 1, 2, 3, 4, 4, 5, 2, 3, 3, 4]
-    assert tree.input_ids.shape == tree.position_ids.shape == (1, 32) and tree.own.shape == (2, 8)  # few shapes
-    read = pack_token_tree([[3, 4, 5, 6], [3, 4, 7]], [[[5]]] * 2, [(torch.zeros(1, 2, 4),) * 2])
-    assert read.shared == 2 and read.input_ids[0, :3].tolist() == [5, 6, 7]
-    assert read.position_ids[0, :3].tolist() == [2, 3, 2] and read.at.tolist() == [1, 2]
+    assert tree.input_ids.shape == tree.position_ids.shape == (1, 32) and tree.own_index.shape == (2, 8)  # few shapes
+    cached = pack_token_tree([[3, 4, 5, 6], [3, 4, 7]], [[[5]]] * 2, [(torch.zeros(1, 2, 4),) * 2])
+    assert cached.prefix_length == 2 and cached.input_ids[0, :3].tolist() == [5, 6, 7]
+    assert cached.position_ids[0, :3].tolist() == [2, 3, 2] and cached.logit_positions.tolist() == [1, 2]
     assert common_prefix([[3, 4], [3, 4]]) == 1  # each row keeps a token of its own
     assert common_prefix([[3]]) == 0
 

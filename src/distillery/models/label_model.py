@@ -439,7 +439,7 @@ class LabelModel:
                     {"max_new_tokens": max_new_tokens, "temperature": temperature},
                 )
                 if prefix_kv:
-                    made = decode_completions(self.model, prompts, prefix_kv, ends=self.end_token_ids(), **settings)
+                    made = decode_completions(self.model, prompts, prefix_kv, end_token_ids=self.end_token_ids(), **settings)
                 else:
                     made = self._generate(prompts, **settings)
                 for i, tokens in zip(rows, made, strict=True):

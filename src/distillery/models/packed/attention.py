@@ -10,14 +10,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-)
+from transformers import AttentionInterface
 
 from distillery.models.layers import transformer_body
 from distillery.models.packed.token_tree import TokenTree
 
-_current_tree: TokenTree | None = None  # the batch in flight
+# transformers calls an attention function with its module and tensors alone. The layout of the batch reaches it through
+# these two, which hold the batch whose forward pass is running: one at a time in a process.
+_current_tree: TokenTree | None = None
+_current_decoding: DecodingState | None = None
+
+
+@dataclass
+class DecodingState:
+    """Keys and values of rows that are continued by one token a row and forward pass.
+
+    prefix_kv: keys and values [kv heads, P, head size] a layer of the P tokens that all rows begin with, held once.
+    keys, values: of each row's own tokens, [rows, kv heads, room, head size] a layer.
+    lengths: [rows], how many own tokens each row has, with the newest.
+    """
+
+    prefix_kv: list[tuple[Tensor, Tensor]]
+    keys: list[Tensor]
+    values: list[Tensor]
+    lengths: Tensor
+
+    def select(self, rows: Tensor) -> None:
+        """Drop all but `rows`."""
+        self.keys, self.values = ([x[rows] for x in layers] for layers in (self.keys, self.values))
+        self.lengths = self.lengths[rows]
 
 
 def tree_attention(
@@ -29,90 +50,81 @@ def tree_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a :class:`TokenTree`: each token sees the shared tokens and its own row's ancestors.
+    """Attention over a :class:`TokenTree`: each token attends to the prefix and to its ancestors in its own row.
 
-    query [1, h, T, d], key and value [1, h_kv, T, d] -> [1, T, h, d]. Rows are unpacked for the attention alone, so
-    that no row is scored against another; on a CPU plain products beat the fused kernel's backward pass at these
-    lengths (`benchmarks/step_profile.py` shows both). The softmax is taken in float32.
+    query [1, heads, T, head size], key and value [1, kv heads, T, head size] -> [1, T, heads, head size].
     """
     tree = _current_tree
-    if tree.read is not None:
-        if tree.kept is not None:
-            by_row = (x[0].index_select(1, tree.own.flatten()).unflatten(1, tree.own.shape) for x in (key, value))
-            tree.kept[module.layer_idx] = tuple(x.transpose(0, 1) for x in by_row)
-        return _attend_to_prefix(tree, query, key, value, *tree.read[module.layer_idx], scaling), None
-    shared, (rows, width) = tree.shared, tree.own.shape
-    heads, kv, d = query.shape[1], key.shape[1], query.shape[-1]
-    group = heads // kv
-    scale = d**-0.5 if scaling is None else scaling
-    flat = tree.own.flatten()
+    if tree.prefix_kv is None:
+        return _attend_with_prefix(tree, query, key, value, scaling), None
+    if tree.own_kv is not None:
+        index = tree.own_index
+        by_row = (x[0].index_select(1, index.flatten()).unflatten(1, index.shape) for x in (key, value))
+        tree.own_kv[module.layer_idx] = tuple(x.transpose(0, 1) for x in by_row)
+    return _attend_to_cached_prefix(tree, query, key, value, *tree.prefix_kv[module.layer_idx], scaling), None
+
+
+def _attend_with_prefix(tree: TokenTree, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """:func:`tree_attention` where the sequence begins with the prefix.
+
+    Rows are unpacked for the attention alone, so that no row is scored against another. On a CPU plain products beat
+    the fused kernel's backward pass at these lengths (`benchmarks/step_profile.py` shows both). The softmax is taken in
+    float32.
+    """
+    prefix, (rows, width) = tree.prefix_length, tree.own_index.shape
+    heads, kv_heads, size = query.shape[1], key.shape[1], query.shape[-1]
+    group = heads // kv_heads
+    scale = size**-0.5 if scaling is None else scaling
+    index = tree.own_index.flatten()
     q, k, v = query[0], key[0], value[0]
-    own_q = q.index_select(1, flat).view(kv, group, rows, width, d)
-    own_k = k.index_select(1, flat).view(kv, rows, width, d)
-    own_v = v.index_select(1, flat).view(kv, rows, width, d)
-    by_row = own_q.permute(0, 2, 1, 3, 4).reshape(kv, rows, group * width, d)
-    within = (by_row @ own_k.transpose(-1, -2)).view(kv, rows, group, width, width)
-    within = within.masked_fill(~tree.sees[None, :, None], torch.finfo(within.dtype).min)
-    to_shared = own_q.permute(0, 2, 1, 3, 4).reshape(kv, rows * group * width, d) @ k[:, :shared].transpose(-1, -2)
-    scores = torch.cat([to_shared.view(kv, rows, group, width, shared), within], -1).float() * scale
+    own_q = q.index_select(1, index).view(kv_heads, group, rows, width, size)
+    own_k = k.index_select(1, index).view(kv_heads, rows, width, size)
+    own_v = v.index_select(1, index).view(kv_heads, rows, width, size)
+    row_q = own_q.permute(0, 2, 1, 3, 4).reshape(kv_heads, rows, group * width, size)
+    own_scores = (row_q @ own_k.transpose(-1, -2)).view(kv_heads, rows, group, width, width)
+    own_scores = own_scores.masked_fill(~tree.own_mask[None, :, None], torch.finfo(own_scores.dtype).min)
+    flat_q = own_q.permute(0, 2, 1, 3, 4).reshape(kv_heads, rows * group * width, size)
+    prefix_scores = (flat_q @ k[:, :prefix].transpose(-1, -2)).view(kv_heads, rows, group, width, prefix)
+    scores = torch.cat([prefix_scores, own_scores], -1).float() * scale
     weights = scores.softmax(-1).to(query.dtype)
-    out = (weights[..., :shared].reshape(kv, rows * group * width, shared) @ v[:, :shared]).view(
-        kv, rows, group, width, d
-    ) + (weights[..., shared:].reshape(kv, rows, group * width, width) @ own_v).view(kv, rows, group, width, d)
-    out = out.permute(0, 2, 1, 3, 4).reshape(heads, rows * width, d)
-    prefix = torch.nn.functional.scaled_dot_product_attention(
-        query[:, :, :shared], key[:, :, :shared], value[:, :, :shared], is_causal=True, scale=scale, enable_gqa=True
+    from_prefix = weights[..., :prefix].reshape(kv_heads, rows * group * width, prefix) @ v[:, :prefix]
+    from_own = weights[..., prefix:].reshape(kv_heads, rows, group * width, width) @ own_v
+    out = from_prefix.view(kv_heads, rows, group, width, size) + from_own.view(kv_heads, rows, group, width, size)
+    out = out.permute(0, 2, 1, 3, 4).reshape(heads, rows * width, size)
+    prefix_out = nn.functional.scaled_dot_product_attention(
+        query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True, scale=scale, enable_gqa=True
     )[0]
-    out = torch.cat([prefix, out], 1).index_select(1, tree.back)
-    return out.transpose(0, 1)[None], None
+    out = torch.cat([prefix_out, out], 1).index_select(1, tree.gather_index)
+    return out.transpose(0, 1)[None]
 
 
-def _attend_to_prefix(
-    tree: TokenTree, query: Tensor, key: Tensor, value: Tensor, read_k: Tensor, read_v: Tensor, scaling: float | None
+def _attend_to_cached_prefix(
+    tree: TokenTree,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    scaling: float | None,
 ) -> Tensor:
-    """:func:`tree_attention` where the shared tokens' keys and values, [kv, P, d] each, are known already.
+    """:func:`tree_attention` where the prefix's keys and values, [kv heads, P, head size] each, were computed before.
 
-    Without a backward pass to serve, and with a long prefix, the fused kernel wins: it writes no [t, P + t] scores.
+    Without a backward pass to serve, and with a long prefix, the fused kernel wins: it writes no [W, P + W] scores.
     """
-    rows, width = tree.own.shape
-    kv, d = key.shape[1], query.shape[-1]
-    flat, group = tree.own.flatten(), query.shape[1] // kv
+    rows, width = tree.own_index.shape
+    kv_heads, size = key.shape[1], query.shape[-1]
+    index, group = tree.own_index.flatten(), query.shape[1] // kv_heads
 
-    def by_row(x: Tensor) -> Tensor:  # [heads, T, d] -> [rows, kv, heads / kv * width, d]
-        own = x[0].index_select(1, flat).view(kv, -1, rows, width, d)
-        return own.permute(2, 0, 1, 3, 4).reshape(rows, kv, -1, d)
+    def by_row(x: Tensor) -> Tensor:  # [heads, T, size] -> [rows, kv heads, heads / kv heads * width, size]
+        own = x[0].index_select(1, index).view(kv_heads, -1, rows, width, size)
+        return own.permute(2, 0, 1, 3, 4).reshape(rows, kv_heads, -1, size)
 
-    k = torch.cat([read_k.expand(rows, -1, -1, -1), by_row(key)], 2)
-    v = torch.cat([read_v.expand(rows, -1, -1, -1), by_row(value)], 2)
-    mask = tree.masked(group, query.dtype)
+    k = torch.cat([prefix_key.expand(rows, -1, -1, -1), by_row(key)], 2)
+    v = torch.cat([prefix_value.expand(rows, -1, -1, -1), by_row(value)], 2)
+    mask = tree.attention_mask(group, query.dtype)
     out = nn.functional.scaled_dot_product_attention(by_row(query), k, v, attn_mask=mask, scale=scaling)
-    out = out.view(rows, kv, group, width, d).permute(0, 3, 1, 2, 4).reshape(1, rows * width, kv * group, d)
-    return out.index_select(1, tree.back)
-
-
-AttentionInterface.register("tree", tree_attention)
-
-
-@dataclass
-class DecodingState:
-    """Rows that are being continued, one token a row and pass.
-
-    read: keys and values [kv, P, d] a layer of what all rows begin with, held once. keys, values: of each row's own
-    tokens, [rows, kv, room, d] a layer. length: [rows], how many there are, with the one in flight.
-    """
-
-    read: list[tuple[Tensor, Tensor]]
-    keys: list[Tensor]
-    values: list[Tensor]
-    length: Tensor
-
-    def pick(self, rows: Tensor) -> None:
-        """Go on with some of the rows."""
-        self.keys, self.values = ([x[rows] for x in layers] for layers in (self.keys, self.values))
-        self.length = self.length[rows]
-
-
-_current_decoding: DecodingState | None = None  # the batch in flight
+    out = out.view(rows, kv_heads, group, width, size).permute(0, 3, 1, 2, 4)
+    return out.reshape(1, rows * width, kv_heads * group, size).index_select(1, tree.gather_index)
 
 
 def decoding_attention(
@@ -124,42 +136,45 @@ def decoding_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of each row's newest token to the shared tokens and its own. query [1, h, rows, d] -> [1, rows, h, d].
+    """Attention of each row's newest token to the prefix and to the row's own tokens; see :class:`DecodingState`.
 
-    The shared tokens' keys and values are not repeated for every row, nor is anything copied from step to step.
+    query [1, heads, rows, head size] -> [1, rows, heads, head size]. The prefix's keys and values are not repeated for
+    every row, and no cache is copied from step to step.
     """
     state, layer = _current_decoding, module.layer_idx
-    (heads, rows, d), kv = query.shape[1:], key.shape[1]
-    each, at = torch.arange(rows, device=query.device), state.length - 1
-    state.keys[layer][each, :, at] = key[0].transpose(0, 1).to(state.keys[layer].dtype)
-    state.values[layer][each, :, at] = value[0].transpose(0, 1).to(state.values[layer].dtype)
-    width = min(-(-int(state.length.max()) // 16) * 16, state.keys[layer].shape[2])
+    (heads, rows, size), kv_heads = query.shape[1:], key.shape[1]
+    group = heads // kv_heads
+    row, newest = torch.arange(rows, device=query.device), state.lengths - 1
+    state.keys[layer][row, :, newest] = key[0].transpose(0, 1).to(state.keys[layer].dtype)
+    state.values[layer][row, :, newest] = value[0].transpose(0, 1).to(state.values[layer].dtype)
+    width = min(-(-int(state.lengths.max()) // 16) * 16, state.keys[layer].shape[2])
     own_k, own_v = state.keys[layer][:, :, :width], state.values[layer][:, :, :width]
-    read_k, read_v = state.read[layer]
-    q = query[0].unflatten(0, (kv, heads // kv))
-    to_read = q.flatten(1, 2) @ read_k.to(q.dtype).transpose(-1, -2)
-    to_read = to_read.unflatten(1, (heads // kv, rows)).permute(2, 0, 1, 3)
-    within = q.permute(2, 0, 1, 3) @ own_k.to(q.dtype).transpose(-1, -2)
-    unseen = torch.arange(width, device=q.device) >= state.length[:, None]
-    within = within.masked_fill(unseen[:, None, None], torch.finfo(within.dtype).min)
-    scores = torch.cat([to_read, within], -1).float() * (d**-0.5 if scaling is None else scaling)
+    prefix_k, prefix_v = state.prefix_kv[layer]
+    prefix = prefix_k.shape[1]
+    q = query[0].unflatten(0, (kv_heads, group))
+    prefix_scores = q.flatten(1, 2) @ prefix_k.to(q.dtype).transpose(-1, -2)
+    prefix_scores = prefix_scores.unflatten(1, (group, rows)).permute(2, 0, 1, 3)
+    own_scores = q.permute(2, 0, 1, 3) @ own_k.to(q.dtype).transpose(-1, -2)
+    beyond = torch.arange(width, device=q.device) >= state.lengths[:, None]
+    own_scores = own_scores.masked_fill(beyond[:, None, None], torch.finfo(own_scores.dtype).min)
+    scores = torch.cat([prefix_scores, own_scores], -1).float() * (size**-0.5 if scaling is None else scaling)
     weights = scores.softmax(-1).to(q.dtype)
-    shared = read_k.shape[1]
-    out = weights[..., shared:] @ own_v.to(q.dtype)
-    from_read = weights[..., :shared].permute(1, 2, 0, 3).flatten(1, 2) @ read_v.to(q.dtype)
-    out = out + from_read.unflatten(1, (heads // kv, rows)).permute(2, 0, 1, 3)
-    return out.reshape(1, rows, heads, d), None
+    from_own = weights[..., prefix:] @ own_v.to(q.dtype)
+    from_prefix = weights[..., :prefix].permute(1, 2, 0, 3).flatten(1, 2) @ prefix_v.to(q.dtype)
+    out = from_own + from_prefix.unflatten(1, (group, rows)).permute(2, 0, 1, 3)
+    return out.reshape(1, rows, heads, size), None
 
 
-AttentionInterface.register("writing", decoding_attention)
+AttentionInterface.register("token_tree", tree_attention)
+AttentionInterface.register("packed_decoding", decoding_attention)
 
 
 @contextmanager
 def attend_by_tree(tree: TokenTree, config: Any) -> Iterator[None]:
-    """Within it the model of `config` attends as `tree` says."""
+    """Let the model of `config` attend over `tree`, within the context."""
     global _current_tree
     before = config._attn_implementation, _current_tree
-    config._attn_implementation, _current_tree = "tree", tree
+    config._attn_implementation, _current_tree = "token_tree", tree
     try:
         yield
     finally:
@@ -168,10 +183,10 @@ def attend_by_tree(tree: TokenTree, config: Any) -> Iterator[None]:
 
 @contextmanager
 def decode_with(state: DecodingState, config: Any) -> Iterator[None]:
-    """Within it the model of `config` attends from each row's newest token, as `state` says."""
+    """Let the model of `config` continue the rows of `state`, within the context."""
     global _current_decoding
     before = config._attn_implementation, _current_decoding
-    config._attn_implementation, _current_decoding = "writing", state
+    config._attn_implementation, _current_decoding = "packed_decoding", state
     try:
         yield
     finally:

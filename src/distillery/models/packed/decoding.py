@@ -1,4 +1,4 @@
-"""Generate completions for packed rows, with the shared prefix read once."""
+"""Generate completions for packed rows, with the shared prefix computed once."""
 
 from __future__ import annotations
 
@@ -20,57 +20,64 @@ def decode_completions(
     *,
     max_new_tokens: int,
     temperature: float,
-    ends: set[int],
+    end_token_ids: set[int],
 ) -> list[list[int]]:
-    """The tokens that a causal `model` writes after each prompt, up to and with one of `ends`.
+    """The tokens that a causal `model` generates after each prompt, up to and with one of `end_token_ids`.
 
     prefix_kv: see :func:`compute_prefix_kv`; all prompts begin with its P tokens. Greedy when `temperature` is 0, else
     drawn from torch's random state.
     """
     body, device = transformer_body(model), next(model.parameters()).device
-    tree = pack_token_tree(prompts, [[[0]]] * len(prompts), prefix_kv).to(device)
-    tree.kept = {}
-    with attend_by_tree(tree, body.config):
-        said = body(input_ids=tree.input_ids, position_ids=tree.position_ids, use_cache=False).last_hidden_state[0]
-    logits = output_head(model)(said[tree.at])
-    room = [tree.kept[layer] for layer in range(len(tree.kept))]
-    state = DecodingState(
-        prefix_kv,
-        *([nn.functional.pad(kept[k], (0, 0, 0, max_new_tokens)) for kept in room] for k in (0, 1)),
-        torch.tensor([len(prompt) - prefix_kv[0][0].shape[1] for prompt in prompts], device=device),
-    )
-    position = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    out: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
+    logits, state = _prefill(model, prompts, prefix_kv, max_new_tokens)
+    positions = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    completions: list[list[int]] = [[] for _ in prompts]
+    unfinished = list(range(len(prompts)))
     with decode_with(state, body.config):
         for step in range(max_new_tokens):
             if temperature:
-                token = torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
+                tokens = torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
             else:
-                token = logits.argmax(-1)
-            for i, t in zip(alive, token.tolist(), strict=True):
-                out[i].append(t)
-            going = [k for k, t in enumerate(token.tolist()) if t not in ends]
+                tokens = logits.argmax(-1)
+            for i, token in zip(unfinished, tokens.tolist(), strict=True):
+                completions[i].append(token)
+            going = [k for k, token in enumerate(tokens.tolist()) if token not in end_token_ids]
             if not going or step + 1 == max_new_tokens:
                 break
-            if len(going) < len(alive):
+            if len(going) < len(unfinished):
                 rows = torch.tensor(going, device=device)
-                alive, token, position = [alive[k] for k in going], token[rows], position[rows]
-                state.pick(rows)
-            state.length = state.length + 1
-            said = body(input_ids=token[None], position_ids=position[None], use_cache=False).last_hidden_state[0]
-            logits, position = output_head(model)(said), position + 1
-    return out
+                unfinished, tokens, positions = [unfinished[k] for k in going], tokens[rows], positions[rows]
+                state.select(rows)
+            state.lengths = state.lengths + 1
+            out = body(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
+            logits, positions = output_head(model)(out.last_hidden_state[0]), positions + 1
+    return completions
+
+
+def _prefill(
+    model: nn.Module, prompts: Sequence[Sequence[int]], prefix_kv: list[tuple[Tensor, Tensor]], max_new_tokens: int
+) -> tuple[Tensor, DecodingState]:
+    """Logits [rows, vocabulary] of the first token after each prompt, and the state to go on from."""
+    body, device = transformer_body(model), next(model.parameters()).device
+    tree = pack_token_tree(prompts, [[[0]]] * len(prompts), prefix_kv).to(device)  # token 0 is a placeholder, never fed
+    tree.own_kv = {}
+    with attend_by_tree(tree, body.config):
+        hidden = body(input_ids=tree.input_ids, position_ids=tree.position_ids, use_cache=False).last_hidden_state[0]
+    logits = output_head(model)(hidden[tree.logit_positions])
+    own_kv = [tree.own_kv[layer] for layer in range(len(tree.own_kv))]
+    keys, values = ([nn.functional.pad(kv[k], (0, 0, 0, max_new_tokens)) for kv in own_kv] for k in (0, 1))
+    prefix_length = prefix_kv[0][0].shape[1]
+    lengths = torch.tensor([len(prompt) - prefix_length for prompt in prompts], device=device)
+    return logits, DecodingState(prefix_kv, keys, values, lengths)
 
 
 def compute_prefix_kv(model: nn.Module, tokens: Sequence[int]) -> list[tuple[Tensor, Tensor]] | None:
-    """Keys and values [kv, P, d] of each layer for the P `tokens` that many prompts begin with.
+    """Keys and values [kv heads, P, head size] of each layer for the P `tokens` that many prompts begin with.
 
-    None where `model` takes no trees or does not keep all of them (sliding windows).
+    None where there are no tokens, or `model` takes no trees or does not store all of them (sliding windows).
     """
     if not tokens or not supports_token_trees(model):
         return None
-    ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
-    cache = transformer_body(model)(input_ids=ids, use_cache=True).past_key_values
-    read = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-    return read if all(k.shape[1] == len(tokens) for k, _ in read) else None
+    input_ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+    cache = transformer_body(model)(input_ids=input_ids, use_cache=True).past_key_values
+    prefix_kv = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    return prefix_kv if all(key.shape[1] == len(tokens) for key, _ in prefix_kv) else None

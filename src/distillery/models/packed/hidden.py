@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distillery.models.layers import transformer_body
 from distillery.models.packed.attention import attend_by_tree, supports_token_trees
-from distillery.models.packed.token_tree import pack_token_tree
+from distillery.models.packed.token_tree import TokenTree, pack_token_tree
+
+
+class CompletionStates(NamedTuple):
+    """Hidden states where the n tokens of completions are predicted.
+
+    hidden: [u, d], at the distinct positions. index: [n], the row of `hidden` that predicts each token.
+    target_ids: [n], the tokens. completion_index: [n], each token's completion, counted through the rows.
+    prompt_states: [rows, layers, d], outputs of the requested layers at each prompt's last token, or None.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    target_ids: Tensor
+    completion_index: Tensor
+    prompt_states: Tensor | None
 
 
 def completion_hidden_states(
@@ -18,47 +34,61 @@ def completion_hidden_states(
     completions: Sequence[Sequence[Sequence[int]]],
     layers: Sequence[int] = (),
     prefix_kv: list[tuple[Tensor, Tensor]] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Hidden states where the tokens of `completions` are predicted. prefix_kv: see :func:`compute_prefix_kv`.
+) -> CompletionStates:
+    """Hidden states of a causal `model` where the tokens of `completions` [rows][completions][tokens] are predicted.
 
-    Returns hidden [u, d] at the distinct positions, then for each of the n predicted tokens its row in `hidden`, its
-    id and its branch (completions counted through the rows). The gather comes before the output head, which then
-    sees one contiguous matrix of wanted rows. Last, [rows, layers, d]: the outputs of `layers` (0 the embeddings) at
-    each prompt's last token; None without `layers`.
+    The gather comes before the output head, which then gets one contiguous matrix of the wanted positions.
+    layers: of which to return the prompts' states (0 the embeddings). prefix_kv: see :func:`compute_prefix_kv`.
     """
-    body = transformer_body(model)
-    device = next(model.parameters()).device
-    more = {"use_cache": False, "output_hidden_states": bool(layers)}
+    body, device = transformer_body(model), next(model.parameters()).device
+    options = {"use_cache": False, "output_hidden_states": bool(layers)}
     tree = pack_token_tree(prompts, completions, prefix_kv).to(device)
     if supports_token_trees(model):
         with attend_by_tree(tree, body.config):
-            out = body(input_ids=tree.input_ids, position_ids=tree.position_ids, **more)
+            out = body(input_ids=tree.input_ids, position_ids=tree.position_ids, **options)
         if out.last_hidden_state.requires_grad and body.is_activation_checkpointing:
-
-            def again(_: Tensor) -> None:  # the layers are computed once more during backward
-                recomputing = attend_by_tree(tree, body.config)
-                recomputing.__enter__()
-                torch.autograd.Variable._execution_engine.queue_callback(lambda: recomputing.__exit__(None, None, None))
-
-            out.last_hidden_state.register_hook(again)
-        at = tree.at
+            _attend_by_tree_in_backward(out.last_hidden_state, tree, body.config)
+        positions = tree.logit_positions
     else:
-        rows = [list(p) + list(c[:-1]) for p, cs in zip(prompts, completions, strict=True) for c in cs]
-        width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        seen = torch.zeros_like(ids)
-        at = []
-        starts = (len(p) for p, cs in zip(prompts, completions, strict=True) for _ in cs)
-        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            ids[i, : len(row)] = torch.tensor(row)
-            seen[i, : len(row)] = 1
-            at += range(i * width + start - 1, i * width + len(row))
-        out = body(input_ids=ids.to(device), attention_mask=seen.to(device), **more)
-        at = torch.tensor(at, device=device)
-    at_prompt = None
+        inputs, positions = _pad_rows(prompts, completions, device)
+        out = body(**inputs, **options)
+    prompt_states = None
     if layers:
-        per_row = [sum(map(len, branches)) for branches in completions]
-        firsts = at[torch.tensor([0, *per_row[:-1]], device=device).cumsum(0)]
-        at_prompt = torch.stack([out.hidden_states[j].flatten(0, 1)[firsts] for j in layers], 1)
-    distinct, index = torch.unique(at, return_inverse=True)
-    return out.last_hidden_state.flatten(0, 1)[distinct], index, tree.target, tree.branch, at_prompt
+        tokens_per_row = [sum(map(len, row)) for row in completions]
+        first = positions[torch.tensor([0, *tokens_per_row[:-1]], device=device).cumsum(0)]
+        prompt_states = torch.stack([out.hidden_states[j].flatten(0, 1)[first] for j in layers], 1)
+    distinct, index = torch.unique(positions, return_inverse=True)
+    hidden = out.last_hidden_state.flatten(0, 1)[distinct]
+    return CompletionStates(hidden, index, tree.target_ids, tree.completion_index, prompt_states)
+
+
+def _attend_by_tree_in_backward(hidden: Tensor, tree: TokenTree, config: Any) -> None:
+    """Attend over `tree` again while the backward pass from `hidden` recomputes checkpointed layers."""
+
+    def enter(_: Tensor) -> None:
+        recomputing = attend_by_tree(tree, config)
+        recomputing.__enter__()
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: recomputing.__exit__(None, None, None))
+
+    hidden.register_hook(enter)
+
+
+def _pad_rows(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """For models that take no trees: each completion after its prompt as a padded row of its own.
+
+    Returns the model's inputs, and the positions in the flattened batch where completion tokens are predicted.
+    """
+    rows = [(list(prompt), c) for prompt, row in zip(prompts, completions, strict=True) for c in row]
+    width = max(len(prompt) + len(completion) - 1 for prompt, completion in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    positions: list[int] = []
+    for i, (prompt, completion) in enumerate(rows):
+        tokens = prompt + list(completion[:-1])
+        input_ids[i, : len(tokens)] = torch.tensor(tokens)
+        attention_mask[i, : len(tokens)] = 1
+        positions += range(i * width + len(prompt) - 1, i * width + len(tokens))
+    inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+    return inputs, torch.tensor(positions, device=device)

@@ -1,9 +1,9 @@
-"""Rows and their completions packed into one sequence of token trees."""
+"""Rows and their completions packed into one sequence: token trees."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,44 +11,51 @@ from torch import Tensor, nn
 
 @dataclass
 class TokenTree:
-    """Rows of one batch as token trees: what all rows begin with, once, then every row's own tokens.
+    """The rows of a batch as token trees in one sequence: the prefix that all share, then each row's own tokens.
 
-    shared: P, how many tokens all rows begin with. input_ids, position_ids: [1, T], these first, or without them where
-    they have been read before: `read` then holds their keys and values, [kv, P, d] a layer. own: [rows, t] where each
-    row's own tokens stand (short rows filled up with 0). sees: [rows, t, t] bool, which own tokens an own token may
-    attend to (all see the shared ones). back: [T] position of every token in shared + own.flatten(), or in the latter.
-    at: [n] positions whose next token is asked for. target: [n] that token. branch: [n] the completion it belongs to,
-    counted through the rows in order.
+    For P prefix tokens, T tokens in the sequence, R rows of at most W own tokens, and n predicted tokens:
+
+    prefix_length: P.
+    input_ids, position_ids: [1, T]; they begin with the prefix, or lack it where `prefix_kv` holds it.
+    own_index: [R, W], where each row's own tokens stand in the sequence (short rows are filled up with 0).
+    own_mask: [R, W, W] bool, True where an own token attends to an own token (last axis). All attend to the prefix.
+    gather_index: [T], where every token of the sequence stands in [prefix, own_index.flatten()], or, without the
+    prefix, in own_index.flatten().
+    logit_positions: [n], where in the sequence each token is predicted.
+    target_ids: [n], the predicted tokens.
+    completion_index: [n], which completion each belongs to, counted through the rows in order.
+    prefix_kv: keys and values of the prefix computed before, [kv heads, P, head size] a layer.
+    own_kv: a dict that receives each layer's keys and values of the own tokens, [R, kv heads, W, head size].
     """
 
-    shared: int
+    prefix_length: int
     input_ids: Tensor
     position_ids: Tensor
-    own: Tensor
-    sees: Tensor
-    back: Tensor
-    at: Tensor
-    target: Tensor
-    branch: Tensor
-    read: list[tuple[Tensor, Tensor]] | None = None
-    mask: Tensor | None = None
-    kept: dict[int, tuple[Tensor, Tensor]] | None = None  # if a dict: gets each layer's own keys and values
+    own_index: Tensor
+    own_mask: Tensor
+    gather_index: Tensor
+    logit_positions: Tensor
+    target_ids: Tensor
+    completion_index: Tensor
+    prefix_kv: list[tuple[Tensor, Tensor]] | None = None
+    own_kv: dict[int, tuple[Tensor, Tensor]] | None = None
+    _attention_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> TokenTree:
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return TokenTree(**moved)
+        """The same tree with its tensors on `device`; `prefix_kv` stays where it is."""
+        return TokenTree(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(self).values()))
 
-    def masked(self, group: int, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores of `group` heads' own tokens for shared + own tokens: [rows, 1, group t, P + t].
+    def attention_mask(self, heads_per_kv: int, dtype: torch.dtype) -> Tensor:
+        """The additive mask [R, 1, heads_per_kv · W, P + W] over prefix and own tokens, for the heads of one kv head.
 
-        Made at the first layer, for all of them.
+        The first layer computes it, for all of them.
         """
-        if self.mask is None:
-            rows, width = self.own.shape
-            own = torch.zeros(rows, width, width, dtype=dtype, device=self.own.device)
-            own = own.masked_fill_(~self.sees, torch.finfo(dtype).min)
-            self.mask = nn.functional.pad(own, (self.shared, 0)).repeat(1, group, 1)[:, None]
-        return self.mask
+        if self._attention_mask is None:
+            rows, width = self.own_index.shape
+            mask = torch.zeros(rows, width, width, dtype=dtype, device=self.own_index.device)
+            mask = mask.masked_fill_(~self.own_mask, torch.finfo(dtype).min)
+            self._attention_mask = nn.functional.pad(mask, (self.prefix_length, 0)).repeat(1, heads_per_kv, 1)[:, None]
+        return self._attention_mask
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
@@ -60,65 +67,84 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return min(n, min(len(row) for row in rows) - 1)
 
 
-# A library that compiles a kernel for every new shape (oneDNN, for bfloat16 on a CPU) should meet few of them: the
-# rows' own lengths and that of the whole are rounded up to these.
+# A library that compiles a kernel for every new shape (oneDNN, for bfloat16 on a CPU) should meet few of them: W and T
+# are rounded up to multiples of these.
 LENGTH_MULTIPLES = (8, 32)
+
+
+@dataclass
+class _RowLayout:
+    """Where a row's own tokens stand: `start` in the sequence; the prompt's `prompt_length` tokens come first.
+
+    completions: (start, end) of each completion's tokens, counted from the row's start. length: of all of them.
+    """
+
+    start: int
+    prompt_length: int
+    completions: list[tuple[int, int]] = field(default_factory=list)
+    length: int = 0
 
 
 def pack_token_tree(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[Sequence[int]]],
-    read: list[tuple[Tensor, Tensor]] | None = None,
+    prefix_kv: list[tuple[Tensor, Tensor]] | None = None,
 ) -> TokenTree:
-    """Rows (`prompts` [rows][tokens]) with the completions asked about ([rows][branches][tokens]) as token trees.
+    """Rows (`prompts` [rows][tokens]) with their completions ([rows][completions][tokens]) as token trees.
 
     The last token of a completion is only predicted, never fed; so labels of one token cost nothing.
-    read: see :class:`TokenTree`; all prompts begin with its P tokens.
+    prefix_kv: see :class:`TokenTree`; all prompts begin with its P tokens.
     """
-    shared = common_prefix(prompts) if read is None else read[0][0].shape[1]
-    first = shared if read is None else 0
-    ids, positions = list(prompts[0][:first]), list(range(first))
-    at, target, branch, rows = [], [], [], []
-    n_branch = 0
-    for prompt, branches in zip(prompts, completions, strict=True):
-        start = len(ids)
-        ids += prompt[shared:]
-        positions += range(shared, len(prompt))
-        end = len(ids)
-        spans = []
-        for completion in branches:
-            here = len(ids)
+    prefix_length = common_prefix(prompts) if prefix_kv is None else prefix_kv[0][0].shape[1]
+    fed_prefix = prefix_length if prefix_kv is None else 0
+    ids, positions = list(prompts[0][:fed_prefix]), list(range(fed_prefix))
+    logit_positions, target_ids, completion_index, layouts = [], [], [], []
+    n_completions = 0
+    for prompt, row_completions in zip(prompts, completions, strict=True):
+        row = _RowLayout(len(ids), len(prompt) - prefix_length)
+        ids += prompt[prefix_length:]
+        positions += range(prefix_length, len(prompt))
+        prompt_end = len(ids)
+        for completion in row_completions:
+            start = len(ids)
             ids += completion[:-1]
             positions += range(len(prompt), len(prompt) + len(completion) - 1)
-            spans.append((here - start, len(ids) - start))
-            at += [end - 1, *range(here, len(ids))]
-            target += completion
-            branch += [n_branch] * len(completion)
-            n_branch += 1
-        rows.append((start, end - start, len(ids) - start, spans))
-    width = -(-max(length for _, _, length, _ in rows) // LENGTH_MULTIPLES[0]) * LENGTH_MULTIPLES[0]
-    fill = -len(ids) % LENGTH_MULTIPLES[1]
-    own = torch.zeros(len(rows), width, dtype=torch.long)
-    sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # a filler sees itself, or softmax gives NaN
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    back = torch.arange(len(ids) + fill)
-    back[len(ids) :] = 0  # a filler gets somebody else's attention; nobody sees it
-    for i, (start, stem, length, spans) in enumerate(rows):
-        own[i, :length] = torch.arange(start, start + length)
-        back[start : start + length] = first + i * width + torch.arange(length)
-        sees[i, :stem, :stem] = causal[:stem, :stem]
-        for a, b in spans:
-            sees[i, a:b, :stem] = True
-            sees[i, a:b, a:b] = causal[: b - a, : b - a]
+            row.completions.append((start - row.start, len(ids) - row.start))
+            logit_positions += [prompt_end - 1, *range(start, len(ids))]
+            target_ids += completion
+            completion_index += [n_completions] * len(completion)
+            n_completions += 1
+        row.length = len(ids) - row.start
+        layouts.append(row)
+    padding = [0] * (-len(ids) % LENGTH_MULTIPLES[1])
     return TokenTree(
-        shared,
-        torch.tensor([ids + [0] * fill]),
-        torch.tensor([positions + [0] * fill]),
-        own,
-        sees,
-        back,
-        torch.tensor(at),
-        torch.tensor(target),
-        torch.tensor(branch),
-        read,
+        prefix_length,
+        torch.tensor([ids + padding]),
+        torch.tensor([positions + padding]),
+        *_index_own_tokens(layouts, fed_prefix, len(ids), len(padding)),
+        torch.tensor(logit_positions),
+        torch.tensor(target_ids),
+        torch.tensor(completion_index),
+        prefix_kv,
     )
+
+
+def _index_own_tokens(
+    layouts: Sequence[_RowLayout], fed_prefix: int, n_tokens: int, n_padding: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """own_index, own_mask and gather_index of a :class:`TokenTree` of `n_tokens` tokens and `n_padding` fillers."""
+    width = -(-max(row.length for row in layouts) // LENGTH_MULTIPLES[0]) * LENGTH_MULTIPLES[0]
+    own_index = torch.zeros(len(layouts), width, dtype=torch.long)
+    own_mask = torch.eye(width, dtype=torch.bool).repeat(len(layouts), 1, 1)  # a filler without any would give NaN
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    gather_index = torch.arange(n_tokens + n_padding)
+    gather_index[n_tokens:] = 0  # a filler gets another token's attention; no token attends to it
+    for i, row in enumerate(layouts):
+        prompt = slice(0, row.prompt_length)
+        own_index[i, : row.length] = torch.arange(row.start, row.start + row.length)
+        gather_index[row.start : row.start + row.length] = fed_prefix + i * width + torch.arange(row.length)
+        own_mask[i, prompt, prompt] = causal[prompt, prompt]
+        for start, end in row.completions:
+            own_mask[i, start:end, prompt] = True
+            own_mask[i, start:end, start:end] = causal[: end - start, : end - start]
+    return own_index, own_mask, gather_index
