@@ -9,6 +9,7 @@ import pytest
 from distillery import metrics
 from distillery.config.schema import PhaseConfig
 from distillery.errors import UserError
+from distillery.evaluation.speed import probability_function
 from distillery.models.label_model import LabelModel
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.predictions import find_alerts, predict_rows, score_answers, score_predictions
@@ -95,6 +96,13 @@ def test_what_needs_labels_is_refused_in_one_line(change, what):
     with pytest.raises(UserError, match=rf"^phases: {what}: answers are free text, not labels") as caught:
         phase_rows(QUESTIONS.assign(answer_t="x", fold_t=-1), phase, TASK.names)
     assert "\n" not in str(caught.value)
+
+
+def test_questions_have_answers_and_no_distribution_over_labels(tiny_models):
+    model, texts = student(tiny_models / "tiny-llama"), QUESTIONS["text"].tolist()
+    with pytest.raises(ValueError, match="^predict: a `qa` task has no distribution over labels"):
+        model.predict(texts)
+    assert probability_function(model)(texts) == model.answer_questions(texts)  # what is timed
 
 
 def test_a_classifier_writes_no_answers(tiny_models):

@@ -85,9 +85,11 @@ def peak_memory(work: Callable[[], Any]) -> tuple[Any, float | None]:
     return work(), max(0.0, held("VmHWM") - before)
 
 
-def probability_function(model: LabelModel) -> Callable[[Sequence[str]], np.ndarray]:
-    """Texts to probabilities [n, labels], computed anew each time: of a teacher that is only prompted with the prompt,
-    solved examples and calibration that it has in the run."""
+def probability_function(model: LabelModel) -> Callable[[Sequence[str]], np.ndarray | list[str]]:
+    """Texts to probabilities [n, labels], or to answers for a `qa` task, computed anew each time: of a teacher that is
+    only prompted with the prompt, solved examples and calibration that it has in the run."""
+    if model.task.kind == "qa":
+        return model.answer_questions
     if not hasattr(model, "prior"):
         return model.predict
     model.memory = None

@@ -180,11 +180,10 @@ class LabelModel:
 
         cached: probabilities from an earlier run, None where there are none. on_batch: called after every batch with
         the indices and probabilities that were not cached. Batches are cut from all rows, so a run that continues
-        gives, to the bit, what one run would have given.
+        gives, to the bit, what one run would have given. Raises ValueError for a `qa` task, which has free answers.
         """
         if self.task.kind == "qa":
-            self.answer_questions(texts)
-            return np.full((len(texts), len(self.task.names)), 0.5, dtype=np.float32)
+            raise ValueError("predict: a `qa` task has no distribution over labels; use answer_questions")
         ids = self.encode(texts, shots)
         probabilities = np.zeros((len(ids), len(self.task.names)), dtype=np.float32)
         wanted = np.array([cached is None or cached[i] is None for i in range(len(ids))], dtype=bool)
