@@ -49,16 +49,16 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("what", SAME)
-def test_prose_and_layout_change_nothing(what):
-    old, new = SAME[what]
+@pytest.mark.parametrize("change", SAME)
+def test_prose_and_layout_change_nothing(change):
+    old, new = SAME[change]
     assert old in CODE
     assert fingerprint.normalized(CODE.replace(old, new)) == fingerprint.normalized(CODE)
 
 
-@pytest.mark.parametrize("what", OTHER)
-def test_what_decides_a_result_changes_it(what):
-    old, new = OTHER[what]
+@pytest.mark.parametrize("change", OTHER)
+def test_other_code_changes_it(change):
+    old, new = OTHER[change]
     assert old in CODE
     assert fingerprint.normalized(CODE.replace(old, new)) != fingerprint.normalized(CODE)
 
@@ -69,11 +69,12 @@ def test_a_function_of_a_docstring_alone_still_is_one():
     assert code == fingerprint.normalized("def f():\n    pass\n")
 
 
-def test_what_is_left_computes_what_the_whole_computes():
-    whole, left = {}, {}
-    exec(compile(CODE, "whole", "exec"), whole)
-    exec(compile(fingerprint.normalized(CODE), "left", "exec"), left)
-    assert left["double"](3) == whole["double"](3) == 6 and left["Row"]("a") == left["Row"]("a", 0)
+def test_normalized_code_computes_the_same():
+    original, normalized = {}, {}
+    exec(compile(CODE, "original", "exec"), original)
+    exec(compile(fingerprint.normalized(CODE), "normalized", "exec"), normalized)
+    assert normalized["double"](3) == original["double"](3) == 6
+    assert normalized["Row"]("a") == normalized["Row"]("a", 0)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def package(tmp_path):
     return tmp_path / "toy"
 
 
-def test_imports_are_found_wherever_they_stand(package):
+def test_imports_count_wherever_they_stand(package):
     code = "import toy.low as l\nimport json\ndef f():\n    from toy.near import two, other\n"
     assert fingerprint.imported(code, package) == {"toy.low", "toy.near", "toy.near.two"}
 
@@ -121,6 +122,6 @@ def test_one_digest_for_a_module_or_all_of_a_package(package, monkeypatch):
     fingerprint.code_digest.cache_clear()
 
 
-def test_an_unknown_module_is_told():
+def test_an_unknown_module_is_named():
     with pytest.raises(ValueError, match="no module distillery.nothing"):
         fingerprint.digest("distillery.nothing")

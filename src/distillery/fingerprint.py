@@ -1,10 +1,10 @@
-"""Fingerprints of code: what a module computes, whatever its comments, docstrings and layout say.
+"""Fingerprints of code: of what a module computes, not of its comments, docstrings and layout.
 
-Pipeline stages and the keys of kept results depend on fingerprints, not on files. So an edit that changes no result
+Pipeline stages and the keys of cached results depend on fingerprints, not on files. So an edit that changes no result
 makes nothing run again. A fingerprint is the module's syntax tree without comments, docstrings and the annotations of
-functions, written out as text again. Annotations in a class body stay: pydantic and dataclasses act on them.
+functions, written as text again. Annotations in a class body stay: pydantic and dataclasses act on them.
 
-A new Python version may write a tree out in another way; fingerprints then change once.
+A new Python version may write a tree in another way; fingerprints then change once.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-NAME = PACKAGE.name
 
 
 class _WithoutProse(ast.NodeTransformer):
-    """Removes what decides no result: docstrings, and the annotations of arguments, returns and local variables."""
+    """Removes docstrings, and the annotations of arguments, returns and local variables: no result depends on them."""
 
     def __init__(self) -> None:
-        self.scopes: list[type] = []  # of the node at hand, the innermost last
+        self.scopes: list[type] = []  # around the visited node, the innermost last
 
-    def _scope(self, node: ast.AST) -> ast.AST:
+    def _visit_scope(self, node: ast.AST) -> ast.AST:
         first = node.body[0] if node.body else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
             node.body = node.body[1:] or [ast.Pass()]
@@ -34,11 +33,11 @@ class _WithoutProse(ast.NodeTransformer):
         self.scopes.pop()
         return node
 
-    visit_Module = visit_ClassDef = _scope
+    visit_Module = visit_ClassDef = _visit_scope
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         node.returns = None
-        return self._scope(node)
+        return self._visit_scope(node)
 
     visit_AsyncFunctionDef = visit_FunctionDef
 
@@ -61,13 +60,13 @@ class _WithoutProse(ast.NodeTransformer):
 def normalized(source: str) -> str:
     """`source` without comments, docstrings and the annotations of functions, in one layout.
 
-    Raises SyntaxError when `source` is no Python.
+    Raises SyntaxError when `source` is not Python.
     """
     tree = _WithoutProse().visit(ast.parse(source))
     return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
 
 
-def _path(module: str, package: Path) -> Path | None:
+def _module_path(module: str, package: Path) -> Path | None:
     """The file of `module` (a dotted name below `package`), or None when there is no such module."""
     base = package.joinpath(*module.split(".")[1:])
     for path in (base.with_suffix(".py"), base / "__init__.py"):
@@ -76,28 +75,29 @@ def _path(module: str, package: Path) -> Path | None:
     return None
 
 
-def _type_checking(node: ast.AST) -> bool:
+def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
 def imported(source: str, package: Path = PACKAGE) -> set[str]:
-    """The modules of `package` that `source` imports anywhere in it, as dotted names; also the packages they lie in.
+    """The modules of `package` that `source` imports anywhere in it, as dotted names; also the packages around them.
 
-    Imports for type checkers alone do not count. The top-level `__init__` is left out: no result hangs on it.
+    Imports for type checkers alone do not count. The top-level `__init__` is left out: no result depends on it.
     """
-    named: set[str] = set()
-    todo = [ast.parse(source)]
-    while todo:
-        node = todo.pop()
-        if _type_checking(node):
+    names: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        if _is_type_checking(node):
             continue
-        todo += ast.iter_child_nodes(node)
+        nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            named |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    parents = {".".join(parts[:i]) for name in named for parts in [name.split(".")] for i in range(2, len(parts) + 1)}
-    return {name for name in parents if name.split(".")[0] == package.name and _path(name, package)}
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    split_names = [name.split(".") for name in names]
+    modules = {".".join(parts[:i]) for parts in split_names for i in range(2, len(parts) + 1)}
+    return {name for name in modules if name.split(".")[0] == package.name and _module_path(name, package)}
 
 
 def closure(modules: Iterable[str], package: Path = PACKAGE, without: Iterable[str] = ()) -> list[str]:
@@ -105,21 +105,21 @@ def closure(modules: Iterable[str], package: Path = PACKAGE, without: Iterable[s
 
     without: modules and packages to leave out, with what only they import.
     """
-    todo, done, barred = set(modules), set(), tuple(without)
-    while todo := todo - done:
-        module = todo.pop()
-        if module in barred or module.startswith(tuple(f"{package}." for package in barred)):
+    pending, visited, excluded = set(modules), set(), tuple(without)
+    while pending := pending - visited:
+        module = pending.pop()
+        if module in excluded or module.startswith(tuple(f"{name}." for name in excluded)):
             continue
-        done.add(module)
-        path = _path(module, package)
-        todo |= imported(path.read_text(encoding="utf-8"), package) if path else set()
-    return sorted(done)
+        visited.add(module)
+        path = _module_path(module, package)
+        pending |= imported(path.read_text(encoding="utf-8"), package) if path else set()
+    return sorted(visited)
 
 
 @cache
 def digest(module: str, package: Path = PACKAGE) -> str:
     """sha256 of the normalized source of `module`. Raises ValueError when there is no such module."""
-    path = _path(module, package)
+    path = _module_path(module, package)
     if path is None:
         raise ValueError(f"no module {module} in {package}")
     return hashlib.sha256(normalized(path.read_text(encoding="utf-8")).encode()).hexdigest()
@@ -127,7 +127,7 @@ def digest(module: str, package: Path = PACKAGE) -> str:
 
 @cache
 def code_digest(*names: str) -> str:
-    """One sha256 for the code of the modules `names` (below the package, `losses`), for the key of a kept result.
+    """One sha256 for the code of the modules `names` (below the package, `losses`), for the key of a cached result.
 
     The name of a package stands for all modules in it.
     """
