@@ -21,14 +21,15 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distillery.config.load import load_params
 from distillery.config.schema import StudentConfig, TrainingConfig
 from distillery.files import atomic_write
 from distillery.models.fetch import fetch_model
+from distillery.models.layers import count_parameters, transformer_body
 from distillery.models.load import load_model
-from distillery.models.memory import BYTES_PER_PARAMETER, count_parameters, predicted_memory
 from distillery.tasks.schema import load_task
 from distillery.training.rows import TrainingRows
 from distillery.training.run import train_phase
@@ -36,11 +37,43 @@ from distillery.training.student import build_student
 
 GB = 1e9
 LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+# bytes of frozen linear layers, of other frozen weights, and of trained weights with gradient and AdamW's two states
+BYTES_PER_PARAMETER = {
+    "full, 32 bits": (0.0, 0.0, {"weights": 4, "gradients": 4, "optimizer": 8, "copies": 0}),
+    "full, 16 bits": (0.0, 0.0, {"weights": 2, "gradients": 2, "optimizer": 8, "copies": 0}),
+    "full, mixed": (0.0, 0.0, {"weights": 2, "gradients": 2, "optimizer": 8, "copies": 4}),  # and weights in 32 bits
+    "LoRA, 16 bits": (2.0, 2.0, {"weights": 4, "gradients": 4, "optimizer": 8, "copies": 0}),
+    # 4 bits, and a scale for each 64 weights that takes 8 bits and 32 / 256 more (Dettmers et al. 2023, section 3)
+    "QLoRA, 4 bits": (
+        (4 + 8 / 64 + 32 / (64 * 256)) / 8,
+        2.0,
+        {"weights": 4, "gradients": 4, "optimizer": 8, "copies": 0},
+    ),
+}
 WAYS = {  # what is measured: the kind of the formula, adapter and precision
     "full, 32 bits": ("none", "float32"),
     "LoRA, 16 bits": ("lora", "bfloat16"),
     "QLoRA, 4 bits": ("qlora", "bfloat16"),
 }
+
+
+def predicted_memory(model: nn.Module, kind: str, r: int = 16) -> dict[str, float]:
+    """Bytes that training `model` holds, without activations: weights, gradients, optimizer, copies and their total.
+
+    kind: of `BYTES_PER_PARAMETER`. r: rank of the adapters in every linear layer but the output head. Only shapes
+    count, so a model on the `meta` device will do.
+    """
+    linear = [module for module in transformer_body(model).modules() if isinstance(module, nn.Linear)]
+    linear_weights = sum(module.weight.numel() for module in linear)
+    other_weights = sum(parameter.numel() for parameter in model.parameters()) - linear_weights
+    frozen_linear, frozen_other, trained = BYTES_PER_PARAMETER[kind]
+    if kind.startswith("full"):
+        n_trained = linear_weights + other_weights
+    else:
+        n_trained = sum(r * (module.in_features + module.out_features) for module in linear)
+    memory = {part: float(size * n_trained) for part, size in trained.items()}
+    memory["weights"] += frozen_linear * linear_weights + frozen_other * other_weights
+    return memory | {"total": sum(memory.values())}
 
 
 def measure(kind: str, layers: str, r: int, batch: int, steps: int) -> dict[str, float]:

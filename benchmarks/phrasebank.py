@@ -47,8 +47,8 @@ from distillery.files import atomic_write, file_digest, read_yaml
 from distillery.fingerprint import code_digest
 from distillery.models.fetch import fetch_model
 from distillery.models.label_model import LabelModel
+from distillery.models.layers import count_parameters
 from distillery.models.load import load_model, load_tokenizer
-from distillery.models.memory import count_parameters
 from distillery.models.save import save_model
 from distillery.tasks.schema import Task, load_task
 from distillery.teachers.finetune import assign_folds

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # what an experiment needs of the repository
@@ -25,6 +29,36 @@ CHAT = (
     "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+VOCABULARY, END = 61, 2  # of the configs below
+SMALL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+CAUSAL_KINDS = ("llama", "qwen2", "gpt2", "opt", "bloom")
+
+
+def causal_config(kind: str) -> Any:
+    """The config of a causal model of two layers, of one of `CAUSAL_KINDS`."""
+    import transformers
+
+    shape = {
+        "llama": SHAPE | {"num_key_value_heads": 2, "intermediate_size": 24},
+        "qwen2": SHAPE | {"num_key_value_heads": 1, "intermediate_size": 24},
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "opt": SHAPE | {"ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0},
+        "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 4},
+    }[kind]
+    return transformers.AutoConfig.for_model(kind, **SMALL, **shape)
+
+
+@contextmanager
+def limit_file_size(size: int) -> Iterator[None]:
+    """No file can grow beyond `size` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def texts(root: Path = ROOT) -> list[str]:

@@ -1,1 +1,1 @@
-"""Models: fetched, loaded, cut to the wanted layers, asked for label probabilities, saved."""
+"""Models: fetched, loaded, cut to the wanted layers, run on texts, and saved."""

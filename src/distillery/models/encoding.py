@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillery.errors import UserError
 
-Completion = tuple[list[int], int]  # tokens, and how many of them stand before the first supervised one
+Completion = tuple[list[int], int]  # tokens, and the number of them before the first supervised one
 
 
 def tokenize_labels(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:

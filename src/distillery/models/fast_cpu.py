@@ -6,22 +6,20 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 
 class BitDropout(nn.Dropout):
-    """`nn.Dropout` that on a CPU takes 16 bits of the generator for an element, where torch draws a number for each:
-    of a small encoder's step that was a tenth. p is rounded to a 65,536th."""
+    """`nn.Dropout` that on a CPU takes 16 bits of the random generator for an element; torch draws a number for each,
+    which took a tenth of a small encoder's step. p is rounded to a multiple of 1 / 65,536."""
 
     def forward(self, input: Tensor) -> Tensor:
-        dropped = round(self.p * 2**16)
-        if not self.training or not 0 < dropped < 2**16 or input.device.type != "cpu":
+        threshold = round(self.p * 2**16)
+        if not self.training or not 0 < threshold < 2**16 or input.device.type != "cpu":
             return super().forward(input)
         bits = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        keep = bits.view(torch.int16)[: input.numel()].view(input.shape) >= dropped - 2**15
-        return input * keep.to(input.dtype).mul_(2**16 / (2**16 - dropped))
+        keep = bits.view(torch.int16)[: input.numel()].view(input.shape) >= threshold - 2**15
+        return input * keep.to(input.dtype).mul_(2**16 / (2**16 - threshold))
 
 
 def use_bit_dropout(model: nn.Module) -> None:
@@ -33,43 +31,45 @@ def use_bit_dropout(model: nn.Module) -> None:
 
 
 class PartialEmbedding(nn.Module):
-    """An embedding of which only the rows of `ids` are trained: no other row has a gradient, so gradient, AdamW's two
-    states and their passes over memory need hold no other. A small encoder's vocabulary is most of its weights, and
-    the texts of a phase use a part of it: of MiniLM's 30,522 words this project's finance corpus has 7,459, 320 rows
-    of it 2,918.
+    """An embedding of which only the rows `ids` are trained.
 
-    While gradients are recorded, input_ids must be of `ids`; otherwise any token is read. Weight decay leaves the
-    other rows alone: it holds down what is trained.
+    No other row has a gradient, so the gradient, AdamW's two states and their passes over memory hold these rows alone.
+    A small encoder's vocabulary is most of its weights, and the texts of a phase use a part of it: of MiniLM's 30,522
+    words this project's finance corpus has 7,459, 320 rows of it 2,918.
+
+    While gradients are recorded, input_ids must be among `ids`; otherwise any token is read. Weight decay leaves the
+    other rows alone: it holds down only trained weights.
     """
 
     def __init__(self, embedding: nn.Embedding, ids: Iterable[int]):
         super().__init__()
         device = embedding.weight.device
-        used = torch.tensor(sorted(set(ids)), device=device)
-        slot = torch.full((embedding.num_embeddings,), -1, device=device)
-        slot[used] = torch.arange(len(used), device=device)
+        trained = torch.tensor(sorted(set(ids)), device=device)
+        row_of = torch.full((embedding.num_embeddings,), -1, device=device)  # id -> index in `rows`
+        row_of[trained] = torch.arange(len(trained), device=device)
         padding = embedding.padding_idx
-        self.padding = None if padding is None or slot[padding] < 0 else int(slot[padding])  # it has no gradient
-        self.whole = embedding.requires_grad_(False)
-        self.rows = nn.Parameter(embedding.weight.detach()[used])
-        self.register_buffer("used", used, persistent=False)
-        self.register_buffer("slot", slot, persistent=False)
+        # the padding token's row, which gets no gradient
+        self.padding = None if padding is None or row_of[padding] < 0 else int(row_of[padding])
+        self.full = embedding.requires_grad_(False)
+        self.rows = nn.Parameter(embedding.weight.detach()[trained])
+        self.register_buffer("trained", trained, persistent=False)
+        self.register_buffer("row_of", row_of, persistent=False)
 
     @property
     def weight(self) -> Tensor:
-        """[vocabulary, d], not trained itself: what has been learned is not in it before :meth:`written`."""
-        return self.whole.weight
+        """[vocabulary, d], without a gradient; trained rows are not in it before :meth:`merged`."""
+        return self.full.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return nn.functional.embedding(self.slot[input_ids], self.rows, self.padding)
-        return self.written()(input_ids)
+            return nn.functional.embedding(self.row_of[input_ids], self.rows, self.padding)
+        return self.merged()(input_ids)
 
     @torch.no_grad()
-    def written(self) -> nn.Embedding:
-        """The embedding with what has been learned written into it."""
-        self.whole.weight[self.used] = self.rows
-        return self.whole
+    def merged(self) -> nn.Embedding:
+        """The full embedding, with the trained rows written into it."""
+        self.full.weight[self.trained] = self.rows
+        return self.full
 
 
 def train_used_embeddings(model: PreTrainedModel, ids: Iterable[int]) -> None:
@@ -82,6 +82,7 @@ def train_used_embeddings(model: PreTrainedModel, ids: Iterable[int]) -> None:
 
 
 def restore_full_embedding(model: PreTrainedModel) -> None:
-    """Undo :func:`train_used_embeddings`; what has been learned stays."""
-    if isinstance(seen := model.get_input_embeddings(), PartialEmbedding):
-        model.set_input_embeddings(seen.written().requires_grad_())
+    """Undo :func:`train_used_embeddings`; the trained rows stay."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, PartialEmbedding):
+        model.set_input_embeddings(embedding.merged().requires_grad_())

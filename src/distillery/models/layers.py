@@ -1,16 +1,16 @@
-"""Choose layers of a model, and find its body and its output head."""
+"""The parts of a model: its layers, of which to keep some, its body, its output head and its parameters."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 
 from distillery.errors import UserError
+
+ENCODER_DECODER_DEPTH_KEYS = ("encoder_layers", "decoder_layers")  # in the config of every family but T5
 
 
 def layer_indices(layers: list[int] | str, depth: int) -> list[int]:
@@ -22,20 +22,20 @@ def layer_indices(layers: list[int] | str, depth: int) -> list[int]:
         return list(range(depth))
     if isinstance(layers, str):
         rule, _, n = layers.partition("-")
-        kept = {
+        indices = {
             "first": list(range(int(n))),
             "last": list(range(depth - int(n), depth)),
             "every": list(range(0, depth, int(n))),
         }[rule]
     else:
-        kept = list(layers)
-    if not kept or min(kept) < 0 or max(kept) >= depth:
+        indices = list(layers)
+    if not indices or min(indices) < 0 or max(indices) >= depth:
         raise UserError(f"init.layers: {layers} does not fit a model with layers 0 to {depth - 1}")
-    return kept
+    return indices
 
 
 def count_layers(folder: Path) -> int:
-    """How many layers the model in `folder` has (its decoder, if it has both)."""
+    """The number of layers of the model in `folder` (of its decoder, if it has both)."""
     config = AutoConfig.from_pretrained(folder)
     return getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
 
@@ -51,39 +51,39 @@ def keep_layers(model: PreTrainedModel, layers: list[int] | str) -> None:
         _cut_stack(model, layers, config.num_hidden_layers)
         config.num_hidden_layers = len(layer_indices(layers, config.num_hidden_layers))
         return
-    names = ("num_layers", "num_decoder_layers") if hasattr(config, "num_decoder_layers") else DEPTH_KEYS
-    for part, name in zip((model.get_encoder(), model.get_decoder()), names, strict=True):
-        depth = getattr(config, name)
+    t5 = hasattr(config, "num_decoder_layers")
+    keys = ("num_layers", "num_decoder_layers") if t5 else ENCODER_DECODER_DEPTH_KEYS
+    for part, key in zip((model.get_encoder(), model.get_decoder()), keys, strict=True):
+        depth = getattr(config, key)
         _cut_stack(part, layers, depth)
-        setattr(config, name, len(layer_indices(layers, depth)))
-
-
-DEPTH_KEYS = ("encoder_layers", "decoder_layers")  # of every family but T5's
+        setattr(config, key, len(layer_indices(layers, depth)))
 
 
 def _cut_stack(model: nn.Module, layers: list[int] | str, depth: int) -> None:
+    """Cut the list of `depth` layers in `model` to the wanted ones. Raises UserError when there is no such list."""
     for parent in model.modules():
         for attribute, stack in list(parent.named_children()):
             if isinstance(stack, nn.ModuleList) and len(stack) == depth:
-                kept = layer_indices(layers, depth)
-                setattr(parent, attribute, nn.ModuleList(stack[i] for i in kept))
-                for new, old in enumerate(getattr(parent, attribute)):
-                    for module in old.modules():
+                indices = layer_indices(layers, depth)
+                cut = nn.ModuleList(stack[i] for i in indices)
+                setattr(parent, attribute, cut)
+                for new_index, layer in enumerate(cut):
+                    for module in layer.modules():
                         if hasattr(module, "layer_idx"):  # the slot of this layer in a key/value cache
-                            module.layer_idx = new
+                            module.layer_idx = new_index
                 if getattr(model.config, "layer_types", None):
-                    model.config.layer_types = [model.config.layer_types[i] for i in kept]
-                _keep_relative_positions(stack[0], getattr(parent, attribute)[0])
+                    model.config.layer_types = [model.config.layer_types[i] for i in indices]
+                _keep_relative_positions(stack[0], cut[0])
                 return
     raise UserError(f"init.layers: {type(model).__name__} has no list of {depth} layers to choose from")
 
 
-def _keep_relative_positions(old: nn.Module, new: nn.Module) -> None:
-    """T5's first layer alone knows how far apart tokens are; whichever comes first now must know it."""
-    for before, after in zip(old.modules(), new.modules(), strict=False):
-        if old is not new and getattr(before, "has_relative_attention_bias", False):
-            after.has_relative_attention_bias = True
-            after.relative_attention_bias = before.relative_attention_bias
+def _keep_relative_positions(old_first: nn.Module, new_first: nn.Module) -> None:
+    """Give the new first layer the relative position bias: T5 has it in its first layer alone."""
+    for old, new in zip(old_first.modules(), new_first.modules(), strict=False):
+        if old_first is not new_first and getattr(old, "has_relative_attention_bias", False):
+            new.has_relative_attention_bias = True
+            new.relative_attention_bias = old.relative_attention_bias
 
 
 def transformer_body(model: nn.Module) -> nn.Module:
@@ -93,5 +93,17 @@ def transformer_body(model: nn.Module) -> nn.Module:
 
 
 def output_head(model: nn.Module) -> nn.Module:
+    """The layer from hidden states to logits over the vocabulary, below any adapter wrapper."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.get_output_embeddings()
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters; a 4-bit weight counts as the numbers it stands for."""
+    total = trainable = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        size = int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+        total += size
+        trainable += size if parameter.requires_grad else 0
+    return total, trainable

@@ -1,4 +1,4 @@
-"""Save a model as a plain `transformers` folder, or only what was trained."""
+"""Save a model as a plain `transformers` folder, or only its trained weights."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from distillery.files import atomic_write
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str | None = None) -> None:
-    """Write `model` (adapters merged, 4-bit weights made dense) and its tokenizer as a plain `transformers` folder."""
+    """Write `model` (adapters merged, 4-bit weights dequantized) and its tokenizer as a plain `transformers` folder.
+
+    dtype: that of the written weights, their own when not given. Raises UserError when the disk is full.
+    """
     if hasattr(model, "merge_and_unload"):
         if getattr(model.get_base_model(), "is_loaded_in_4bit", False):
             model = _dequantize_adapted(model)
@@ -27,7 +28,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def _dequantize_adapted(model: PeftModel) -> PeftModel:
-    """The adapters of `model` on its 4-bit weights made dense: merged into 4 bits they would be rounded away."""
+    """The adapters of `model` on its dequantized weights: merged into 4 bits they would be rounded away."""
     with tempfile.TemporaryDirectory() as adapters:
         model.save_pretrained(adapters)
         return PeftModel.from_pretrained(model.unload().dequantize(), adapters)
@@ -45,7 +46,7 @@ def merge_adapters(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def save_trained_weights(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write only what was trained: the adapters where there are any, else the whole model."""
+    """Write the adapters if there are any, else the whole model, and the tokenizer. Raises UserError on a full disk."""
     if hasattr(model, "peft_config"):
         _write_folder(model, tokenizer, Path(folder))
     else:

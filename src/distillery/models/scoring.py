@@ -102,7 +102,7 @@ def seq2seq_token_logits(
         mask[i, : len(completion)] = True
     targets, mask = targets.to(device), mask.to(device)
     start = torch.full((len(flat), 1), model.config.decoder_start_token_id, device=device)
-    out = model(
+    outputs = model(
         encoder_outputs=(encoded[row],),
         attention_mask=batch["attention_mask"][row],
         decoder_input_ids=torch.cat([start, targets[:, :-1]], 1),
@@ -113,10 +113,10 @@ def seq2seq_token_logits(
     prompt_states = None
     if layers:
         first = torch.tensor([0, *(len(of_row) for of_row in completions[:-1])], device=device).cumsum(0)
-        prompt_states = torch.stack([out.decoder_hidden_states[j][first, 0] for j in layers], 1)
+        prompt_states = torch.stack([outputs.decoder_hidden_states[j][first, 0] for j in layers], 1)
     target_ids = targets[mask]
     index = torch.arange(len(target_ids), device=device)
-    return TokenLogits(out.logits[mask].float(), index, target_ids, completion_index, prompt_states)
+    return TokenLogits(outputs.logits[mask].float(), index, target_ids, completion_index, prompt_states)
 
 
 def completion_output(

@@ -27,7 +27,7 @@ class DecodingState:
 
     prefix_kv: keys and values [kv heads, P, head size] a layer of the P tokens that all rows begin with, held once.
     keys, values: of each row's own tokens, [rows, kv heads, room, head size] a layer.
-    lengths: [rows], how many own tokens each row has, with the newest.
+    lengths: [rows], the number of own tokens of each row, with the newest.
     """
 
     prefix_kv: list[tuple[Tensor, Tensor]]
@@ -89,13 +89,13 @@ def _attend_with_prefix(tree: TokenTree, query: Tensor, key: Tensor, value: Tens
     weights = scores.softmax(-1).to(query.dtype)
     from_prefix = weights[..., :prefix].reshape(kv_heads, rows * group * width, prefix) @ v[:, :prefix]
     from_own = weights[..., prefix:].reshape(kv_heads, rows, group * width, width) @ own_v
-    out = from_prefix.view(kv_heads, rows, group, width, size) + from_own.view(kv_heads, rows, group, width, size)
-    out = out.permute(0, 2, 1, 3, 4).reshape(heads, rows * width, size)
-    prefix_out = nn.functional.scaled_dot_product_attention(
+    output = from_prefix.view(kv_heads, rows, group, width, size) + from_own.view(kv_heads, rows, group, width, size)
+    output = output.permute(0, 2, 1, 3, 4).reshape(heads, rows * width, size)
+    prefix_output = nn.functional.scaled_dot_product_attention(
         query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True, scale=scale, enable_gqa=True
     )[0]
-    out = torch.cat([prefix_out, out], 1).index_select(1, tree.gather_index)
-    return out.transpose(0, 1)[None]
+    output = torch.cat([prefix_output, output], 1).index_select(1, tree.gather_index)
+    return output.transpose(0, 1)[None]
 
 
 def _attend_to_cached_prefix(
@@ -122,9 +122,9 @@ def _attend_to_cached_prefix(
     k = torch.cat([prefix_key.expand(rows, -1, -1, -1), by_row(key)], 2)
     v = torch.cat([prefix_value.expand(rows, -1, -1, -1), by_row(value)], 2)
     mask = tree.attention_mask(group, query.dtype)
-    out = nn.functional.scaled_dot_product_attention(by_row(query), k, v, attn_mask=mask, scale=scaling)
-    out = out.view(rows, kv_heads, group, width, size).permute(0, 3, 1, 2, 4)
-    return out.reshape(1, rows * width, kv_heads * group, size).index_select(1, tree.gather_index)
+    output = nn.functional.scaled_dot_product_attention(by_row(query), k, v, attn_mask=mask, scale=scaling)
+    output = output.view(rows, kv_heads, group, width, size).permute(0, 3, 1, 2, 4)
+    return output.reshape(1, rows * width, kv_heads * group, size).index_select(1, tree.gather_index)
 
 
 def decoding_attention(
@@ -161,8 +161,8 @@ def decoding_attention(
     weights = scores.softmax(-1).to(q.dtype)
     from_own = weights[..., prefix:] @ own_v.to(q.dtype)
     from_prefix = weights[..., :prefix].permute(1, 2, 0, 3).flatten(1, 2) @ prefix_v.to(q.dtype)
-    out = from_own + from_prefix.unflatten(1, (group, rows)).permute(2, 0, 1, 3)
-    return out.reshape(1, rows, heads, size), None
+    output = from_own + from_prefix.unflatten(1, (group, rows)).permute(2, 0, 1, 3)
+    return output.reshape(1, rows, heads, size), None
 
 
 AttentionInterface.register("token_tree", tree_attention)

@@ -48,8 +48,8 @@ def decode_completions(
                 unfinished, tokens, positions = [unfinished[k] for k in going], tokens[rows], positions[rows]
                 state.select(rows)
             state.lengths = state.lengths + 1
-            out = body(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
-            logits, positions = output_head(model)(out.last_hidden_state[0]), positions + 1
+            outputs = body(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
+            logits, positions = output_head(model)(outputs.last_hidden_state[0]), positions + 1
     return completions
 
 

@@ -45,20 +45,20 @@ def completion_hidden_states(
     tree = pack_token_tree(prompts, completions, prefix_kv).to(device)
     if supports_token_trees(model):
         with attend_by_tree(tree, body.config):
-            out = body(input_ids=tree.input_ids, position_ids=tree.position_ids, **options)
-        if out.last_hidden_state.requires_grad and body.is_activation_checkpointing:
-            _attend_by_tree_in_backward(out.last_hidden_state, tree, body.config)
+            outputs = body(input_ids=tree.input_ids, position_ids=tree.position_ids, **options)
+        if outputs.last_hidden_state.requires_grad and body.is_activation_checkpointing:
+            _attend_by_tree_in_backward(outputs.last_hidden_state, tree, body.config)
         positions = tree.logit_positions
     else:
         inputs, positions = _pad_rows(prompts, completions, device)
-        out = body(**inputs, **options)
+        outputs = body(**inputs, **options)
     prompt_states = None
     if layers:
         tokens_per_row = [sum(map(len, row)) for row in completions]
         first = positions[torch.tensor([0, *tokens_per_row[:-1]], device=device).cumsum(0)]
-        prompt_states = torch.stack([out.hidden_states[j].flatten(0, 1)[first] for j in layers], 1)
+        prompt_states = torch.stack([outputs.hidden_states[j].flatten(0, 1)[first] for j in layers], 1)
     distinct, index = torch.unique(positions, return_inverse=True)
-    hidden = out.last_hidden_state.flatten(0, 1)[distinct]
+    hidden = outputs.last_hidden_state.flatten(0, 1)[distinct]
     return CompletionStates(hidden, index, tree.target_ids, tree.completion_index, prompt_states)
 
 

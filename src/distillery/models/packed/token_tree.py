@@ -59,7 +59,7 @@ class TokenTree:
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all `rows` share, leaving each row at least one token of its own."""
+    """The number of leading tokens that all `rows` share, leaving each row at least one token of its own."""
     first, last = min(rows), max(rows)
     n = 0
     while n < min(len(first), len(last)) and first[n] == last[n]:

