@@ -1,4 +1,4 @@
-"""Questions with free answers: what is learned, what is written, and how it is scored."""
+"""Questions with free answers: training, generated answers and their scores; and alerts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ QUESTIONS = pd.DataFrame(
 )
 
 
-def student(folder, **more) -> LabelModel:
+def student(folder) -> LabelModel:
     model = load_model(folder, "causal", layers="first-2")
-    return LabelModel(model, load_tokenizer(folder), TASK, "causal", prompt="plain", **more)
+    return LabelModel(model, load_tokenizer(folder), TASK, "causal", prompt="plain")
 
 
 def test_a_student_learns_to_write_the_answers(tiny_models, tmp_path):
@@ -41,14 +41,14 @@ def test_a_student_learns_to_write_the_answers(tiny_models, tmp_path):
     rows = phase_rows(QUESTIONS, PhaseConfig(**PHASE), TASK.names)
     assert [rows.answers[i] for i in rows.targets] == ["net sales", "operating profit", "the board", "EUR"]
     train_phase(model, rows, PhaseConfig(**PHASE), folder=tmp_path, seed=0)
-    said = predict_rows(model, QUESTIONS)
-    assert said["answer"].tolist() == ["net sales", "operating profit", "the board", "EUR"]
-    after = score_predictions(said, TASK.names)
+    predictions = predict_rows(model, QUESTIONS)
+    assert predictions["answer"].tolist() == ["net sales", "operating profit", "the board", "EUR"]
+    after = score_predictions(predictions, TASK.names)
     assert before["exact_match"] == 0 < after["exact_match"] == after["accuracy"] == after["token_f1"] == 1
 
 
 @pytest.mark.parametrize(
-    "more, told",
+    "changes, key",
     [
         ({"loss": {"ce": 1.0, "rationale": 1.0}}, "loss.rationale"),
         ({"loss": {"kl": 1.0}, "teachers": ["one"]}, "loss.kl"),
@@ -57,19 +57,21 @@ def test_a_student_learns_to_write_the_answers(tiny_models, tmp_path):
         ({"teachers": ["one"], "order": "confidence"}, "order: confidence"),
     ],
 )
-def test_what_needs_labels_is_refused(more, told):
-    with pytest.raises(UserError, match=f"^phases: {told}: answers are free text"):
-        phase_rows(QUESTIONS, PhaseConfig(**PHASE | more), TASK.names)
+def test_settings_that_need_labels_are_refused(changes, key):
+    with pytest.raises(UserError, match=f"^phases: {key}: answers are free text"):
+        phase_rows(QUESTIONS, PhaseConfig(**PHASE | changes), TASK.names)
 
 
-def test_answers_are_judged_by_all_that_are_accepted():
+def test_answers_are_scored_against_all_accepted_ones():
     rows = QUESTIONS.assign(answers=["net sales | sales", "operating profit", None, "EUR"])
-    said = score_answers(rows, ["The sales.", "profit of the quarter", "whatever", ""])
-    assert said["prediction"].tolist() == ["right", "wrong", "wrong", "wrong"]
-    assert said["probabilities"].map(list).tolist() == [[1, 0], [0, 1], [0, 1], [0, 1]]
+    scores = score_answers(rows, ["The sales.", "profit of the quarter", "whatever", ""])
+    assert scores["prediction"].tolist() == ["right", "wrong", "wrong", "wrong"]
+    assert scores["probabilities"].map(list).tolist() == [[1, 0], [0, 1], [0, 1], [0, 1]]
     # "profit of the quarter" without its article: 1 of 3 words, 1 of 2 wanted
-    np.testing.assert_allclose(said.loc[1, ["token_f1", "token_precision", "token_recall"]].tolist(), [0.4, 1 / 3, 0.5])
-    assert said["token_f1"].tolist()[2:] == [0, 0]
+    np.testing.assert_allclose(
+        scores.loc[1, ["token_f1", "token_precision", "token_recall"]].tolist(), [0.4, 1 / 3, 0.5]
+    )
+    assert scores["token_f1"].tolist()[2:] == [0, 0]
 
 
 def test_the_best_accepted_answer_counts():
@@ -80,20 +82,20 @@ def test_the_best_accepted_answer_counts():
 
 
 def test_without_gold_the_teachers_answer_is_learned():
-    told = ["from the teacher", None, "cash", "debt"]
-    rows = QUESTIONS.assign(answers=[None, "own", None, None], answer_t=told, fold_t=-1)
-    learned = phase_rows(rows, PhaseConfig(**PHASE | {"teachers": ["t"]}), TASK.names)
-    assert [learned.answers[i] for i in learned.targets] == ["from the teacher", "own", "cash", "debt"]
+    answers = ["from the teacher", None, "cash", "debt"]
+    rows = QUESTIONS.assign(answers=[None, "own", None, None], answer_t=answers, fold_t=-1)
+    training_rows = phase_rows(rows, PhaseConfig(**PHASE | {"teachers": ["t"]}), TASK.names)
+    assert [training_rows.answers[i] for i in training_rows.targets] == ["from the teacher", "own", "cash", "debt"]
     with pytest.raises(UserError, match="1 rows of q/train have no answer"):
-        phase_rows(rows.assign(answer_t=[*told[:3], ""]), PhaseConfig(**PHASE | {"teachers": ["t"]}), TASK.names)
+        phase_rows(rows.assign(answer_t=[*answers[:3], ""]), PhaseConfig(**PHASE | {"teachers": ["t"]}), TASK.names)
 
 
 @pytest.mark.parametrize(
-    ("change", "what"), [({"loss": {"kl": 1.0}}, "loss.kl"), ({"order": "confidence"}, "order: confidence")]
+    ("change", "key"), [({"loss": {"kl": 1.0}}, "loss.kl"), ({"order": "confidence"}, "order: confidence")]
 )
-def test_what_needs_labels_is_refused_in_one_line(change, what):
+def test_settings_that_need_labels_are_refused_in_one_line(change, key):
     phase = PhaseConfig(**PHASE | {"teachers": ["t"]} | change)
-    with pytest.raises(UserError, match=rf"^phases: {what}: answers are free text, not labels") as caught:
+    with pytest.raises(UserError, match=rf"^phases: {key}: answers are free text, not labels") as caught:
         phase_rows(QUESTIONS.assign(answer_t="x", fold_t=-1), phase, TASK.names)
     assert "\n" not in str(caught.value)
 
@@ -115,8 +117,8 @@ def test_a_classifier_writes_no_answers(tiny_models):
 def test_alerts_carry_confidence_and_severity():
     task = Task(kind="classification", labels={"risk": "", "care": "", "safe": ""}, severity={"risk": 1.0, "care": 0.5})
     p = [[0.1, 0.2, 0.7], [0.5, 0.4, 0.1], [0.2, 0.8, 0.0]]
-    said = pd.DataFrame({"id": ["a", "b", "c"], "prediction": ["safe", "risk", "care"], "probabilities": p})
-    found = find_alerts(said, task)
-    assert found[["id", "alert"]].to_numpy().tolist() == [["b", "risk"], ["c", "care"]]
-    np.testing.assert_allclose(found[["confidence", "severity"]], [[0.5, 0.7], [0.8, 0.6]])
-    assert find_alerts(said.head(0), task).empty
+    predictions = pd.DataFrame({"id": ["a", "b", "c"], "prediction": ["safe", "risk", "care"], "probabilities": p})
+    alerts = find_alerts(predictions, task)
+    assert alerts[["id", "alert"]].to_numpy().tolist() == [["b", "risk"], ["c", "care"]]
+    np.testing.assert_allclose(alerts[["confidence", "severity"]], [[0.5, 0.7], [0.8, 0.6]])
+    assert find_alerts(predictions.head(0), task).empty
