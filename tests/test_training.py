@@ -58,7 +58,7 @@ def toy(n: int, seed: int = 0) -> pd.DataFrame:
     frame = pd.DataFrame({"split_ref": "toy/train", "id": [f"t{i}" for i in range(n)], "text": texts})
     frame["label"] = [LABELS[i % 3] for i in range(n)]
     for name in ("one", "two"):
-        frame[f"p_{name}"] = list(rng.dirichlet(np.ones(3), n))
+        frame[f"probabilities_{name}"] = list(rng.dirichlet(np.ones(3), n))
     return frame
 
 
@@ -167,7 +167,7 @@ def test_orders_follow_length_and_confidence_and_batches_hold_rows_of_like_lengt
 def test_a_phase_finds_its_rows_and_mixes_its_teachers():
     frame = toy(6)
     frame.loc[3:, "split_ref"], frame.loc[3:, "label"] = "toy/pool", None
-    one, two = (np.stack(frame[f"p_{name}"].to_list()) for name in ("one", "two"))
+    one, two = (np.stack(frame[f"probabilities_{name}"].to_list()) for name in ("one", "two"))
     gold = phase_rows(frame, phase({"ce": 1.0}), LABELS)
     assert gold.texts == frame["text"][:3].tolist() and gold.targets.tolist() == [0, 1, 2] and gold.logprobs is None
 
@@ -194,7 +194,7 @@ def test_of_the_pool_only_sure_or_agreed_labels_are_taken():
     frame.loc[2:, "split_ref"], frame.loc[2:, "label"] = "toy/pool", None
     one = [[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.9, 0.1, 0.0], [0.5, 0.3, 0.2]]
     two = [[0.1, 0.9, 0.0], [0.1, 0.9, 0.0], [0.1, 0.9, 0.0], [0.4, 0.3, 0.3], [0.8, 0.1, 0.1], [0.9, 0.1, 0.0]]
-    frame["p_one"], frame["p_two"] = one, two
+    frame["probabilities_one"], frame["probabilities_two"] = one, two
 
     def texts(**pseudo_labels) -> list[str]:
         spec = phase({"kl": 1.0}, data=["toy/train", "toy/pool"], teachers=["one", "two"], pseudo_labels=pseudo_labels)
@@ -211,9 +211,9 @@ def test_of_the_pool_only_sure_or_agreed_labels_are_taken():
 
 def test_a_row_is_taught_by_those_who_answered_and_by_nobody_if_none_did():
     frame = toy(6)
-    one, two = (np.stack(frame[f"p_{name}"].to_list()) for name in ("one", "two"))
-    frame["p_one"] = [None if i in (1, 4) else p for i, p in enumerate(one)]
-    frame["p_two"] = [None if i in (2, 4) else p for i, p in enumerate(two)]
+    one, two = (np.stack(frame[f"probabilities_{name}"].to_list()) for name in ("one", "two"))
+    frame["probabilities_one"] = [None if i in (1, 4) else p for i, p in enumerate(one)]
+    frame["probabilities_two"] = [None if i in (2, 4) else p for i, p in enumerate(two)]
     for mix in ("uniform", "validation", "confidence"):
         both = phase({"kl": 1.0}, teachers=["one", "two"], mix=mix)
         rows = phase_rows(frame, both, LABELS, {"one": 0.5, "two": 0.5})
@@ -266,7 +266,7 @@ def by_hand(student: LabelModel, frame: pd.DataFrame, temperature: float) -> dic
             logits.append([sum(told(answer + nested)) for answer in answers])
             nll.append([-x for x in told(answers[gold] + nested)])
     student.model.train()
-    z, p = np.asarray(logits), np.stack(frame["p_one"].to_list())
+    z, p = np.asarray(logits), np.stack(frame["probabilities_one"].to_list())
     log_s = z / temperature - np.log(np.exp(z / temperature).sum(1, keepdims=True))
     p = p ** (1 / temperature) / (p ** (1 / temperature)).sum(1, keepdims=True)
     s, m = np.exp(log_s), (np.exp(log_s) + p) / 2
@@ -619,7 +619,7 @@ def test_a_student_learns_what_can_be_learned(tiny_models, tmp_path, arch):
 
 def test_a_teacher_is_followed_even_where_it_is_wrong(tiny_models, tmp_path):
     frame = toy(24)
-    frame["p_one"] = [np.roll([0.9, 0.05, 0.05], (i + 1) % 3) for i in range(24)]  # never the gold label
+    frame["probabilities_one"] = [np.roll([0.9, 0.05, 0.05], (i + 1) % 3) for i in range(24)]  # never the gold label
     student = learner(tiny_models, "classifier", scale=4)
     trained(student, frame, phase({"kl": 1.0}, steps=60, batch_size=8, learning_rate=3e-3, temperature=2.0), tmp_path)
     said = student.predict(toy(30, seed=1)["text"])

@@ -6,7 +6,7 @@ in, its model, its task, and the sha256 of the data files it reads.
 ``distillery inputs students`` writes ``data/inputs/<student>/``:
 ``experiment.json``      student, spec, models, source, task, teachers (validation scores)
 ``rows.parquet``         where (`source/split`), id, text, label (None in a pool), group, and for every teacher
-                         `p_<teacher>`: probabilities in the order of the task's labels, None on rows it does not teach,
+                         `probabilities_<teacher>`: in the order of the task's labels, None on rows it does not teach,
                          and `fold_<teacher>`: which of its models said so; `rationale`: a teacher's, or the row's own;
                          of a `qa` task the accepted `answers`, and what each teacher said: `answer_<teacher>`
 ``validation.parquet``, ``test.parquet``   where, id, text, label, group of the source that the student is scored on
@@ -178,7 +178,7 @@ def student_rows(tables: StageTables, params: Params, name: str) -> tuple[list[d
                 )
             for row in rows:
                 signal = said.get(row["id"], {})
-                row[f"p_{who}"], row[f"fold_{who}"] = signal.get("probabilities"), signal.get("fold")
+                row[f"probabilities_{who}"], row[f"fold_{who}"] = signal.get("probabilities"), signal.get("fold")
                 row[f"answer_{who}"] = signal.get("answer")
                 if reasons and signal.get("rationale") and not signal.get("contradicts"):
                     told.setdefault(row["id"], {})[who] = signal["rationale"]
@@ -193,7 +193,7 @@ def _agreeing_rationales(row: dict[str, Any], taught: list[str], told: dict[str,
     """The reasons in `told` (by teacher) that are for the label which the row is taught with."""
     if row["label"] is not None:
         return list(told.values())
-    said = {who: row[f"p_{who}"] for who in taught if row[f"p_{who}"] is not None}
+    said = {who: row[f"probabilities_{who}"] for who in taught if row[f"probabilities_{who}"] is not None}
     together = [sum(column) for column in zip(*said.values(), strict=True)]
     top = together.index(max(together))
     return [reason for who, reason in told.items() if said[who].index(max(said[who])) == top]
@@ -209,7 +209,7 @@ def write_table(path: Path, rows: list[dict[str, Any]], teachers: list[str] | No
         pa.field(key, pa.string()) for key in (*INPUT_COLUMNS, *free, *(["rationale"] if teachers is not None else []))
     ]
     for who in teachers or []:
-        fields += [pa.field(f"p_{who}", pa.list_(pa.float32())), pa.field(f"fold_{who}", pa.int64())]
+        fields += [pa.field(f"probabilities_{who}", pa.list_(pa.float32())), pa.field(f"fold_{who}", pa.int64())]
         fields += [pa.field(f"answer_{who}", pa.string())] if any(row.get(f"answer_{who}") for row in rows) else []
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), file)

@@ -40,11 +40,11 @@ class TrainingRows:
 
 
 def select_pseudo_labels(rows: pd.DataFrame, phase: PhaseConfig) -> np.ndarray:
-    """Which of `rows` (label, `p_<teacher>`) `phase.pseudo_labels` leaves [n]: all with a gold label, and of the others
-    those whose teachers are sure enough of one label, or agree on it."""
+    """Which of `rows` (label, `probabilities_<teacher>`) `phase.take` leaves [n]: all with a gold label, and of the
+    others those whose teachers are sure enough of one label, or agree on it."""
     keep = rows["label"].notna().to_numpy(copy=True)
     for i in np.flatnonzero(~keep):
-        said = [rows[f"p_{teacher}"][i] for teacher in phase.teachers]
+        said = [rows[f"probabilities_{teacher}"][i] for teacher in phase.teachers]
         said = np.stack([p for p in said if p is not None] or [[0.0]])
         mean = said.mean(0)
         agree = (said.argmax(-1) == mean.argmax()).all()
@@ -57,7 +57,7 @@ def phase_rows(
 ) -> TrainingRows:
     """The rows of `phase` out of a student's `rows.parquet`, with its teachers' distributions mixed.
 
-    frame: columns where, text, label, `p_<teacher>` (probabilities over `labels`), and where they are wanted
+    frame: columns split_ref, text, label, `probabilities_<teacher>` (over `labels`), and where they are wanted
     `fold_<teacher>` and rationale. scores: each teacher's validation accuracy, for `mix: validation`.
     A row that no teacher of the phase has a signal for is left out; of several teachers, those that have one count.
     Raises UserError when a phase finds no row, or no rationale that it should learn from.
@@ -67,7 +67,9 @@ def phase_rows(
         return question_rows(rows, phase)
     if phase.teachers and phase.pseudo_labels != PseudoLabelFilter():
         rows = rows[select_pseudo_labels(rows, phase)].reset_index(drop=True)
-    told = np.stack([rows[f"p_{teacher}"].notna() for teacher in phase.teachers]) if phase.teachers else None
+    told = (
+        np.stack([rows[f"probabilities_{teacher}"].notna() for teacher in phase.teachers]) if phase.teachers else None
+    )
     if told is not None and not told.all():
         rows, told = rows[told.any(0)].reset_index(drop=True), told[:, told.any(0)]
     if rows.empty:
@@ -90,7 +92,7 @@ def phase_rows(
     if not phase.teachers:
         return out
     equally = np.full(len(labels), 1 / len(labels))
-    said = [[equally if p is None else p for p in rows[f"p_{teacher}"]] for teacher in phase.teachers]
+    said = [[equally if p is None else p for p in rows[f"probabilities_{teacher}"]] for teacher in phase.teachers]
     stack = np.stack([np.stack(of_one) for of_one in said])
     logprobs = torch.from_numpy(stack).double().log()
     if phase.mix == "confidence":
