@@ -32,13 +32,12 @@ from distillery.models.save import save_model
 from distillery.report.model_card import render_card
 from distillery.tasks.prompts import chat_turns, render_prompt
 from distillery.tasks.schema import Task, TaskPrompt, load_task
-from distillery.training.phase_loss import PhaseTrainerMixin
 from distillery.training.rows import TrainingRows, phase_rows
 from distillery.training.run import last_whole_checkpoint, run_key, train_phase, train_phases
 from distillery.training.sampler import LengthGroupedSampler
 from distillery.training.student import build_student, load_student
 from distillery.training.teacher_models import OpenableTeacher
-from distillery.training.trainers import OnPolicyTrainer, build_trainer, count_optimizer_steps
+from distillery.training.trainers import OnPolicyTrainer, PhaseTrainerMixin, build_trainer, count_optimizer_steps
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 LABELS = TASK.names
@@ -347,7 +346,7 @@ def test_divergences_over_the_vocabulary_are_those_at_the_told_tokens(tiny_model
         assert found["ce"] == pytest.approx(np.mean(answers), rel=1e-4)
         assert found["rationale"] == pytest.approx(np.mean(reasons), rel=1e-4)
         assert found["loss"] == pytest.approx(sum(loss[term] * found[term] for term in loss), rel=1e-5)
-    kept = list(tmp_path.glob("*/tokens.npy"))
+    kept = list(tmp_path.glob("*/token_logprobs.npy"))
     assert len(kept) == 1 and np.load(kept[0]).shape[0] == n  # asked once for both
 
 
@@ -482,21 +481,19 @@ def test_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(tiny_model
     for i, fold in enumerate(frame["fold_one"]):
         model = teacher(tiny_models, "classifier", SHORT, seed=10 + fold)
         with torch.no_grad():
-            states = model.forward(
-                model.encode([frame["text"][i]]), layers=trainer.layers and [1, 2, 3, 4]
-            ).hidden_states
-        assert torch.allclose(trainer.signals["one"].hidden([i])[0], states[0], atol=1e-5)
+            states = model.forward(model.encode([frame["text"][i]]), layers=[1, 2, 3, 4]).hidden_states
+        assert torch.allclose(trainer.signals.outputs["one"].hidden_states([i])[0], states[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("longest", [2, 9])
 def test_on_policy_the_loss_is_a_mean_over_the_tokens_that_were_written(tiny_models, tmp_path, monkeypatch, longest):
-    written, sample = [], OnPolicyTrainer.sample
+    written, sample = [], OnPolicyTrainer.sample_answers
 
     def listening(self, picked, k):
         written.append((picked, sample(self, picked, k)))
         return written[-1][1]
 
-    monkeypatch.setattr(OnPolicyTrainer, "sample", listening)
+    monkeypatch.setattr(OnPolicyTrainer, "sample_answers", listening)
     frame = toy(6).assign(fold_one=-1)
     student = learner(tiny_models, "causal", SHORT, scale=3, prompt="plain")
     says = teacher(tiny_models, "causal", SHORT)
@@ -554,7 +551,7 @@ def test_on_policy_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(
     assert not opened  # nobody has written anything yet
     picked = [0, 1, 2, 3, 4, 5]
     written = [([5 + i, 6], 0) for i in picked]
-    (said,) = trainer.teacher_logprobs(picked, written)
+    (said,) = trainer.signals.token_logprobs(trainer.completions.micro_batch(picked, written))
     assert sorted(opened) == [-1, 0, 1]
     for i, fold in enumerate([0, 1, -1, 1, 0, -1]):
         model = teacher(tiny_models, "causal", SHORT, seed=10 + fold)

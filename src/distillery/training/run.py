@@ -16,7 +16,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from distillery.config.schema import StudentConfig, TrainingConfig
+from distillery.config.schema import PhaseConfig, StudentConfig
 from distillery.files import atomic_write, raise_if_disk_full
 from distillery.fingerprint import code_digest
 from distillery.models.fast_cpu import restore_full_embedding
@@ -51,7 +51,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 def train_phase(
     student: LabelModel,
     rows: TrainingRows,
-    spec: TrainingConfig,
+    phase: PhaseConfig,
     *,
     folder: Path,
     seed: int,
@@ -69,7 +69,7 @@ def train_phase(
         trainer = build_trainer(
             student,
             rows,
-            spec,
+            phase,
             folder=folder,
             seed=seed,
             title=title,
