@@ -469,6 +469,9 @@ def test_reasons_are_for_the_label_that_a_row_is_taught_with():
     row = {"label": None, "probabilities_a": [0.6, 0.4], "probabilities_b": [0.1, 0.9], "probabilities_c": None}
     assert _agreeing_rationales(row, ["a", "b", "c"], {"a": "up", "b": "down"}) == ["down"]
     assert _agreeing_rationales(row | {"label": "x"}, ["a", "b", "c"], {"a": "up", "b": "down"}) == ["up", "down"]
+    # an unparsed answer has no label for which its rationale could be
+    assert _agreeing_rationales(row, ["a", "b", "c"], {"b": "down", "c": "?"}) == ["down"]
+    assert _agreeing_rationales(row, ["c"], {"c": "?"}) == []
 
     class Held(StageTables):
         def __init__(self):
