@@ -673,7 +673,7 @@ def run(kind: str, folder: str, out: str) -> None:
     ]
     lengths = [{"steps": 40, "batch_size": 4}, {"steps": 40, "batch_size": 2, "accumulate": 2}]
     phases = [phase(**more, **n).model_dump() for more, n in zip(PHASES.get(kind, label_space), lengths, strict=True)]
-    spec = StudentConfig(**SPECS[kind], phases=phases, checkpoint_every=10)
+    spec = StudentConfig(**SPECS[kind], phases=phases)
     student = build_student(spec, Path(folder) / f"tiny-{KINDS[spec.arch]}", SHORT, 0)
     boxes = white_boxes(Path(folder), Path(out) / "signals", one="causal")
     history, watched = train_phases(
@@ -685,6 +685,7 @@ def run(kind: str, folder: str, out: str) -> None:
         validation=toy(6, 1),
         test=toy(6, 2),
         teachers=boxes,
+        checkpoint_every=10,
     )
     save_model(student.model, student.tokenizer, Path(out) / "model")
     history.to_csv(Path(out) / "history.csv", index=False)
