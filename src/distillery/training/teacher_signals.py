@@ -68,7 +68,7 @@ class TeacherSignals:
                 self._collect(name)
 
     def _collect(self, name: str) -> None:
-        """Compute what the teacher `name` gives for all rows, or read it from the cache."""
+        """Compute the outputs of teacher `name` for all rows, or read them from the cache."""
         phase, rows, teacher = self.phase, self.rows, self.teachers[name]
         layers: list[int] = []
         if phase.needs_hidden_states:

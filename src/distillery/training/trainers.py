@@ -35,7 +35,7 @@ class PhaseTrainerMixin:
     A batch of the data loader holds the indices of its rows; :meth:`get_batch_samples` turns it into a `MicroBatch`.
     """
 
-    # Trainer would divide by the micro-batches once more; our denominators span the whole optimizer step.
+    # Trainer would divide by the micro-batches once more; the denominators here span the whole optimizer step
     loss_is_scaled_for_ga = True
 
     def prepare(
