@@ -22,21 +22,24 @@ import torch
 
 import tiny
 from distillery import metrics
-from distillery.config.schema import PhaseConfig, StudentConfig
+from distillery.config.schema import FinetuneConfig, PhaseConfig, StudentConfig
 from distillery.errors import UserError
 from distillery.models.fast_cpu import BitDropout
-from distillery.models.label_model import LabelModel
+from distillery.models.label_model import LabelModel, ModelOutput
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.predictions import predict_rows, score_predictions
 from distillery.models.save import save_model
 from distillery.report.model_card import render_card
 from distillery.tasks.prompts import chat_turns, render_prompt
 from distillery.tasks.schema import Task, TaskPrompt, load_task
+from distillery.training.completions import ANSWER, RATIONALE, SAMPLED, MicroBatch, PhaseCompletions, StepCounts
+from distillery.training.phase_loss import PhaseLoss
 from distillery.training.rows import TrainingRows, phase_rows
 from distillery.training.run import last_whole_checkpoint, run_key, train_phase, train_phases
 from distillery.training.sampler import LengthGroupedSampler
 from distillery.training.student import build_student, load_student
 from distillery.training.teacher_models import OpenableTeacher
+from distillery.training.teacher_signals import TeacherSignals
 from distillery.training.trainers import OnPolicyTrainer, PhaseTrainerMixin, build_trainer, count_optimizer_steps
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
@@ -297,6 +300,41 @@ def test_the_logged_loss_is_the_one_worked_out_by_hand(tiny_models, tmp_path, ar
             assert history["loss"][0] == pytest.approx(total, rel=1e-4)
 
 
+def test_the_terms_of_micro_batches_add_up_to_those_of_the_step():
+    """Without a trainer: outputs and counts in, the weighted terms out."""
+    rng = np.random.default_rng(0)
+    logits, p = torch.from_numpy(rng.normal(size=(5, 3))), torch.from_numpy(rng.dirichlet(np.ones(3), 5))
+    rows = TrainingRows(list("abcde"), np.array([0, 1, 2, 0, 1]), logprobs=p.log())
+    spec = phase({"ce": 0.3, "kl": 0.7}, temperature=2.0)
+    student = SimpleNamespace(arch="classifier", model=None)
+    loss = PhaseLoss(spec, rows, PhaseCompletions(student, rows, spec), TeacherSignals(spec, rows, {}, student, 0))
+    batches = [MicroBatch([0, 3]), MicroBatch([1, 2, 4])]
+    counts = StepCounts.of(batches)
+    assert counts == StepCounts(rows=5, answer_tokens=0, rationale_tokens=0, compared_tokens=0)
+    parts = [loss(ModelOutput(logits[batch.rows]), batch, counts) for batch in batches]
+    ce = -logits.log_softmax(-1)[range(5), rows.targets].mean()
+    q, t = (logits / 2).log_softmax(-1), p.sqrt() / p.sqrt().sum(-1, keepdim=True)
+    kl = 4 * (t * (t.log() - q)).sum(-1).mean()
+    for term, expected in {"ce": ce, "kl": kl}.items():
+        assert sum(values[term] for _, values in parts).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sum(total for total, _ in parts).item() == pytest.approx((0.3 * ce + 0.7 * kl).item(), rel=1e-6)
+
+
+def test_every_supervised_token_has_a_kind_and_a_denominator():
+    answer, rationale, sampled = ([5, 6], 0), ([5, 6, 7, 8, 9], 2), ([4, 3, 2, 1], 0)
+    data = MicroBatch([0, 1], [[answer, rationale], [answer]])
+    assert data.token_kinds == [ANSWER] * 2 + [RATIONALE] * 3 + [ANSWER] * 2 and data.compared_tokens == [5, 2]
+    own = MicroBatch([2], [[answer, sampled]], [sampled])
+    assert own.token_kinds == [ANSWER] * 2 + [SAMPLED] * 4 and own.compared_tokens == [4]
+    assert StepCounts.of([data, own]) == StepCounts(3, answer_tokens=6, rationale_tokens=3, compared_tokens=11)
+
+
+def test_fine_tuning_is_a_phase_on_gold_labels():
+    spec = FinetuneConfig(on="toy/train", steps=7, learning_rate=1e-3, warmup=0.2, lora={"r": 4})
+    expected = phase({"ce": 1.0}, steps=7, warmup=0.2)
+    assert spec.as_phase() == expected
+
+
 # ------------------------------------------------------------------------------- tokens and hidden states, by hand
 
 REASONS = ["profit rose", None, "sales fell and the loss grew", "it was held", None, "operating profit"]
@@ -447,15 +485,28 @@ def test_states_of_another_width_are_projected_and_the_projection_learns_and_goe
         return LabelModel(BertForSequenceClassification(config).eval(), tokenizer, SHORT, "classifier")
 
     student = learner(tiny_models, "classifier", SHORT, scale=3)
-    box = {"one": OpenableTeacher(narrow, "narrow", 4, tmp_path)}
+    box = {name: OpenableTeacher(narrow, "narrow", 4, tmp_path) for name in ("one", "one-1.5")}
     frame = toy(12).assign(fold_one=-1)
-    spec = phase({"hidden": 1.0}, batch_size=6, steps=60, learning_rate=1e-2)
+    frame = frame.rename(columns={f"{column}_one": f"{column}_one-1.5" for column in ("probabilities", "fold")})
+    spec = phase({"hidden": 1.0}, teachers=["one-1.5"], batch_size=6, steps=60, learning_rate=1e-2)
     rows = phase_rows(frame, spec, LABELS)
     history = train_phase(student, rows, spec, folder=tmp_path / "run", seed=0, teachers=box)
     assert history["hidden"].iloc[-1] < 0.5 * history["hidden"].iloc[0]
     assert not any("projections" in name for name, _ in student.model.named_parameters())
+    frame = toy(12).assign(fold_one=-1)
     with pytest.raises(UserError, match="^phases: loss.pkd: teacher `one`: student and teacher must be two equal"):
         one_step(student, phase({"pkd": 1.0}), frame, tmp_path / "wrong", box)
+
+
+def test_a_student_does_not_depend_on_whether_teacher_outputs_are_cached(tiny_models, tmp_path):
+    """Loading a teacher seeds the global generator, from which dropout draws."""
+    frame, spec, weights = toy(12).assign(fold_one=-1), phase({"pkd": 1.0}, batch_size=6), []
+    for k in range(2):  # the second student finds the outputs that were stored for the first
+        student = learner(tiny_models, "classifier", SHORT, dropout=True)
+        boxes = white_boxes(tiny_models, tmp_path / "signals", one="classifier")
+        one_step(student, spec, frame, tmp_path / str(k), boxes)
+        weights.append(student.model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(tiny_models, tmp_path):

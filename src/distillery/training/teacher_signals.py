@@ -60,7 +60,7 @@ class TeacherSignals:
         self.outputs: dict[str, TeacherOutputs] = {}
         self.layer_pairs: dict[str, list[tuple[int, int]]] = {}
         self.student_layers: list[int] = []
-        self.projections = torch.nn.ModuleDict()
+        self.projections: dict[str, torch.nn.ModuleList] = {}
         self.opened: dict[tuple[str, int], LabelModel] = {}  # models that score sampled answers
         self.folds = {name: (rows.teacher_folds or {}).get(name, [-1] * len(rows)) for name in phase.teachers}
         if phase.needs_token_logprobs or phase.needs_hidden_states:
@@ -99,7 +99,8 @@ class TeacherSignals:
 
     def _open(self, name: str, fold: int) -> LabelModel:
         """The model of teacher `name` for rows of `fold`. Raises UserError when its tokens are not the student's."""
-        model = self.teachers[name].open_fold(fold)
+        with torch.random.fork_rng():  # loading seeds it, and dropout shall not depend on what the cache holds
+            model = self.teachers[name].open_fold(fold)
         model.model.eval()
         if self.rows.answers is not None:
             model.set_answers(self.rows.answers)

@@ -56,7 +56,8 @@ class PhaseTrainerMixin:
         self.signals = TeacherSignals(phase, rows, teachers, student, seed)
         self.phase_loss = PhaseLoss(phase, rows, self.completions, self.signals)
         if self.signals.projections:
-            self.model.projections = self.signals.projections  # so that the optimizer trains them
+            # so that the optimizer trains them; in a list, since names of teachers may hold dots
+            self.model.projections = torch.nn.ModuleList(self.signals.projections.values())
         use_bit_dropout(self.model)
         if student.arch == "classifier":  # other models' embeddings are also their output head
             used = {student.tokenizer.pad_token_id, *(token for ids in self.token_ids for token in ids)}
@@ -99,12 +100,12 @@ class PhaseTrainerMixin:
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.signals.projections:  # of a model with adapters, these alone are saved
-            save_file(self.signals.projections.state_dict(), Path(output_dir) / "projections.safetensors")
+            save_file(self.model.projections.state_dict(), Path(output_dir) / "projections.safetensors")
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(checkpoint, model)
         if self.signals.projections:
-            self.signals.projections.load_state_dict(load_file(Path(checkpoint) / "projections.safetensors"))
+            self.model.projections.load_state_dict(load_file(Path(checkpoint) / "projections.safetensors"))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log `logs`, and with a training loss the mean of each term since the last logged step."""
