@@ -206,9 +206,9 @@ def test_of_the_pool_only_sure_or_agreed_labels_are_taken():
         return frame["text"].iloc[list(rows)].tolist()
 
     assert texts() == texts_of(0, 1, 2, 3, 4, 5)  # rows with a gold label stay whatever the teachers predict
-    assert texts(agree=True) == texts_of(0, 1, 3, 4, 5)
-    assert texts(confidence=0.6) == texts_of(0, 1, 4, 5) and texts(confidence=0.6, agree=True) == texts_of(0, 1, 4, 5)
-    assert texts(confidence=0.8) == texts_of(0, 1, 4)
+    assert texts(agreement=True) == texts_of(0, 1, 3, 4, 5)
+    assert texts(min_confidence=0.6) == texts(min_confidence=0.6, agreement=True) == texts_of(0, 1, 4, 5)
+    assert texts(min_confidence=0.8) == texts_of(0, 1, 4)
 
 
 def test_a_row_is_taught_by_the_teachers_with_a_signal_and_left_out_without():
@@ -591,10 +591,10 @@ def test_on_policy_the_loss_is_a_mean_over_the_tokens_that_were_written(tiny_mod
 
 def test_on_policy_answers_are_drawn_at_the_sampling_temperature_of_the_phase():
     trainer, calls = OnPolicyTrainer.__new__(OnPolicyTrainer), []
-    trainer.spec = phase({"kl": 1.0}, space="vocabulary", on_policy=1.0, sampling_temperature=0.5, temperature=3.0)
-    trainer.seed, trainer.ids, trainer.state = 0, [[1]], SimpleNamespace(global_step=0)
+    trainer.phase = phase({"kl": 1.0}, space="vocabulary", on_policy=1.0, sampling_temperature=0.5, temperature=3.0)
+    trainer.seed, trainer.token_ids, trainer.state = 0, [[1]], SimpleNamespace(global_step=0)
     trainer.student = SimpleNamespace(generate_tokens=lambda ids, **settings: calls.append(settings) or [[2]])
-    assert trainer.sample([0], 0) == [([2], 0)]
+    assert trainer.sample_answers([0], 0) == [([2], 0)]
     assert calls[0]["temperature"] == 0.5
     assert PhaseConfig.model_fields["sampling_temperature"].default == 1.0
 

@@ -31,7 +31,7 @@ INPUT_COLUMNS = ("split_ref", "id", "text", "label", "group")
 
 # of an endpoint: its key, pace and limits of cost decide nothing of its answers
 API_KEYS_WITHOUT_EFFECT = {
-    *("key", "concurrency", "requests_per_minute", "timeout", "attempts"),
+    *("key", "concurrency", "requests_per_minute", "timeout", "max_attempts"),
     *("price", "max_cost", "max_total_tokens"),
 }
 
@@ -58,7 +58,8 @@ def task_of_source(root: Path, source: str, whole: bool) -> dict[str, Any]:
     The order of `labels` is that of probability vectors. `perturbations` are left out: no model sees them.
     """
     task = Task.model_validate(_read_json(root, f"data/processed/{source}/task.json"))
-    return (task if whole else Task(kind=task.kind, labels=dict.fromkeys(task.names, ""))).model_dump()
+    task = task if whole else Task(kind=task.kind, labels=dict.fromkeys(task.names, ""))
+    return task.model_dump(exclude={"perturbations"})
 
 
 def model_record(root: Path, params: Params, name: str) -> dict[str, Any]:

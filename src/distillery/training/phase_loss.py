@@ -39,7 +39,7 @@ class PhaseLoss:
     def requested_outputs(self) -> dict[str, object]:
         """The keyword arguments of :meth:`LabelModel.forward` that return what the terms need; no prompt's logits."""
         return {
-            "label_space": bool(self.divergences and self.phase.space == "labels") or "prior" in self.weights,
+            "label_space": bool(self.divergences and self.phase.space == "labels") or "label_prior" in self.weights,
             "layers": self.signals.student_layers,
             "activation_maps": "attention" in self.weights,
         }
@@ -60,11 +60,11 @@ class PhaseLoss:
             others["uld"] = self._logit_distance(outputs.completion_logits, batch, counts)
         if self.hidden_state_terms:
             others |= self._hidden_state_terms(outputs, batch, counts)
-        if "prior" in self.weights:
+        if "label_prior" in self.weights:
             penalty = losses.shortcut_penalty(
                 outputs.label_logits, self.rows.label_prior.to(outputs.label_logits.device)
             )
-            others["prior"] = penalty * len(batch.rows) / counts.rows
+            others["label_prior"] = penalty * len(batch.rows) / counts.rows
         for term, value in others.items():
             total = total + self.weights[term] * value
         return total, values | others

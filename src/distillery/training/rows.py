@@ -40,15 +40,16 @@ class TrainingRows:
 
 
 def select_pseudo_labels(rows: pd.DataFrame, phase: PhaseConfig) -> np.ndarray:
-    """Which of `rows` (label, `probabilities_<teacher>`) `phase.take` leaves [n]: all with a gold label, and of the
-    others those whose teachers are sure enough of one label, or agree on it."""
+    """Which of `rows` (label, `probabilities_<teacher>`) pass `phase.pseudo_labels` [n]: all with a gold label, and of
+    the others those whose teachers are sure enough of one label, or agree on it."""
     selected = rows["label"].notna().to_numpy(copy=True)
     for i in np.flatnonzero(~selected):
         by_teacher = [rows[f"probabilities_{teacher}"][i] for teacher in phase.teachers]
         probabilities = np.stack([p for p in by_teacher if p is not None] or [[0.0]])
         mean = probabilities.mean(0)
         agree = (probabilities.argmax(-1) == mean.argmax()).all()
-        selected[i] = mean.max() >= phase.take.confidence and (agree or not phase.take.agree)
+        sure = mean.max() >= phase.pseudo_labels.min_confidence
+        selected[i] = sure and (agree or not phase.pseudo_labels.agreement)
     return selected
 
 
@@ -66,7 +67,7 @@ def phase_rows(
     if list(labels) == list(ANSWER_LABELS) and len(rows):
         return question_rows(rows, phase)
     if phase.teachers:
-        if phase.take != PseudoLabelFilter():
+        if phase.pseudo_labels != PseudoLabelFilter():
             rows = rows[select_pseudo_labels(rows, phase)].reset_index(drop=True)
         rows = rows[_has_signal(rows, phase).any(0)].reset_index(drop=True)
     if rows.empty:
@@ -75,7 +76,7 @@ def phase_rows(
     training_rows = TrainingRows(rows["text"].tolist(), np.array([index.get(label, -1) for label in rows["label"]]))
     if phase.trains_on_rationales:
         training_rows.rationales = _row_rationales(rows, phase)
-    if "prior" in phase.loss:
+    if "label_prior" in phase.loss:
         gold = frame["label"].map(index).dropna().to_numpy(int, copy=True)
         counts = torch.bincount(torch.from_numpy(gold), minlength=len(labels))
         training_rows.label_prior = counts.double() if counts.sum() else torch.ones(len(labels))
@@ -149,7 +150,7 @@ def question_rows(rows: pd.DataFrame, phase: PhaseConfig) -> TrainingRows:
 
     Raises UserError for a loss or an order that needs a distribution over labels, and for a row without an answer.
     """
-    label_terms = {"prior", "rationale", *(DIVERGENCES if phase.space == "labels" else ())}
+    label_terms = {"label_prior", "rationale", *(DIVERGENCES if phase.space == "labels" else ())}
     wrong = [f"loss.{term}" for term in phase.loss if term in label_terms]
     wrong += ["order: confidence"] if phase.order == "confidence" else []
     wrong += ["rationales"] if phase.rationales else []

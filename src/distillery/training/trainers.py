@@ -168,7 +168,7 @@ class OnPolicyTrainer(PhaseTrainerMixin, GKDTrainer):
         generated = self.student.generate_tokens(
             [self.token_ids[i] for i in rows],
             max_new_tokens=self.phase.max_new_tokens,
-            temperature=1.0,
+            temperature=self.phase.sampling_temperature,
             seed=int(rng.integers(2**31)),
             batch_size=len(rows),
         )

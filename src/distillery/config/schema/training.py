@@ -69,6 +69,8 @@ class FinetuneConfig(TrainingConfig):
     lora: LoraSettings | None = None
     """Adapters to train instead of all weights."""
     folds: Literal[0] | Annotated[int, Field(ge=2)] = 2
+    """Copies of the teacher that are each tuned without one part of the rows, for signals on these rows. 0: none; the
+    teacher then gives no signals for the rows it was tuned on."""
 
     def as_phase(self) -> PhaseConfig:
         """The same gradient descent as a phase: the cross-entropy of the gold labels of `on`."""
