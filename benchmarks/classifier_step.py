@@ -48,11 +48,11 @@ from distillery.models.fetch import fetch_model
 from distillery.models.label_model import LabelModel
 from distillery.models.load import load_model, load_tokenizer
 from distillery.tasks.schema import Task, load_task
-from distillery.training.phase_loss import PhaseTrainerMixin
+from distillery.training.completions import StepCounts
 from distillery.training.rows import TrainingRows
 from distillery.training.student import build_student
 from distillery.training.teacher_models import OpenableTeacher
-from distillery.training.trainers import build_trainer
+from distillery.training.trainers import PhaseTrainerMixin, build_trainer
 
 BATCH, EPOCHS, ROWS, STEPS, CHECKED = 16, 3, 320, {"plain": 11, "ours": 21}, 3
 LOSS, TEMPERATURE = {"ce": 0.5, "kl": 0.5, "pkd": 1.0}, 2.0
@@ -226,8 +226,9 @@ def loss_of(trainer: Any, rows: list[int]) -> torch.Tensor:
         batch = trainer.data_collator([trainer.train_dataset[i] for i in rows])
         with torch.autocast("cpu", torch.bfloat16, enabled=trainer.args.bf16):  # which `train` would switch on
             return trainer.compute_loss(trainer.model, batch)
-    trainer.supervised = {"rows": len(rows), "compared": 0}
-    return trainer.compute_loss(trainer.model, {"index": torch.tensor(rows), "sampled": None})
+    batch = trainer.completions.micro_batch(rows)
+    trainer.counts = StepCounts.of([batch])
+    return trainer.compute_loss(trainer.model, {"micro_batch": batch})
 
 
 def examine(trainer: Any, seen: Seen) -> None:
@@ -239,8 +240,8 @@ def examine(trainer: Any, seen: Seen) -> None:
             loss_of(trainer, order[a : a + BATCH]).backward()
     seen.flops = counted.get_total_flops() / CHECKED
     trainer.model.zero_grad()
-    if hasattr(trainer, "terms"):
-        trainer.terms.clear()
+    if hasattr(trainer, "term_values"):
+        trainer.term_values.clear()
 
 
 def main(rounds: int = 3) -> None:

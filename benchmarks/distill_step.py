@@ -43,6 +43,7 @@ from distillery.models.load import load_model, load_tokenizer
 from distillery.models.packed.token_tree import common_prefix
 from distillery.tasks.prompts import chat_turns
 from distillery.tasks.schema import Task, load_task
+from distillery.training.completions import StepCounts
 from distillery.training.rows import TrainingRows
 from distillery.training.student import build_student
 from distillery.training.teacher_models import OpenableTeacher
@@ -229,19 +230,18 @@ def with_ours(folder: Path, task: Task, rationales: bool, seen: Measured, check:
         if check:
             student.model.eval()
             for a in range(0, 3 * BATCH, BATCH):
-                picked = list(range(a, a + BATCH))
-                kinds = trainer.kinds(picked, None)
-                trainer.supervised = {"rows": BATCH, "compared": len(kinds)}
-                batch = {"index": torch.tensor(picked), "sampled": None}
-                seen.tokens += len(kinds) / 3
+                batch = trainer.completions.micro_batch(list(range(a, a + BATCH)))
+                trainer.counts = StepCounts.of([batch])
+                seen.tokens += trainer.counts.compared_tokens / 3
             with FlopCounterMode(display=False) as counted:
-                trainer.compute_loss(trainer.model, batch).backward()
+                trainer.compute_loss(trainer.model, {"micro_batch": batch}).backward()
             seen.flops = counted.get_total_flops()
             trainer.model.zero_grad()
-            trainer.terms.clear()
+            trainer.term_values.clear()
         trainer.train()
         if check:
-            print(f"  signals: {trainer.signals['smollm2'].bytes_a_token:,.0f} bytes a supervised token on the disk")
+            size = trainer.signals.outputs["smollm2"].bytes_a_token
+            print(f"  signals: {size:,.0f} bytes a supervised token on the disk")
     seen.seconds += np.diff(clock.ends).tolist()
     seen.peak = max(seen.peak, peak())
 

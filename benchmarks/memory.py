@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distillery.config.load import load_params
-from distillery.config.schema import StudentConfig, TrainingConfig
+from distillery.config.schema import PhaseConfig, StudentConfig
 from distillery.files import atomic_write
 from distillery.models.fetch import fetch_model
 from distillery.models.layers import count_parameters, transformer_body
@@ -91,7 +91,7 @@ def measure(kind: str, layers: str, r: int, batch: int, steps: int) -> dict[str,
     folder = fetch_model("smollm2", load_params().models["smollm2"])
     task = load_task("finance-sentiment")
     rows = [f"Operating profit of company {i} rose to EUR 13.1 mn from EUR 8.7 mn in the quarter." for i in range(64)]
-    phase = TrainingConfig(steps=steps, learning_rate=1.0e-5, batch_size=batch)
+    phase = PhaseConfig(data=["finance/train"], loss={"ce": 1.0}, steps=steps, learning_rate=1.0e-5, batch_size=batch)
     before = psutil.Process().memory_info().rss
     student = build_student(spec, folder, task, seed=0)
     with tempfile.TemporaryDirectory() as scratch:

@@ -316,7 +316,8 @@ def learn(
 ) -> list[tuple[Path, dict[str, Any]]]:
     """A student after each of its phases (and `untrained`): the folder of its answers, and its cost so far.
 
-    frame: where, text, label, `p_<teacher>`. asked: the rows (text, label) that it answers, `validation` among them.
+    frame: split_ref, text, label, `probabilities_<teacher>`. asked: the rows (text, label) that it answers,
+    `validation` among them.
     Students that begin with the same phases on the same rows share those parts.
     """
     names = task().names
@@ -534,7 +535,7 @@ def run(board: Board, settings: Settings, student: str, rows: pd.DataFrame, seed
         for part in ("train", "validation"):
             mine = rows[rows["split_ref"] == f"50agree/{part}"]
             report(f"seed {seed}, {name}, {part}", mine, said[mine.index])
-        frame = frame.assign(**{f"p_{name}": list(said)})
+        frame = frame.assign(**{f"probabilities_{name}": list(said)})
     unanimous = frame[(frame["split_ref"] == "50agree/train") & frame["allagree"]]
     frame = pd.concat([frame, unanimous.assign(split_ref="allagree/train")], ignore_index=True)
     bare = spec.model not in settings.starts

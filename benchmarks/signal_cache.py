@@ -99,7 +99,7 @@ def vocabulary_errors(
             if k is None:
                 wrong = (losses.kl(ours, kept.logprobs(part), temperature) - exact).abs()
             elif temperature == 1:
-                wrong = (losses.kl_top_k(ours, *kept.top(part)) - exact).abs()
+                wrong = (losses.kl_top_k(ours, *kept.top_k(part)) - exact).abs()
             else:  # what is kept would give this loss, if a phase took it
                 values, indices, tail = losses.to_top_k(full, k)
                 cut = losses.kl_top_k(ours / temperature, values / temperature, indices, tail / temperature)

@@ -29,6 +29,7 @@ from distillery.models.load import load_model, load_tokenizer
 from distillery.models.packed.token_tree import common_prefix
 from distillery.tasks.prompts import chat_turns
 from distillery.tasks.schema import load_task
+from distillery.training.completions import StepCounts
 from distillery.training.rows import TrainingRows
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
@@ -181,10 +182,10 @@ def trainer_of(
 
 def first_loss(trainer: Any) -> tuple[int, float]:
     """Supervised tokens of our trainer's first batch, and its loss."""
-    picked = list(range(4))
-    count = len(trainer.kinds(picked, None))
-    trainer.supervised = {"rows": 4, "compared": count}
-    return count, trainer.compute_loss(trainer.model, {"index": torch.tensor(picked), "sampled": None}).item()
+    batch = trainer.completions.micro_batch(list(range(4)))
+    trainer.counts = StepCounts.of([batch])
+    loss = trainer.compute_loss(trainer.model, {"micro_batch": batch})
+    return trainer.counts.compared_tokens, loss.item()
 
 
 class HeadRows:

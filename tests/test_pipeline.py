@@ -411,7 +411,16 @@ def test_a_student_finds_exactly_what_its_phases_name(base):
         "finance/augmented": sizes["finance/train"],  # one paraphrase a row
         "finance/train": sizes["finance/train"],
     }
-    assert rows.columns.tolist() == ["split_ref", "id", "text", "label", "group", "rationale", "p_lm", "fold_lm"]
+    assert rows.columns.tolist() == [
+        "split_ref",
+        "id",
+        "text",
+        "label",
+        "group",
+        "rationale",
+        "probabilities_lm",
+        "fold_lm",
+    ]
     assert (rows["label"].isna() == (rows["split_ref"] == "finance/pool")).all()
     signals = table(base / "data/teacher/lm/signals.parquet")
     signals["split_ref"] = signals["source"] + "/" + signals["split"]
@@ -419,13 +428,13 @@ def test_a_student_finds_exactly_what_its_phases_name(base):
     said = pd.concat([signals, augmented.assign(split_ref="finance/augmented")]).set_index(["split_ref", "id"])[
         "probabilities"
     ]
-    for where, name, given in zip(rows["split_ref"], rows["id"], rows["p_lm"], strict=True):
+    for where, name, given in zip(rows["split_ref"], rows["id"], rows["probabilities_lm"], strict=True):
         assert given == pytest.approx(said[where, name], abs=1e-7)
 
     mixed = table(base / "data/inputs/half-gkd/rows.parquet")
-    assert mixed["p_lm"].notna().all()
+    assert mixed["probabilities_lm"].notna().all()
     assert (
-        mixed["p_encoder"].notna() == (mixed["split_ref"] == "finance/pool")
+        mixed["probabilities_encoder"].notna() == (mixed["split_ref"] == "finance/pool")
     ).all()  # it teaches in the first phase only
     assert table(base / "data/inputs/tiny-gold/rows.parquet").columns.tolist() == list(rows.columns[:6])
     for split in ("validation", "test"):
@@ -457,9 +466,12 @@ def write_inputs(repo: Path) -> subprocess.CompletedProcess:
 
 def test_reasons_are_for_the_label_that_a_row_is_taught_with():
     """Not those that argue for another label, nor those of a teacher that the others outvote."""
-    row = {"label": None, "p_a": [0.6, 0.4], "p_b": [0.1, 0.9], "p_c": None}
+    row = {"label": None, "probabilities_a": [0.6, 0.4], "probabilities_b": [0.1, 0.9], "probabilities_c": None}
     assert _agreeing_rationales(row, ["a", "b", "c"], {"a": "up", "b": "down"}) == ["down"]
     assert _agreeing_rationales(row | {"label": "x"}, ["a", "b", "c"], {"a": "up", "b": "down"}) == ["up", "down"]
+    # an unparsed answer has no label for which its rationale could be
+    assert _agreeing_rationales(row, ["a", "b", "c"], {"b": "down", "c": "?"}) == ["down"]
+    assert _agreeing_rationales(row, ["c"], {"c": "?"}) == []
 
     class Held(StageTables):
         def __init__(self):

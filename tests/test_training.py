@@ -22,23 +22,25 @@ import torch
 
 import tiny
 from distillery import metrics
-from distillery.config.schema import PhaseConfig, StudentConfig
+from distillery.config.schema import FinetuneConfig, PhaseConfig, StudentConfig
 from distillery.errors import UserError
 from distillery.models.fast_cpu import BitDropout
-from distillery.models.label_model import LabelModel
+from distillery.models.label_model import LabelModel, ModelOutput
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.predictions import predict_rows, score_predictions
 from distillery.models.save import save_model
 from distillery.report.model_card import render_card
 from distillery.tasks.prompts import chat_turns, render_prompt
 from distillery.tasks.schema import Task, TaskPrompt, load_task
-from distillery.training.phase_loss import PhaseTrainerMixin
+from distillery.training.completions import ANSWER, RATIONALE, SAMPLED, MicroBatch, PhaseCompletions, StepCounts
+from distillery.training.phase_loss import PhaseLoss
 from distillery.training.rows import TrainingRows, phase_rows
 from distillery.training.run import last_whole_checkpoint, run_key, train_phase, train_phases
 from distillery.training.sampler import LengthGroupedSampler
 from distillery.training.student import build_student, load_student
 from distillery.training.teacher_models import OpenableTeacher
-from distillery.training.trainers import OnPolicyTrainer, build_trainer, count_optimizer_steps
+from distillery.training.teacher_signals import TeacherSignals
+from distillery.training.trainers import OnPolicyTrainer, PhaseTrainerMixin, build_trainer, count_optimizer_steps
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 LABELS = TASK.names
@@ -47,18 +49,18 @@ SHORT = TASK.model_copy(update={"prompt": TaskPrompt(template="{text}")})  # a t
 WORDS = SHORT.model_copy(
     update={"verbalizer": {"positive": "profit", "neutral": "profit rose", "negative": "net loss"}}
 )
-SAID = ("Operating profit rose.", "The meeting will be held in May.", "Sales fell and the loss grew.")
+SENTENCES = ("Operating profit rose.", "The meeting will be held in May.", "Sales fell and the loss grew.")
 
 
 def toy(n: int, seed: int = 0) -> pd.DataFrame:
-    """Rows that a student can tell apart, with two teachers that say different things of them."""
+    """Rows that a student can tell apart, with two teachers with different distributions for them."""
     rng = np.random.default_rng(seed)
     fillers = ["in", "the", "quarter", "of", "year", "this", "last", "company", "group", "said", "on", "Monday"]
-    texts = [f"{SAID[i % 3]} {' '.join(rng.choice(fillers, rng.integers(0, 6)))}" for i in range(n)]
+    texts = [f"{SENTENCES[i % 3]} {' '.join(rng.choice(fillers, rng.integers(0, 6)))}" for i in range(n)]
     frame = pd.DataFrame({"split_ref": "toy/train", "id": [f"t{i}" for i in range(n)], "text": texts})
     frame["label"] = [LABELS[i % 3] for i in range(n)]
     for name in ("one", "two"):
-        frame[f"p_{name}"] = list(rng.dirichlet(np.ones(3), n))
+        frame[f"probabilities_{name}"] = list(rng.dirichlet(np.ones(3), n))
     return frame
 
 
@@ -87,11 +89,11 @@ def teacher(folder: Path, arch: str, task: Task = TASK, seed: int = 1, prompt: s
     return LabelModel(model.eval(), tokenizer, task, arch, prompt=prompt)
 
 
-def white_boxes(folder: Path, cache: Path, **archs: str) -> dict[str, OpenableTeacher]:
-    def box(name: str, arch: str, seed: int) -> OpenableTeacher:
+def openable_teachers(folder: Path, cache: Path, **archs: str) -> dict[str, OpenableTeacher]:
+    def openable(name: str, arch: str, seed: int) -> OpenableTeacher:
         return OpenableTeacher(lambda fold: teacher(folder, arch, SHORT, seed), [name, arch], 4, cache)
 
-    return {name: box(name, arch, seed) for seed, (name, arch) in enumerate(archs.items(), 1)}
+    return {name: openable(name, arch, seed) for seed, (name, arch) in enumerate(archs.items(), 1)}
 
 
 def learner(folder: Path, arch: str, task: Task = TASK, *, dropout=False, scale=1, **more) -> LabelModel:
@@ -116,13 +118,13 @@ def test_a_classifier_keeps_the_embeddings_of_words_it_has_not_seen(tiny_models,
     before = student.model.get_input_embeddings()
     weight = before.weight.detach().clone()
     frame = toy(12)
-    seen = sorted({token for ids in student.encode(frame["text"].tolist()) for token in ids})
+    used = sorted({token for ids in student.encode(frame["text"].tolist()) for token in ids})
     trained(student, frame, phase({"ce": 1.0}, epochs=2, weight_decay=0.1), tmp_path)
     after = student.model.get_input_embeddings()
     assert after is before and after.weight.requires_grad
-    others = np.setdiff1d(np.arange(len(weight)), seen)
+    others = np.setdiff1d(np.arange(len(weight)), used)
     assert len(others) > 10 and torch.equal(after.weight[others], weight[others])
-    moved = (after.weight != weight).any(-1)[seen]
+    moved = (after.weight != weight).any(-1)[used]
     assert moved.all()
     assert not any("rows" in name for name in student.model.state_dict())
     dropouts = [module for module in student.model.modules() if isinstance(module, torch.nn.Dropout)]
@@ -167,7 +169,7 @@ def test_orders_follow_length_and_confidence_and_batches_hold_rows_of_like_lengt
 def test_a_phase_finds_its_rows_and_mixes_its_teachers():
     frame = toy(6)
     frame.loc[3:, "split_ref"], frame.loc[3:, "label"] = "toy/pool", None
-    one, two = (np.stack(frame[f"p_{name}"].to_list()) for name in ("one", "two"))
+    one, two = (np.stack(frame[f"probabilities_{name}"].to_list()) for name in ("one", "two"))
     gold = phase_rows(frame, phase({"ce": 1.0}), LABELS)
     assert gold.texts == frame["text"][:3].tolist() and gold.targets.tolist() == [0, 1, 2] and gold.logprobs is None
 
@@ -194,26 +196,26 @@ def test_of_the_pool_only_sure_or_agreed_labels_are_taken():
     frame.loc[2:, "split_ref"], frame.loc[2:, "label"] = "toy/pool", None
     one = [[0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.9, 0.1, 0.0], [0.5, 0.3, 0.2]]
     two = [[0.1, 0.9, 0.0], [0.1, 0.9, 0.0], [0.1, 0.9, 0.0], [0.4, 0.3, 0.3], [0.8, 0.1, 0.1], [0.9, 0.1, 0.0]]
-    frame["p_one"], frame["p_two"] = one, two
+    frame["probabilities_one"], frame["probabilities_two"] = one, two
 
     def texts(**pseudo_labels) -> list[str]:
         spec = phase({"kl": 1.0}, data=["toy/train", "toy/pool"], teachers=["one", "two"], pseudo_labels=pseudo_labels)
         return phase_rows(frame, spec, LABELS).texts
 
-    def where(*rows: int) -> list[str]:
+    def texts_of(*rows: int) -> list[str]:
         return frame["text"].iloc[list(rows)].tolist()
 
-    assert texts() == where(0, 1, 2, 3, 4, 5)  # rows with a gold label stay whatever the teachers say
-    assert texts(agreement=True) == where(0, 1, 3, 4, 5)
-    assert texts(min_confidence=0.6) == texts(min_confidence=0.6, agreement=True) == where(0, 1, 4, 5)
-    assert texts(min_confidence=0.8) == where(0, 1, 4)
+    assert texts() == texts_of(0, 1, 2, 3, 4, 5)  # rows with a gold label stay whatever the teachers predict
+    assert texts(agreement=True) == texts_of(0, 1, 3, 4, 5)
+    assert texts(min_confidence=0.6) == texts(min_confidence=0.6, agreement=True) == texts_of(0, 1, 4, 5)
+    assert texts(min_confidence=0.8) == texts_of(0, 1, 4)
 
 
-def test_a_row_is_taught_by_those_who_answered_and_by_nobody_if_none_did():
+def test_a_row_is_taught_by_the_teachers_with_a_signal_and_left_out_without():
     frame = toy(6)
-    one, two = (np.stack(frame[f"p_{name}"].to_list()) for name in ("one", "two"))
-    frame["p_one"] = [None if i in (1, 4) else p for i, p in enumerate(one)]
-    frame["p_two"] = [None if i in (2, 4) else p for i, p in enumerate(two)]
+    one, two = (np.stack(frame[f"probabilities_{name}"].to_list()) for name in ("one", "two"))
+    frame["probabilities_one"] = [None if i in (1, 4) else p for i, p in enumerate(one)]
+    frame["probabilities_two"] = [None if i in (2, 4) else p for i, p in enumerate(two)]
     for mix in ("uniform", "validation", "confidence"):
         both = phase({"kl": 1.0}, teachers=["one", "two"], mix=mix)
         rows = phase_rows(frame, both, LABELS, {"one": 0.5, "two": 0.5})
@@ -256,17 +258,17 @@ def by_hand(student: LabelModel, frame: pd.DataFrame, temperature: float) -> dic
             rendered = render_prompt(chat_turns(student.task, text), student.tokenizer)
             prompt = student.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
-            def told(answer, prompt=prompt, text=text):
+            def token_logprobs(answer, prompt=prompt, text=text):
                 ids = torch.tensor([prompt + answer])
                 logprobs = student.model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).detach().numpy()
                 return [logprobs[i, token] for i, token in enumerate(answer)]
 
             answers = [student.tokenizer(student.task.word(name))["input_ids"] for name in LABELS]
             nested = [student.tokenizer.eos_token_id]  # `profit` is where `profit rose` begins
-            logits.append([sum(told(answer + nested)) for answer in answers])
-            nll.append([-x for x in told(answers[gold] + nested)])
+            logits.append([sum(token_logprobs(answer + nested)) for answer in answers])
+            nll.append([-x for x in token_logprobs(answers[gold] + nested)])
     student.model.train()
-    z, p = np.asarray(logits), np.stack(frame["p_one"].to_list())
+    z, p = np.asarray(logits), np.stack(frame["probabilities_one"].to_list())
     log_s = z / temperature - np.log(np.exp(z / temperature).sum(1, keepdims=True))
     p = p ** (1 / temperature) / (p ** (1 / temperature)).sum(1, keepdims=True)
     s, m = np.exp(log_s), (np.exp(log_s) + p) / 2
@@ -298,6 +300,41 @@ def test_the_logged_loss_is_the_one_worked_out_by_hand(tiny_models, tmp_path, ar
             assert history["loss"][0] == pytest.approx(total, rel=1e-4)
 
 
+def test_the_terms_of_micro_batches_add_up_to_those_of_the_step():
+    """Without a trainer: outputs and counts in, the weighted terms out."""
+    rng = np.random.default_rng(0)
+    logits, p = torch.from_numpy(rng.normal(size=(5, 3))), torch.from_numpy(rng.dirichlet(np.ones(3), 5))
+    rows = TrainingRows(list("abcde"), np.array([0, 1, 2, 0, 1]), logprobs=p.log())
+    spec = phase({"ce": 0.3, "kl": 0.7}, temperature=2.0)
+    student = SimpleNamespace(arch="classifier", model=None)
+    loss = PhaseLoss(spec, rows, PhaseCompletions(student, rows, spec), TeacherSignals(spec, rows, {}, student, 0))
+    batches = [MicroBatch([0, 3]), MicroBatch([1, 2, 4])]
+    counts = StepCounts.of(batches)
+    assert counts == StepCounts(rows=5, answer_tokens=0, rationale_tokens=0, compared_tokens=0)
+    parts = [loss(ModelOutput(logits[batch.rows]), batch, counts) for batch in batches]
+    ce = -logits.log_softmax(-1)[range(5), rows.targets].mean()
+    q, t = (logits / 2).log_softmax(-1), p.sqrt() / p.sqrt().sum(-1, keepdim=True)
+    kl = 4 * (t * (t.log() - q)).sum(-1).mean()
+    for term, expected in {"ce": ce, "kl": kl}.items():
+        assert sum(values[term] for _, values in parts).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sum(total for total, _ in parts).item() == pytest.approx((0.3 * ce + 0.7 * kl).item(), rel=1e-6)
+
+
+def test_every_supervised_token_has_a_kind_and_a_denominator():
+    answer, rationale, sampled = ([5, 6], 0), ([5, 6, 7, 8, 9], 2), ([4, 3, 2, 1], 0)
+    data = MicroBatch([0, 1], [[answer, rationale], [answer]])
+    assert data.token_kinds == [ANSWER] * 2 + [RATIONALE] * 3 + [ANSWER] * 2 and data.compared_tokens == [5, 2]
+    own = MicroBatch([2], [[answer, sampled]], [sampled])
+    assert own.token_kinds == [ANSWER] * 2 + [SAMPLED] * 4 and own.compared_tokens == [4]
+    assert StepCounts.of([data, own]) == StepCounts(3, answer_tokens=6, rationale_tokens=3, compared_tokens=11)
+
+
+def test_fine_tuning_is_a_phase_on_gold_labels():
+    spec = FinetuneConfig(on="toy/train", steps=7, learning_rate=1e-3, warmup=0.2, lora={"r": 4})
+    expected = phase({"ce": 1.0}, steps=7, warmup=0.2)
+    assert spec.as_phase() == expected
+
+
 # ------------------------------------------------------------------------------- tokens and hidden states, by hand
 
 REASONS = ["profit rose", None, "sales fell and the loss grew", "it was held", None, "operating profit"]
@@ -311,81 +348,92 @@ def one_step(student, spec, frame, folder, teachers) -> pd.Series:
     return history.iloc[0]
 
 
-def plainly(model: LabelModel, text: str, tokens: list[int], **more):
-    """One forward pass of a whole row, answer and all: logits where `tokens` are told, and the whole output."""
+def forward_row(model: LabelModel, text: str, tokens: list[int], **more):
+    """One forward pass of a whole row, answer and all: logits where `tokens` are supervised, and the whole output."""
     ids = model.encode([text])[0]
     if model.arch == "seq2seq":
         start = [model.model.config.decoder_start_token_id]
-        asked = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([start + tokens[:-1]])}
-        out = model.model(**asked, **more)
+        decoder_inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([start + tokens[:-1]])}
+        out = model.model(**decoder_inputs, **more)
         return out.logits[0], out
     out = model.model(input_ids=torch.tensor([ids + tokens]), **more)
     return out.logits[0, len(ids) - 1 : -1], out
 
 
 @pytest.mark.parametrize("arch", ["causal", "seq2seq"])
-def test_divergences_over_the_vocabulary_are_those_at_the_told_tokens(tiny_models, tmp_path, arch):
+def test_divergences_over_the_vocabulary_are_those_at_the_supervised_tokens(tiny_models, tmp_path, arch):
     frame = toy(6).assign(rationale=REASONS, fold_one=-1)
     student = learner(tiny_models, arch, SHORT, scale=3, prompt="plain")
-    says = teacher(tiny_models, arch, SHORT)
+    teacher_model = teacher(tiny_models, arch, SHORT)
     kl, answers, reasons, n = 0.0, [], [], 0
     with torch.no_grad():
         for text, label, reason in zip(frame["text"], frame["label"], REASONS, strict=True):
             for k, (tokens, skip) in enumerate(student.row_completions(LABELS.index(label), reason)):
-                ours, theirs = (plainly(m, text, tokens)[0][skip:].double() for m in (student, says))
-                p, q = (theirs / 2).softmax(-1), (ours / 2).softmax(-1)
+                student_logits, teacher_logits = (
+                    forward_row(m, text, tokens)[0][skip:].double() for m in (student, teacher_model)
+                )
+                p, q = (teacher_logits / 2).softmax(-1), (student_logits / 2).softmax(-1)
                 kl, n = kl + (p * (p.log() - q.log())).sum().item(), n + len(tokens) - skip
-                nll = -ours.log_softmax(-1)[range(len(tokens) - skip), tokens[skip:]]
+                nll = -student_logits.log_softmax(-1)[range(len(tokens) - skip), tokens[skip:]]
                 (reasons if k else answers).extend(nll.tolist())
     loss = {"ce": 0.4, "kl": 0.5, "rationale": 0.1}
     for batch, accumulate in ((6, 1), (2, 3)):
         spec = phase(
             loss, space="vocabulary", temperature=2.0, batch_size=batch, accumulate=accumulate, learning_rate=1e-9
         )
-        found = one_step(student, spec, frame, tmp_path / str(batch), white_boxes(tiny_models, tmp_path, one=arch))
-        assert found["kl"] == pytest.approx(4 * kl / n, rel=5e-3)  # kept in float16, and far from sure
-        assert found["ce"] == pytest.approx(np.mean(answers), rel=1e-4)
-        assert found["rationale"] == pytest.approx(np.mean(reasons), rel=1e-4)
-        assert found["loss"] == pytest.approx(sum(loss[term] * found[term] for term in loss), rel=1e-5)
-    kept = list(tmp_path.glob("*/tokens.npy"))
-    assert len(kept) == 1 and np.load(kept[0]).shape[0] == n  # asked once for both
+        logged = one_step(
+            student, spec, frame, tmp_path / str(batch), openable_teachers(tiny_models, tmp_path, one=arch)
+        )
+        assert logged["kl"] == pytest.approx(4 * kl / n, rel=5e-3)  # stored in float16, and far from sure
+        assert logged["ce"] == pytest.approx(np.mean(answers), rel=1e-4)
+        assert logged["rationale"] == pytest.approx(np.mean(reasons), rel=1e-4)
+        assert logged["loss"] == pytest.approx(sum(loss[term] * logged[term] for term in loss), rel=1e-5)
+    kept = list(tmp_path.glob("*/token_logprobs.npy"))
+    assert len(kept) == 1 and np.load(kept[0]).shape[0] == n  # computed once for both
 
 
 def test_top_k_keeps_less_and_loses_little(tiny_models, tmp_path):
-    frame, found = toy(6).assign(fold_one=-1), {}
+    frame, logged = toy(6).assign(fold_one=-1), {}
     for k in (None, 10_000, 5):
         student = learner(tiny_models, "causal", SHORT, scale=3, prompt="plain")
         spec = phase({"kl": 1.0}, space="vocabulary", top_k=k, batch_size=6, learning_rate=1e-9)
-        boxes = white_boxes(tiny_models, tmp_path / str(k), one="causal")
-        found[k] = one_step(student, spec, frame, tmp_path / f"run-{k}", boxes)["kl"]
-    assert found[10_000] == pytest.approx(found[None], rel=1e-2) and 0 < found[5] < found[None]
+        teachers = openable_teachers(tiny_models, tmp_path / str(k), one="causal")
+        logged[k] = one_step(student, spec, frame, tmp_path / f"run-{k}", teachers)["kl"]
+    assert logged[10_000] == pytest.approx(logged[None], rel=1e-2) and 0 < logged[5] < logged[None]
 
 
 def test_another_tokenizer_is_compared_by_sorted_probabilities(tiny_models, tmp_path):
     frame = toy(6).assign(fold_one=-1)
-    student, says = (
+    student, teacher_model = (
         learner(tiny_models, "causal", WORDS, scale=3, prompt="plain"),
         teacher(tiny_models, "seq2seq", WORDS),
     )
     expected, n = 0.0, 0
     with torch.no_grad():
         for text, label in zip(frame["text"], frame["label"], strict=True):
-            mine, theirs = (model.row_completions(LABELS.index(label))[0][0] for model in (student, says))
-            ours, other = plainly(student, text, mine)[0].softmax(-1), plainly(says, text, theirs)[0].softmax(-1)
-            both, n = min(len(mine), len(theirs)), n + len(mine)
+            student_ids, teacher_ids = (
+                model.row_completions(LABELS.index(label))[0][0] for model in (student, teacher_model)
+            )
+            student_p, teacher_p = (
+                forward_row(student, text, student_ids)[0].softmax(-1),
+                forward_row(teacher_model, text, teacher_ids)[0].softmax(-1),
+            )
+            shared, n = min(len(student_ids), len(teacher_ids)), n + len(student_ids)
             for a, b in zip(
-                ours[:both].sort(descending=True).values, other[:both].sort(descending=True).values, strict=True
+                student_p[:shared].sort(descending=True).values,
+                teacher_p[:shared].sort(descending=True).values,
+                strict=True,
             ):
                 width = max(len(a), len(b))
                 a, b = (torch.nn.functional.pad(x, (0, width - len(x))) for x in (a, b))
                 expected += (a - b).abs().sum().item()
     spec = phase({"uld": 1.0}, batch_size=3, accumulate=2, learning_rate=1e-9)
-    box = OpenableTeacher(lambda fold: teacher(tiny_models, "seq2seq", WORDS), "t5", 4, tmp_path)
-    found = one_step(student, spec, frame, tmp_path / "run", {"one": box})
-    assert found["uld"] == pytest.approx(expected / n, rel=1e-3)
+    openable = OpenableTeacher(lambda fold: teacher(tiny_models, "seq2seq", WORDS), "t5", 4, tmp_path)
+    logged = one_step(student, spec, frame, tmp_path / "run", {"one": openable})
+    assert logged["uld"] == pytest.approx(expected / n, rel=1e-3)
     wrong = phase({"kl": 1.0}, space="vocabulary", batch_size=3)
     with pytest.raises(UserError, match="^teachers.one: its vocabulary does not fit: it writes an answer as"):
-        one_step(student, wrong, frame, tmp_path / "wrong", {"one": box})
+        one_step(student, wrong, frame, tmp_path / "wrong", {"one": openable})
 
 
 @pytest.mark.parametrize("arch", ["classifier", "causal", "seq2seq"])
@@ -394,45 +442,50 @@ def test_terms_over_hidden_states_are_those_of_the_paired_layers(tiny_models, tm
     student = learner(tiny_models, arch, SHORT, scale=3, init={"layers": [0, 2]}, prompt="plain")
     terms = ["hidden", "pkd", "cosine", *(["attention"] if arch == "classifier" else [])]
     alone = {seed: dict.fromkeys(terms, 0.0) for seed in (1, 2)}
-    at = -2 if arch == "causal" else 0  # the prompt's last token: one of the answer is fed after it
+    position = -2 if arch == "causal" else 0  # the prompt's last token: one of the answer is fed after it
     with torch.no_grad():
         for seed, expected in alone.items():
-            says = teacher(tiny_models, arch, SHORT, seed)
+            teacher_model = teacher(tiny_models, arch, SHORT, seed)
             for text, label in zip(frame["text"], frame["label"], strict=True):
                 if arch == "classifier":
                     ids = {"input_ids": torch.tensor(student.encode([text]))}
-                    ours, theirs = (m.model(**ids, output_hidden_states=True).hidden_states for m in (student, says))
+                    student_states, teacher_states = (
+                        m.model(**ids, output_hidden_states=True).hidden_states for m in (student, teacher_model)
+                    )
                 else:
                     tokens = student.row_completions(LABELS.index(label))[0][0]
-                    outs = (plainly(m, text, tokens[:1] * 2, output_hidden_states=True)[1] for m in (student, says))
+                    outs = (
+                        forward_row(m, text, tokens[:1] * 2, output_hidden_states=True)[1]
+                        for m in (student, teacher_model)
+                    )
                     name = "decoder_hidden_states" if arch == "seq2seq" else "hidden_states"
-                    ours, theirs = (out[name] for out in outs)
-                    at = {"causal": len(student.encode([text])[0]) - 1, "seq2seq": 0}[arch]
-                a, b = ours[1][0, at], theirs[2][0, at]
+                    student_states, teacher_states = (out[name] for out in outs)
+                    position = {"causal": len(student.encode([text])[0]) - 1, "seq2seq": 0}[arch]
+                a, b = student_states[1][0, position], teacher_states[2][0, position]
                 expected["hidden"] += (a - b).square().mean().item() / 6
                 unit = torch.nn.functional.normalize
                 expected["pkd"] += (unit(a, dim=0) - unit(b, dim=0)).square().sum().item() / 6
-                last = torch.cosine_similarity(ours[2][0, at], theirs[4][0, at], dim=0)
+                last = torch.cosine_similarity(student_states[2][0, position], teacher_states[4][0, position], dim=0)
                 expected["cosine"] += (1 - last).item() / 6
                 if arch == "classifier":
-                    maps = (unit(h[0].square().sum(-1), dim=0) for h in (ours[1], theirs[2]))
+                    maps = (unit(h[0].square().sum(-1), dim=0) for h in (student_states[1], teacher_states[2]))
                     expected["attention"] += (next(maps) - next(maps)).norm().item() / 2 / 6
     spec = phase(dict.fromkeys(terms, 0.25), teachers=["one", "two"], batch_size=3, accumulate=2, learning_rate=1e-9)
-    boxes = white_boxes(tiny_models, tmp_path, one=arch, two=arch)
-    found = one_step(student, spec, frame, tmp_path / "run", boxes)
+    teachers = openable_teachers(tiny_models, tmp_path, one=arch, two=arch)
+    logged = one_step(student, spec, frame, tmp_path / "run", teachers)
     for term in terms:
-        assert found[term] == pytest.approx((alone[1][term] + alone[2][term]) / 2, rel=1e-3), term
+        assert logged[term] == pytest.approx((alone[1][term] + alone[2][term]) / 2, rel=1e-3), term
     better = spec.model_copy(update={"mix": "validation"})
     rows = phase_rows(frame, better, LABELS, {"one": 0.9, "two": 0.3})
     one, two = (float(rows.teacher_weights[name][0]) for name in ("one", "two"))
     assert one > 2 * two > 0
-    weighted = train_phase(student, rows, better, folder=tmp_path / "more", seed=0, teachers=boxes).iloc[0]
+    weighted = train_phase(student, rows, better, folder=tmp_path / "more", seed=0, teachers=teachers).iloc[0]
     for term in terms:
         mixed = (one * alone[1][term] + two * alone[2][term]) / (one + two)
         assert weighted[term] == pytest.approx(mixed, rel=1e-3), term
     wrong = spec.model_copy(update={"layers": [[1, 9]]})
     with pytest.raises(UserError, match=r"^phases: layers: layer pair \(1, 9\) outside student 0..2, teacher 0..4"):
-        one_step(student, wrong, frame, tmp_path / "wrong", boxes)
+        one_step(student, wrong, frame, tmp_path / "wrong", teachers)
 
 
 def test_states_of_another_width_are_projected_and_the_projection_learns_and_goes(tiny_models, tmp_path):
@@ -448,22 +501,35 @@ def test_states_of_another_width_are_projected_and_the_projection_learns_and_goe
         return LabelModel(BertForSequenceClassification(config).eval(), tokenizer, SHORT, "classifier")
 
     student = learner(tiny_models, "classifier", SHORT, scale=3)
-    box = {"one": OpenableTeacher(narrow, "narrow", 4, tmp_path)}
+    openable = {name: OpenableTeacher(narrow, "narrow", 4, tmp_path) for name in ("one", "one-1.5")}
     frame = toy(12).assign(fold_one=-1)
-    spec = phase({"hidden": 1.0}, batch_size=6, steps=60, learning_rate=1e-2)
+    frame = frame.rename(columns={f"{column}_one": f"{column}_one-1.5" for column in ("probabilities", "fold")})
+    spec = phase({"hidden": 1.0}, teachers=["one-1.5"], batch_size=6, steps=60, learning_rate=1e-2)
     rows = phase_rows(frame, spec, LABELS)
-    history = train_phase(student, rows, spec, folder=tmp_path / "run", seed=0, teachers=box)
+    history = train_phase(student, rows, spec, folder=tmp_path / "run", seed=0, teachers=openable)
     assert history["hidden"].iloc[-1] < 0.5 * history["hidden"].iloc[0]
     assert not any("projections" in name for name, _ in student.model.named_parameters())
+    frame = toy(12).assign(fold_one=-1)
     with pytest.raises(UserError, match="^phases: loss.pkd: teacher `one`: student and teacher must be two equal"):
-        one_step(student, phase({"pkd": 1.0}), frame, tmp_path / "wrong", box)
+        one_step(student, phase({"pkd": 1.0}), frame, tmp_path / "wrong", openable)
 
 
-def test_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(tiny_models, tmp_path):
-    asked = []
+def test_a_student_does_not_depend_on_whether_teacher_outputs_are_cached(tiny_models, tmp_path):
+    """Loading a teacher seeds the global generator, from which dropout draws."""
+    frame, spec, weights = toy(12).assign(fold_one=-1), phase({"pkd": 1.0}, batch_size=6), []
+    for k in range(2):  # the second student finds the outputs that were stored for the first
+        student = learner(tiny_models, "classifier", SHORT, dropout=True)
+        teachers = openable_teachers(tiny_models, tmp_path / "signals", one="classifier")
+        one_step(student, spec, frame, tmp_path / str(k), teachers)
+        weights.append(student.model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_gold_rows_are_given_to_the_fold_that_did_not_learn_from_them(tiny_models, tmp_path):
+    opened = []
 
     def open_fold(fold: int) -> LabelModel:
-        asked.append(fold)
+        opened.append(fold)
         return teacher(tiny_models, "classifier", SHORT, seed=10 + fold)
 
     frame = toy(6).assign(fold_one=[0, 1, -1, 1, 0, -1])
@@ -478,54 +544,57 @@ def test_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(tiny_model
         checkpoint_every=9,
         teachers={"one": OpenableTeacher(open_fold, "folds", 4, tmp_path)},
     )
-    assert sorted(asked) == [-1, 0, 1]
+    assert sorted(opened) == [-1, 0, 1]
     for i, fold in enumerate(frame["fold_one"]):
         model = teacher(tiny_models, "classifier", SHORT, seed=10 + fold)
         with torch.no_grad():
-            states = model.forward(
-                model.encode([frame["text"][i]]), layers=trainer.layers and [1, 2, 3, 4]
-            ).hidden_states
-        assert torch.allclose(trainer.signals["one"].hidden([i])[0], states[0], atol=1e-5)
+            states = model.forward(model.encode([frame["text"][i]]), layers=[1, 2, 3, 4]).hidden_states
+        assert torch.allclose(trainer.signals.outputs["one"].hidden_states([i])[0], states[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("longest", [2, 9])
 def test_on_policy_the_loss_is_a_mean_over_the_tokens_that_were_written(tiny_models, tmp_path, monkeypatch, longest):
-    written, sample = [], OnPolicyTrainer.sample
+    written, sample = [], OnPolicyTrainer.sample_answers
 
     def listening(self, picked, k):
         written.append((picked, sample(self, picked, k)))
         return written[-1][1]
 
-    monkeypatch.setattr(OnPolicyTrainer, "sample", listening)
+    monkeypatch.setattr(OnPolicyTrainer, "sample_answers", listening)
     frame = toy(6).assign(fold_one=-1)
     student = learner(tiny_models, "causal", SHORT, scale=3, prompt="plain")
-    says = teacher(tiny_models, "causal", SHORT)
+    teacher_model = teacher(tiny_models, "causal", SHORT)
     for batch, accumulate in ((6, 1), (2, 3)):
         more = {"space": "vocabulary", "on_policy": 1.0, "max_new_tokens": longest, "temperature": 2.0}
         spec = phase({"jsd": 1.0}, batch_size=batch, accumulate=accumulate, learning_rate=1e-9, **more)
         written.clear()
-        boxes = white_boxes(tiny_models, tmp_path, one="causal")
-        found = one_step(student, spec, frame, tmp_path / str(batch), boxes)
+        teachers = openable_teachers(tiny_models, tmp_path, one="causal")
+        logged = one_step(student, spec, frame, tmp_path / str(batch), teachers)
         total, n = 0.0, 0
         with torch.no_grad():
             for picked, answers in written:
                 for i, (tokens, _) in zip(picked, answers, strict=True):
-                    ours, theirs = (plainly(m, frame["text"][i], tokens)[0] / 2 for m in (student, says))
-                    p, q = theirs.softmax(-1).double(), ours.softmax(-1).double()
+                    student_logits, teacher_logits = (
+                        forward_row(m, frame["text"][i], tokens)[0] / 2 for m in (student, teacher_model)
+                    )
+                    p, q = teacher_logits.softmax(-1).double(), student_logits.softmax(-1).double()
                     m = (p + q) / 2
                     total += ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()).item() / 2
                     n += len(tokens)
         assert len(written) == accumulate and 6 <= n <= 6 * longest
-        assert found["jsd"] == pytest.approx(4 * total / n, rel=1e-3)
-    assert {path.name for path in tmp_path.iterdir()} == {"6", "2"}  # nothing is kept of a teacher that is asked anew
+        assert logged["jsd"] == pytest.approx(4 * total / n, rel=1e-3)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "6",
+        "2",
+    }  # nothing is stored of a teacher that scores sampled answers
 
 
 def test_on_policy_answers_are_drawn_at_the_sampling_temperature_of_the_phase():
     trainer, calls = OnPolicyTrainer.__new__(OnPolicyTrainer), []
-    trainer.spec = phase({"kl": 1.0}, space="vocabulary", on_policy=1.0, sampling_temperature=0.5, temperature=3.0)
-    trainer.seed, trainer.ids, trainer.state = 0, [[1]], SimpleNamespace(global_step=0)
+    trainer.phase = phase({"kl": 1.0}, space="vocabulary", on_policy=1.0, sampling_temperature=0.5, temperature=3.0)
+    trainer.seed, trainer.token_ids, trainer.state = 0, [[1]], SimpleNamespace(global_step=0)
     trainer.student = SimpleNamespace(generate_tokens=lambda ids, **settings: calls.append(settings) or [[2]])
-    assert trainer.sample([0], 0) == [([2], 0)]
+    assert trainer.sample_answers([0], 0) == [([2], 0)]
     assert calls[0]["temperature"] == 0.5
     assert PhaseConfig.model_fields["sampling_temperature"].default == 1.0
 
@@ -533,12 +602,12 @@ def test_on_policy_answers_are_drawn_at_the_sampling_temperature_of_the_phase():
 def test_on_policy_a_teacher_of_another_tokenizer_is_refused(tiny_models, tmp_path):
     student = learner(tiny_models, "causal", WORDS, prompt="plain")
     spec = phase({"kl": 1.0}, space="vocabulary", on_policy=1.0)
-    box = OpenableTeacher(lambda fold: teacher(tiny_models, "seq2seq", WORDS), "t5", 4, tmp_path)
+    openable = OpenableTeacher(lambda fold: teacher(tiny_models, "seq2seq", WORDS), "t5", 4, tmp_path)
     with pytest.raises(UserError, match="^teachers.one: its vocabulary does not fit"):
-        one_step(student, spec, toy(6).assign(fold_one=-1), tmp_path / "run", {"one": box})
+        one_step(student, spec, toy(6).assign(fold_one=-1), tmp_path / "run", {"one": openable})
 
 
-def test_on_policy_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(tiny_models, tmp_path):
+def test_on_policy_gold_rows_are_given_to_the_fold_that_did_not_learn_from_them(tiny_models, tmp_path):
     opened = []
 
     def open_fold(fold: int) -> LabelModel:
@@ -548,19 +617,19 @@ def test_on_policy_gold_rows_are_asked_of_the_fold_that_did_not_learn_from_them(
     student = learner(tiny_models, "causal", SHORT, scale=3, prompt="plain")
     spec = phase({"kl": 1.0}, space="vocabulary", on_policy=1.0, batch_size=6, max_new_tokens=3)
     rows = phase_rows(toy(6).assign(fold_one=[0, 1, -1, 1, 0, -1]), spec, LABELS)
-    box = {"one": OpenableTeacher(open_fold, "folds", 4, tmp_path)}
-    more = {"folder": tmp_path / "run", "seed": 0, "title": "", "checkpoint_every": 9, "teachers": box}
+    openable = {"one": OpenableTeacher(open_fold, "folds", 4, tmp_path)}
+    more = {"folder": tmp_path / "run", "seed": 0, "title": "", "checkpoint_every": 9, "teachers": openable}
     trainer = build_trainer(student, rows, spec, **more)
     assert not opened  # nobody has written anything yet
     picked = [0, 1, 2, 3, 4, 5]
     written = [([5 + i, 6], 0) for i in picked]
-    (said,) = trainer.teacher_logprobs(picked, written)
+    (logprobs,) = trainer.signals.token_logprobs(trainer.completions.micro_batch(picked, written))
     assert sorted(opened) == [-1, 0, 1]
     for i, fold in enumerate([0, 1, -1, 1, 0, -1]):
         model = teacher(tiny_models, "causal", SHORT, seed=10 + fold)
         with torch.no_grad():
-            expected = plainly(model, rows.texts[i], written[i][0])[0].log_softmax(-1)
-        assert torch.allclose(said[2 * i : 2 * i + 2], expected, atol=1e-4)
+            expected = forward_row(model, rows.texts[i], written[i][0])[0].log_softmax(-1)
+        assert torch.allclose(logprobs[2 * i : 2 * i + 2], expected, atol=1e-4)
 
 
 def test_the_shortcut_penalty_pulls_the_mean_prediction_to_the_gold_shares(tiny_models, tmp_path):
@@ -611,20 +680,20 @@ def test_a_student_learns_what_can_be_learned(tiny_models, tmp_path, arch):
     history = trained(student, frame, spec, tmp_path)
     assert history["loss"].iloc[-1] < 0.5 * history["loss"].iloc[0]
     fresh = toy(30, seed=1)
-    said = predict_rows(student, fresh)
-    assert said.columns.tolist() == ["id", "label", "prediction", "probabilities"]
-    assert score_predictions(said, LABELS)["accuracy"] > 0.9
+    predictions = predict_rows(student, fresh)
+    assert predictions.columns.tolist() == ["id", "label", "prediction", "probabilities"]
+    assert score_predictions(predictions, LABELS)["accuracy"] > 0.9
     assert history["step"].tolist() == [10, 20, 30, 40, 50, 60] and history["learning_rate"].iloc[-1] < 1e-3
 
 
 def test_a_teacher_is_followed_even_where_it_is_wrong(tiny_models, tmp_path):
     frame = toy(24)
-    frame["p_one"] = [np.roll([0.9, 0.05, 0.05], (i + 1) % 3) for i in range(24)]  # never the gold label
+    frame["probabilities_one"] = [np.roll([0.9, 0.05, 0.05], (i + 1) % 3) for i in range(24)]  # never the gold label
     student = learner(tiny_models, "classifier", scale=4)
     trained(student, frame, phase({"kl": 1.0}, steps=60, batch_size=8, learning_rate=3e-3, temperature=2.0), tmp_path)
-    said = student.predict(toy(30, seed=1)["text"])
-    assert (said.argmax(1) == (np.arange(30) + 1) % 3).mean() > 0.9
-    assert np.abs(np.sort(said, 1)[:, -1] - 0.9).mean() < 0.1
+    predictions = student.predict(toy(30, seed=1)["text"])
+    assert (predictions.argmax(1) == (np.arange(30) + 1) % 3).mean() > 0.9
+    assert np.abs(np.sort(predictions, 1)[:, -1] - 0.9).mean() < 0.1
 
 
 # ------------------------------------------------------------------------------- early stopping
@@ -632,11 +701,11 @@ def test_a_teacher_is_followed_even_where_it_is_wrong(tiny_models, tmp_path):
 
 @pytest.mark.parametrize("arch", ["classifier", "causal"])
 def test_early_stopping_returns_to_the_best_checkpoint(tiny_models, tmp_path, arch, monkeypatch):
-    seen, evaluate = [], PhaseTrainerMixin.evaluate
+    eval_losses, evaluate = [], PhaseTrainerMixin.evaluate
 
     def listening(self, *args, **kwargs):
-        seen.append(evaluate(self, *args, **kwargs)["eval_loss"])
-        return {"eval_loss": seen[-1]}
+        eval_losses.append(evaluate(self, *args, **kwargs)["eval_loss"])
+        return {"eval_loss": eval_losses[-1]}
 
     monkeypatch.setattr(PhaseTrainerMixin, "evaluate", listening)
     frame, other = toy(12), toy(12, seed=2)
@@ -647,9 +716,11 @@ def test_early_stopping_returns_to_the_best_checkpoint(tiny_models, tmp_path, ar
     stopping = {"metric": "loss", "patience": 2, "every": 2}
     spec = phase({"ce": 1.0}, steps=60, batch_size=4, learning_rate=1e-2, early_stopping=stopping, warmup=0.3)
     trained(student, frame, spec, tmp_path, validation=validation)
-    assert len(seen) < 30 and np.argmin(seen) == len(seen) - 3  # two looks in vain, then it stopped
+    assert (
+        len(eval_losses) < 30 and np.argmin(eval_losses) == len(eval_losses) - 3
+    )  # two looks in vain, then it stopped
     best = score_predictions(predict_rows(student, other), LABELS)["log_loss"]
-    assert best == pytest.approx(min(seen), rel=1e-5) and best < seen[-1]
+    assert best == pytest.approx(min(eval_losses), rel=1e-5) and best < eval_losses[-1]
 
 
 # ------------------------------------------------------------------------------- killed and resumed
@@ -676,9 +747,9 @@ def run(kind: str, folder: str, out: str) -> None:
     ]
     lengths = [{"steps": 40, "batch_size": 4}, {"steps": 40, "batch_size": 2, "accumulate": 2}]
     phases = [phase(**more, **n).model_dump() for more, n in zip(PHASES.get(kind, label_space), lengths, strict=True)]
-    spec = StudentConfig(**SPECS[kind], phases=phases, checkpoint_every=10)
+    spec = StudentConfig(**SPECS[kind], phases=phases)
     student = build_student(spec, Path(folder) / f"tiny-{KINDS[spec.arch]}", SHORT, 0)
-    boxes = white_boxes(Path(folder), Path(out) / "signals", one="causal")
+    teachers = openable_teachers(Path(folder), Path(out) / "signals", one="causal")
     history, watched = train_phases(
         student,
         toy(22).assign(fold_one=-1, fold_two=-1),
@@ -687,7 +758,8 @@ def run(kind: str, folder: str, out: str) -> None:
         seed=3,
         validation=toy(6, 1),
         test=toy(6, 2),
-        teachers=boxes,
+        teachers=teachers,
+        checkpoint_every=10,
     )
     save_model(student.model, student.tokenizer, Path(out) / "model")
     history.to_csv(Path(out) / "history.csv", index=False)
@@ -796,12 +868,12 @@ print(json.dumps(out))
 """
 
 
-def test_the_cards_code_says_what_was_scored_without_this_package(tiny_models, tmp_path):
+def test_the_cards_code_computes_what_was_scored_without_this_package(tiny_models, tmp_path):
     frame, expected = toy(5), {}
     gold = frame["label"].fillna("neutral").tolist()
-    said = frame.assign(label=gold, prediction=["neutral"] * 4 + [gold[4]], group=list("aabcd"))
-    test = metrics.classification_report(gold, said["prediction"], np.full((5, 3), 1 / 3), LABELS)
-    about = {"student": "s", "seed": 0, "parameters": 1, "bytes_on_disk": 1, "test": test}
+    predictions = frame.assign(label=gold, prediction=["neutral"] * 4 + [gold[4]], group=list("aabcd"))
+    test = metrics.classification_report(gold, predictions["prediction"], np.full((5, 3), 1 / 3), LABELS)
+    record = {"student": "s", "seed": 0, "parameters": 1, "bytes_on_disk": 1, "test": test}
     for name, (more, task) in CARDS.items():
         arch = name if name in ("classifier", "seq2seq") else "causal"
         kind = {"classifier": "bert", "seq2seq": "t5"}.get(arch, "llama")
@@ -811,10 +883,10 @@ def test_the_cards_code_says_what_was_scored_without_this_package(tiny_models, t
             parameter.data.mul_(6 if parameter.dim() > 1 else 1)
         folder = tmp_path / name
         save_model(student.model, student.tokenizer, folder)
-        page = render_card(folder, spec, task, about, said)
+        page = render_card(folder, spec, task, record, predictions)
         (folder / "README.md").write_text(page)
         low, high = metrics.interval(
-            metrics.bootstrap_scores(gold, said["prediction"], LABELS, said["group"])["accuracy"]
+            metrics.bootstrap_scores(gold, predictions["prediction"], LABELS, predictions["group"])["accuracy"]
         )
         assert f"| accuracy | {100 * test['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |" in page
         assert f"classify({frame['text'].iloc[0]!r})" in page and "EUR 13.1" not in page
@@ -857,16 +929,16 @@ def test_the_card_of_a_student_that_writes_answers(tiny_models, tmp_path, arch):
             parameter.data = torch.randn(parameter.shape, generator=rng) * 0.3
     save_model(student.model, student.tokenizer, tmp_path / "model")
     rows = toy(3).assign(label="right", answers=["a | b", "c", "d"], group=list("abc"))
-    said = predict_rows(load_student(spec, tmp_path / "model", task), rows)
-    about = {
+    predictions = predict_rows(load_student(spec, tmp_path / "model", task), rows)
+    record = {
         "student": "s",
         "seed": 0,
         "parameters": 1,
         "bytes_on_disk": 1,
-        "test": score_predictions(said, task.names),
+        "test": score_predictions(predictions, task.names),
     }
-    said = said.assign(text=rows["text"], group=rows["group"])
-    page = render_card(tmp_path / "model", spec, task, about, said)
+    predictions = predictions.assign(text=rows["text"], group=rows["group"])
+    page = render_card(tmp_path / "model", spec, task, record, predictions)
     (tmp_path / "model/README.md").write_text(page)
     assert "that writes answers to questions" in page and "| exact match | " in page and "| token f1 | " in page
     assert not re.search("right, wrong|Brier|macro|precision \\| sens", page)
@@ -880,7 +952,7 @@ def test_the_card_of_a_student_that_writes_answers(tiny_models, tmp_path, arch):
     firsts = [
         " ".join(text.splitlines()[0].split()) if text else "" for text in json.loads(done.stdout.splitlines()[-1])
     ]
-    assert firsts == said["answer"].tolist()
+    assert firsts == predictions["answer"].tolist()
 
 
 def test_all_kinds_of_adapter_train_the_adapter_alone(tiny_models):
@@ -889,4 +961,4 @@ def test_all_kinds_of_adapter_train_the_adapter_alone(tiny_models):
         moving = {name for name, p in student.model.named_parameters() if p.requires_grad}
         allowed = ("lora_", "modules_to_save") if arch == "classifier" else ("lora_",)
         assert moving and all(any(word in name for word in allowed) for name in moving)
-        assert math.isfinite(student.predict(list(SAID)).sum())
+        assert math.isfinite(student.predict(list(SENTENCES)).sum())

@@ -1,15 +1,15 @@
-"""What each teacher and each student learns from, written out, so that nothing else makes it learn again.
+"""What each teacher and each student learns from, in files of their own: a change elsewhere reruns none of them.
 
 ``distillery inputs teachers`` writes ``build/teachers/<teacher>.json``: its section of params.yaml with defaults filled
 in, its model, its task, and the sha256 of the data files it reads.
 
 ``distillery inputs students`` writes ``data/inputs/<student>/``:
-``experiment.json``      student, spec, models, source, task, teachers (validation scores)
-``rows.parquet``         where (`source/split`), id, text, label (None in a pool), group, and for every teacher
-                         `p_<teacher>`: probabilities in the order of the task's labels, None on rows it does not teach,
-                         and `fold_<teacher>`: which of its models said so; `rationale`: a teacher's, or the row's own;
-                         of a `qa` task the accepted `answers`, and what each teacher said: `answer_<teacher>`
-``validation.parquet``, ``test.parquet``   where, id, text, label, group of the source that the student is scored on
+``experiment.json``      student, spec, models, source, task, teachers (validation scores), openable_teachers
+``rows.parquet``         split_ref (`source/split`), id, text, label (None in a pool), group, and for every teacher
+                         `probabilities_<teacher>`: in the order of the task's labels, None on rows it does not teach,
+                         and `fold_<teacher>`: the fold whose model computed them; `rationale`: a teacher's, or the
+                         row's own; of a `qa` task the accepted `answers`, and each teacher's answer: `answer_<teacher>`
+``validation.parquet``, ``test.parquet``   split_ref, id, text, label, group of the source that the student is scored on
 
 The same inputs give the same bytes. An option of params.yaml that decides nothing here (a student's `control`, a
 default that is spelt out) changes nothing here.
@@ -22,94 +22,120 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distillery.config.schema import Params
+from distillery.config.schema import Params, StudentConfig
 from distillery.errors import UserError
 from distillery.files import atomic_write, file_digest, write_json
 from distillery.tasks.schema import Task
 
 INPUT_COLUMNS = ("split_ref", "id", "text", "label", "group")
 
+# of an endpoint: its key, pace and limits of cost decide nothing of its answers
+API_KEYS_WITHOUT_EFFECT = {
+    *("key", "concurrency", "requests_per_minute", "timeout", "max_attempts"),
+    *("price", "max_cost", "max_total_tokens"),
+}
 
-def _read_json(path: Path) -> Any:
+# of a student: these keys change no weight
+STUDENT_KEYS_WITHOUT_EFFECT = {"control", "checkpoint_every"}
+
+Row = dict[str, Any]
+
+
+def _require(path: Path, root: Path) -> Path:
+    """`path`, if it exists. Raises UserError when the stages before have not written it."""
     if not path.exists():
-        raise UserError(f"{path}: not there yet; run `dvc repro` first")
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise UserError(f"{path.relative_to(root)}: not there yet; run `dvc repro` first")
+    return path
+
+
+def _read_json(root: Path, name: str) -> Any:
+    return json.loads(_require(root / name, root).read_text(encoding="utf-8"))
 
 
 def task_of_source(root: Path, source: str, whole: bool) -> dict[str, Any]:
-    """The task of `source` as it was prepared; if not `whole`, without meanings and prompts: a classifier sees none.
+    """The task of `source` as it was prepared; if not `whole`, without meanings and prompts: a classifier uses none.
 
     The order of `labels` is that of probability vectors. `perturbations` are left out: no model sees them.
     """
-    task = Task.model_validate(_read_json(root / f"data/processed/{source}/task.json"))
-    return (task if whole else Task(kind=task.kind, labels=dict.fromkeys(task.names, ""))).model_dump(
-        exclude={"perturbations"}
-    )
+    task = Task.model_validate(_read_json(root, f"data/processed/{source}/task.json"))
+    task = task if whole else Task(kind=task.kind, labels=dict.fromkeys(task.names, ""))
+    return task.model_dump(exclude={"perturbations"})
 
 
 def model_record(root: Path, params: Params, name: str) -> dict[str, Any]:
-    """Where the model comes from and, if it is a local folder, what that holds."""
-    return params.models[name].model_dump() | {"content": _read_json(root / f"build/models/{name}.json")}
+    """The section of model `name` and, if it is a local folder, a digest of its content."""
+    return params.models[name].model_dump() | {"content": _read_json(root, f"build/models/{name}.json")}
 
 
-# of an endpoint: how fast, how often and for how much it may be asked decides nothing of what it answers
-API_KEYS_WITHOUT_EFFECT = {"key", "concurrency", "requests_per_minute", "timeout", "max_attempts"}
-
-
-API_KEYS_WITHOUT_EFFECT |= {"price", "max_cost", "max_total_tokens"}
+def _file_digests(root: Path, files: set[Path]) -> dict[str, str]:
+    return {file.relative_to(root).as_posix(): file_digest(file) for file in sorted(files)}
 
 
 def teacher_record(root: Path, params: Params, name: str) -> dict[str, Any]:
-    """Everything that decides what teacher `name` learns and says."""
+    """Everything that decides what teacher `name` learns and predicts."""
     spec, sources = params.teachers[name], params.teacher_sources(name)
     read = sources if spec.finetune is None else [*sources, spec.finetune.on.split("/")[0]]
-    files = sorted({file for source in read for file in (root / f"data/processed/{source}").glob("*.parquet")})
     return {
         "teacher": name,
         "spec": spec.model_dump(exclude={"api": API_KEYS_WITHOUT_EFFECT}) | {"data": sources},
         "model": model_record(root, params, spec.model) if spec.model else None,
         "embeddings": model_record(root, params, spec.embeddings) if spec.embeddings else None,
-        "answers": _read_json(root / f"build/answers/{name}.json") if spec.answers else None,
+        "answers": _read_json(root, f"build/answers/{name}.json") if spec.answers else None,
         "task": task_of_source(root, sources[0], whole=spec.kind != "classifier"),
-        "files": {file.relative_to(root).as_posix(): file_digest(file) for file in files},
+        "files": _file_digests(
+            root, {file for source in read for file in (root / f"data/processed/{source}").glob("*.parquet")}
+        ),
     }
 
 
 def experiment_record(root: Path, params: Params, name: str) -> dict[str, Any]:
     """Everything but rows that decides what student `name` learns.
 
-    spec: its section of params.yaml with defaults filled in.  model: as :func:`model_record`.  source: what it is
-    scored on.  task: a :class:`Task` (with empty meanings and default prompts for a classifier).  teachers: for each
-    one that a phase names, accuracy and macro_f1 on validation rows.  open: each teacher whose tokens or hidden states
-    a phase wants, with its section, model, task and the digests of its weights.
+    spec: its section of params.yaml with defaults filled in.  model: as :func:`model_record`.  source: the one on which
+    it is scored.  task: a :class:`Task` (with empty meanings and default prompts for a classifier).  teachers: for each
+    one that a phase names, accuracy and macro_f1 on validation rows.  openable_teachers: each teacher whose tokens or
+    hidden states a phase needs, with its section, model, task and the digests of its weights.
     """
     spec, source = params.students[name], params.test_source(name)
-    scores = {}
-    for who in sorted({who for phase in spec.phases for who in phase.teachers}):
-        found = _read_json(root / f"data/teacher/{who}/metrics.json").get("validation")
-        if found is None and any(phase.mix == "validation" and who in phase.teachers for phase in spec.phases):
-            raise UserError(f"students.{name}: `mix: validation`, but `{who}` has no answers to validation rows")
-        scores[who] = {key: found[key] for key in ("accuracy", "macro_f1")} if found else {}
+    opened = {
+        teacher
+        for phase in spec.phases
+        if phase.needs_token_logprobs or phase.needs_hidden_states
+        for teacher in phase.teachers
+    }
     return {
         "student": name,
-        "spec": {key: value for key, value in spec.model_dump().items() if key not in ("control", "checkpoint_every")},
+        "spec": spec.model_dump(exclude=STUDENT_KEYS_WITHOUT_EFFECT),
         "model": model_record(root, params, spec.model),
         "source": source,
         "task": task_of_source(root, source, whole=spec.arch != "classifier"),
-        "teachers": scores,
+        "teachers": {teacher: _validation_scores(root, name, spec, teacher) for teacher in teachers_of(spec)},
         "openable_teachers": {
-            who: teacher_record(root, params, who)
-            | {
-                "weights": {
-                    file.relative_to(root).as_posix(): file_digest(file)
-                    for file in sorted((root / f"data/teacher/{who}").rglob("*.safetensors"))
-                }
-            }
-            for who in sorted(
-                {w for p in spec.phases if p.needs_token_logprobs or p.needs_hidden_states for w in p.teachers}
-            )
+            teacher: teacher_record(root, params, teacher)
+            | {"weights": _file_digests(root, set((root / f"data/teacher/{teacher}").rglob("*.safetensors")))}
+            for teacher in sorted(opened)
         },
     }
+
+
+def teachers_of(spec: StudentConfig) -> list[str]:
+    """The names of the teachers of all phases, sorted."""
+    return sorted({teacher for phase in spec.phases for teacher in phase.teachers})
+
+
+def _validation_scores(root: Path, student: str, spec: StudentConfig, teacher: str) -> dict[str, float]:
+    """Accuracy and macro_f1 of `teacher`; empty when it has no predictions for validation rows.
+
+    Raises UserError when a phase weights its teachers by these scores and there are none.
+    """
+    scores = _read_json(root, f"data/teacher/{teacher}/metrics.json").get("validation")
+    if scores is None:
+        if any(phase.mix == "validation" and teacher in phase.teachers for phase in spec.phases):
+            raise UserError(
+                f"students.{student}: `mix: validation`, but `{teacher}` has no predictions for validation rows"
+            )
+        return {}
+    return {key: scores[key] for key in ("accuracy", "macro_f1")}
 
 
 class StageTables:
@@ -117,100 +143,107 @@ class StageTables:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.read: dict[str, list[dict[str, Any]]] = {}
+        self.tables: dict[str, list[Row]] = {}
 
-    def __call__(self, path: str) -> list[dict[str, Any]]:
-        if path not in self.read:
+    def read(self, path: str) -> list[Row]:
+        """The rows of the file `path`, relative to the repository. Raises UserError when it does not exist."""
+        if path not in self.tables:
             import pyarrow.parquet
 
-            if not (self.root / path).exists():
-                raise UserError(f"{path}: not there yet; run `dvc repro` first")
-            self.read[path] = pyarrow.parquet.read_table(self.root / path).to_pylist()
-        return self.read[path]
+            self.tables[path] = pyarrow.parquet.read_table(_require(self.root / path, self.root)).to_pylist()
+        return self.tables[path]
 
-    def rows(self, where: str) -> list[dict[str, Any]]:
-        """The rows of `source/split`: where, id, text, label, group, rationale."""
-        source, split = where.split("/")
+    def rows(self, split_ref: str) -> list[Row]:
+        """The rows of `source/split`: split_ref, id, text, label, group, rationale, answers."""
+        source, split = split_ref.split("/")
         path = f"data/augmented/{source}/rows" if split == "augmented" else f"data/processed/{source}/{split}"
         return [
-            {key: row.get(key) for key in (*INPUT_COLUMNS, "rationale", "answers")} | {"split_ref": where}
-            for row in self(f"{path}.parquet")
+            {key: row.get(key) for key in (*INPUT_COLUMNS, "rationale", "answers")} | {"split_ref": split_ref}
+            for row in self.read(f"{path}.parquet")
         ]
 
-    def signals(self, who: str, where: str) -> dict[str, dict[str, Any]]:
-        """What teacher `who` says of the rows of `source/split`: id -> probabilities, fold, rationale."""
-        source, split = where.split("/")
+    def signals(self, teacher: str, split_ref: str) -> dict[str, Row]:
+        """The signals of `teacher` for the rows of `source/split`: id -> probabilities, fold, rationale, answer."""
+        source, split = split_ref.split("/")
         if split == "augmented":
-            rows = [row for row in self(f"data/augmented/{source}/signals.parquet") if row["teacher"] == who]
+            rows = [row for row in self.read(f"data/augmented/{source}/signals.parquet") if row["teacher"] == teacher]
         else:
-            rows = [row for row in self(f"data/teacher/{who}/signals.parquet") if row["split"] == split]
-        # a label of None: the answer could not be read, so there is nothing to learn from it
-        unread = {"probabilities": None}
-        return {row["id"]: row | (unread if row["label"] is None else {}) for row in rows if row["source"] == source}
+            rows = [row for row in self.read(f"data/teacher/{teacher}/signals.parquet") if row["split"] == split]
+        # a label of None: the answer could not be parsed, so there is nothing to learn from it
+        unparsed = {"probabilities": None}
+        return {row["id"]: row | (unparsed if row["label"] is None else {}) for row in rows if row["source"] == source}
 
 
-def student_rows(tables: StageTables, params: Params, name: str) -> tuple[list[dict[str, Any]], list[str]]:
+def student_rows(tables: StageTables, params: Params, name: str) -> tuple[list[Row], list[str]]:
     """The rows that student `name` learns from, with its teachers' signals, and the names of those teachers.
 
-    A row's rationale is the first that one of its teachers gives; its own, where it has no teacher. Left out are those
-    that argue for another label, and of an unlabelled row those of teachers that the others outvote.
+    A row's rationale is the first of its teachers' rationales; its own, where it has no teacher. Left out are those
+    for another label than the row's, and in a row without a label those of teachers that the others outvote.
     Raises UserError when a teacher has no signal for a row it should teach.
     """
     phases = params.students[name].phases
-    reasons = any(phase.trains_on_rationales for phase in phases)
-    teachers = sorted({who for phase in phases for who in phase.teachers})
-    teaches = {(where, who) for phase in phases for where in phase.data for who in phase.teachers}
-    out = []
-    for where in dict.fromkeys(where for phase in phases for where in phase.data):
-        rows = tables.rows(where)
-        taught = [who for who in teachers if (where, who) in teaches]
-        told: dict[str, dict[str, str]] = {}
-        for row in rows:
-            row["rationale"] = row["rationale"] if reasons and not taught else None
-        for who in teachers:
-            said = tables.signals(who, where) if who in taught else {}
-            wanted = who in taught and params.teachers[who].kind != "answers"  # those cover what they cover
-            missing = [row["id"] for row in rows if row["id"] not in said] if wanted else []
-            if missing:
-                raise UserError(
-                    f"students.{name}: teacher `{who}` has no signal for {len(missing)} of {len(rows)} rows of "
-                    f"{where} (first: {missing[0]})"
-                )
+    with_rationales = any(phase.trains_on_rationales for phase in phases)
+    teachers = teachers_of(params.students[name])
+    result = []
+    for split_ref in dict.fromkeys(split_ref for phase in phases for split_ref in phase.data):
+        taught_by = {teacher for phase in phases if split_ref in phase.data for teacher in phase.teachers}
+        rows = tables.rows(split_ref)
+        rationales: dict[str, dict[str, str]] = {row["id"]: {} for row in rows}
+        for teacher in teachers:
+            signals = tables.signals(teacher, split_ref) if teacher in taught_by else {}
+            # files of answers cover what they cover
+            if teacher in taught_by and params.teachers[teacher].kind != "answers":
+                _check_coverage(name, teacher, split_ref, rows, signals)
             for row in rows:
-                signal = said.get(row["id"], {})
-                row[f"p_{who}"], row[f"fold_{who}"] = signal.get("probabilities"), signal.get("fold")
-                row[f"answer_{who}"] = signal.get("answer")
-                if reasons and signal.get("rationale") and not signal.get("contradicts"):
-                    told.setdefault(row["id"], {})[who] = signal["rationale"]
+                signal = signals.get(row["id"], {})
+                row[f"probabilities_{teacher}"], row[f"fold_{teacher}"] = (
+                    signal.get("probabilities"),
+                    signal.get("fold"),
+                )
+                row[f"answer_{teacher}"] = signal.get("answer")
+                if signal.get("rationale") and not signal.get("contradicts"):
+                    rationales[row["id"]][teacher] = signal["rationale"]
         for row in rows:
-            if row["id"] in told:
-                row["rationale"] = next(iter(_agreeing_rationales(row, taught, told[row["id"]])), None)
-        out += rows
-    return out, teachers
+            own = [row["rationale"]]
+            agreeing = _agreeing_rationales(row, sorted(taught_by), rationales[row["id"]]) if taught_by else own
+            row["rationale"] = next(iter(agreeing), None) if with_rationales else None
+        result += rows
+    return result, teachers
 
 
-def _agreeing_rationales(row: dict[str, Any], taught: list[str], told: dict[str, str]) -> list[str]:
-    """The reasons in `told` (by teacher) that are for the label which the row is taught with."""
-    if row["label"] is not None:
-        return list(told.values())
-    said = {who: row[f"p_{who}"] for who in taught if row[f"p_{who}"] is not None}
-    together = [sum(column) for column in zip(*said.values(), strict=True)]
-    top = together.index(max(together))
-    return [reason for who, reason in told.items() if said[who].index(max(said[who])) == top]
+def _check_coverage(student: str, teacher: str, split_ref: str, rows: list[Row], signals: dict[str, Row]) -> None:
+    missing = [row["id"] for row in rows if row["id"] not in signals]
+    if missing:
+        raise UserError(
+            f"students.{student}: teacher `{teacher}` has no signal for {len(missing)} of {len(rows)} rows of "
+            f"{split_ref} (first: {missing[0]})"
+        )
 
 
-def write_table(path: Path, rows: list[dict[str, Any]], teachers: list[str] | None = None) -> None:
-    """Write `rows` as parquet; with `teachers` also what they say of them. `answers` are those of a `qa` task alone."""
+def _agreeing_rationales(row: Row, teachers: list[str], rationales: dict[str, str]) -> list[str]:
+    """Those of `rationales` (by teacher) that are for the label with which the row is taught."""
+    if row["label"] is not None or not rationales:
+        return list(rationales.values())
+    probabilities = {teacher: row[f"probabilities_{teacher}"] for teacher in teachers}
+    probabilities = {teacher: vector for teacher, vector in probabilities.items() if vector is not None}
+    sums = [sum(column) for column in zip(*probabilities.values(), strict=True)]
+    label = sums.index(max(sums)) if sums else None
+    predicted = {teacher: vector.index(max(vector)) for teacher, vector in probabilities.items()}
+    return [rationale for teacher, rationale in rationales.items() if predicted.get(teacher, -1) == label]
+
+
+def write_table(path: Path, rows: list[Row], teachers: list[str] | None = None) -> None:
+    """Write `rows` as parquet; with `teachers` also their signals. Only rows of a `qa` task have `answers`."""
     import pyarrow as pa
     import pyarrow.parquet
 
-    free = ["answers"] if any(row.get("answers") for row in rows) else []
-    fields = [
-        pa.field(key, pa.string()) for key in (*INPUT_COLUMNS, *free, *(["rationale"] if teachers is not None else []))
-    ]
-    for who in teachers or []:
-        fields += [pa.field(f"p_{who}", pa.list_(pa.float32())), pa.field(f"fold_{who}", pa.int64())]
-        fields += [pa.field(f"answer_{who}", pa.string())] if any(row.get(f"answer_{who}") for row in rows) else []
+    texts = [*INPUT_COLUMNS, *(["answers"] if any(row.get("answers") for row in rows) else [])]
+    fields = [pa.field(key, pa.string()) for key in (*texts, *(["rationale"] if teachers is not None else []))]
+    for teacher in teachers or []:
+        fields.append(pa.field(f"probabilities_{teacher}", pa.list_(pa.float32())))
+        fields.append(pa.field(f"fold_{teacher}", pa.int64()))
+        if any(row.get(f"answer_{teacher}") for row in rows):
+            fields.append(pa.field(f"answer_{teacher}", pa.string()))
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), file)
 

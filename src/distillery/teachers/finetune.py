@@ -39,7 +39,7 @@ def finetune_teacher(
     history = train_phase(
         teacher,
         gold_rows(rows, task),
-        spec.finetune,
+        spec.finetune.as_phase(),
         folder=folder / key,
         seed=spec.seed,
         title=f"{name} on {part}",

@@ -1,1 +1,1 @@
-"""Training: phases of gradient descent on kept teacher outputs, resumable to the bit."""
+"""Training: phases of gradient descent on stored teacher outputs, resumable to the bit."""

@@ -17,12 +17,12 @@ from distillery.tasks.schema import ANSWER_LABELS, Task, accepted_answers
 
 @dataclass
 class TrainingRows:
-    """What a phase learns from. targets [n]: label indices (gold, or the teachers' where there is no gold).
+    """The rows of a phase. targets [n]: label indices (gold, or the teachers' where there is no gold label).
 
     logprobs [n, labels]: the teachers' mixed distribution at T = 1, None when the phase has no teacher.
     rationales [n]: text, or None where there is none. teacher_weights {teacher: [n]}: weight of each teacher in a mix.
-    teacher_folds {teacher: [n]}: which of its models may answer a row. label_prior [labels]: shares of the gold labels.
-    answers: of a `qa` task, what targets are indices of. accepted_answers [n]: what is right, to score by.
+    teacher_folds {teacher: [n]}: the fold whose model may score a row. label_prior [labels]: shares of the gold labels.
+    answers: of a `qa` task, the texts that targets are indices of. accepted_answers [n]: the right ones, for scores.
     """
 
     texts: list[str]
@@ -40,16 +40,17 @@ class TrainingRows:
 
 
 def select_pseudo_labels(rows: pd.DataFrame, phase: PhaseConfig) -> np.ndarray:
-    """Which of `rows` (label, `p_<teacher>`) `phase.pseudo_labels` leaves [n]: all with a gold label, and of the others
-    those whose teachers are sure enough of one label, or agree on it."""
-    keep = rows["label"].notna().to_numpy(copy=True)
-    for i in np.flatnonzero(~keep):
-        said = [rows[f"p_{teacher}"][i] for teacher in phase.teachers]
-        said = np.stack([p for p in said if p is not None] or [[0.0]])
-        mean = said.mean(0)
-        agree = (said.argmax(-1) == mean.argmax()).all()
-        keep[i] = mean.max() >= phase.pseudo_labels.min_confidence and (agree or not phase.pseudo_labels.agreement)
-    return keep
+    """Which of `rows` (label, `probabilities_<teacher>`) pass `phase.pseudo_labels` [n]: all with a gold label, and of
+    the others those whose teachers are sure enough of one label, or agree on it."""
+    selected = rows["label"].notna().to_numpy(copy=True)
+    for i in np.flatnonzero(~selected):
+        by_teacher = [rows[f"probabilities_{teacher}"][i] for teacher in phase.teachers]
+        probabilities = np.stack([p for p in by_teacher if p is not None] or [[0.0]])
+        mean = probabilities.mean(0)
+        agree = (probabilities.argmax(-1) == mean.argmax()).all()
+        sure = mean.max() >= phase.pseudo_labels.min_confidence
+        selected[i] = sure and (agree or not phase.pseudo_labels.agreement)
+    return selected
 
 
 def phase_rows(
@@ -57,97 +58,126 @@ def phase_rows(
 ) -> TrainingRows:
     """The rows of `phase` out of a student's `rows.parquet`, with its teachers' distributions mixed.
 
-    frame: columns where, text, label, `p_<teacher>` (probabilities over `labels`), and where they are wanted
+    frame: columns split_ref, text, label, `probabilities_<teacher>` (over `labels`), and where they are wanted
     `fold_<teacher>` and rationale. scores: each teacher's validation accuracy, for `mix: validation`.
-    A row that no teacher of the phase has a signal for is left out; of several teachers, those that have one count.
-    Raises UserError when a phase finds no row, or no rationale that it should learn from.
+    A row for which no teacher of the phase has a signal is left out; of several teachers, those that have one count.
+    Raises UserError when a phase has no row, or no rationale to learn from.
     """
     rows = frame[frame["split_ref"].isin(phase.data)].reset_index(drop=True)
     if list(labels) == list(ANSWER_LABELS) and len(rows):
         return question_rows(rows, phase)
-    if phase.teachers and phase.pseudo_labels != PseudoLabelFilter():
-        rows = rows[select_pseudo_labels(rows, phase)].reset_index(drop=True)
-    told = np.stack([rows[f"p_{teacher}"].notna() for teacher in phase.teachers]) if phase.teachers else None
-    if told is not None and not told.all():
-        rows, told = rows[told.any(0)].reset_index(drop=True), told[:, told.any(0)]
+    if phase.teachers:
+        if phase.pseudo_labels != PseudoLabelFilter():
+            rows = rows[select_pseudo_labels(rows, phase)].reset_index(drop=True)
+        rows = rows[_has_signal(rows, phase).any(0)].reset_index(drop=True)
     if rows.empty:
         raise UserError(f"phases: no row in {', '.join(phase.data)}")
     index = {label: i for i, label in enumerate(labels)}
-    targets = np.array([index.get(label, -1) for label in rows["label"]])
-    out = TrainingRows(rows["text"].tolist(), targets)
+    training_rows = TrainingRows(rows["text"].tolist(), np.array([index.get(label, -1) for label in rows["label"]]))
     if phase.trains_on_rationales:
-        reasons = rows["rationale"].tolist() if "rationale" in rows else []
-        out.rationales = [reason if isinstance(reason, str) else None for reason in reasons]  # pandas says nan for none
-        if not any(out.rationales):
-            raise UserError(
-                f"phases: no row in {', '.join(phase.data)} has a rationale; set the teacher's `rationales`"
-            )
+        training_rows.rationales = _row_rationales(rows, phase)
     if "label_prior" in phase.loss:
-        gold = torch.bincount(
-            torch.from_numpy(frame["label"].map(index).dropna().to_numpy(int, copy=True)), minlength=len(labels)
-        )
-        out.label_prior = gold.double() if gold.sum() else torch.ones(len(labels))
-    if not phase.teachers:
-        return out
-    equally = np.full(len(labels), 1 / len(labels))
-    said = [[equally if p is None else p for p in rows[f"p_{teacher}"]] for teacher in phase.teachers]
-    stack = np.stack([np.stack(of_one) for of_one in said])
-    logprobs = torch.from_numpy(stack).double().log()
-    if phase.mix == "confidence":
-        gold = torch.from_numpy(targets)
-        weights = torch.where(
-            gold >= 0,
-            losses.confidence_weights(logprobs, gold.clamp_min(0)),
-            losses.confidence_weights(logprobs),
-        )
-    elif phase.mix == "validation":
-        weights = torch.tensor([scores[teacher] for teacher in phase.teachers], dtype=torch.double)
-    else:
-        weights = torch.ones(len(phase.teachers), dtype=torch.double)
-    if not told.all():
-        weights = weights.reshape(len(weights), -1) * torch.from_numpy(told)
-    out.logprobs = losses.mix_teachers(logprobs, weights).float()
-    out.targets = np.where(targets < 0, out.logprobs.argmax(-1).numpy(), targets)
-    each = weights if weights.dim() == 2 else weights[:, None].expand(-1, len(rows))
-    out.teacher_weights = dict(zip(phase.teachers, each, strict=True))
+        gold = frame["label"].map(index).dropna().to_numpy(int, copy=True)
+        counts = torch.bincount(torch.from_numpy(gold), minlength=len(labels))
+        training_rows.label_prior = counts.double() if counts.sum() else torch.ones(len(labels))
+    if phase.teachers:
+        _add_teachers(training_rows, rows, phase, len(labels), scores)
+    return training_rows
+
+
+def _has_signal(rows: pd.DataFrame, phase: PhaseConfig) -> np.ndarray:
+    """[teachers, n]: which teachers of `phase` have a distribution for which of `rows`."""
+    return np.stack([rows[f"probabilities_{teacher}"].notna() for teacher in phase.teachers])
+
+
+def _row_rationales(rows: pd.DataFrame, phase: PhaseConfig) -> list[str | None]:
+    """[n]: the rationale of each row, or None. Raises UserError when no row has one."""
+    rationales = rows["rationale"].tolist() if "rationale" in rows else []
+    rationales = [rationale if isinstance(rationale, str) else None for rationale in rationales]  # of pandas: nan
+    if not any(rationales):
+        raise UserError(f"phases: no row in {', '.join(phase.data)} has a rationale; set the teacher's `rationales`")
+    return rationales
+
+
+def _add_teachers(
+    training_rows: TrainingRows,
+    rows: pd.DataFrame,
+    phase: PhaseConfig,
+    n_labels: int,
+    scores: dict[str, float] | None,
+) -> None:
+    """Set the mixed distribution, the teachers' weights and folds, and the targets of rows without a gold label."""
+    uniform = np.full(n_labels, 1 / n_labels)  # of weight 0
+    probabilities = [
+        np.stack([uniform if p is None else p for p in rows[f"probabilities_{teacher}"]]) for teacher in phase.teachers
+    ]
+    logprobs = torch.from_numpy(np.stack(probabilities)).double().log()
+    weights = _teacher_weights(logprobs, torch.from_numpy(training_rows.targets), phase, scores)
+    has_signal = _has_signal(rows, phase)
+    if not has_signal.all():
+        weights = weights.reshape(len(weights), -1) * torch.from_numpy(has_signal)
+    training_rows.logprobs = losses.mix_teachers(logprobs, weights).float()
+    predicted = training_rows.logprobs.argmax(-1).numpy()
+    training_rows.targets = np.where(training_rows.targets < 0, predicted, training_rows.targets)
+    by_row = weights if weights.dim() == 2 else weights[:, None].expand(-1, len(rows))
+    training_rows.teacher_weights = dict(zip(phase.teachers, by_row, strict=True))
     if f"fold_{phase.teachers[0]}" in rows:
-        folds = {teacher: rows[f"fold_{teacher}"] for teacher in phase.teachers}
-        out.teacher_folds = {teacher: found.fillna(-1).astype(int).tolist() for teacher, found in folds.items()}
-    return out
+        folds = {teacher: rows[f"fold_{teacher}"].fillna(-1) for teacher in phase.teachers}
+        training_rows.teacher_folds = {teacher: fold.astype(int).tolist() for teacher, fold in folds.items()}
+
+
+def _teacher_weights(
+    logprobs: torch.Tensor, targets: torch.Tensor, phase: PhaseConfig, scores: dict[str, float] | None
+) -> torch.Tensor:
+    """[teachers] or [teachers, n]: weights as `phase.mix` sets them. targets [n]: gold labels, below 0 for none."""
+    if phase.mix == "confidence":
+        with_gold = losses.confidence_weights(logprobs, targets.clamp_min(0))
+        return torch.where(targets >= 0, with_gold, losses.confidence_weights(logprobs))
+    if phase.mix == "validation":
+        return torch.tensor([scores[teacher] for teacher in phase.teachers], dtype=torch.double)
+    return torch.ones(len(phase.teachers), dtype=torch.double)
 
 
 def gold_rows(rows: pd.DataFrame, task: Task) -> TrainingRows:
-    """Gold `rows` (text, label; accepted `answers` of a `qa` task) for a teacher to be tuned on."""
+    """Gold `rows` (text, label; accepted `answers` of a `qa` task) for the fine-tuning of a teacher."""
     if task.kind != "qa":
         return TrainingRows(rows["text"].tolist(), np.array([task.names.index(label) for label in rows["label"]]))
-    told = [accepted_answers(answers)[0] for answers in rows["answers"]]
-    answers = list(dict.fromkeys(told))
-    return TrainingRows(rows["text"].tolist(), np.array([answers.index(answer) for answer in told]), answers=answers)
+    return _answered_rows(rows, [accepted_answers(answers)[0] for answers in rows["answers"]])
 
 
 def question_rows(rows: pd.DataFrame, phase: PhaseConfig) -> TrainingRows:
-    """As :func:`phase_rows` for a `qa` task: gold answers, and where there are none the first that a teacher gave.
+    """As :func:`phase_rows` for a `qa` task: gold answers, and where there are none that of the first teacher with one.
 
     Raises UserError for a loss or an order that needs a distribution over labels, and for a row without an answer.
     """
-    barred = {"label_prior", "rationale", *(DIVERGENCES if phase.space == "labels" else ())}
-    wrong = [f"loss.{term}" for term in phase.loss if term in barred]
+    label_terms = {"label_prior", "rationale", *(DIVERGENCES if phase.space == "labels" else ())}
+    wrong = [f"loss.{term}" for term in phase.loss if term in label_terms]
     wrong += ["order: confidence"] if phase.order == "confidence" else []
     wrong += ["rationales"] if phase.rationales else []
     wrong += [key for key in ("pseudo_labels", "mix") if getattr(phase, key) != PhaseConfig.model_fields[key].default]
     if wrong:
-        what = wrong[0]
-        raise UserError(f"phases: {what}: answers are free text, not labels; use `ce`, or `space: vocabulary`")
-    known = rows["answers"] if "answers" in rows else [None] * len(rows)  # a pool's are hidden
-    told = [accepted_answers(gold)[0] if isinstance(gold, str) else None for gold in known]
+        raise UserError(f"phases: {wrong[0]}: answers are free text, not labels; use `ce`, or `space: vocabulary`")
+    gold = rows["answers"] if "answers" in rows else [None] * len(rows)  # a pool's are hidden
+    answers = [accepted_answers(accepted)[0] if isinstance(accepted, str) else None for accepted in gold]
     for teacher in phase.teachers:
-        told = [ours or theirs for ours, theirs in zip(told, rows[f"answer_{teacher}"], strict=True)]
-    if not all(told):
-        raise UserError(f"phases: {told.count(None) + told.count('')} rows of {', '.join(phase.data)} have no answer")
-    answers = list(dict.fromkeys(told))
-    index = {answer: i for i, answer in enumerate(answers)}
-    out = TrainingRows(rows["text"].tolist(), np.array([index[answer] for answer in told]), answers=answers)
+        answers = [known or answer for known, answer in zip(answers, rows[f"answer_{teacher}"], strict=True)]
+    if not all(answers):
+        missing = answers.count(None) + answers.count("")
+        raise UserError(f"phases: {missing} rows of {', '.join(phase.data)} have no answer")
+    training_rows = _answered_rows(rows, answers)
     if phase.teachers:
-        out.teacher_weights = {teacher: torch.ones(len(rows), dtype=torch.double) for teacher in phase.teachers}
-        out.teacher_folds = {teacher: rows[f"fold_{teacher}"].astype(int).tolist() for teacher in phase.teachers}
-    return out
+        training_rows.teacher_weights = {
+            teacher: torch.ones(len(rows), dtype=torch.double) for teacher in phase.teachers
+        }
+        training_rows.teacher_folds = {
+            teacher: rows[f"fold_{teacher}"].astype(int).tolist() for teacher in phase.teachers
+        }
+    return training_rows
+
+
+def _answered_rows(rows: pd.DataFrame, answers: list[str]) -> TrainingRows:
+    """`rows` with the free `answers` [n], whose distinct texts are the labels."""
+    distinct = list(dict.fromkeys(answers))
+    index = {answer: i for i, answer in enumerate(distinct)}
+    targets = np.array([index[answer] for answer in answers])
+    return TrainingRows(rows["text"].tolist(), targets, answers=distinct)

@@ -16,12 +16,13 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from distillery.config.schema import StudentConfig, TrainingConfig
+from distillery.config.schema import PhaseConfig, StudentConfig
 from distillery.files import atomic_write, raise_if_disk_full
 from distillery.fingerprint import code_digest
 from distillery.models.fast_cpu import restore_full_embedding
 from distillery.models.label_model import LabelModel
 from distillery.models.predictions import predict_splits
+from distillery.tasks.schema import Task
 from distillery.training.rows import TrainingRows, phase_rows
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
@@ -31,21 +32,19 @@ HISTORY_COLUMNS = ("step", "epoch", "loss", "learning_rate")
 
 def last_whole_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint; one that a kill left half-written is removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    while found:
-        state = found[-1] / "trainer_state.json"  # the trainer writes this file last
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
         try:
-            json.loads(state.read_text())
-            return str(found[-1])
+            json.loads((checkpoint / "trainer_state.json").read_text())  # the trainer writes this file last
+            return str(checkpoint)
         except (OSError, ValueError):
-            shutil.rmtree(found.pop())
+            shutil.rmtree(checkpoint)
     return None
 
 
 def train_phase(
     student: LabelModel,
     rows: TrainingRows,
-    spec: TrainingConfig,
+    phase: PhaseConfig,
     *,
     folder: Path,
     seed: int,
@@ -54,16 +53,18 @@ def train_phase(
     validation: TrainingRows | None = None,
     teachers: dict[str, OpenableTeacher] | None = None,
 ) -> pd.DataFrame:
-    """Train `student` in place on `rows` as `spec` says; continue from the last checkpoint in `folder`, if any.
+    """Train `student` in place on the `rows` of `phase`; continue from the last checkpoint in `folder`, if any.
 
+    checkpoint_every: optimizer steps between two checkpoints, unless early stopping sets them; it changes no weight.
+    validation: the rows that early stopping scores. teachers: those whose tokens or hidden states the loss compares.
     Returns the history, a row a logged step: step, epoch, loss, learning_rate and the terms' values.
-    Raises UserError when the disk is full.
+    Raises UserError when the disk is full, and when a teacher does not fit the student.
     """
     try:
         trainer = build_trainer(
             student,
             rows,
-            spec,
+            phase,
             folder=folder,
             seed=seed,
             title=title,
@@ -76,7 +77,7 @@ def train_phase(
         raise_if_disk_full(error, folder)
         raise
     finally:
-        if hasattr(student.model, "projections"):  # they have served; the student goes without them
+        if hasattr(student.model, "projections"):  # only the loss used them
             del student.model.projections
         restore_full_embedding(student.model)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -109,55 +110,65 @@ def train_phases(
     test: pd.DataFrame,
     scores: dict[str, float] | None = None,
     teachers: dict[str, OpenableTeacher] | None = None,
+    checkpoint_every: int = 50,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train `student` in place through all phases of `spec`, continuing where an earlier, killed run stood.
 
     frame: the rows of `rows.parquet`. validation: rows (id, text, label) for early stopping, predicted before the
-    first phase and after each but the last. test: predicted before the first phase.
+    first phase and after each but the last. test: predicted before the first phase. scores: each teacher's validation
+    accuracy. checkpoint_every: optimizer steps between two checkpoints; it changes no weight.
     Returns the history (phase, step, epoch, loss, learning_rate, one column per loss term) and these predictions
     (phase, split, id, label, prediction, probabilities), phase 0 being the untrained student.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = student.task.names
-    held_out = TrainingRows(
-        validation["text"].tolist(), np.array([names.index(label) for label in validation["label"]])
-    )
-    if student.task.kind == "qa":
-        held_out.accepted_answers = validation["answers"].tolist()
-    histories, said = [], []
+    held_out = _validation_rows(validation, student.task)
     for k in range(len(spec.phases) + 1):
-        done = folder / f"phase-{k}"
-        if not (done / "history.csv").exists():  # written last
-            history = pd.DataFrame(columns=list(HISTORY_COLUMNS))
+        finished = folder / f"phase-{k}"
+        if not (finished / "history.csv").exists():
+            history, splits = pd.DataFrame(columns=list(HISTORY_COLUMNS)), {"validation": validation, "test": test}
             if k:
                 phase = spec.phases[k - 1]
-                rows = phase_rows(frame, phase, names, scores)
                 history = train_phase(
                     student,
-                    rows,
+                    phase_rows(frame, phase, student.task.names, scores),
                     phase,
                     folder=folder / f"checkpoints-{k}",
                     seed=1000 * seed + k,
                     title=f"phase {k} of {len(spec.phases)}",
-                    checkpoint_every=spec.checkpoint_every,
+                    checkpoint_every=checkpoint_every,
                     validation=held_out,
                     teachers=teachers,
                 )
-            _save_phase_weights(student.model, done / "weights.safetensors")
-            asked = {"validation": validation, "test": test} if k == 0 else {"validation": validation}
-            predict_splits(student, asked if k == 0 or k < len(spec.phases) else {}).to_parquet(
-                done / "answers.parquet"
-            )
-            with atomic_write(done / "history.csv") as path:
-                history.to_csv(path, index=False)
+                splits = {"validation": validation} if k < len(spec.phases) else {}
+            _save_phase(finished, student, history, predict_splits(student, splits))
             shutil.rmtree(folder / f"checkpoints-{k}", ignore_errors=True)
         elif not (folder / f"phase-{k + 1}" / "history.csv").exists():
-            _load_phase_weights(student.model, done / "weights.safetensors")
-        histories.append(pd.read_csv(done / "history.csv").assign(phase=k))
-        said.append(pd.read_parquet(done / "answers.parquet").assign(phase=k))
-    history = pd.concat([h for h in histories if len(h)] or histories, ignore_index=True)
-    told = pd.concat([part for part in said if len(part)], ignore_index=True)
-    return history[["phase", *history.columns.drop("phase")]], told[["phase", *told.columns.drop("phase")]]
+            _load_phase_weights(student.model, finished / "weights.safetensors")
+    return _read_phases([folder / f"phase-{k}" for k in range(len(spec.phases) + 1)])
+
+
+def _validation_rows(validation: pd.DataFrame, task: Task) -> TrainingRows:
+    targets = np.array([task.names.index(label) for label in validation["label"]])
+    answers = validation["answers"].tolist() if task.kind == "qa" else None
+    return TrainingRows(validation["text"].tolist(), targets, accepted_answers=answers)
+
+
+def _save_phase(folder: Path, student: LabelModel, history: pd.DataFrame, predictions: pd.DataFrame) -> None:
+    """Write what a finished phase leaves behind; its history last, since it marks the phase as finished."""
+    _save_phase_weights(student.model, folder / "weights.safetensors")
+    predictions.to_parquet(folder / "predictions.parquet")
+    with atomic_write(folder / "history.csv") as path:
+        history.to_csv(path, index=False)
+
+
+def _read_phases(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The histories and the predictions of finished phases, each with its number in the column `phase`."""
+    tables = []
+    for name, read in (("history.csv", pd.read_csv), ("predictions.parquet", pd.read_parquet)):
+        parts = [read(folder / name).assign(phase=k) for k, folder in enumerate(folders)]
+        table = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+        tables.append(table[["phase", *table.columns.drop("phase")]])
+    return tables[0], tables[1]
 
 
 def _save_phase_weights(model: Any, path: Path) -> None:

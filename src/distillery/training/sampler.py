@@ -12,10 +12,10 @@ BATCHES_PER_POOL = 16  # batches drawn together and sorted by length, so that ro
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
-    """Row order of an epoch, a pure function of (seed, epoch), so that a resumed run sees the rows it would have seen.
+    """Row order of an epoch, a pure function of (seed, epoch): a resumed run continues with the rows that come next.
 
-    order: `random` draws batches of similar length; `length` goes from short to long; `confidence` from the rows the
-    teachers are sure of to those they are not.
+    lengths: tokens of each row. batch: rows of a batch. order: `random` draws batches of similar length; `length` goes
+    from short to long; `confidence` goes from low to high `entropy` of the teachers' distribution.
     """
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int, order: str = "random", entropy: Any = None):

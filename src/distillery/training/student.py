@@ -36,9 +36,10 @@ def attach_adapters(model: Any, lora: LoraSettings | None, arch: str, seed: int)
 
 
 def build_student(spec: StudentConfig, folder: Path, task: Task, seed: int, remote_code: bool = False) -> LabelModel:
-    """The student before its first step: the wanted layers of the model in `folder`, with its adapter, if any.
+    """The student before its first step: the layers `spec.init` names of the model in `folder`, and its adapter.
 
-    Weights that are trained are kept in float32 whatever `spec.dtype` says; that is the precision of the products.
+    Trained weights are in float32 whatever `spec.dtype` is, which is the precision of the matrix products.
+    Raises UserError when the folder holds no such model or a layer does not exist.
     """
     adapted = spec.adapter.kind != "none"
     model = load_model(
@@ -69,9 +70,9 @@ def build_student(spec: StudentConfig, folder: Path, task: Task, seed: int, remo
 
 
 def load_student(spec: StudentConfig, folder: Path, task: Task, dtype: str = "float32") -> LabelModel:
-    """A finished student from its folder. In float32 it says what anyone who loads the folder computes, row by row or
-    in batches; half precision is faster, and its roundings depend on the batch."""
+    """A finished student from its folder. In float32 it predicts what anyone who loads the folder computes, row by row
+    or in batches; half precision is faster, and its roundings depend on the batch."""
     model = load_model(folder, spec.arch, labels=task.names, dtype=dtype)
     tokenizer = load_tokenizer(folder)
-    extras = {"prompt": spec.prompt, "few_shot": spec.few_shot, "max_length": spec.max_length}
-    return LabelModel(model, tokenizer, task, spec.arch, dtype=dtype, **extras)
+    settings = {"prompt": spec.prompt, "few_shot": spec.few_shot, "max_length": spec.max_length}
+    return LabelModel(model, tokenizer, task, spec.arch, dtype=dtype, **settings)

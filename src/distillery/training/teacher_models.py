@@ -1,4 +1,4 @@
-"""Teachers whose weights are at hand: loading them, and giving a fold's model for its rows."""
+"""Teachers whose weights are available: load them, and open the model of a fold for its rows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MAX_PROMPT_TOKENS = 4096  # tokens of a prompt to a teacher that is only prompte
 def load_teacher_model(
     name: str, spec: TeacherConfig, origin: ModelConfig, task: Task, *, tuned: Path | None = None
 ) -> LabelModel:
-    """The teacher `name` as fetched from `origin`, or `tuned`: as it lies in that folder (whole, or as adapters)."""
+    """The teacher `name` as fetched from `origin`, or, with `tuned`, from that folder (a whole model, or adapters)."""
     arch = {"lm": "causal"}.get(spec.kind, spec.kind)
     adapters = tuned is not None and (tuned / "adapter_config.json").exists()
     folder = tuned if tuned and not adapters else fetch_model(spec.model, origin)
-    # weights that are about to be trained stay in float32; others may lie in the precision they are used in
+    # weights that will be trained stay in float32; others are loaded in the precision of their use
     trained = spec.finetune is not None and spec.finetune.lora is None and tuned is None
     model = load_model(
         folder,
@@ -40,11 +40,11 @@ def load_teacher_model(
     if adapters:
         model = merge_adapters(model, tuned)
     tokenizer = load_tokenizer(folder, origin.trust_remote_code)
-    out = LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=spec.dtype)
-    out.batch_size = spec.batch_size
+    teacher = LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=spec.dtype)
+    teacher.batch_size = spec.batch_size
     if arch != "classifier" and spec.finetune is None:
-        out.max_length = max_prompt_tokens(out)
-    return out
+        teacher.max_length = max_prompt_tokens(teacher)
+    return teacher
 
 
 def max_prompt_tokens(model: LabelModel) -> int:
@@ -52,24 +52,26 @@ def max_prompt_tokens(model: LabelModel) -> int:
     return min(MAX_PROMPT_TOKENS, getattr(model.model.config, "max_position_embeddings", None) or MAX_PROMPT_TOKENS)
 
 
-def check_same_tokens(name: str, teacher: LabelModel, ours: Sequence[Completion], theirs: Sequence[Completion]) -> None:
+def check_same_tokens(
+    name: str, teacher: LabelModel, student_answers: Sequence[Completion], teacher_answers: Sequence[Completion]
+) -> None:
     """Raise UserError if `teacher` writes an answer in other tokens than its student: logits cannot be compared."""
-    for (mine, _), (yours, _) in zip(ours, theirs, strict=True):
-        if list(mine) != list(yours):
-            shown = [teacher.tokenizer.convert_ids_to_tokens(list(yours)), list(mine)]
+    for (student_ids, _), (teacher_ids, _) in zip(student_answers, teacher_answers, strict=True):
+        if list(student_ids) != list(teacher_ids):
             raise UserError(
-                f"teachers.{name}: its vocabulary does not fit: it writes an answer as {shown[0]}, which is not the "
-                f"student's {shown[1]}; use a model of the student's family and the same `prompt`, `space: labels`, "
+                f"teachers.{name}: its vocabulary does not fit: it writes an answer as "
+                f"{teacher.tokenizer.convert_ids_to_tokens(list(teacher_ids))}, which is not the student's "
+                f"{list(student_ids)}; use a model of the student's family and the same `prompt`, `space: labels`, "
                 "or the loss term `uld`"
             )
 
 
 @dataclass
 class OpenableTeacher:
-    """A teacher that can be opened, to be asked about tokens and hidden states.
+    """A teacher that can be opened, for its token log-probabilities and hidden states.
 
-    open_fold: gives its model for rows of a fold (-1: tuned on all gold rows). identity: all that decides what it says.
-    num_layers: its number of layers. cache_dir: the folder in which its signals are kept.
+    open_fold: returns its model for rows of a fold (-1: tuned on all gold rows). identity: everything that decides its
+    outputs. num_layers: its number of layers. cache_dir: the folder in which its outputs are stored.
     """
 
     open_fold: Callable[[int], LabelModel]
@@ -78,15 +80,15 @@ class OpenableTeacher:
     cache_dir: Path
 
 
-def openable_teacher(root: Path, name: str, found: dict[str, Any]) -> OpenableTeacher:
+def openable_teacher(root: Path, name: str, record: dict[str, Any]) -> OpenableTeacher:
     """The teacher `name` as `openable_teachers` in `experiment.json` describes it; models in `data/teacher/<name>/`."""
-    spec = TeacherConfig.model_validate(found["spec"])
-    origin = ModelConfig.model_validate({k: v for k, v in found["model"].items() if k != "content"})
-    task, folder = Task.model_validate(found["task"]), root / "data" / "teacher" / name
+    spec = TeacherConfig.model_validate(record["spec"])
+    origin = ModelConfig.model_validate({k: v for k, v in record["model"].items() if k != "content"})
+    task, folder = Task.model_validate(record["task"]), root / "data" / "teacher" / name
 
     def open_model(fold: int) -> LabelModel:
         tuned = (folder / "model" if fold < 0 else folder / "folds" / str(fold)) if spec.finetune else None
         return load_teacher_model(name, spec, origin, task, tuned=tuned)
 
-    at = folder / "model" if spec.finetune else fetch_model(spec.model, origin)
-    return OpenableTeacher(open_model, found, count_layers(at), root / ".cache" / "signals")
+    model_folder = folder / "model" if spec.finetune else fetch_model(spec.model, origin)
+    return OpenableTeacher(open_model, record, count_layers(model_folder), root / ".cache" / "signals")

@@ -1,7 +1,7 @@
-"""Token log-probabilities and hidden states of a teacher, computed once and kept.
+"""Token log-probabilities and hidden states of a teacher, computed once and stored.
 
-They lie in `.cache/signals/` under a key of all that decides them, as .npy files. All seeds and students that want the
-same share them.
+They lie in `.cache/signals/` as .npy files, under a key of everything that decides them. All seeds and students that
+need the same outputs share them.
 """
 
 from __future__ import annotations
@@ -19,60 +19,82 @@ from torch import Tensor
 from distillery import losses
 from distillery.files import atomic_write
 from distillery.fingerprint import code_digest
-from distillery.models.label_model import Completion, LabelModel
+from distillery.models.label_model import Completion, LabelModel, ModelOutput
 from distillery.models.layers import output_head
 
-MAX_ROWS_PER_BATCH = 16  # rows at a time, of which whole vocabularies are kept
+MAX_ROWS_PER_BATCH = 16  # when distributions over the whole vocabulary are stored
+
+
+ARRAYS = (
+    "token_offsets",
+    "completion_lengths",
+    "token_logprobs",
+    "token_indices",
+    "tail_logprobs",
+    "states",
+    "maps",
+    "text_offsets",
+)
 
 
 @dataclass
 class TeacherOutputs:
-    """One teacher's token log-probabilities and hidden states for n rows, on the disk.
+    """One teacher's token log-probabilities and hidden states for n rows, on the disk; None for what was not requested.
 
-    start: [n + 1], where each row's supervised tokens begin. lengths: [completions], how many each has.
-    tokens: [start[n], vocabulary] float16, log-probabilities at T = 1; or with `top_k` the k likeliest, `indices`
-    naming them and `tail` holding the log of what is left. states: [n, layers, d] float32. maps: [all texts' tokens,
-    layers] float32, row i from `at[i]` to `at[i + 1]`.
+    token_offsets: [n + 1], the first supervised token of each row. completion_lengths: [completions], supervised tokens
+    of each. token_logprobs: [tokens, vocabulary] float16, at T = 1; or with `top_k` [tokens, k], of the k likeliest
+    tokens, `token_indices` naming them and `tail_logprobs` [tokens] holding the logarithm of the remaining mass.
+    states: [n, layers, d] float32. maps: [tokens of all texts, layers] float32, row i from `text_offsets[i]` to
+    `text_offsets[i + 1]`.
     """
 
     folder: Path
 
     def __post_init__(self) -> None:
-        for name in ("start", "lengths", "tokens", "indices", "tail", "states", "maps", "at"):
+        for name in ARRAYS:
             path = self.folder / f"{name}.npy"
             # mapped, not read: a vocabulary of 49,152 takes 96 KiB a supervised token
             setattr(self, name, np.load(path, mmap_mode="r") if path.exists() else None)
 
-    def positions(self, rows: Sequence[int]) -> np.ndarray:
-        return np.concatenate([np.arange(self.start[i], self.start[i + 1]) for i in rows])
-
     def logprobs(self, rows: Sequence[int]) -> Tensor:
         """[m, vocabulary] float32 at the supervised tokens of `rows`, row after row."""
-        return torch.from_numpy(np.asarray(self.tokens[self.positions(rows)])).float()
+        return torch.from_numpy(np.asarray(self.token_logprobs[token_positions(self.token_offsets, rows)])).float()
 
-    def top(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """values [m, k], indices [m, k], log_tail [m]: what :func:`losses.kl_top_k` takes."""
-        at = self.positions(rows)
-        values, tail = (torch.from_numpy(np.asarray(a[at])).float() for a in (self.tokens, self.tail))
-        return values, torch.from_numpy(self.indices[at].astype(np.int64)), tail
+    def top_k(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """values [m, k], indices [m, k], log_tail [m]: the arguments of :func:`losses.kl_top_k`."""
+        tokens = token_positions(self.token_offsets, rows)
+        values, log_tail = (
+            torch.from_numpy(np.asarray(array[tokens])).float() for array in (self.token_logprobs, self.tail_logprobs)
+        )
+        return values, torch.from_numpy(self.token_indices[tokens].astype(np.int64)), log_tail
 
-    def hidden(self, rows: Sequence[int]) -> Tensor:
+    def hidden_states(self, rows: Sequence[int]) -> Tensor:
         """[len(rows), layers, d] float32."""
         return torch.from_numpy(np.asarray(self.states[list(rows)]))
 
-    def activity(self, rows: Sequence[int], width: int) -> Tensor:
+    def activation_maps(self, rows: Sequence[int], width: int) -> Tensor:
         """[len(rows), layers, width] float32, 0 past each text's end."""
-        out = np.zeros((len(rows), self.maps.shape[1], width), dtype=np.float32)
+        padded = np.zeros((len(rows), self.maps.shape[1], width), dtype=np.float32)
         for k, i in enumerate(rows):
-            part = self.maps[self.at[i] : self.at[i + 1]]
-            out[k, :, : len(part)] = part.T
-        return torch.from_numpy(out)
+            row = self.maps[self.text_offsets[i] : self.text_offsets[i + 1]]
+            padded[k, :, : len(row)] = row.T
+        return torch.from_numpy(padded)
+
+    @property
+    def text_lengths(self) -> list[int]:
+        """[n]: tokens of each text; of outputs with activation maps."""
+        return np.diff(self.text_offsets).tolist()
 
     @property
     def bytes_a_token(self) -> float:
         """Bytes on the disk for each supervised token."""
-        stored = [a.nbytes for a in (self.tokens, self.indices, self.tail) if a is not None]
-        return sum(stored) / max(1, int(self.start[-1]))
+        stored = [a.nbytes for a in (self.token_logprobs, self.token_indices, self.tail_logprobs) if a is not None]
+        return sum(stored) / max(1, int(self.token_offsets[-1]))
+
+
+def token_positions(offsets: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+    """[m]: the supervised tokens of `rows`, row after row, as positions among those of all rows."""
+    return np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in rows])
 
 
 @torch.no_grad()
@@ -87,98 +109,99 @@ def collect_teacher_outputs(
     layers: Sequence[int] = (),
     maps: bool = False,
 ) -> TeacherOutputs:
-    """Ask a teacher about `texts` once and keep its answers in `folder`; read them from there if they are there.
+    """Run a teacher over `texts` once and store its outputs in `folder`; read them from there if they exist.
 
-    open_model: gives the teacher that may answer rows of a fold (-1: tuned on all gold rows). fold: [n].
-    completions: the supervised tokens of every row, in that teacher's own tokens; None when none are wanted.
-    layers: whose hidden states are wanted, 0 being the embeddings; maps: also where those layers are active.
+    open_model: returns the teacher's model for rows of a fold (-1: the one tuned on all gold rows). fold: [n].
+    completions: the supervised tokens of every row, in the tokens of the given model; None when none are needed.
+    layers: of which hidden states are stored, 0 being the embeddings; maps: whether their activation maps are, too.
     Raises UserError when the disk is full; nothing half-written stays.
     """
     if (folder / "done.json").exists():
         return TeacherOutputs(folder)
     with atomic_write(folder) as scratch:
         scratch.mkdir(parents=True)
-        files: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {}
         for k in sorted(set(fold)):
             teacher = open_model(k)
             teacher.model.eval()
             ids = teacher.encode(texts)
-            told = completions(teacher) if completions else None
-            if not files:
-                files = _allocate_arrays(scratch, teacher, ids, told, top_k, layers, maps)
-            mine = sorted((i for i in range(len(texts)) if fold[i] == k), key=lambda i: len(ids[i]))
-            batch_size = min(MAX_ROWS_PER_BATCH, teacher.batch_size) if told else teacher.batch_size
-            for a in range(0, len(mine), batch_size):
-                rows = mine[a : a + batch_size]
-                asked = [told[i] for i in rows] if told else None
-                out = teacher.forward(
-                    [ids[i] for i in rows], asked, label_space=False, layers=layers, activation_maps=maps
-                )
-                if told:
-                    at = np.concatenate([np.arange(files["start"][i], files["start"][i + 1]) for i in rows])
-                    logprobs = out.completion_logits.log_softmax(-1)
-                    if top_k:
-                        values, indices, tail = losses.to_top_k(logprobs, top_k)
-                        files["indices"][at] = indices.cpu().numpy()
-                        files["tail"][at] = tail.clamp_min(-6e4).cpu().numpy()
-                    else:
-                        values = logprobs
-                    files["tokens"][at] = values.cpu().numpy()  # log-probabilities down to -65,504
-                if layers:
-                    files["states"][rows] = out.hidden_states.cpu().numpy()
-                if maps:
-                    for j, i in enumerate(rows):
-                        files["maps"][files["at"][i] : files["at"][i + 1]] = (
-                            out.activation_maps[j, :, : len(ids[i])].T.cpu().numpy()
-                        )
+            supervised = completions(teacher) if completions else None
+            if not arrays:
+                arrays = _allocate_arrays(scratch, teacher, ids, supervised, top_k, layers, maps)
+            members = sorted((i for i in range(len(texts)) if fold[i] == k), key=lambda i: len(ids[i]))
+            batch_size = min(MAX_ROWS_PER_BATCH, teacher.batch_size) if supervised else teacher.batch_size
+            for a in range(0, len(members), batch_size):
+                rows = members[a : a + batch_size]
+                batch = [supervised[i] for i in rows] if supervised else None
+                options = {"label_space": False, "layers": layers, "activation_maps": maps}
+                _store_outputs(arrays, rows, teacher.forward([ids[i] for i in rows], batch, **options), top_k)
             del teacher
-        for array in files.values():
+        for array in arrays.values():
             array.flush()
         (scratch / "done.json").write_text(json.dumps({"rows": len(texts), "layers": list(layers), "top_k": top_k}))
     return TeacherOutputs(folder)
+
+
+def _store_outputs(arrays: dict[str, np.ndarray], rows: list[int], output: ModelOutput, top_k: int | None) -> None:
+    """Write the `output` of a teacher for `rows` into the arrays that were allocated."""
+    if "token_logprobs" in arrays:
+        tokens = token_positions(arrays["token_offsets"], rows)
+        values = output.completion_logits.log_softmax(-1)
+        if top_k:
+            values, indices, log_tail = losses.to_top_k(values, top_k)
+            arrays["token_indices"][tokens] = indices.cpu().numpy()
+            arrays["tail_logprobs"][tokens] = log_tail.clamp_min(-6e4).cpu().numpy()
+        arrays["token_logprobs"][tokens] = values.cpu().numpy()  # float16: down to -65,504
+    if "states" in arrays:
+        arrays["states"][rows] = output.hidden_states.cpu().numpy()
+    if "maps" in arrays:
+        for j, i in enumerate(rows):
+            start, end = arrays["text_offsets"][i : i + 2]
+            arrays["maps"][start:end] = output.activation_maps[j, :, : end - start].T.cpu().numpy()
 
 
 def _allocate_arrays(
     folder: Path,
     teacher: LabelModel,
     ids: list[list[int]],
-    told: list[list[Completion]] | None,
+    completions: list[list[Completion]] | None,
     top_k: int | None,
     layers: Sequence[int],
     maps: bool,
 ) -> dict[str, np.ndarray]:
-    def array(name: str, shape: tuple[int, ...], kind: type) -> np.ndarray:
-        return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype=kind, shape=shape)
+    """The empty arrays of :class:`TeacherOutputs` in `folder`, and the offsets and lengths filled in."""
+    arrays: dict[str, np.ndarray] = {}
 
-    def offsets(name: str, counts: list[int]) -> np.ndarray:
-        out = array(name, (len(counts) + 1,), np.int64)
-        out[:] = np.concatenate([[0], np.cumsum(counts)])
-        return out
+    def allocate(name: str, shape: tuple[int, ...], kind: type) -> None:
+        arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype=kind, shape=shape)
 
-    out = {}
-    if told:
-        out["start"] = offsets("start", [sum(len(tokens) - skip for tokens, skip in row) for row in told])
-        lengths = [len(tokens) - skip for row in told for tokens, skip in row]
-        out["lengths"] = array("lengths", (len(lengths),), np.int64)
-        out["lengths"][:] = lengths
+    def store(name: str, values: Sequence[int]) -> None:
+        allocate(name, (len(values),), np.int64)
+        arrays[name][:] = values
+
+    if completions:
+        lengths = [[len(tokens) - skip for tokens, skip in row] for row in completions]
+        store("token_offsets", np.cumsum([0, *map(sum, lengths)]))
+        store("completion_lengths", [length for row in lengths for length in row])
         vocabulary = output_head(teacher.model).weight.shape[0]
-        out["tokens"] = array("tokens", (int(out["start"][-1]), top_k or vocabulary), np.float16)
+        tokens = int(arrays["token_offsets"][-1])
+        allocate("token_logprobs", (tokens, top_k or vocabulary), np.float16)
         if top_k:
-            out["indices"] = array("indices", out["tokens"].shape, np.int32)
-            out["tail"] = array("tail", out["tokens"].shape[:1], np.float32)
+            allocate("token_indices", (tokens, top_k), np.int32)
+            allocate("tail_logprobs", (tokens,), np.float32)
     if layers:
-        out["states"] = array("states", (len(ids), len(layers), teacher.model.config.hidden_size), np.float32)
+        allocate("states", (len(ids), len(layers), teacher.model.config.hidden_size), np.float32)
     if maps:
-        out["at"] = offsets("at", [len(row) for row in ids])
-        out["maps"] = array("maps", (int(out["at"][-1]), len(layers)), np.float32)
-    return out
+        store("text_offsets", np.cumsum([0, *map(len, ids)]))
+        allocate("maps", (int(arrays["text_offsets"][-1]), len(layers)), np.float32)
+    return arrays
 
 
 def teacher_outputs_key(*parts: object) -> str:
-    """A name for signals: a hash of `parts` and of the code that computes them."""
-    digest = hashlib.sha256(
-        code_digest("losses", "models", "tasks", "training.teacher_models", "training.teacher_outputs").encode()
-    )
+    """A name for the outputs of a teacher: a hash of `parts` and of the code that computes them."""
+    modules = ("training.completions", "training.teacher_models", "training.teacher_outputs")
+    code = code_digest("losses", "models", "tasks", *modules)
+    digest = hashlib.sha256(code.encode())
     for part in parts:
         digest.update(json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]

@@ -7,19 +7,126 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from distillery.config.schema import TrainingConfig
+from distillery.config.schema import PhaseConfig
+from distillery.models.fast_cpu import train_used_embeddings, use_bit_dropout
 from distillery.models.label_model import Completion, LabelModel
-from distillery.training.phase_loss import PhaseTrainerMixin
+from distillery.models.predictions import predict_rows, score_predictions
+from distillery.training.completions import PhaseCompletions, StepCounts
+from distillery.training.phase_loss import PhaseLoss
 from distillery.training.rows import TrainingRows
+from distillery.training.sampler import LengthGroupedSampler
 from distillery.training.teacher_models import OpenableTeacher
+from distillery.training.teacher_signals import TeacherSignals
 
 LOG_EVERY = 10  # optimizer steps
+
+
+class PhaseTrainerMixin:
+    """What this repository changes in a trainer: which rows make a batch, the loss, and the scores on validation rows.
+
+    A batch of the data loader holds the indices of its rows; :meth:`get_batch_samples` turns it into a `MicroBatch`.
+    """
+
+    # Trainer would divide by the micro-batches once more; the denominators here span the whole optimizer step
+    loss_is_scaled_for_ga = True
+
+    def prepare(
+        self,
+        student: LabelModel,
+        rows: TrainingRows,
+        phase: PhaseConfig,
+        seed: int,
+        validation: TrainingRows | None,
+        teachers: dict[str, OpenableTeacher],
+    ) -> None:
+        """Encode the rows, and compute once everything that the phase's terms need of the teachers."""
+        self.student, self.rows, self.phase, self.seed, self.validation = student, rows, phase, seed, validation
+        self.token_ids = student.encode(rows.texts)
+        self.term_values: dict[str, list[float]] = {}  # since the last logged step
+        self.logged_step: int | None = None
+        self.completions = PhaseCompletions(student, rows, phase)
+        self.signals = TeacherSignals(phase, rows, teachers, student, seed)
+        self.phase_loss = PhaseLoss(phase, rows, self.completions, self.signals)
+        if self.signals.projections:
+            # so that the optimizer trains them; in a list, since names of teachers may hold dots
+            self.model.projections = torch.nn.ModuleList(self.signals.projections.values())
+        use_bit_dropout(self.model)
+        if student.arch == "classifier":  # other models' embeddings are also their output head
+            used = {student.tokenizer.pad_token_id, *(token for ids in self.token_ids for token in ids)}
+            train_used_embeddings(self.model, used)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        entropy = None
+        if self.rows.logprobs is not None:
+            entropy = (-(self.rows.logprobs.exp() * self.rows.logprobs.clamp_min(-100)).sum(-1)).tolist()
+        lengths = [len(ids) for ids in self.token_ids]
+        return LengthGroupedSampler(lengths, self.phase.batch_size, self.seed, self.phase.order, entropy)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The micro-batches of one optimizer step, and what the whole step will be divided by."""
+        if self.logged_step is None:
+            self.logged_step = self.state.global_step  # not 0 in a run that continues from a checkpoint
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        for k, batch in enumerate(batches):
+            rows = batch.pop("index").tolist()
+            batch["micro_batch"] = self.completions.micro_batch(rows, self.sample_answers(rows, k))
+        self.counts = StepCounts.of([batch["micro_batch"] for batch in batches])
+        return batches, None
+
+    def sample_answers(self, rows: list[int], micro_batch: int) -> list[Completion] | None:
+        """Answers that the student generates itself, for a trainer that learns on-policy."""
+        return None
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The phase's loss on `inputs["micro_batch"]`, divided by the counts of the whole optimizer step."""
+        batch = inputs["micro_batch"]
+        ids = [self.token_ids[i] for i in batch.rows]
+        outputs = self.student.forward(ids, batch.completions, **self.phase_loss.requested_outputs)
+        loss, values = self.phase_loss(outputs, batch, self.counts)
+        for term, value in values.items():
+            self.term_values.setdefault(term, []).append(value.item())
+        return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.signals.projections:  # of a model with adapters, these alone are saved
+            save_file(self.model.projections.state_dict(), Path(output_dir) / "projections.safetensors")
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(checkpoint, model)
+        if self.signals.projections:
+            self.model.projections.load_state_dict(load_file(Path(checkpoint) / "projections.safetensors"))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log `logs`, and with a training loss the mean of each term since the last logged step."""
+        if "loss" in logs:
+            steps = max(1, self.state.global_step - (self.logged_step or 0))
+            logs |= {f"term_{term}": sum(values) / steps for term, values in self.term_values.items()}
+            self.logged_step, self.term_values = self.state.global_step, {}
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Scores on the validation rows, for early stopping."""
+        rows, names = self.validation, self.student.task.names
+        frame = pd.DataFrame({"id": "", "text": rows.texts, "label": [names[i] for i in rows.targets]})
+        if rows.accepted_answers is not None:
+            frame["answers"] = rows.accepted_answers
+        report = score_predictions(predict_rows(self.student, frame), names)
+        f1 = report.get("token_f1", report["macro_f1"])  # of free answers
+        scores = {"eval_accuracy": report["accuracy"], "eval_macro_f1": f1, "eval_loss": report["log_loss"]}
+        self.log(scores)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+        return scores
 
 
 class EncoderTrainer(PhaseTrainerMixin, Trainer):
@@ -27,68 +134,45 @@ class EncoderTrainer(PhaseTrainerMixin, Trainer):
 
 
 class CausalTrainer(PhaseTrainerMixin, SFTTrainer):
-    """Supervised and distilled fine-tuning of a causal model on kept signals.
+    """Supervised and distilled fine-tuning of a causal model on stored teacher outputs.
 
     `compute_loss` replaces TRL's, which knows no teacher and runs the output head over every position.
     """
 
 
 class OnPolicyTrainer(PhaseTrainerMixin, GKDTrainer):
-    """Distillation on answers that the student writes itself (Agarwal et al. 2024, GKD), the teacher asked about each.
+    """Distillation on answers that the student generates itself (Agarwal et al. 2024, GKD), scored by the teachers.
 
     What is overridden, and the fault of TRL 1.16.0 that it mends:
     `__init__`: knows one teacher and refuses vocabularies that are padded differently; here teachers are opened when
-    they are asked, each fold's its own, and the ids that both know are compared.
-    `get_batch_samples` (in `_Phase`): divides by the data set's labels, not by the tokens that were written; here all
-    answers of an optimizer step are written before its first backward pass, and counted.
-    `training_step`: draws from Python's global random state and writes one micro-batch at a time.
-    `compute_loss` (in `_Phase`): drops the temperature, has no cross-entropy, jumps at the ends of beta, and runs both
-    models over every position with full-vocabulary logits for the prompt.
+    they are needed, one model for each fold, and the ids that both vocabularies hold are compared.
+    `get_batch_samples` (in the mixin): divides by the data set's labels, not by the tokens that were generated; here
+    all answers of an optimizer step are generated before its first backward pass, and counted.
+    `training_step`: draws from Python's global random state and generates for one micro-batch at a time.
+    `compute_loss` (in the mixin): drops the temperature, has no cross-entropy, jumps at the ends of beta, and runs
+    both models over every position with full-vocabulary logits for the prompt.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        # the student stands in for the teacher, which is opened when it is asked: for each fold its own
+        # the student stands in for the teachers, which TeacherSignals opens
         super().__init__(*args, teacher_model=kwargs["model"], **kwargs)
-        self.live: dict[str, LabelModel] = {}
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return Trainer.training_step(self, *args, **kwargs)
 
-    def sample(self, picked: list[int], micro_batch: int) -> list[Completion] | None:
-        # a function of the step alone, so that a resumed run writes what it would have written
-        draw = np.random.default_rng([self.seed, self.state.global_step, micro_batch])
-        if draw.random() >= self.spec.on_policy:
+    def sample_answers(self, rows: list[int], micro_batch: int) -> list[Completion] | None:
+        # a function of the step alone, so that a resumed run generates what it would have generated
+        rng = np.random.default_rng([self.seed, self.state.global_step, micro_batch])
+        if rng.random() >= self.phase.on_policy:
             return None
-        written = self.student.generate_tokens(
-            [self.ids[i] for i in picked],
-            max_new_tokens=self.spec.max_new_tokens,
-            temperature=self.spec.sampling_temperature,
-            seed=int(draw.integers(2**31)),
-            batch_size=len(picked),
+        generated = self.student.generate_tokens(
+            [self.token_ids[i] for i in rows],
+            max_new_tokens=self.phase.max_new_tokens,
+            temperature=self.phase.sampling_temperature,
+            seed=int(rng.integers(2**31)),
+            batch_size=len(rows),
         )
-        return [(tokens, 0) for tokens in written]
-
-    @torch.no_grad()
-    def teacher_logprobs(self, picked: list[int], sampled: list[Completion] | None) -> list[torch.Tensor]:
-        """As above, for tokens that the student wrote; gold rows go to the model that did not learn from them."""
-        if sampled is None:
-            return super().teacher_logprobs(picked, sampled)
-        out = []
-        for name in self.spec.teachers:
-            parts: list[torch.Tensor] = [torch.empty(0)] * len(picked)
-            folds = [self.rows.teacher_folds[name][i] if self.rows.teacher_folds else -1 for i in picked]
-            for k in sorted(set(folds)):
-                key = f"{name}/{k}"
-                if key not in self.live:
-                    self.live[key] = self.open(name, k)
-                mine = [j for j, fold in enumerate(folds) if fold == k]
-                ids = self.live[key].encode([self.rows.texts[picked[j]] for j in mine])
-                told = self.live[key].forward(ids, [[sampled[j]] for j in mine], label_space=False).completion_logits
-                lengths = [len(sampled[j][0]) for j in mine]
-                for j, part in zip(mine, told.log_softmax(-1).split(lengths), strict=True):
-                    parts[j] = part
-            out.append(torch.cat(parts))
-        return out
+        return [(tokens, 0) for tokens in generated]
 
 
 class ProgressPrinter(TrainerCallback):
@@ -102,39 +186,29 @@ class ProgressPrinter(TrainerCallback):
             print(f"{self.title}: step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}", flush=True)
 
 
-def count_optimizer_steps(rows: int, spec: TrainingConfig) -> int:
+def count_optimizer_steps(rows: int, phase: PhaseConfig) -> int:
     """Optimizer steps of a phase on `rows` rows; the last, smaller batch of an epoch counts."""
-    if spec.steps:
-        return spec.steps
-    return max(1, math.ceil(spec.epochs * math.ceil(math.ceil(rows / spec.batch_size) / spec.accumulate)))
+    if phase.steps:
+        return phase.steps
+    return max(1, math.ceil(phase.epochs * math.ceil(math.ceil(rows / phase.batch_size) / phase.accumulate)))
 
 
-def build_trainer(
-    student: LabelModel,
-    rows: TrainingRows,
-    spec: TrainingConfig,
-    *,
-    folder: Path,
-    seed: int,
-    title: str,
-    checkpoint_every: int,
-    validation: TrainingRows | None = None,
-    teachers: dict[str, OpenableTeacher] | None = None,
-) -> PhaseTrainerMixin:
-    """The trainer of a phase, its teachers already asked; see :func:`train_phase`."""
-    stopping = getattr(spec, "early_stopping", None)
-    steps = count_optimizer_steps(len(rows), spec)
+def training_arguments(
+    phase: PhaseConfig, steps: int, folder: Path, seed: int, checkpoint_every: int, float16: bool
+) -> dict[str, Any]:
+    """Keyword arguments of `TrainingArguments` for `steps` optimizer steps of `phase`, with checkpoints in `folder`."""
+    stopping = phase.early_stopping
     every = stopping.every if stopping else checkpoint_every
-    common: dict[str, Any] = {
+    return {
         "output_dir": str(folder),
         "max_steps": steps,
-        "per_device_train_batch_size": spec.batch_size,
-        "gradient_accumulation_steps": spec.accumulate,
-        "learning_rate": spec.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup" if spec.schedule == "constant" else spec.schedule,
-        "warmup_steps": int(spec.warmup * steps),
-        "weight_decay": spec.weight_decay,
-        "max_grad_norm": spec.max_grad_norm,
+        "per_device_train_batch_size": phase.batch_size,
+        "gradient_accumulation_steps": phase.accumulate,
+        "learning_rate": phase.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if phase.schedule == "constant" else phase.schedule,
+        "warmup_steps": int(phase.warmup * steps),
+        "weight_decay": phase.weight_decay,
+        "max_grad_norm": phase.max_grad_norm,
         "seed": seed,
         "data_seed": seed,
         # a checkpoint falls on a logged step, or a resumed run would average the loss over fewer steps
@@ -153,32 +227,58 @@ def build_trainer(
         "remove_unused_columns": False,
         # LabelModel.autocast decides; float16's small gradients also need to be scaled up, which CPUs cannot do
         "bf16": False,
-        "fp16": student.dtype == torch.float16 and student.device.type == "cuda",
+        "fp16": float16,
         "gradient_checkpointing": False,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
     }
+
+
+def _create_trainer(
+    student: LabelModel, phase: PhaseConfig, arguments: dict[str, Any], inputs: dict[str, Any]
+) -> PhaseTrainerMixin:
+    """The trainer for the student's architecture. inputs: its model, data and callbacks."""
+    if student.arch != "causal":
+        return EncoderTrainer(args=TrainingArguments(**arguments), **inputs)
+    arguments |= {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    inputs |= {"processing_class": student.tokenizer}
+    if phase.on_policy:
+        trainer = OnPolicyTrainer(args=GKDConfig(**arguments, disable_dropout=False), **inputs)
+    else:
+        trainer = CausalTrainer(args=SFTConfig(**arguments), **inputs)
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:
+            # TRL narrows the adapters of a 4-bit model to bfloat16, where a small update rounds to none
+            weight.data = weight.data.float()
+    return trainer
+
+
+def build_trainer(
+    student: LabelModel,
+    rows: TrainingRows,
+    phase: PhaseConfig,
+    *,
+    folder: Path,
+    seed: int,
+    title: str,
+    checkpoint_every: int,
+    validation: TrainingRows | None = None,
+    teachers: dict[str, OpenableTeacher] | None = None,
+) -> PhaseTrainerMixin:
+    """The trainer of a phase, with everything that it needs of the teachers; see :func:`train_phase`."""
+    stopping = phase.early_stopping
+    steps = count_optimizer_steps(len(rows), phase)
+    float16 = student.dtype == torch.float16 and student.device.type == "cuda"
+    arguments = training_arguments(phase, steps, folder, seed, checkpoint_every, float16)
     data = Dataset.from_dict({"index": list(range(len(rows)))})
-    wiring: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "model": student.model,
         "train_dataset": data,
         "eval_dataset": data if stopping else None,
         "data_collator": lambda batch: {"index": torch.tensor([row["index"] for row in batch])},
         "callbacks": [ProgressPrinter(title)] + ([EarlyStoppingCallback(stopping.patience)] if stopping else []),
     }
-    if student.arch == "causal":
-        wiring["processing_class"] = student.tokenizer
-        common |= {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-        if getattr(spec, "on_policy", 0):
-            trainer = OnPolicyTrainer(args=GKDConfig(**common, disable_dropout=False), **wiring)
-        else:
-            trainer = CausalTrainer(args=SFTConfig(**common), **wiring)
-        for weight in trainer.model.parameters():
-            if weight.requires_grad:
-                # TRL narrows the adapters of a 4-bit model to bfloat16, where a small update rounds to none
-                weight.data = weight.data.float()
-    else:
-        trainer = EncoderTrainer(args=TrainingArguments(**common), **wiring)
+    trainer = _create_trainer(student, phase, arguments, inputs)
     trainer.remove_callback(PrinterCallback)
-    trainer.prepare(student, rows, spec, seed, validation, teachers)
+    trainer.prepare(student, rows, phase, seed, validation, teachers or {})
     return trainer

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from distillery.config.schema.base import Fraction, Positive, Section
+
+if TYPE_CHECKING:
+    from distillery.config.schema.students import PhaseConfig
 
 
 class LoraSettings(Section):
@@ -68,3 +71,10 @@ class FinetuneConfig(TrainingConfig):
     folds: Literal[0] | Annotated[int, Field(ge=2)] = 2
     """Copies of the teacher that are each tuned without one part of the rows, for signals on these rows. 0: none; the
     teacher then gives no signals for the rows it was tuned on."""
+
+    def as_phase(self) -> PhaseConfig:
+        """The same gradient descent as a phase: the cross-entropy of the gold labels of `on`."""
+        from distillery.config.schema.students import PhaseConfig  # which imports this module
+
+        settings = {key: getattr(self, key) for key in TrainingConfig.model_fields}
+        return PhaseConfig(data=[self.on], loss={"ce": 1.0}, **settings)
