@@ -23,7 +23,7 @@ from distillery.config.schema import SPLITS, ApiConfig
 from distillery.errors import UserError
 from distillery.files import read_yaml
 from distillery.tasks.parsing import parse_label
-from distillery.tasks.schema import load_task
+from distillery.tasks.schema import Task, load_task
 from distillery.teachers.api.budget import max_call_tokens
 from distillery.teachers.api.client import MAX_EMPTY_ANSWERS, Endpoint
 from distillery.teachers.api.teacher import ApiTeacher, first_token_probabilities
@@ -333,6 +333,21 @@ def test_an_estimate_stands_before_the_first_call(tmp_path):
     assert plan["US dollars"] == round((plan["input tokens"] + 2 * 10) / 1e6, 4)
     opened.endpoint.store.put([(questions[0], Answer("positive"))])
     assert opened.endpoint.estimate(questions)["calls"] == 1
+
+
+@pytest.mark.parametrize(
+    "labels, digest",
+    [
+        ("text", "fc1e881174d57f418b55e1bbc73dedc22c92260407f366f98193f08bf6efdcc8"),
+        ("structured", "d57d14a37cbc22ff3b969d056b159ff87f5394bf81a21f8ee1bd932839416083"),
+        ("logprobs", "dfb436104d365052881465239ef951417a1d43785a5a66eff85f0434347406cf"),
+    ],
+)
+def test_the_keys_of_paid_answers_stay_the_same(tmp_path, labels, digest):
+    prompt = {"instruction": "Answer.", "template": "{text}"}
+    task = Task(kind="classification", labels={"yes": "good", "no": "bad"}, prompt=prompt)
+    endpoint = teacher("http://127.0.0.1:1", "m", tmp_path, labels=labels, max_tokens=16).endpoint
+    assert [question.key for question in ApiTeacher(endpoint, task).questions(["Good?"])] == [digest]
 
 
 # ------------------------------------------------------------------------------- reading answers
