@@ -54,7 +54,7 @@ def teacher(url: str, path: Path, model: str, variable: str = VARIABLE) -> ApiTe
 def ask(url: str, path: str, model: str, rows: str) -> None:
     """What the process that may be killed does."""
     asked = teacher(url, Path(path), model)
-    p = asked.predict(questions(asked.task, int(rows)))
+    p = asked.predict_texts(questions(asked.task, int(rows)))
     print(f"labels: {(~pd.isna(p[:, 0])).sum()} of {len(p)}; the rest cannot be read as one")
 
 
@@ -87,7 +87,7 @@ def stored(path: Path) -> int:
 
 def refused(url: str, path: Path, model: str, variable: str) -> str:
     try:
-        teacher(url, path, model, variable).predict(["Profit rose."])
+        teacher(url, path, model, variable).predict_texts(["Profit rose."])
     except UserError as error:
         return str(error)
     raise SystemExit("was not refused")
@@ -110,14 +110,14 @@ def main(rows: int = 1000, share: float = 0.3) -> None:
                     run(proxy.url, path, str(speaker), rows, 0, log)  # once more: it must ask nothing
                     again = sum(proxy.calls.values()) - before
                 kept = AnswerStore(path)
-                with kept._using() as connection:
-                    (noted,) = connection.execute("SELECT asker FROM calls LIMIT 1").fetchone()
+                with kept._connection() as connection:
+                    (noted,) = connection.execute("SELECT endpoint FROM calls LIMIT 1").fetchone()
                     (twice,) = connection.execute(
                         "SELECT COUNT(*) FROM calls a JOIN calls b ON a.key = b.key AND a.id < b.id "
                         "WHERE a.outcome = 'answered'"
                     ).fetchone()
                 print(f"\n## {name}: {rows} rows, {part:.0%} of the calls broken, killed {killed} times")
-                seen = pd.Series(kept.outcomes(noted), name="calls").rename_axis("what the asker saw")
+                seen = pd.Series(kept.outcomes(noted), name="calls").rename_axis("what the client saw")
                 print(pd.Series(proxy.calls, name="calls").rename_axis("what the proxy did").sort_index().to_string())
                 print(seen.to_string())
                 lost = sum(n - 1 for n in proxy.delivered.values())

@@ -39,8 +39,8 @@ def main(folder: str, gold_file: str) -> None:
         files = sorted(str(file) for file in Path(folder).glob(f"{model}_*.csv"))
         spec = validate_section(AnswerFilesConfig, {"files": files, "columns": COLUMNS}, "params.yaml")
         answers = read_answer_files(spec, task, Path())
-        fate = answers["fate"].value_counts()
-        given = answers[answers["fate"] != "repeats the answer before"]
+        status = answers["status"].value_counts()
+        given = answers[answers["status"] != "repeats the answer before"]
         known = given[given["key"].isin(gold)]
         truth = known["key"].map(gold).tolist()
         drawn = metrics.bootstrap_scores(truth, known["label"].tolist(), task.names, known["key"].tolist())
@@ -52,9 +52,9 @@ def main(folder: str, gold_file: str) -> None:
                 "model": model,
                 "answers": len(answers),
                 "sentences": answers["key"].nunique(),
-                "repeats dropped": fate.get("repeats the answer before", 0),
-                "unreadable": fate.get("cannot be read", 0),
-                "kept": fate.get("kept", 0),
+                "repeats dropped": status.get("repeats the answer before", 0),
+                "unreadable": status.get("cannot be read", 0),
+                "kept": status.get("kept", 0),
                 "with a reason": int((given["explanation"].str.len() > 0)[given["label"].notna()].sum()),
                 "accuracy of read": right[read].mean() if read.any() else np.nan,
                 "accuracy of all": right.mean(),

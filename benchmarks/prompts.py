@@ -22,8 +22,7 @@ from distillery.data.prepare import prepare_source
 from distillery.data.storage import write_source
 from distillery.files import repository_root
 from distillery.tasks.schema import Task, load_task
-from distillery.teachers.base import gather_rows, open_prompted_teacher
-from distillery.teachers.local import predict_labels
+from distillery.teachers.base import Teacher, gather_rows, open_teacher
 from distillery.teachers.prompt_search import PRIOR_ROWS, compare_prompts, estimate_label_prior
 from distillery.teachers.signals import signal_table
 
@@ -37,8 +36,8 @@ def asked_so(params: Params, task: Task, shots: str, n: int) -> Params:
     return params.model_copy(update={"teachers": {"smollm2": validate_section(TeacherConfig, spec, "benchmark")}})
 
 
-def line(teacher: object, rows: pd.DataFrame, labels: list[str]) -> dict[str, float]:
-    said = signal_table(rows, predict_labels(teacher, rows), labels, -1)["label"].tolist()
+def line(teacher: Teacher, rows: pd.DataFrame, labels: list[str]) -> dict[str, float]:
+    said = signal_table(rows, teacher.predict(rows), labels, -1)["label"].tolist()
     drawn = metrics.bootstrap_scores(rows["label"].tolist(), said, labels, rows["group"].tolist())
     scores = metrics.mean_scores(rows["label"].tolist(), said, labels)
     low, high = metrics.interval(drawn["accuracy"])
@@ -62,13 +61,12 @@ def main(rows: int = 100) -> None:
         best = pd.concat(tables, ignore_index=True).sort_values("macro_f1", kind="stable").iloc[-1]
         test = every[every["split"] == "test"].reset_index(drop=True)
         plain = {"prompt": None, "prior": None}
-        before = open_prompted_teacher(folder, "smollm2", asked_so(params, task, "task", 0), task, plain)
-        how = plain | {"prompt": None if best["prompt"] == "prompt" else best["prompt"]}
-        after = open_prompted_teacher(
-            folder, "smollm2", asked_so(params, task, best["of"], int(best["examples"])), task, how
-        )
+        before = open_teacher(folder, "smollm2", asked_so(params, task, "task", 0), task, prompting=plain)
+        prompting = plain | {"prompt": None if best["prompt"] == "prompt" else best["prompt"]}
+        best_params = asked_so(params, task, best["of"], int(best["examples"]))
+        after = open_teacher(folder, "smollm2", best_params, task, prompting=prompting)
         unlabelled = every[every["split"] == "pool"].head(PRIOR_ROWS).reset_index(drop=True)
-        after.prior = estimate_label_prior(after, best["calibrate"], unlabelled)
+        after.label_prior = estimate_label_prior(after, best["calibrate"], unlabelled)
         found = {"before": line(before, test, task.names), "after": line(after, test, task.names)}
         print(f"\n{len(test)} test rows, before: the first prompt as it is; after: the best on validation rows,")
         print(f"`{best['prompt']}` with {best['examples']} examples ({best['of']}), calibration {best['calibrate']}")

@@ -1,4 +1,4 @@
-"""A real endpoint on this machine: `transformers serve` with a tiny model, and a proxy before it that breaks things."""
+"""A real endpoint on this machine: `transformers serve` with a tiny model, and a proxy that breaks its answers."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def build_speaker(folder: Path, words: list[str]) -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @contextmanager
 def served(model: Path) -> Iterator[int]:
-    """`transformers serve` with `model` on the port that is given; it ends with the block."""
+    """Run `transformers serve` with `model` until the end of the block; gives its port."""
     port = free_port()
     code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "serve", str(model), "--port", str(port), "--host", "127.0.0.1"]
@@ -86,8 +86,8 @@ def served(model: Path) -> Iterator[int]:
 class Proxy:
     """Stands before the server on `port` and breaks a share of the calls, the same ones for the same `seed`.
 
-    key: the only one it accepts, if any. `calls`: what became of each call; `delivered`: how often each question's
-    answer left here whole. `/v1/messages` (Anthropic's form) is translated for the server and back.
+    key: the only API key that it accepts, if any. `calls`: number of calls by outcome. `delivered`: number of whole
+    answers by request. `/v1/messages` (Anthropic's form) is translated for the server and back.
     """
 
     def __init__(self, port: int, *, share: float = 0.0, faults=FAULTS, seed: int = 0, key: str = ""):
@@ -108,7 +108,7 @@ class Proxy:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.handle_error = lambda *_: None  # a client that was killed is part of the game
+        self.server.handle_error = lambda *_: None  # tests kill clients
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.closing = threading.Event()
@@ -127,10 +127,10 @@ class Proxy:
         with self.lock:
             fault = self.random.choice(self.faults) if self.random.random() < self.share else ""
             self.times.append(time.monotonic())
-        given = request.headers.get("x-api-key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if self.key and given != self.key:
+        sent_key = request.headers.get("x-api-key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self.key and sent_key != self.key:
             self._count("invalid key")
-            return self._send(request, 401, {"error": {"message": f"Incorrect API key provided: {given}"}})
+            return self._send(request, 401, {"error": {"message": f"Incorrect API key provided: {sent_key}"}})
         if fault == "429":
             self._count(fault)
             return self._send(request, 429, {"error": {"message": "slow down"}}, {"Retry-After": "0.2"})
@@ -151,7 +151,7 @@ class Proxy:
         anthropic = request.path.endswith("/messages")
         status, answer = self._forward("/v1/chat/completions", to_openai(body) if anthropic else body)
         if status != 200:
-            self._count(f"server said {status}")
+            self._count(f"server returned {status}")
             return self._send(request, status, answer)
         if anthropic:
             answer = to_anthropic(answer)
@@ -171,9 +171,9 @@ class Proxy:
             self.delivered[hashlib.sha256(body).hexdigest()] += 1
         return self._send(request, 200, answer)
 
-    def _count(self, what: str) -> None:
+    def _count(self, outcome: str) -> None:
         with self.lock:
-            self.calls[what] += 1
+            self.calls[outcome] += 1
 
     def _forward(self, path: str, body: bytes) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=120)
@@ -202,10 +202,10 @@ class Proxy:
 
 def to_openai(body: bytes) -> bytes:
     """A request in Anthropic's form as one in OpenAI's."""
-    asked = json.loads(body)
-    system = [{"role": "system", "content": asked["system"]}] if asked.get("system") else []
-    kept = {key: asked[key] for key in ("model", "max_tokens", "temperature") if key in asked}
-    return json.dumps(kept | {"messages": system + asked["messages"]}).encode()
+    request = json.loads(body)
+    system = [{"role": "system", "content": request["system"]}] if request.get("system") else []
+    settings = {key: request[key] for key in ("model", "max_tokens", "temperature") if key in request}
+    return json.dumps(settings | {"messages": system + request["messages"]}).encode()
 
 
 def to_anthropic(answer: dict[str, Any]) -> dict[str, Any]:

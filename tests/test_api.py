@@ -1,4 +1,4 @@
-"""Endpoints: a real server on this machine, a proxy that breaks its answers, and what may never be lost or told."""
+"""Endpoints: a real server on this machine, a proxy that breaks its answers; no answer and no key may get out."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from distillery.config.schema import SPLITS, ApiConfig
 from distillery.errors import UserError
 from distillery.files import read_yaml
 from distillery.tasks.parsing import parse_label
-from distillery.tasks.schema import load_task
-from distillery.teachers.api.client import MAX_EMPTY_ANSWERS, Endpoint, retry_after_seconds
+from distillery.tasks.schema import Task, load_task
+from distillery.teachers.api.budget import max_call_tokens
+from distillery.teachers.api.client import MAX_EMPTY_ANSWERS, Endpoint
 from distillery.teachers.api.teacher import ApiTeacher, first_token_probabilities
+from distillery.teachers.api.transport import retry_after_seconds
 from distillery.teachers.cache import Answer, AnswerStore
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
@@ -49,42 +51,44 @@ def key(monkeypatch):
 def teacher(url: str, model: str, path: Path, **settings) -> ApiTeacher:
     base = {"model": model, "base_url": url, "key": KEY, "max_tokens": 1, "timeout": 1.0, "max_attempts": 20}
     spec = validate_section(ApiConfig, base | settings, "params.yaml")
-    said: list[str] = []
-    made = ApiTeacher(Endpoint("far", spec, AnswerStore(path / "answers.sqlite"), said.append), TASK)
-    made.said = said
-    return made
+    opened = ApiTeacher(Endpoint("far", spec, AnswerStore(path / "answers.sqlite")), TASK)
+    opened.messages = []
+    opened.endpoint.log = opened.messages.append
+    return opened
 
 
-def stored(asked: ApiTeacher) -> dict[str, int]:
-    return asked.endpoint.store.outcomes(asked.endpoint.asker)
+def outcomes(opened: ApiTeacher) -> dict[str, int]:
+    return opened.endpoint.store.outcomes(opened.endpoint.identity)
 
 
-# ------------------------------------------------------------------------------- asked and answered
+# ------------------------------------------------------------------------------- labels and texts
 
 
-def test_labels_of_a_server_are_read_strictly_and_a_second_run_asks_nothing(server, tmp_path):
+def test_labels_of_a_server_are_read_strictly_and_a_second_run_calls_nothing(server, tmp_path):
     port, model = server
     with loopback.Proxy(port, key=SECRET) as proxy:
-        asked = teacher(proxy.url, model, tmp_path)
-        p = asked.predict(TEXTS[:20])
-        assert p.shape == (20, 3) and proxy.calls == {"whole": 20} and stored(asked) == {"answered": 20}
-        for row, answer in zip(p, asked.endpoint.ask(asked.questions(TEXTS[:20])), strict=True):
+        opened = teacher(proxy.url, model, tmp_path)
+        p = opened.predict_texts(TEXTS[:20])
+        assert p.shape == (20, 3) and proxy.calls == {"whole": 20} and outcomes(opened) == {"answered": 20}
+        for row, answer in zip(p, opened.endpoint.query(opened.questions(TEXTS[:20])), strict=True):
             label = parse_label(TASK, answer.text)
             assert np.isnan(row).all() if label is None else row[TASK.names.index(label)] == 1
         assert (~np.isnan(p[:, 0])).sum() > 0
-        again = teacher(proxy.url, model, tmp_path).predict([*TEXTS[:20], *TEXTS[:5]])  # a text twice: one question
+        again = teacher(proxy.url, model, tmp_path).predict_texts(
+            [*TEXTS[:20], *TEXTS[:5]]
+        )  # a text twice: one question
         np.testing.assert_array_equal(again, np.concatenate([p, p[:5]]))
         assert sum(proxy.calls.values()) == 20
-    assert asked.said[0].startswith("far: answers: 20, in the store: 0, calls: 20, input tokens: ")
+    assert opened.messages[0].startswith("far: answers: 20, in the store: 0, calls: 20, input tokens: ")
 
 
 def test_agreement_over_samples_gives_probabilities(server, tmp_path):
     port, model = server
     with loopback.Proxy(port) as proxy:
-        asked = teacher(proxy.url, model, tmp_path, samples=4, temperature=1.5)
-        p = asked.predict(TEXTS[:6])
+        opened = teacher(proxy.url, model, tmp_path, samples=4, temperature=1.5)
+        p = opened.predict_texts(TEXTS[:6])
         assert proxy.calls == {"whole": 24}
-    answers = asked.endpoint.ask(asked.questions(TEXTS[:6]))
+    answers = opened.endpoint.query(opened.questions(TEXTS[:6]))
     labels = [parse_label(TASK, answer.text) for answer in answers]
     for i, row in enumerate(p):
         read = [label for label in labels[4 * i : 4 * i + 4] if label]
@@ -94,50 +98,50 @@ def test_agreement_over_samples_gives_probabilities(server, tmp_path):
             assert np.isnan(row).all()
 
 
-def test_anthropics_client_is_spoken_to_in_its_own_form(server, tmp_path):
+def test_anthropics_client_gets_requests_in_its_own_form(server, tmp_path):
     port, model = server
     with loopback.Proxy(port, share=0.3, faults=("429", "500", "empty"), key=SECRET) as proxy:
-        asked = teacher(proxy.url, model, tmp_path, client="anthropic")
+        opened = teacher(proxy.url, model, tmp_path, client="anthropic")
         with_openai = teacher(proxy.url, model, tmp_path)
-        np.testing.assert_array_equal(asked.predict(TEXTS[:8]), with_openai.predict(TEXTS[:8]))
-    assert stored(asked)["answered"] == stored(with_openai)["answered"] == 8
-    assert asked.endpoint.used[0] > 0 and asked.endpoint.reserved == [0, 0]
+        np.testing.assert_array_equal(opened.predict_texts(TEXTS[:8]), with_openai.predict_texts(TEXTS[:8]))
+    assert outcomes(opened)["answered"] == outcomes(with_openai)["answered"] == 8
+    assert opened.endpoint.budget.used[0] > 0 and opened.endpoint.budget.reserved == [0, 0]
 
 
 def test_rationales_go_through_the_store_too(server, tmp_path):
     port, model = server
-    asks = [[{"role": "user", "content": text}] for text in TEXTS[:3]]
+    conversations = [[{"role": "user", "content": text}] for text in TEXTS[:3]]
     with loopback.Proxy(port) as proxy:
-        asked = teacher(proxy.url, model, tmp_path)
-        told = asked.generate(asks, max_new_tokens=4)
-        assert told == asked.generate(asks, max_new_tokens=4) and len(told) == 3
+        opened = teacher(proxy.url, model, tmp_path)
+        texts = opened.generate(conversations, max_new_tokens=4)
+        assert texts == opened.generate(conversations, max_new_tokens=4) and len(texts) == 3
         assert proxy.calls == {"whole": 3}
 
 
 # ------------------------------------------------------------------------------- faults
 
 
-def test_every_fault_is_lived_through_and_no_answer_is_asked_for_twice(server, tmp_path):
+def test_every_fault_is_survived_and_no_answer_is_requested_twice(server, tmp_path):
     port, model = server
     with loopback.Proxy(port, key=SECRET) as proxy:
-        expected = teacher(proxy.url, model, tmp_path / "undisturbed").predict(TEXTS)
+        expected = teacher(proxy.url, model, tmp_path / "undisturbed").predict_texts(TEXTS)
     with loopback.Proxy(port, share=0.3, seed=1, key=SECRET) as proxy:
-        asked = teacher(proxy.url, model, tmp_path, concurrency=12)
-        np.testing.assert_array_equal(asked.predict(TEXTS), expected)
+        opened = teacher(proxy.url, model, tmp_path, concurrency=12)
+        np.testing.assert_array_equal(opened.predict_texts(TEXTS), expected)
         assert proxy.calls["whole"] == 60 and set(proxy.delivered.values()) == {1}
         assert set(loopback.FAULTS) <= set(proxy.calls), "with this seed every fault comes up"
-        seen = stored(asked)
-        assert seen["answered"] == 60 and seen["HTTP 429"] == proxy.calls["429"]
-        assert seen["timed out"] == proxy.calls["hang"] and seen["HTTP 500"] == proxy.calls["500"]
-        assert sum(seen.values()) == sum(proxy.calls.values())
+        counts = outcomes(opened)
+        assert counts["answered"] == 60 and counts["HTTP 429"] == proxy.calls["429"]
+        assert counts["timed out"] == proxy.calls["hang"] and counts["HTTP 500"] == proxy.calls["500"]
+        assert sum(counts.values()) == sum(proxy.calls.values())
         calls = sum(proxy.calls.values())
-        np.testing.assert_array_equal(teacher(proxy.url, model, tmp_path).predict(TEXTS), expected)
+        np.testing.assert_array_equal(teacher(proxy.url, model, tmp_path).predict_texts(TEXTS), expected)
         assert sum(proxy.calls.values()) == calls
-    found = [file for file in tmp_path.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
-    assert not found and SECRET not in "".join(asked.said)
+    leaks = [file for file in tmp_path.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
+    assert not leaks and SECRET not in "".join(opened.messages)
 
 
-ASK = """
+PREDICT = """
 import json, sys
 from distillery.config.load import validate_section
 from distillery.config.schema import ApiConfig
@@ -148,7 +152,7 @@ from distillery.teachers.cache import AnswerStore
 settings, path, texts = json.loads(sys.argv[1])
 spec = validate_section(ApiConfig, settings, "params.yaml")
 task = load_task("finance-sentiment")
-ApiTeacher(Endpoint("far", spec, AnswerStore(path)), task).predict(texts)
+ApiTeacher(Endpoint("far", spec, AnswerStore(path)), task).predict_texts(texts)
 """
 
 
@@ -158,7 +162,7 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(server, tmp_path):
     with loopback.Proxy(port, share=0.3, seed=2, key=SECRET) as proxy:
         settings = {"model": model, "base_url": proxy.url, "key": KEY, "max_tokens": 1, "timeout": 1.0}
         settings |= {"max_attempts": 20, "concurrency": 4}
-        command = [sys.executable, "-c", ASK, json.dumps([settings, str(path), TEXTS])]
+        command = [sys.executable, "-c", PREDICT, json.dumps([settings, str(path), TEXTS])]
         environment = os.environ | {"PYTHONPATH": str(tiny.ROOT / "src")}
         for part in (20, 40):
             process = subprocess.Popen(command, env=environment, cwd=tiny.ROOT, stdout=subprocess.DEVNULL)
@@ -169,37 +173,37 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(server, tmp_path):
         assert subprocess.run(command, env=environment, cwd=tiny.ROOT, stdout=subprocess.DEVNULL).returncode == 0
         # an answer that was on its way when the process died was not received: at most one a connection and kill
         assert 60 <= proxy.calls["whole"] <= 60 + 2 * 4
-        asked = teacher(proxy.url, model, tmp_path)
+        opened = teacher(proxy.url, model, tmp_path)
         calls = sum(proxy.calls.values())
-        p = asked.predict(TEXTS)
-        assert sum(proxy.calls.values()) == calls and stored(asked)["answered"] == 60
+        p = opened.predict_texts(TEXTS)
+        assert sum(proxy.calls.values()) == calls and outcomes(opened)["answered"] == 60
     with loopback.Proxy(port, key=SECRET) as proxy:
-        np.testing.assert_array_equal(p, teacher(proxy.url, model, tmp_path / "undisturbed").predict(TEXTS))
+        np.testing.assert_array_equal(p, teacher(proxy.url, model, tmp_path / "undisturbed").predict_texts(TEXTS))
 
 
-def test_a_server_that_asks_for_time_gets_it(server, tmp_path):
+def test_a_pause_that_the_server_requests_is_made(server, tmp_path):
     port, model = server
     with loopback.Proxy(port, share=1.0, faults=("429",)) as proxy:
-        asked = teacher(proxy.url, model, tmp_path, max_attempts=3, concurrency=1)
+        opened = teacher(proxy.url, model, tmp_path, max_attempts=3, concurrency=1)
         with pytest.raises(UserError, match=r"teachers.far: no answer from .* after 3 calls, the last: HTTP 429"):
-            asked.predict(TEXTS[:1])
+            opened.predict_texts(TEXTS[:1])
         pauses = np.diff(proxy.times)
     assert len(pauses) == 2 and (pauses >= 0.2).all()  # its Retry-After says 0.2
-    assert asked.endpoint.used == [0, 0]  # a refusal costs nothing
+    assert opened.endpoint.budget.used == [0, 0]  # a refusal costs nothing
 
 
-def test_an_empty_answer_is_believed_when_it_comes_again_and_again(server, tmp_path):
+def test_an_empty_answer_is_accepted_when_it_is_repeated(server, tmp_path):
     port, model = server
     with loopback.Proxy(port, share=1.0, faults=("empty",)) as proxy:
-        asked = teacher(proxy.url, model, tmp_path)
-        assert np.isnan(asked.predict(TEXTS[:1])).all() and proxy.calls == {"empty": MAX_EMPTY_ANSWERS}
-        assert stored(asked) == {"an empty answer": MAX_EMPTY_ANSWERS - 1, "answered": 1}
+        opened = teacher(proxy.url, model, tmp_path)
+        assert np.isnan(opened.predict_texts(TEXTS[:1])).all() and proxy.calls == {"empty": MAX_EMPTY_ANSWERS}
+        assert outcomes(opened) == {"an empty answer": MAX_EMPTY_ANSWERS - 1, "answered": 1}
 
 
 def test_no_more_calls_a_minute_than_allowed(server, tmp_path):
     port, model = server
     with loopback.Proxy(port) as proxy:
-        teacher(proxy.url, model, tmp_path, requests_per_minute=600.0).predict(TEXTS[:6])
+        teacher(proxy.url, model, tmp_path, requests_per_minute=600.0).predict_texts(TEXTS[:6])
         assert np.diff(sorted(proxy.times)).min() > 0.05 and max(proxy.times) - min(proxy.times) > 0.45
 
 
@@ -209,7 +213,7 @@ def test_retry_after_is_a_number_or_a_date():
     assert retry_after_seconds(None) is None and retry_after_seconds("soon") is None
 
 
-def test_a_stage_asks_an_endpoint_once_and_writes_the_key_nowhere(server, tmp_path):
+def test_a_stage_queries_an_endpoint_once_and_writes_the_key_nowhere(server, tmp_path):
     port, model = server
     repo = tiny.experiment(tmp_path / "repo")
     with loopback.Proxy(port, share=0.1, seed=3, key=SECRET) as proxy:
@@ -227,37 +231,39 @@ def test_a_stage_asks_an_endpoint_once_and_writes_the_key_nowhere(server, tmp_pa
             assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout + done.stderr
 
-        said = run("distillery", "strip") + run("distillery", "run", "01_data", "-p", "source", "finance")
-        said += run("distillery", "inputs", "teachers") + run("distillery", "run", "02_teach", "-p", "teacher", "far")
+        printed = run("distillery", "strip") + run("distillery", "run", "01_data", "-p", "source", "finance")
+        printed += run("distillery", "inputs", "teachers") + run(
+            "distillery", "run", "02_teach", "-p", "teacher", "far"
+        )
         calls, signals = sum(proxy.calls.values()), repo / "data/teacher/far/signals.parquet"
         assert set(proxy.delivered.values()) == {1}
         before = signals.read_bytes()
-        said += run("distillery", "run", "02_teach", "-p", "teacher", "far")
+        printed += run("distillery", "run", "02_teach", "-p", "teacher", "far")
         assert sum(proxy.calls.values()) == calls and signals.read_bytes() == before
     frame = pd.read_parquet(signals)
     known = frame["label"].notna()
     assert 0 < known.sum() < len(frame)
-    told = frame["rationale"].notna()  # of two rows; nobody is asked why an answer holds that could not be read
-    assert 1 <= told.sum() <= 2 and (known | frame["split"].eq("train"))[told].all()
-    found = json.loads((repo / "data/teacher/far/metrics.json").read_text())
-    assert sum(found[split]["unparsable"] for split in SPLITS) == (~known).sum()
-    assert json.loads((repo / "data/teacher/far/asked.json").read_text())["prompt"] in (None, "bare")
-    assert "far: answers: " in said and SECRET not in said
-    told = [file for file in repo.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
-    assert not told, told
+    explained = frame["rationale"].notna()  # of two rows; an answer that could not be read has no rationale
+    assert 1 <= explained.sum() <= 2 and (known | frame["split"].eq("train"))[explained].all()
+    scores = json.loads((repo / "data/teacher/far/metrics.json").read_text())
+    assert sum(scores[split]["unparsable"] for split in SPLITS) == (~known).sum()
+    assert json.loads((repo / "data/teacher/far/prompting.json").read_text())["prompt"] in (None, "bare")
+    assert "far: answers: " in printed and SECRET not in printed
+    leaks = [file for file in repo.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
+    assert not leaks, leaks
 
 
 # ------------------------------------------------------------------------------- refusals
 
 
-def test_a_wrong_key_ends_at_once_and_is_not_told(server, tmp_path, monkeypatch):
+def test_a_wrong_key_ends_at_once_and_is_not_shown(server, tmp_path, monkeypatch):
     port, model = server
     monkeypatch.setenv(KEY, "sk-wrong-1234567890")
     with loopback.Proxy(port, key=SECRET) as proxy:
-        with pytest.raises(UserError) as told:
-            teacher(proxy.url, model, tmp_path, concurrency=1).predict(TEXTS)
+        with pytest.raises(UserError) as raised:
+            teacher(proxy.url, model, tmp_path, concurrency=1).predict_texts(TEXTS)
         assert proxy.calls == {"invalid key": 1}
-    line = str(told.value)
+    line = str(raised.value)
     assert line.startswith("params.yaml: teachers.far.api.key: the endpoint does not accept the key: HTTP 401")
     assert "sk-wrong" not in line and "***" in line and "\n" not in line
     assert b"sk-wrong" not in (tmp_path / "answers.sqlite").read_bytes()
@@ -267,7 +273,7 @@ def test_a_wrong_model_name_ends_at_once(server, tmp_path):
     port, _ = server
     with loopback.Proxy(port) as proxy:
         with pytest.raises(UserError, match=r"^params.yaml: teachers.far.api.*HTTP 4\d\d from http://127"):
-            teacher(proxy.url, "no-such-model", tmp_path, concurrency=1).predict(TEXTS)
+            teacher(proxy.url, "no-such-model", tmp_path, concurrency=1).predict_texts(TEXTS)
         assert sum(proxy.calls.values()) == 1
 
 
@@ -279,9 +285,11 @@ def test_a_missing_key_is_named(tmp_path, monkeypatch):
 
 def test_a_key_of_the_vendor_goes_to_the_vendor_only(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-real")
-    assert teacher("http://127.0.0.1:1", "m", tmp_path, key=None).endpoint.client.api_key == "none"
+    assert teacher("http://127.0.0.1:1", "m", tmp_path, key=None).endpoint.transport.client.api_key == "none"
     home = teacher("x", "m", tmp_path, key=None, base_url=None).endpoint
-    assert home.client.api_key == "sk-real" and str(home.client.base_url).startswith("https://api.openai.com/")
+    assert home.transport.client.api_key == "sk-real" and str(home.transport.client.base_url).startswith(
+        "https://api.openai.com/"
+    )
 
 
 # ------------------------------------------------------------------------------- ceilings
@@ -293,34 +301,53 @@ def test_a_ceiling_stops_the_run_before_it_is_passed(server, tmp_path, ceiling):
     price = {"input": 2.0, "output": 10.0}
     with loopback.Proxy(port) as proxy:
         free = teacher(proxy.url, model, tmp_path / "free", price=price)
-        free.predict(TEXTS[:4])
-        tokens = sum(free.endpoint.used)
-        most = sum(free.endpoint._most(free.questions(TEXTS[:1])[0]))
+        free.predict_texts(TEXTS[:4])
+        tokens = sum(free.endpoint.budget.used)
+        most = sum(max_call_tokens(free.questions(TEXTS[:1])[0]))
         limit = 2 * tokens + most
-        value = limit if ceiling == "max_total_tokens" else 2 * free.endpoint.cost(*free.endpoint.used) + most * 2e-6
+        value = (
+            limit
+            if ceiling == "max_total_tokens"
+            else 2 * free.endpoint.budget.cost(*free.endpoint.budget.used) + most * 2e-6
+        )
         capped = teacher(proxy.url, model, tmp_path, price=price, concurrency=2, **{ceiling: value})
-        with pytest.raises(UserError, match=rf"teachers.far.api.{ceiling}: the next call might pass .*are kept"):
-            capped.predict(TEXTS)
-        answered = stored(capped)["answered"]
-        assert 4 <= answered < len(TEXTS) and capped.endpoint.reserved == [0, 0]
-        used = capped.endpoint.used
-        assert (sum(used) if ceiling == "max_total_tokens" else capped.endpoint.cost(*used)) <= value
+        with pytest.raises(UserError, match=rf"teachers.far.api.{ceiling}: the next call might pass .*are stored"):
+            capped.predict_texts(TEXTS)
+        answered = outcomes(capped)["answered"]
+        assert 4 <= answered < len(TEXTS) and capped.endpoint.budget.reserved == [0, 0]
+        used = capped.endpoint.budget.used
+        assert (sum(used) if ceiling == "max_total_tokens" else capped.endpoint.budget.cost(*used)) <= value
         calls = sum(proxy.calls.values())
         with pytest.raises(UserError):  # another run does not begin to count anew
-            teacher(proxy.url, model, tmp_path, price=price, concurrency=2, **{ceiling: value}).predict(TEXTS)
+            teacher(proxy.url, model, tmp_path, price=price, concurrency=2, **{ceiling: value}).predict_texts(TEXTS)
         assert sum(proxy.calls.values()) <= calls + 1
-        teacher(proxy.url, model, tmp_path, price=price).predict(TEXTS)
-        assert stored(capped)["answered"] == len(TEXTS)
+        teacher(proxy.url, model, tmp_path, price=price).predict_texts(TEXTS)
+        assert outcomes(capped)["answered"] == len(TEXTS)
 
 
 def test_an_estimate_stands_before_the_first_call(tmp_path):
-    asked = teacher("http://127.0.0.1:1", "m", tmp_path, price={"input": 1.0, "output": 2.0}, max_tokens=5)
-    questions = asked.questions(["Profit rose."] * 2 + ["Profit fell."])
-    plan = asked.endpoint.estimate(questions)
+    opened = teacher("http://127.0.0.1:1", "m", tmp_path, price={"input": 1.0, "output": 2.0}, max_tokens=5)
+    questions = opened.questions(["Profit rose."] * 2 + ["Profit fell."])
+    plan = opened.endpoint.estimate(questions)
     assert plan["answers"] == plan["calls"] == 2 and plan["output tokens at most"] == 10
     assert plan["US dollars"] == round((plan["input tokens"] + 2 * 10) / 1e6, 4)
-    asked.endpoint.store.put([(questions[0], Answer("positive"))])
-    assert asked.endpoint.estimate(questions)["calls"] == 1
+    opened.endpoint.store.put([(questions[0], Answer("positive"))])
+    assert opened.endpoint.estimate(questions)["calls"] == 1
+
+
+@pytest.mark.parametrize(
+    "labels, digest",
+    [
+        ("text", "fc1e881174d57f418b55e1bbc73dedc22c92260407f366f98193f08bf6efdcc8"),
+        ("structured", "d57d14a37cbc22ff3b969d056b159ff87f5394bf81a21f8ee1bd932839416083"),
+        ("logprobs", "dfb436104d365052881465239ef951417a1d43785a5a66eff85f0434347406cf"),
+    ],
+)
+def test_the_keys_of_paid_answers_stay_the_same(tmp_path, labels, digest):
+    prompt = {"instruction": "Answer.", "template": "{text}"}
+    task = Task(kind="classification", labels={"yes": "good", "no": "bad"}, prompt=prompt)
+    endpoint = teacher("http://127.0.0.1:1", "m", tmp_path, labels=labels, max_tokens=16).endpoint
+    assert [question.key for question in ApiTeacher(endpoint, task).questions(["Good?"])] == [digest]
 
 
 # ------------------------------------------------------------------------------- reading answers
@@ -337,17 +364,17 @@ def test_an_estimate_stands_before_the_first_call(tmp_path):
     ],
 )
 def test_probabilities_from_the_first_token(alternatives, expected):
-    found = first_token_probabilities(alternatives, TASK)
+    probabilities = first_token_probabilities(alternatives, TASK)
     if expected is None:
-        assert np.isnan(found).all()
+        assert np.isnan(probabilities).all()
     else:
-        np.testing.assert_allclose(found, np.array(expected) / np.sum(expected))
+        np.testing.assert_allclose(probabilities, np.array(expected) / np.sum(expected))
 
 
 def test_a_structured_answer_can_only_be_a_label(tmp_path):
-    asked = teacher("http://127.0.0.1:1", "m", tmp_path, labels="structured")
-    (question,) = asked.questions(["Profit rose."])
-    assert question.asker["schema"]["properties"]["label"]["enum"] == TASK.names
+    opened = teacher("http://127.0.0.1:1", "m", tmp_path, labels="structured")
+    (question,) = opened.questions(["Profit rose."])
+    assert question.model_identity["schema"]["properties"]["label"]["enum"] == TASK.names
     for text, label in (('{"label": "negative"}', "negative"), ("negative", None), ('{"label": 3}', None), ("{", None)):
-        row = asked._read(Answer(text))
+        row = opened._read(Answer(text))
         assert np.isnan(row).all() if label is None else TASK.names[row.argmax()] == label

@@ -1,7 +1,8 @@
-"""The store: answers are there once, whoever wrote them, and a kill loses none that had come."""
+"""The answer store: each answer is there once, and a killed process loses none that it had received."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -15,21 +16,21 @@ import tiny
 from distillery.errors import UserError
 from distillery.teachers.cache import Answer, AnswerStore, Question
 
-ASKER = {"model": "m", "temperature": 0.0}
+IDENTITY = {"model": "m", "temperature": 0.0}
 
 
-def question(i: int, sample: int = 0, **asker) -> Question:
-    return Question(ASKER | asker, [{"role": "user", "content": f"text {i}"}], sample)
+def question(i: int, sample: int = 0, **settings) -> Question:
+    return Question(IDENTITY | settings, [{"role": "user", "content": f"text {i}"}], sample)
 
 
-def test_an_answer_comes_back_and_is_kept_as_it_came_first(tmp_path):
+def test_an_answer_comes_back_as_it_was_first_stored(tmp_path):
     store = AnswerStore(tmp_path / "deep" / "answers.sqlite")
-    asked = [question(i) for i in range(3)]
-    assert store.get(asked) == [None, None, None] and store.get([]) == []
-    store.put([(asked[0], Answer("yes", {"usage": [3, 1]})), (asked[2], Answer("nö"))])
-    store.put([(asked[0], Answer("another"))])
-    assert store.get(asked) == [Answer("yes", {"usage": [3, 1]}), None, Answer("nö")]
-    assert AnswerStore(store.path).get(asked[:1]) == [Answer("yes", {"usage": [3, 1]})]
+    questions = [question(i) for i in range(3)]
+    assert store.get(questions) == [None, None, None] and store.get([]) == []
+    store.put([(questions[0], Answer("yes", {"usage": [3, 1]})), (questions[2], Answer("nö"))])
+    store.put([(questions[0], Answer("another"))])
+    assert store.get(questions) == [Answer("yes", {"usage": [3, 1]}), None, Answer("nö")]
+    assert AnswerStore(store.path).get(questions[:1]) == [Answer("yes", {"usage": [3, 1]})]
     many = [question(i) for i in range(1200)]
     store.put((q, Answer(str(i))) for i, q in enumerate(many) if i > 2)
     assert [a.text for a in store.get(many)[3:]] == [str(i) for i in range(3, 1200)]
@@ -47,21 +48,23 @@ def test_ordinary_tools_can_read_it(tmp_path):
     store = AnswerStore(tmp_path / "answers.sqlite")
     store.put([(question(1), Answer("yes"))])
     with sqlite3.connect(store.path) as other:
-        found = other.execute("SELECT json_extract(asker, '$.model'), prompt, sample, answer FROM answers").fetchall()
-    assert found == [("m", '[{"content": "text 1", "role": "user"}]', 0, "yes")]
+        rows = other.execute(
+            "SELECT json_extract(model_identity, '$.model'), prompt, sample, answer FROM answers"
+        ).fetchall()
+    assert rows == [("m", '[{"content": "text 1", "role": "user"}]', 0, "yes")]
 
 
 def test_a_call_counts_with_what_it_may_use_until_it_is_closed(tmp_path):
     store = AnswerStore(tmp_path / "answers.sqlite")
-    assert store.used("me") == (0, 0)
-    call = store.opened(question(1), "me", 100, 10)
-    store.opened(question(2), "somebody else", 7, 7)
-    assert store.used("me") == (100, 10) and store.outcomes("me") == {"open": 1}
-    store.closed(call, "answered", 0.5, (40, 2), (question(1), Answer("yes")))
-    assert store.used("me") == (40, 2) and store.outcomes("me") == {"answered": 1}
+    assert store.used_tokens("endpoint") == (0, 0)
+    call = store.open_call(question(1), "endpoint", 100, 10)
+    store.open_call(question(2), "another endpoint", 7, 7)
+    assert store.used_tokens("endpoint") == (100, 10) and store.outcomes("endpoint") == {"open": 1}
+    store.close_call(call, "answered", 0.5, (40, 2), (question(1), Answer("yes")))
+    assert store.used_tokens("endpoint") == (40, 2) and store.outcomes("endpoint") == {"answered": 1}
     assert store.get([question(1)]) == [Answer("yes")]
-    store.closed(store.opened(question(3), "me", 5, 5), "timed out", 1.0, None)
-    assert store.used("me") == (45, 7)
+    store.close_call(store.open_call(question(3), "endpoint", 5, 5), "timed out", 1.0, None)
+    assert store.used_tokens("endpoint") == (45, 7)
 
 
 def test_a_file_that_is_no_store_is_named_in_one_line(tmp_path):
@@ -69,6 +72,44 @@ def test_a_file_that_is_no_store_is_named_in_one_line(tmp_path):
     path.write_bytes(b"text, not a database" * 100)
     with pytest.raises(UserError, match=r"answers.sqlite: cannot be used as the store of answers: .*not a database"):
         AnswerStore(path)
+
+
+OLD_TABLES = """
+CREATE TABLE answers (
+    key TEXT PRIMARY KEY, asker TEXT NOT NULL, prompt TEXT NOT NULL, sample INTEGER NOT NULL,
+    answer TEXT NOT NULL, more TEXT NOT NULL, at TEXT NOT NULL
+);
+CREATE TABLE calls (
+    id INTEGER PRIMARY KEY, at TEXT NOT NULL, asker TEXT NOT NULL, key TEXT NOT NULL, outcome TEXT NOT NULL,
+    seconds REAL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL
+);
+CREATE INDEX calls_by_asker ON calls (asker);
+"""
+
+
+def test_answers_in_a_file_with_the_columns_of_an_older_version_are_not_lost(tmp_path):
+    path, first = tmp_path / "answers.sqlite", question(1)
+    with sqlite3.connect(path) as old:
+        old.execute("PRAGMA journal_mode = WAL")
+        old.executescript(OLD_TABLES)
+        row = (first.key, json.dumps(IDENTITY), json.dumps(first.prompt), 0, "yes", '{"usage": [3, 1]}', "2025-01-01")
+        old.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        old.execute("INSERT INTO calls VALUES (1, '2025-01-01', 'endpoint', ?, 'answered', 0.5, 3, 1)", (first.key,))
+    old.close()
+    for _ in range(2):  # once renamed, the file is one of today's
+        store = AnswerStore(path)
+        assert store.get([first, question(2)]) == [Answer("yes", {"usage": [3, 1]}), None]
+        assert store.used_tokens("endpoint") == (3, 1) and store.outcomes("endpoint") == {"answered": 1}
+    store.put([(question(2), Answer("no"))])
+    assert store.get([question(2)]) == [Answer("no")]
+    with sqlite3.connect(path) as other:
+        assert [name for (name,) in other.execute("SELECT name FROM sqlite_master WHERE name LIKE 'calls_by%'")] == [
+            "calls_by_endpoint"
+        ]
+
+
+def test_an_older_version_gave_the_same_keys():
+    assert question(1).key == "5acf59c4ebbd5a8769873d2f695ee466165e3d53671d86af0dc33cc31fe3290b"
 
 
 WRITER = """
@@ -92,8 +133,8 @@ def test_two_processes_write_at_once_and_each_answer_is_there_once(tmp_path):
     assert [process.wait(60) for process in both] == [0, 0]
     for process in both:
         process.stdout.close()
-    asked = [Question({"model": "m"}, i, n) for i in range(90) for n in range(3)]
-    assert all(AnswerStore(path).get(asked))
+    questions = [Question({"model": "m"}, i, n) for i in range(90) for n in range(3)]
+    assert all(AnswerStore(path).get(questions))
     with sqlite3.connect(path) as other:
         assert other.execute("SELECT COUNT(*), COUNT(DISTINCT key) FROM answers").fetchone() == (270, 270)
 
@@ -102,13 +143,13 @@ def test_a_kill_loses_nothing_that_was_kept_and_leaves_no_half(tmp_path):
     path = tmp_path / "answers.sqlite"
     process = writer(path, 0, 100_000, "a")
     for _ in range(20):
-        told = int(process.stdout.readline())
+        last = int(process.stdout.readline())
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     process.stdout.close()
     time.sleep(0.1)
     store = AnswerStore(path)
-    asked = [[Question({"model": "m"}, i, n) for n in range(3)] for i in range(told + 50)]
-    found = [[answer is not None for answer in store.get(three)] for three in asked]
-    assert all(map(all, found[: told + 1]))
-    assert all(all(three) or not any(three) for three in found)
+    questions = [[Question({"model": "m"}, i, n) for n in range(3)] for i in range(last + 50)]
+    stored = [[answer is not None for answer in store.get(three)] for three in questions]
+    assert all(map(all, stored[: last + 1]))
+    assert all(all(three) or not any(three) for three in stored)

@@ -1,4 +1,4 @@
-"""Teachers: what may be kept of a paraphrase, folds that hide a row from its judge, and texts written once."""
+"""Teachers: which paraphrases are kept, folds whose model never saw a row, and answers that are computed once."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from distillery.tasks.parsing import first_sentence
 from distillery.tasks.prompts import chat_turns, render_prompt
 from distillery.tasks.schema import Perturbations, Task, load_task
 from distillery.teachers.agreement import combine_votes, pseudo_label_precision, teacher_votes
-from distillery.teachers.base import open_prompted_teacher, open_teacher
+from distillery.teachers.base import open_teacher
 from distillery.teachers.cache import STORE_PATH
 from distillery.teachers.directions import directions, numbers, tickers
 from distillery.teachers.few_shot import GoldExamples
 from distillery.teachers.file import FileTeacher, read_answer_files
 from distillery.teachers.finetune import assign_folds, cross_fit, finetune_teacher
 from distillery.teachers.identity import model_identity
-from distillery.teachers.local import predict_labels, row_prompt
+from distillery.teachers.local import LocalTeacher
 from distillery.teachers.paraphrases import (
     filter_paraphrases,
     generate_paraphrases,
@@ -45,17 +45,18 @@ from distillery.teachers.paraphrases import (
 from distillery.teachers.prompt_search import CALIBRATIONS, NO_CONTENT, compare_prompts, estimate_label_prior
 from distillery.teachers.rationales import add_rationales, contradicts
 from distillery.teachers.signals import label_rows, score_signals, signal_table
+from distillery.training.teacher_models import load_teacher_model
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 LABELS = TASK.names
 RULES = TASK.perturbations
 KEEP = ParaphraseFilter()
 
-# ------------------------------------------------------------------------------- what a program can see
+# ------------------------------------------------------------------------------- rules for paraphrases
 
 
 @pytest.mark.parametrize(
-    "text, found",
+    "text, expected",
     [
         ("EUR 1,234.5 mn, up 48% from 12", ["12", "1234.5", "48"]),
         ("1,234 and 1234", ["1234", "1234"]),
@@ -64,8 +65,8 @@ KEEP = ParaphraseFilter()
         ("no number", []),
     ],
 )
-def test_numbers(text, found):
-    assert numbers(text) == sorted(found)
+def test_numbers(text, expected):
+    assert numbers(text) == sorted(expected)
 
 
 def test_tickers_are_words_in_capitals():
@@ -73,7 +74,7 @@ def test_tickers_are_words_in_capitals():
 
 
 @pytest.mark.parametrize(
-    "text, found",
+    "text, expected",
     [
         ("Profit ROSE.", {"up"}),
         ("Sales fell", {"down"}),
@@ -82,8 +83,8 @@ def test_tickers_are_words_in_capitals():
         ("It will be held in May", set()),
     ],
 )
-def test_directions(text, found):
-    assert directions(text, RULES.directions) == found
+def test_directions(text, expected):
+    assert directions(text, RULES.directions) == expected
 
 
 def test_a_direction_word_belongs_to_one_family():
@@ -126,7 +127,7 @@ SOURCE = "Net sales of IBM went up 48% to EUR 1,200 mn in 2010 as demand for its
         ("In 2010 the net sales of IBM rose by 48% and came to EUR 1200 mn as servers sold.", "kept"),
     ],
 )
-def test_why_a_paraphrase_is_dropped(text, reason):
+def test_rejection_reasons(text, reason):
     assert rejection_reason(SOURCE, text, keep=KEEP, perturbations=RULES) == reason
 
 
@@ -146,7 +147,7 @@ def test_a_good_paraphrase_near_a_held_out_row_is_dropped_and_thresholds_are_tho
 
 
 @given(st.integers(0, 999), st.sampled_from(["up", "rose", "higher"]), st.sampled_from(["down", "fell", "lower"]))
-def test_a_turned_direction_is_never_kept(number, up, down):
+def test_a_changed_direction_is_never_kept(number, up, down):
     source = f"Quarterly profit of the company moved {up} {number}% from a year ago"
     turned = f"The profit that the company made in the quarter went {down} {number}% against a year ago"
     assert rejection_reason(source, turned, keep=KEEP, perturbations=RULES) != "kept"
@@ -154,7 +155,7 @@ def test_a_turned_direction_is_never_kept(number, up, down):
 
 def test_a_sentence_ends_at_a_full_stop_not_within_a_number():
     assert first_sentence("Profit rose to 1.5 mn. More follows.") == "Profit rose to 1.5 mn."
-    assert first_sentence("It said: no end") == "It said: no end"
+    assert first_sentence("It ended: no end") == "It ended: no end"
 
 
 # ------------------------------------------------------------------------------- folds
@@ -180,7 +181,7 @@ def test_folds_spread_labels_evenly():
     assert fold.tolist() != assign_folds(rows, 3, 1).tolist()
 
 
-# ------------------------------------------------------------------------------- models that did not see the row
+# ------------------------------------------------------------------------------- models and rows of other folds
 
 
 @pytest.fixture(scope="module")
@@ -192,11 +193,11 @@ def experiment(tiny_models, tmp_path_factory) -> tuple[Path, Params]:
     for name in ("tiny-llama", "tiny-bert"):
         raw["models"][name]["folder"] = str(tiny_models / name)
     params = validate_section(Params, raw, "params.yaml")
-    for k, where in enumerate(("model", "folds/0", "folds/1")):
+    for k, part in enumerate(("model", "folds/0", "folds/1")):
         model = load_model(tiny_models / "tiny-bert", "classifier", labels=LABELS, seed=k)
         with torch.no_grad():
             model.classifier.bias.copy_(torch.tensor([1.0, 2.0, 3.0]).roll(k))  # each prefers another label
-        save_model(model, load_tokenizer(tiny_models / "tiny-bert"), root / "data/teacher/encoder" / where)
+        save_model(model, load_tokenizer(tiny_models / "tiny-bert"), root / "data/teacher/encoder" / part)
     return root, params
 
 
@@ -206,34 +207,35 @@ def gold_rows(n: int) -> pd.DataFrame:
     return frame.assign(source="finance", split="train")
 
 
-def answers(root: Path, where: str, params: Params, texts: list[str]) -> np.ndarray:
-    return open_teacher("encoder", params, TASK, tuned=root / "data/teacher/encoder" / where).predict(texts)
+def answers(root: Path, folder: str, params: Params, texts: list[str]) -> np.ndarray:
+    teacher = open_teacher(root, "encoder", params, TASK, tuned=root / "data/teacher/encoder" / folder)
+    return teacher.predict(pd.DataFrame({"text": texts}))
 
 
-def test_gold_rows_are_answered_by_the_model_that_did_not_see_them(experiment):
+def test_gold_rows_are_labelled_by_the_model_that_was_not_trained_on_them(experiment):
     root, params = experiment
     gold, other = gold_rows(6), gold_rows(9)[6:].assign(split="pool")
     rows = pd.concat([other, gold], ignore_index=True)
     memorised = signal_table(rows, answers(root, "model", params, rows["text"].tolist()), LABELS, -1)
     fold = np.array([0, 1, 1, 0, 1, 0])
-    said = cross_fit("encoder", params, TASK, gold, fold, root / "data/teacher/encoder/folds", memorised)
-    assert said["id"].tolist() == rows["id"].tolist() and said["split"].tolist() == rows["split"].tolist()
-    assert said["fold"].tolist() == [-1, -1, -1, *fold]
-    for i, k in enumerate(said["fold"]):
-        where = "model" if k < 0 else f"folds/{k}"
-        expected = answers(root, where, params, [rows["text"][i]])[0]
-        assert np.abs(said["probabilities"][i] - expected).max() < 1e-5
-        assert said["label"][i] == LABELS[expected.argmax()]
+    signals = cross_fit("encoder", params, TASK, gold, fold, root / "data/teacher/encoder/folds", memorised)
+    assert signals["id"].tolist() == rows["id"].tolist() and signals["split"].tolist() == rows["split"].tolist()
+    assert signals["fold"].tolist() == [-1, -1, -1, *fold]
+    for i, k in enumerate(signals["fold"]):
+        folder = "model" if k < 0 else f"folds/{k}"
+        expected = answers(root, folder, params, [rows["text"][i]])[0]
+        assert np.abs(signals["probabilities"][i] - expected).max() < 1e-5
+        assert signals["label"][i] == LABELS[expected.argmax()]
     changed = [
-        not np.allclose(a, b, atol=0.05) for a, b in zip(said.probabilities, memorised.probabilities, strict=True)
+        not np.allclose(a, b, atol=0.05) for a, b in zip(signals.probabilities, memorised.probabilities, strict=True)
     ]
     assert changed == [False] * 3 + [True] * 6
-    nobody = assign_folds(gold, 0, seed=0)
-    left = cross_fit("encoder", params, TASK, gold, nobody, root / "no folder", memorised)
+    no_fold = assign_folds(gold, 0, seed=0)
+    left = cross_fit("encoder", params, TASK, gold, no_fold, root / "no folder", memorised)
     assert left["id"].tolist() == other["id"].tolist() and left.columns.tolist() == memorised.columns.tolist()
 
 
-def test_a_paraphrase_is_answered_by_the_fold_of_its_row(experiment):
+def test_a_paraphrase_is_labelled_by_the_fold_of_its_row(experiment):
     root, params = experiment
     params = params.model_copy(update={"teachers": {"encoder": params.teachers["encoder"]}})
     gold = gold_rows(4)
@@ -248,18 +250,20 @@ def test_a_paraphrase_is_answered_by_the_fold_of_its_row(experiment):
             "source_id": gold["id"].iloc[[1, 0, 1]].tolist(),
         }
     )
-    said = label_paraphrases(root, params, TASK, kept, gold)
-    assert said.columns.tolist() == [
+    signals = label_paraphrases(root, params, TASK, kept)
+    assert signals.columns.tolist() == [
         *("teacher", "source", "split", "id", "label", "probabilities", "fold", "rationale")
     ]
-    assert said["id"].tolist() == ["b#1", "a#0", "b#0"] and said["fold"].tolist() == [1, 0, 1]
-    assert set(said["split"]) == {"augmented"} and set(said["teacher"]) == {"encoder"}
-    for i, k in enumerate(said["fold"]):
-        assert np.abs(said["probabilities"][i] - answers(root, f"folds/{k}", params, [kept["text"][i]])[0]).max() < 1e-5
+    assert signals["id"].tolist() == ["b#1", "a#0", "b#0"] and signals["fold"].tolist() == [1, 0, 1]
+    assert set(signals["split"]) == {"augmented"} and set(signals["teacher"]) == {"encoder"}
+    for i, k in enumerate(signals["fold"]):
+        assert (
+            np.abs(signals["probabilities"][i] - answers(root, f"folds/{k}", params, [kept["text"][i]])[0]).max() < 1e-5
+        )
     known[known["id"] != kept["source_id"][1]].to_parquet(root / "data/teacher/encoder/signals.parquet")
-    assert label_paraphrases(root, params, TASK, kept, gold)["id"].tolist() == ["b#1", "b#0"]
-    nothing = label_paraphrases(root, params, TASK, kept[:0], gold)
-    assert nothing.empty and nothing.columns.tolist() == said.columns.tolist()
+    assert label_paraphrases(root, params, TASK, kept)["id"].tolist() == ["b#1", "b#0"]
+    nothing = label_paraphrases(root, params, TASK, kept[:0])
+    assert nothing.empty and nothing.columns.tolist() == signals.columns.tolist()
 
 
 def test_tuning_continues_in_a_folder_of_its_own_rows(experiment, tmp_path):
@@ -273,17 +277,17 @@ def test_tuning_continues_in_a_folder_of_its_own_rows(experiment, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2 and not np.allclose(one.predict(texts), part.predict(texts), atol=1e-6)
 
 
-def test_adapters_alone_are_kept_of_a_fold_and_say_the_same(experiment, tmp_path):
-    _, params = experiment
+def test_saved_adapters_of_a_fold_predict_the_same(experiment, tmp_path):
+    root, params = experiment
     gold = gold_rows(6)
     tuned, _ = finetune_teacher("lm", params, TASK, gold, folder=tmp_path / "work")
     expected = tuned.predict(gold["text"].tolist())
     save_trained_weights(tuned.model, tuned.tokenizer, tmp_path / "fold")
     assert (tmp_path / "fold/adapter_config.json").exists() and not (tmp_path / "fold/model.safetensors").exists()
-    again = open_teacher("lm", params, TASK, tuned=tmp_path / "fold")
-    assert np.abs(again.predict(gold["text"].tolist()) - expected).max() < 1e-5
-    untuned = open_teacher("lm", params, TASK)
-    assert np.abs(untuned.predict(gold["text"].tolist()) - expected).max() > 1e-5
+    again = open_teacher(root, "lm", params, TASK, tuned=tmp_path / "fold")
+    assert np.abs(again.predict(gold) - expected).max() < 1e-5
+    untuned = open_teacher(root, "lm", params, TASK)
+    assert np.abs(untuned.predict(gold) - expected).max() > 1e-5
 
 
 def test_scores_are_those_of_each_split(experiment):
@@ -291,16 +295,16 @@ def test_scores_are_those_of_each_split(experiment):
     rows = pd.concat([gold.assign(split=split) for split in ("train", "test")], ignore_index=True)
     right = np.array([[0.8 if name == label else 0.1 for name in LABELS] for label in rows["label"]])
     wrong = np.roll(right, 1, axis=1)
-    said = signal_table(rows, np.where((rows["split"] == "train").to_numpy()[:, None], right, wrong), LABELS, -1)
-    found = score_signals(rows, said.sample(frac=1, random_state=0), LABELS)
-    assert found["train"]["accuracy"] == 1 and found["test"]["accuracy"] == 0
-    assert found["train"]["log_loss"] == pytest.approx(-np.log(0.8), rel=1e-6)
+    signals = signal_table(rows, np.where((rows["split"] == "train").to_numpy()[:, None], right, wrong), LABELS, -1)
+    scores = score_signals(rows, signals.sample(frac=1, random_state=0), LABELS)
+    assert scores["train"]["accuracy"] == 1 and scores["test"]["accuracy"] == 0
+    assert scores["train"]["log_loss"] == pytest.approx(-np.log(0.8), rel=1e-6)
 
 
 # ------------------------------------------------------------------------------- texts
 
 
-def test_paraphrases_are_written_once_and_hang_on_the_seed(experiment, monkeypatch):
+def test_paraphrases_are_generated_once_and_depend_on_the_seed(experiment, monkeypatch):
     root, params = experiment
     augment = params.augment.model_copy(update={"per_row": 2})
     params, gold = params.model_copy(update={"augment": augment}), gold_rows(3)
@@ -322,7 +326,7 @@ def test_paraphrases_are_written_once_and_hang_on_the_seed(experiment, monkeypat
     assert generate_paraphrases(root, nothing, TASK, gold).columns.tolist() == rows.columns.tolist()
 
 
-def test_the_judge_gives_every_candidate_one_reason(experiment, tiny_models):
+def test_every_candidate_gets_one_reason(experiment, tiny_models):
     root, params = experiment
     lm = root / "data/teacher/lm/model"
     if not lm.exists():
@@ -334,10 +338,10 @@ def test_the_judge_gives_every_candidate_one_reason(experiment, tiny_models):
     candidates = pd.DataFrame({"id": list("abcde"), "text": texts, "source_text": SOURCE, "label": "positive"})
     keep = params.augment.keep.model_copy(update={"same_label": False})
     open_ended = params.model_copy(update={"augment": params.augment.model_copy(update={"keep": keep})})
-    judged = filter_paraphrases(root, open_ended, TASK, candidates, [held_out], 0.85)
+    filtered = filter_paraphrases(root, open_ended, TASK, candidates, [held_out], 0.85)
     reasons = ["copy", "kept", "written twice", "kept", "near-duplicate of a held-out row"]
-    assert judged["reason"].tolist() == reasons
-    read = open_teacher("lm", params, TASK, tuned=lm).predict([better])[0].argmax()
+    assert filtered["reason"].tolist() == reasons
+    read = open_teacher(root, "lm", params, TASK, tuned=lm).predict(pd.DataFrame({"text": [better]}))[0].argmax()
     for label in LABELS:
         strict = filter_paraphrases(root, params, TASK, candidates.assign(label=label), [held_out], 0.85)
         assert strict["reason"][3] == ("kept" if label == LABELS[read] else "label changed")
@@ -348,56 +352,61 @@ def test_rationales_are_for_the_gold_label_and_the_same_each_time(experiment):
     root, params = experiment
     gold = gold_rows(6)
     rows = pd.concat([gold, gold_rows(10)[6:].assign(split="test")], ignore_index=True)
-    said = signal_table(rows, np.full((10, 3), 1 / 3), LABELS, -1)
-    told = add_rationales(root, "lm", params, TASK, rows, said)
-    assert told["contradicts"].notna().sum() == 2 and told.loc[told["rationale"].isna(), "contradicts"].isna().all()
-    assert told["rationale"].notna().sum() == params.teachers["lm"].rationales == 2
-    assert not told.loc[rows["split"] == "test", "rationale"].notna().any()
-    assert said["rationale"].isna().all()  # the frame that was given stays as it was
-    pd.testing.assert_frame_equal(told, add_rationales(root, "lm", params, TASK, rows, said))
+    signals = signal_table(rows, np.full((10, 3), 1 / 3), LABELS, -1)
+    explained = add_rationales(root, "lm", params, TASK, rows, signals)
+    assert (
+        explained["contradicts"].notna().sum() == 2
+        and explained.loc[explained["rationale"].isna(), "contradicts"].isna().all()
+    )
+    assert explained["rationale"].notna().sum() == params.teachers["lm"].rationales == 2
+    assert not explained.loc[rows["split"] == "test", "rationale"].notna().any()
+    assert signals["rationale"].isna().all()  # the frame that was given stays as it was
+    pd.testing.assert_frame_equal(explained, add_rationales(root, "lm", params, TASK, rows, signals))
+    others = gold_rows(20)[10:].assign(split="pool")  # without a signal, as gold rows without folds are
+    shuffled = pd.concat([others, rows.iloc[::-1]], ignore_index=True)
+    pd.testing.assert_frame_equal(explained, add_rationales(root, "lm", params, TASK, shuffled, signals))
 
 
-def test_nobody_is_asked_why_an_unreadable_answer_holds(experiment):
+def test_an_unreadable_answer_gets_no_rationale(experiment):
     root, params = experiment
     rows = gold_rows(6).assign(split="pool", label=None)
     p = np.full((6, 3), 1 / 3)
     p[[0, 2, 4]] = np.nan
     spec = params.teachers["lm"].model_copy(update={"rationales": 6})
     params = params.model_copy(update={"teachers": params.teachers | {"lm": spec}})
-    told = add_rationales(root, "lm", params, TASK, rows, signal_table(rows, p, LABELS, -1))
-    assert told["rationale"].notna().tolist() == [False, True] * 3
+    explained = add_rationales(root, "lm", params, TASK, rows, signal_table(rows, p, LABELS, -1))
+    assert explained["rationale"].notna().tolist() == [False, True] * 3
+    nothing = add_rationales(root, "lm", params, TASK, rows, signal_table(rows, p * np.nan, LABELS, -1))
+    assert nothing["rationale"].isna().all()
 
 
 def test_a_teacher_in_four_bits_answers_and_its_answers_have_a_key_of_their_own(experiment):
     root, params = experiment
     whole, packed = (prompted(params, quantize=way, dtype="bfloat16") for way in ("none", "nf4"))
-    models_, texts = [], gold_rows(6)["text"].tolist()
-    for one in (whole, packed):
-        models_.append(open_teacher("lm", one, TASK))
-    kinds = {type(module).__name__ for module in models_[1].model.modules()}
-    assert "Linear4bit" in kinds and "Linear4bit" not in {
-        type(module).__name__ for module in models_[0].model.modules()
-    }
-    p, q = (model.predict(texts) for model in models_)
+    models_ = [open_teacher(root, "lm", one, TASK).model for one in (whole, packed)]
+    layers = [{type(module).__name__ for module in model.model.modules()} for model in models_]
+    assert "Linear4bit" in layers[1] and "Linear4bit" not in layers[0]
+    p, q = (model.predict(gold_rows(6)["text"].tolist()) for model in models_)
     assert np.isfinite(q).all() and np.abs(p - q).max() < 0.2 and (p != q).any()
-    asked = [model_identity(one, "tiny-llama", model) for one, model in zip((whole, packed), models_, strict=True)]
-    assert [one["quantization"] for one in asked] == [None, "nf4"]
+    identities = [model_identity("tiny-llama", params.models["tiny-llama"], model) for model in models_]
+    assert [identity["quantization"] for identity in identities] == [None, "nf4"]
     with pytest.raises(ValueError, match="`quantize` is for a `kind: lm` or `seq2seq` that is only prompted"):
         TeacherConfig.model_validate(params.teachers["lm"].model_dump() | {"quantize": "nf4"})
 
 
-def test_label_scores_are_asked_for_in_batches_of_the_teachers_size(experiment, monkeypatch):
+def test_labels_are_predicted_in_batches_of_the_teachers_size(experiment, monkeypatch):
     root, params = experiment
-    teacher, sizes = open_teacher("lm", prompted(params, batch_size=4), TASK), []
-    forward = type(teacher).forward
+    teacher, sizes = open_teacher(root, "lm", prompted(params, batch_size=4), TASK), []
+    teacher.cache = None
+    forward = LabelModel.forward
     monkeypatch.setattr(
-        type(teacher), "forward", lambda self, ids, *a, **k: sizes.append(len(ids)) or forward(self, ids, *a, **k)
+        LabelModel, "forward", lambda self, ids, *a, **k: sizes.append(len(ids)) or forward(self, ids, *a, **k)
     )
-    predict_labels(teacher, gold_rows(10))
+    teacher.predict(gold_rows(10))
     assert sizes == [4, 4, 2]
 
 
-def test_a_reason_that_names_another_label_contradicts_its_own():
+def test_a_rationale_that_names_another_label_contradicts_its_own():
     assert contradicts(TASK, "This is clearly negative news.", "positive")
     assert not contradicts(TASK, "Not negative at all, but positive.", "positive")
     assert not contradicts(TASK, "Sales rose.", "positive")
@@ -409,16 +418,16 @@ def test_a_reason_that_names_another_label_contradicts_its_own():
 def test_examples_come_from_other_groups_than_the_row(tiny_models):
     gold = gold_rows(12).assign(group=[f"g{i // 2}" for i in range(12)])
     for encoder in (None, tiny_models / "tiny-bert"):
-        shots = GoldExamples(gold, 3, encoder)
-        chosen = shots.choose(gold["text"].tolist(), gold["group"].tolist())
-        for group, which in zip(gold["group"], chosen, strict=True):
-            assert len(set(which)) == 3 and group not in shots.gold["group"].iloc[list(which)].tolist()
+        examples = GoldExamples(gold, 3, encoder)
+        chosen = examples.choose(gold["text"].tolist(), gold["group"].tolist())
+        for group, positions in zip(gold["group"], chosen, strict=True):
+            assert len(set(positions)) == 3 and group not in examples.gold["group"].iloc[list(positions)].tolist()
     fixed = GoldExamples(gold, 3).choose(["a", "b"], ["x", "y"])
     assert fixed[0] == fixed[1] and len(set(GoldExamples(gold, 3).gold["label"][list(fixed[0])])) == 3
     free = GoldExamples(gold, 3, tiny_models / "tiny-bert").choose(gold["text"].tolist(), [None] * 12)
     own = GoldExamples(gold, 3, tiny_models / "tiny-bert")
-    for text, which in zip(gold["text"], free, strict=True):
-        assert own.gold["text"][which[-1]] == text  # without groups a row is most similar to itself
+    for text, positions in zip(gold["text"], free, strict=True):
+        assert own.gold["text"][positions[-1]] == text  # without groups a row is most similar to itself
 
 
 def prompted(params: Params, **changes) -> Params:
@@ -426,36 +435,38 @@ def prompted(params: Params, **changes) -> Params:
     return params.model_copy(update={"teachers": params.teachers | {"lm": spec}})
 
 
-def test_rows_are_asked_about_with_their_own_examples_and_calibrated(experiment, tiny_models):
+def test_rows_are_predicted_with_their_own_examples_and_calibrated(experiment, tiny_models):
     root, params = experiment
     params = prompted(params)
     gold = gold_rows(12).assign(group=[f"g{i // 2}" for i in range(12)])
-    teacher = open_teacher("lm", params, TASK)
-    assert teacher.max_length == 512  # as long as its positions reach: examples take room
-    teacher.shots = GoldExamples(gold, 2)
-    asked = gold.head(7)
-    chosen = teacher.shots.choose(asked["text"].tolist(), asked["group"].tolist())
+    teacher = open_teacher(root, "lm", params, TASK)
+    assert teacher.model.max_length == 512  # as long as its positions reach: examples take room
+    examples = teacher.examples = GoldExamples(gold, 2)
+    rows = gold.head(7)
+    chosen = examples.choose(rows["text"].tolist(), rows["group"].tolist())
     assert len(set(chosen)) > 1  # the rows that are among the examples get others
-    p = predict_labels(teacher, asked)
-    for row, text, which in zip(p, asked["text"], chosen, strict=True):
-        alone = teacher.predict([text], shots=[[teacher.shots.shots[k] for k in which]])[0]
+    p = teacher.predict(rows)
+    for row, text, positions in zip(p, rows["text"], chosen, strict=True):
+        alone = teacher.model.predict([text], shots=[examples.at(positions)])[0]
         np.testing.assert_allclose(row, alone, atol=1e-5)
-        turns = chat_turns(TASK, text, [teacher.shots.shots[k] for k in which])
-        shown = row_prompt(teacher, asked[asked["text"] == text].iloc[0])
-        assert shown == render_prompt(turns, teacher.tokenizer)
-    prior = estimate_label_prior(teacher, "batch", asked)
+        turns = chat_turns(TASK, text, examples.at(positions))
+        shown = teacher.prompt(rows[rows["text"] == text].iloc[0])
+        assert shown == render_prompt(turns, teacher.model.tokenizer)
+    prior = estimate_label_prior(teacher, "batch", rows)
     np.testing.assert_allclose(prior, p.mean(0), rtol=1e-6)
-    teacher.prior = prior
+    teacher.label_prior = prior
     expected = p / p.mean(0)
-    np.testing.assert_allclose(predict_labels(teacher, asked), expected / expected.sum(1, keepdims=True), rtol=1e-5)
-    empty = teacher.predict(NO_CONTENT, shots=[[teacher.shots.shots[k] for k in (0, 1)]] * 3).mean(0)
-    teacher.prior = None
-    np.testing.assert_allclose(estimate_label_prior(teacher, "contextual", asked), empty, atol=1e-5)
-    assert estimate_label_prior(teacher, "none", asked) is None
+    np.testing.assert_allclose(teacher.predict(rows), expected / expected.sum(1, keepdims=True), rtol=1e-5)
+    empty = teacher.model.predict(NO_CONTENT, shots=[examples.at((0, 1))] * 3).mean(0)
+    teacher.label_prior = None
+    np.testing.assert_allclose(estimate_label_prior(teacher, "contextual", rows), empty, atol=1e-5)
+    assert estimate_label_prior(teacher, "none", rows) is None
 
 
 @pytest.mark.parametrize("kind", ["labels", "answers"])
-def test_a_killed_teacher_goes_on_where_it_stood_and_a_second_run_asks_nothing(experiment, tmp_path, monkeypatch, kind):
+def test_a_killed_teacher_continues_from_its_cache_and_a_second_run_computes_nothing(
+    experiment, tmp_path, monkeypatch, kind
+):
     root, params = experiment
     params = prompted(params, batch_size=3, dtype="bfloat16")
     task = TASK if kind == "labels" else Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
@@ -474,9 +485,7 @@ def test_a_killed_teacher_goes_on_where_it_stood_and_a_second_run_asks_nothing(e
 
     def run(folder: Path, **changes) -> pd.DataFrame:
         calls.clear()
-        teacher = open_prompted_teacher(
-            folder, "lm", prompted(params, **changes), task, {"prompt": None, "prior": None}
-        )
+        teacher = open_teacher(folder, "lm", prompted(params, **changes), task)
         return label_rows(teacher, rows, -1, 4)
 
     whole = run(tmp_path / "whole")
@@ -503,47 +512,55 @@ def test_a_prompted_teacher_is_measured_with_its_own_examples_and_calibration(ex
     root, params = experiment
     params = prompted(params, few_shot=len(TASK.few_shot) + 3, examples_from="gold")
     monkeypatch.setattr("distillery.teachers.base.gather_rows", lambda *_: gold_rows(20))
-    teacher = open_prompted_teacher(root, "lm", params, TASK, {"prompt": None, "prior": [0.5, 0.3, 0.2]})
+    teacher = open_teacher(root, "lm", params, TASK, prompting={"prompt": None, "prior": [0.5, 0.3, 0.2]})
+    assert teacher.examples.n == len(TASK.few_shot) + 3
     rows, calls = gold_rows(30).tail(4), []
-    wanted, predict = predict_labels(teacher, rows), LabelModel.predict
+    wanted, predict = teacher.predict(rows), LabelModel.predict
     monkeypatch.setattr(LabelModel, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
-    say = probability_function(teacher)
-    for n in (1, 2):  # nothing is remembered: it is timed
-        np.testing.assert_allclose(say(rows["text"].tolist()), wanted, atol=1e-6)
+    timed = probability_function(teacher)
+    for n in (1, 2):  # nothing comes from the cache: it is timed
+        np.testing.assert_allclose(timed(rows["text"].tolist()), wanted, atol=1e-6)
         assert len(calls) == n
 
 
 def test_a_teacher_that_will_be_tuned_can_be_shown_many_examples_before(experiment):
     root, params = experiment
     task = TASK.model_copy(update={"few_shot": list(TASK.few_shot) * 2})
-    encoder = open_prompted_teacher(root, "encoder", params, TASK, {"prompt": None, "prior": None})
-    assert encoder.max_length == open_teacher("encoder", params, TASK).max_length  # of its tokenizer's making
-    assert params.teachers["lm"].finetune and open_teacher("lm", params, task).max_length == 256
-    asked = open_prompted_teacher(root, "lm", params, task, {"prompt": None, "prior": None})
-    asked.few_shot = len(task.few_shot)
-    assert len(asked.encode(["Profit rose."])[0]) > 256
-    assert predict_labels(asked, gold_rows(3)).shape == (3, 3)
+    spec = params.teachers["lm"]
+    for name, max_length in (("encoder", 256), ("lm", 512)):
+        origin = params.models[params.teachers[name].model]
+        assert load_teacher_model(name, params.teachers[name], origin, task).max_length == 256  # as it will be tuned
+        assert open_teacher(root, name, params, task).model.max_length == max_length
+    untuned = open_teacher(root, "lm", params, task)
+    untuned.model.few_shot = len(task.few_shot)
+    assert spec.finetune and len(untuned.model.encode(["Profit rose."])[0]) > 256
+    assert untuned.predict(gold_rows(3)).shape == (3, 3)
 
 
-def test_the_best_prompt_on_validation_rows_is_taken_and_kept(experiment):
+def test_the_best_prompt_on_validation_rows_is_chosen_and_used(experiment):
     root, params = experiment
     other = TASK.prompt.model_copy(update={"instruction": "Say the opposite.", "system": ""})
     task = TASK.model_copy(update={"prompts": {"short": other}})
     params = prompted(params, prompts=["short"], calibrate="batch")
     rows = gold_rows(12)
     rows.loc[4:, "split"], rows.loc[8:, "split"] = "validation", "pool"
-    table, how = compare_prompts(root, "lm", params, task, rows)
+    table, prompting = compare_prompts(root, "lm", params, task, rows)
     assert table["prompt"].tolist() == ["prompt"] * 3 + ["short"] * 3
     assert table["calibrate"].tolist() == [*CALIBRATIONS] * 2
     batch = table[table["calibrate"] == "batch"].set_index("prompt")["macro_f1"]
-    assert how["prompt"] == (None if batch["prompt"] >= batch["short"] else "short")
-    assert len(how["prior"]) == 3 and abs(sum(how["prior"]) - 1) < 1e-3
+    assert prompting["prompt"] == (None if batch["prompt"] >= batch["short"] else "short")
+    assert len(prompting["prior"]) == 3 and abs(sum(prompting["prior"]) - 1) < 1e-3
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
-    path = root / "data/teacher/lm/asked.json"
+    path = root / "data/teacher/lm/prompting.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"prompt": "short", "prior": [0.2, 0.3, 0.5]}))
-    opened = open_prompted_teacher(root, "lm", params, task)
-    assert opened.task.prompt == other and opened.prior.tolist() == [0.2, 0.3, 0.5]
+    opened = open_teacher(root, "lm", params, task)
+    assert opened.task.prompt == other and opened.label_prior.tolist() == [0.2, 0.3, 0.5]
+    explicit = open_teacher(root, "lm", params, task, prompting={"prompt": None, "prior": None})
+    assert explicit.task.prompt == task.prompt and explicit.label_prior is None
+    message = "^data/teacher/lm/prompting.json: the task has no prompt `short`; it has: meanings, bare$"
+    with pytest.raises(UserError, match=message):
+        open_teacher(root, "lm", params, TASK)
     path.unlink()
     with pytest.raises(UserError, match="teachers.lm.prompts: the task has no `short`; it has: meanings, bare"):
         compare_prompts(root, "lm", params, TASK, rows)
@@ -551,7 +568,7 @@ def test_the_best_prompt_on_validation_rows_is_taken_and_kept(experiment):
 
 # ------------------------------------------------------------------------------- answers from files
 
-LINES = """sentence,said
+LINES = """sentence,reply
 Sales rose.,"POSITIVE
 
 The text says so."
@@ -565,28 +582,37 @@ Sales rose.,negative
 
 
 def file_teacher(tmp_path, repeats: str = "drop") -> FileTeacher:
-    (tmp_path / "said.csv").write_text(LINES)
-    columns = {"text": "sentence", "answer": "said"}
-    spec = validate_section(AnswerFilesConfig, {"files": ["said.csv"], "columns": columns, "repeats": repeats}, "x")
+    (tmp_path / "answers.csv").write_text(LINES)
+    columns = {"text": "sentence", "answer": "reply"}
+    spec = validate_section(AnswerFilesConfig, {"files": ["answers.csv"], "columns": columns, "repeats": repeats}, "x")
     return FileTeacher(read_answer_files(spec, TASK, tmp_path), TASK)
 
 
 def test_answers_from_a_file_teach_without_those_that_repeat_the_one_before(tmp_path):
     teacher = file_teacher(tmp_path)
-    assert teacher.answers["fate"].tolist() == ["kept", "repeats the answer before", "kept", "cannot be read", "kept"]
-    assert teacher.answers["at"].iloc[2] == "said.csv, line 8"
+    assert teacher.answers["status"].tolist() == ["kept", "repeats the answer before", "kept", "cannot be read", "kept"]
+    assert teacher.answers["at"].iloc[2] == "answers.csv, line 8"
     rows = pd.DataFrame({"text": ["Sales  rose.", "Sales fell.", "A meeting.", "Profit fell."], "id": list("abcd")})
     assert teacher.covered(rows).tolist() == [True, False, True, True]
-    p = teacher.look_up(rows)
+    p = teacher.predict(rows)
     assert p[0].tolist() == [0.5, 0, 0.5] and p[2].tolist() == [0, 1, 0]  # two answers to one text share it
     assert np.isnan(p[[1, 3]]).all()
-    said = signal_table(rows.assign(source="s", split="pool"), p, LABELS, -1)
-    assert said["label"].tolist() == ["positive", None, "neutral", None]
-    assert np.allclose(said["probabilities"][3], 1 / 3)
-    told = teacher.explanations(rows, ["positive", "positive", "neutral", "negative"])
-    assert told == ["The text says so.", None, "Nothing happens.", None]
-    assert "Nothing happens." in row_prompt(teacher, rows.iloc[2])
+    signals = signal_table(rows.assign(source="s", split="pool"), p, LABELS, -1)
+    assert signals["label"].tolist() == ["positive", None, "neutral", None]
+    assert np.allclose(signals["probabilities"][3], 1 / 3)
+    explanations = teacher.explanations(rows, ["positive", "positive", "neutral", "negative"])
+    assert explanations == ["The text says so.", None, "Nothing happens.", None]
+    assert "Nothing happens." in teacher.prompt(rows.iloc[2])
     assert file_teacher(tmp_path, "keep").covered(rows).all()
+
+
+def test_a_teacher_from_a_file_generates_nothing(tmp_path):
+    teacher = file_teacher(tmp_path)
+    with pytest.raises(UserError, match="^params.yaml: teachers: `kind: answers` generates no text$"):
+        teacher.generate([], max_new_tokens=4)
+    teacher.task = Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
+    with pytest.raises(UserError, match="^params.yaml: teachers: free answers come from `kind: lm` and `seq2seq` only"):
+        label_rows(teacher, gold_rows(2), -1, 4)
 
 
 def test_answers_that_miss_a_column_or_a_text_are_named(tmp_path):
@@ -611,9 +637,9 @@ def test_teachers_that_agree_are_more_often_right_and_the_table_says_so(experime
     sure = np.array([[0.9 if name == label else 0.05 for name in LABELS] for label in gold["label"]])
     other = np.roll(sure, 1, axis=1)
     for name, p in (("lm", np.where(np.arange(9)[:, None] < 6, sure, other * 0.5 + 1 / 6)), ("encoder", sure)):
-        said = signal_table(gold, p, LABELS, -1)
+        signals = signal_table(gold, p, LABELS, -1)
         (tmp_path / "data/teacher" / name).mkdir(parents=True)
-        said.drop(index=8 if name == "lm" else 7).to_parquet(tmp_path / "data/teacher" / name / "signals.parquet")
+        signals.drop(index=8 if name == "lm" else 7).to_parquet(tmp_path / "data/teacher" / name / "signals.parquet")
     params = params.model_copy(
         update={"teachers": {"lm": params.teachers["lm"], "encoder": params.teachers["encoder"]}}
     )
@@ -635,21 +661,21 @@ def test_teachers_that_agree_are_more_often_right_and_the_table_says_so(experime
 # ------------------------------------------------------------------------------- encoder-decoders
 
 
-def test_an_encoder_decoder_labels_learns_and_gives_reasons(experiment, tiny_models, tmp_path):
+def test_an_encoder_decoder_labels_learns_and_gives_rationales(experiment, tiny_models, tmp_path):
     root, params = experiment
     changes = {"kind": "seq2seq", "model": "tiny-t5", "prompt": "plain"}
     spec = params.teachers["lm"].model_copy(update=changes)
     origin = ModelConfig(folder=str(tiny_models / "tiny-t5"))
     params = params.model_copy(update={"teachers": {"t5": spec}, "models": params.models | {"tiny-t5": origin}})
     gold = gold_rows(6)
-    before = predict_labels(open_teacher("t5", params, TASK), gold)
+    before = open_teacher(root, "t5", params, TASK).predict(gold)
     tuned, history = finetune_teacher("t5", params, TASK, gold, folder=tmp_path / "work")
-    after = predict_labels(tuned, gold)
+    after = LocalTeacher(tuned).predict(gold)
     assert history["step"].max() == 2 and np.abs(after - before).max() > 1e-6
     np.testing.assert_allclose(after.sum(1), 1, atol=1e-5)
     save_trained_weights(tuned.model, tuned.tokenizer, tmp_path / "fold")
-    again = open_teacher("t5", params, TASK, tuned=tmp_path / "fold")
-    np.testing.assert_allclose(predict_labels(again, gold), after, atol=1e-5)
-    said = signal_table(gold, after, LABELS, -1)
-    told = add_rationales(root, "t5", params, TASK, gold, said)
-    assert told["rationale"].notna().sum() == 2
+    again = open_teacher(root, "t5", params, TASK, tuned=tmp_path / "fold")
+    np.testing.assert_allclose(again.predict(gold), after, atol=1e-5)
+    signals = signal_table(gold, after, LABELS, -1)
+    explained = add_rationales(root, "t5", params, TASK, gold, signals)
+    assert explained["rationale"].notna().sum() == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from distillery.data.storage import read_task
 from distillery.evaluation.results import TRAINED_ROLES, ModelResult, Results
 from distillery.evaluation.robustness import measure_robustness, paraphrase_test_rows
 from distillery.models.label_model import LabelModel
-from distillery.teachers.base import open_prompted_teacher, open_teacher
-from distillery.teachers.local import predict_labels
+from distillery.teachers.base import open_teacher
+from distillery.teachers.local import LocalTeacher
 from distillery.training.student import load_student
 
 LATENCY_ROWS = 32  # sentences given to each model one by one
@@ -85,15 +85,17 @@ def peak_memory(work: Callable[[], Any]) -> tuple[Any, float | None]:
     return work(), max(0.0, held("VmHWM") - before)
 
 
-def probability_function(model: LabelModel) -> Callable[[Sequence[str]], np.ndarray | list[str]]:
-    """Texts to probabilities [n, labels], or to answers for a `qa` task, computed anew each time: of a teacher that is
-    only prompted with the prompt, solved examples and calibration that it has in the run."""
+def probability_function(model: LabelModel | LocalTeacher) -> Callable[[Sequence[str]], np.ndarray | list[str]]:
+    """Texts to probabilities [n, labels], or to answers for a `qa` task, computed anew each time.
+
+    A teacher that is only prompted uses the prompt, solved examples and calibration that it has in the run.
+    """
     if model.task.kind == "qa":
-        return model.answer_questions
-    if not hasattr(model, "prior"):
+        return model.answer_questions if isinstance(model, LabelModel) else model.model.answer_questions
+    if isinstance(model, LabelModel):
         return model.predict
-    model.memory = None
-    return lambda texts: predict_labels(model, pd.DataFrame({"id": "", "text": list(texts), "group": None}))
+    uncached = replace(model, cache=None)
+    return lambda texts: uncached.predict(pd.DataFrame({"text": list(texts), "group": None}))
 
 
 def measure_models(root: Path, results: Results) -> Measurements:
@@ -111,15 +113,15 @@ def measure_models(root: Path, results: Results) -> Measurements:
     texts = results.tests[source]["text"].head(params.evaluate.throughput_rows).tolist()
     models, memory, shapes = {}, {}, {}
 
-    def opened(line: ModelResult) -> LabelModel:
+    def opened(line: ModelResult) -> LabelModel | LocalTeacher:
         if line.role == "teacher":
             if not params.teachers[line.key].finetune:
-                return open_prompted_teacher(root, line.key, params, task)
-            return open_teacher(line.key, params, task, tuned=root / f"data/teacher/{line.key}/model")
+                return open_teacher(root, line.key, params, task)
+            return open_teacher(root, line.key, params, task, tuned=root / f"data/teacher/{line.key}/model").model
         spec = params.students[line.key]
         return load_student(spec, root / f"runs/{line.key}-{params.seeds[0]}/model", task, spec.dtype)
 
-    def opened_and_run(line: ModelResult) -> LabelModel:
+    def opened_and_run(line: ModelResult) -> LabelModel | LocalTeacher:
         model = opened(line)
         probability_function(model)(texts[:32])
         return model

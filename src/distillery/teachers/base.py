@@ -1,10 +1,11 @@
-"""Open a teacher of any kind, and gather the rows that it labels."""
+"""The interface of a teacher, how one is opened, and the rows that it labels."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,6 @@ import pandas as pd
 from distillery.config.schema import SPLITS, Params
 from distillery.data.storage import read_split, read_task
 from distillery.errors import UserError
-from distillery.files import repository_root
 from distillery.models.fetch import fetch_model
 from distillery.models.label_model import LabelModel
 from distillery.tasks.schema import Task
@@ -20,18 +20,49 @@ from distillery.teachers.cache import STORE_PATH, AnswerStore
 from distillery.teachers.few_shot import GoldExamples
 from distillery.teachers.file import FileTeacher, read_answer_files
 from distillery.teachers.identity import model_identity
-from distillery.teachers.local import AnswerCache
+from distillery.teachers.local import AnswerCache, LocalTeacher
 from distillery.training.teacher_models import load_teacher_model, max_prompt_tokens
 
-if TYPE_CHECKING:
-    from distillery.teachers.api.teacher import ApiTeacher
+
+class Teacher(Protocol):
+    """A source of labels and texts: a local model, an endpoint, or answers from files.
+
+    task: what it predicts. model: its local model, None when there is none on this machine.
+    """
+
+    task: Task
+    model: LabelModel | None
+
+    def predict(self, rows: pd.DataFrame) -> np.ndarray:
+        """Probabilities over the task's labels [n, labels] for `rows` (id, text, group); NaN where no label is read."""
+
+    def answer(self, rows: pd.DataFrame, max_new_tokens: int) -> list[str]:
+        """Free answers to `rows` of a `qa` task. Raises UserError when this kind of teacher gives none."""
+
+    def generate(
+        self,
+        conversations: Sequence[list[dict[str, str]]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        sample: int = 0,
+        batch_size: int | None = None,
+    ) -> list[str]:
+        """The next turn of each conversation. Raises UserError when this kind of teacher generates nothing.
+
+        sample: number among the answers to one conversation. batch_size: of a local model; its own when not given.
+        """
+
+    def prompt(self, row: pd.Series) -> str:
+        """What the teacher is shown for one row (id, text, group), character for character."""
 
 
 def gather_rows(root: Path, params: Params, name: str) -> pd.DataFrame:
-    """Every row that teacher `name` labels: source, split, id, text, group, and the gold label (for scoring only; of a
-    `qa` task also the accepted answers).
+    """Every row that teacher `name` labels: source, split, id, text, group, and the gold label, which only scores.
 
-    Of answers from files, the rows that they are about. Raises UserError when there is none.
+    Rows of a `qa` task also have their accepted answers. A teacher of `kind: answers` gets the rows that its files
+    answer. Raises UserError when there is none.
     """
     parts = []
     for source in params.teacher_sources(name):
@@ -43,56 +74,81 @@ def gather_rows(root: Path, params: Params, name: str) -> pd.DataFrame:
             columns = ["source", "split", "id", "text", "group", "label"]
             columns += ["answers"] if read_task(folder).kind == "qa" else []
             parts.append(rows.assign(source=source, split=split)[columns])
-    out = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    rows = pd.concat([part for part in parts if len(part)], ignore_index=True)
     if params.teachers[name].kind == "answers":
         task = read_task(root / "data" / "processed" / params.teacher_sources(name)[0])
-        out = out[open_teacher(name, params, task).covered(out)].reset_index(drop=True)
-        if out.empty:
+        rows = rows[open_file_teacher(root, name, params, task).covered(rows)].reset_index(drop=True)
+        if rows.empty:
             raise UserError(f"params.yaml: teachers.{name}.answers: no answer is about a row of its sources")
-    return out
+    return rows
 
 
 def open_teacher(
-    name: str, params: Params, task: Task, *, tuned: Path | None = None
-) -> LabelModel | ApiTeacher | FileTeacher:
-    """The teacher `name` as it was fetched, or `tuned`: as it lies in that folder (whole, or as adapters)."""
+    root: Path,
+    name: str,
+    params: Params,
+    task: Task,
+    *,
+    tuned: Path | None = None,
+    prompting: dict[str, Any] | None = None,
+) -> Teacher:
+    """The teacher `name`, ready to predict as it does in the run.
+
+    tuned: folder of its fine-tuned weights (whole, or as adapters); without it the teacher is only prompted.
+    prompting: `prompt` (a name in the task's `prompts`, None for its `prompt`) and `prior` (label prior, see
+    :func:`distillery.teachers.prompt_search.compare_prompts`); None reads them from the teacher's own `prompting.json`,
+    if there is one. Raises UserError when a file, a model or an API key is missing.
+    """
     spec = params.teachers[name]
+    if spec.kind == "answers":
+        return open_file_teacher(root, name, params, task)
+    if tuned is not None:
+        return LocalTeacher(load_teacher_model(name, spec, params.models[spec.model], task, tuned=tuned))
+    prompting = prompting or _read_prompting(root, name, task)
+    if prompting["prompt"] is not None:
+        task = task.model_copy(update={"prompt": task.prompts[prompting["prompt"]]})
+    store = AnswerStore(root / STORE_PATH)
+    settings = {
+        "examples": _gold_examples(root, name, params),
+        "label_prior": None if prompting["prior"] is None else np.array(prompting["prior"]),
+    }
     if spec.kind == "api":
         # imported here, so that teachers of other kinds do not depend on the API client
         from distillery.teachers.api.client import Endpoint
         from distillery.teachers.api.teacher import ApiTeacher
 
-        return ApiTeacher(Endpoint(name, spec.api, AnswerStore(repository_root() / STORE_PATH)), task, spec.few_shot)
-    if spec.kind == "answers":
-        by = "id" if spec.answers.columns.id else "text"
-        return FileTeacher(read_answer_files(spec.answers, task, repository_root()), task, by)
-    return load_teacher_model(name, spec, params.models[spec.model], task, tuned=tuned)
+        return ApiTeacher(Endpoint(name, spec.api, store), task, spec.few_shot, **settings)
+    origin = params.models[spec.model]
+    model = load_teacher_model(name, spec, origin, task)
+    if model.arch != "classifier":  # also of a teacher that will be fine-tuned on shorter prompts
+        model.max_length = max_prompt_tokens(model)
+    cache = AnswerCache(store, model_identity(spec.model, origin, model) | {"seed": spec.seed})
+    return LocalTeacher(model, cache, **settings)
 
 
-def open_prompted_teacher(
-    root: Path, name: str, params: Params, task: Task, how: dict[str, Any] | None = None
-) -> LabelModel | ApiTeacher | FileTeacher:
-    """The teacher `name`, which is only prompted, with its prompt, solved examples and calibration.
+def open_file_teacher(root: Path, name: str, params: Params, task: Task) -> FileTeacher:
+    """The teacher `name` of `kind: answers`; the paths of its files are relative to `root`."""
+    spec = params.teachers[name].answers
+    return FileTeacher(read_answer_files(spec, task, root), task, "id" if spec.columns.id else "text")
 
-    how: `prompt` (a name in the task's `prompts`, None for its `prompt`) and `prior` (:func:`estimate_label_prior`);
-    as the teacher's own `prompting.json` says when not given.
-    """
+
+def _read_prompting(root: Path, name: str, task: Task) -> dict[str, Any]:
+    path = root / "data" / "teacher" / name / "prompting.json"
+    if not path.exists():
+        return {"prompt": None, "prior": None}
+    prompting = json.loads(path.read_text(encoding="utf-8"))
+    prompt, file = prompting["prompt"], f"data/teacher/{name}/prompting.json"
+    if prompt not in (None, *task.prompts):
+        known = ", ".join(task.prompts) or "none"
+        raise UserError(f"{file}: the task has no prompt `{prompt}`; it has: {known}")
+    return prompting
+
+
+def _gold_examples(root: Path, name: str, params: Params) -> GoldExamples | None:
+    """The solved examples that teacher `name` takes from its gold rows; None if it takes those of the task file."""
     spec = params.teachers[name]
-    if how is None:
-        path = root / "data" / "teacher" / name / "prompting.json"
-        how = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"prompt": None, "prior": None}
-    if how["prompt"] is not None:
-        task = task.model_copy(update={"prompt": task.prompts[how["prompt"]]})
-    teacher = open_teacher(name, params, task)
-    if spec.examples_from != "task" and spec.few_shot:
-        rows = gather_rows(root, params, name)
-        encoder = fetch_model(spec.embeddings, params.models[spec.embeddings]) if spec.embeddings else None
-        teacher.shots = GoldExamples(rows[rows["split"] == "train"], spec.few_shot, encoder, spec.seed)
-    teacher.prior = None if how["prior"] is None else np.array(how["prior"])
-    if isinstance(teacher, LabelModel):
-        if teacher.arch != "classifier":  # also one that is yet to be tuned, on shorter prompts
-            teacher.max_length = max_prompt_tokens(teacher)
-        teacher.memory = AnswerCache(
-            AnswerStore(root / STORE_PATH), model_identity(params, spec.model, teacher) | {"seed": spec.seed}
-        )
-    return teacher
+    if spec.examples_from == "task" or not spec.few_shot:
+        return None
+    rows = gather_rows(root, params, name)
+    encoder = fetch_model(spec.embeddings, params.models[spec.embeddings]) if spec.embeddings else None
+    return GoldExamples(rows[rows["split"] == "train"], spec.few_shot, encoder, spec.seed)

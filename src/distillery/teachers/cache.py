@@ -1,14 +1,15 @@
-"""Answers that were paid for, in money or in minutes: kept on arrival, never asked for again.
+"""A cache of model answers: an answer that cost money or minutes is stored on arrival and never computed again.
 
 One SQLite file (`.cache/answers/answers.sqlite`) with two tables that any SQLite tool can read:
 
-``answers``  an answer each: `key`, `asker` (JSON: model, revision, adapter, template, dtype, label set, sampling, …),
-             `prompt` (JSON), `sample` (number among answers to the same question), `answer` (text), `more` (JSON)
-``calls``    a call to a paid endpoint each, whatever came of it: `at`, `asker`, `key`, `outcome`, `seconds`,
-             `input_tokens`, `output_tokens`
+``answers``  one row per answer: `key`, `model_identity` (JSON: model, revision, adapter, template, dtype, label set,
+             sampling, …), `prompt` (JSON), `sample` (number among the answers to one prompt), `answer` (text),
+             `metadata` (JSON), `at`
+``calls``    one row per call to a paid endpoint, whatever its outcome: `at`, `endpoint` (JSON: client, base_url,
+             model), `key`, `outcome`, `seconds`, `input_tokens`, `output_tokens`
 
-Every write is a transaction of its own that is on disk before the call returns, so a killed run loses nothing that it
-had received; several processes and threads may write at once.
+Every write is its own transaction and is on disk before the method returns, so a killed run loses nothing that it had
+received. Several processes and threads may write at once.
 """
 
 from __future__ import annotations
@@ -27,69 +28,76 @@ from typing import Any
 from distillery.errors import UserError
 from distillery.files import raise_if_disk_full
 
+STORE_PATH = Path(".cache/answers/answers.sqlite")  # below the root
+WRITE_TIMEOUT = 60  # seconds to wait for another process's write
+KEYS_PER_QUERY = 500
 TABLES = """
 CREATE TABLE IF NOT EXISTS answers (
-    key TEXT PRIMARY KEY, asker TEXT NOT NULL, prompt TEXT NOT NULL, sample INTEGER NOT NULL,
-    answer TEXT NOT NULL, more TEXT NOT NULL, at TEXT NOT NULL
+    key TEXT PRIMARY KEY, model_identity TEXT NOT NULL, prompt TEXT NOT NULL, sample INTEGER NOT NULL,
+    answer TEXT NOT NULL, metadata TEXT NOT NULL, at TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS calls (
-    id INTEGER PRIMARY KEY, at TEXT NOT NULL, asker TEXT NOT NULL, key TEXT NOT NULL, outcome TEXT NOT NULL,
+    id INTEGER PRIMARY KEY, at TEXT NOT NULL, endpoint TEXT NOT NULL, key TEXT NOT NULL, outcome TEXT NOT NULL,
     seconds REAL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL
 );
-CREATE INDEX IF NOT EXISTS calls_by_asker ON calls (asker);
+CREATE INDEX IF NOT EXISTS calls_by_endpoint ON calls (endpoint);
 """
-
-
-WRITE_TIMEOUT = 60  # seconds to wait for another process's write
-
-
-KEYS_PER_QUERY = 500  # keys in one query
+RENAMED_COLUMNS = {  # (table, column in older files) -> column
+    ("answers", "asker"): "model_identity",
+    ("answers", "more"): "metadata",
+    ("calls", "asker"): "endpoint",
+}
 
 
 def canonical_json(value: Any) -> str:
-    """The same text for the same value, whatever the order of its keys."""
+    """`value` as JSON text that does not depend on the order of its keys."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. asker: everything but prompt and sample number that decides the answer, as JSON values."""
+    """A request to a model. model_identity: JSON values of all that decides the answer but `prompt` and `sample`."""
 
-    asker: dict[str, Any]
+    model_identity: dict[str, Any]
     prompt: Any
     sample: int = 0
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(canonical_json([self.asker, self.prompt, self.sample]).encode()).hexdigest()
+        """sha256 under which the answer is stored."""
+        return hashlib.sha256(canonical_json([self.model_identity, self.prompt, self.sample]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Answer:
+    """What a model returned. metadata: finish reason, token usage and log-probabilities, where there are any."""
+
     text: str
-    more: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 class AnswerStore:
-    """The answers in the file `path`, which is made when there is none.
+    """The answers in the file `path`, which is created when it does not exist.
 
-    Raises UserError when the file is no store or the disk is full.
+    Raises UserError when the file is not an answer store, and when the disk is full.
     """
 
     def __init__(self, path: Path | str):
-        self.path, self._mine = Path(path), threading.local()
+        self.path, self._thread = Path(path), threading.local()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._using() as connection:
+        with self._connection() as connection:
             connection.execute("PRAGMA journal_mode = WAL")
+            _rename_old_columns(connection)
             connection.executescript(TABLES)
 
     @contextmanager
-    def _using(self) -> Iterator[sqlite3.Connection]:
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """This thread's connection; commits at the end of the block, or rolls back."""
         try:
-            if not hasattr(self._mine, "connection"):
-                self._mine.connection = sqlite3.connect(self.path, timeout=WRITE_TIMEOUT)
-                self._mine.connection.execute("PRAGMA synchronous = FULL")
-            with self._mine.connection as connection:  # commits, or rolls back
+            if not hasattr(self._thread, "connection"):
+                self._thread.connection = sqlite3.connect(self.path, timeout=WRITE_TIMEOUT)
+                self._thread.connection.execute("PRAGMA synchronous = FULL")
+            with self._thread.connection as connection:
                 yield connection
         except sqlite3.Error as error:
             full = "disk is full" in str(error)
@@ -99,35 +107,32 @@ class AnswerStore:
     def get(self, questions: Sequence[Question]) -> list[Answer | None]:
         """The answers to `questions`, in their order; None where there is none yet."""
         keys = [question.key for question in questions]
-        found: dict[str, Answer] = {}
+        stored: dict[str, Answer] = {}
         for start in range(0, len(keys), KEYS_PER_QUERY):
-            some = keys[start : start + KEYS_PER_QUERY]
-            query = f"SELECT key, answer, more FROM answers WHERE key IN ({', '.join('?' * len(some))})"
-            with self._using() as connection:
-                found |= {key: Answer(text, json.loads(more)) for key, text, more in connection.execute(query, some)}
-        return [found.get(key) for key in keys]
+            batch = keys[start : start + KEYS_PER_QUERY]
+            query = f"SELECT key, answer, metadata FROM answers WHERE key IN ({', '.join('?' * len(batch))})"
+            with self._connection() as connection:
+                rows = connection.execute(query, batch)
+                stored |= {key: Answer(text, json.loads(metadata)) for key, text, metadata in rows}
+        return [stored.get(key) for key in keys]
 
     def put(self, answered: Iterable[tuple[Question, Answer]]) -> None:
-        """Keep all of `answered` or, if killed, none. An answer that is there already stays as it is."""
-        rows = [
-            (q.key, canonical_json(q.asker), canonical_json(q.prompt), q.sample, a.text, canonical_json(a.more), _now())
-            for q, a in answered
-        ]
-        with self._using() as connection:
-            connection.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        """Store all of `answered` or, if the process is killed, none. An answer that is already there stays."""
+        rows = list(answered)
+        with self._connection() as connection:
+            _insert_answers(connection, rows)
 
-    def opened(self, question: Question, asker: str, input_tokens: int, output_tokens: int) -> int:
-        """Note that a call is about to be made that may use so many tokens; returns its number.
+    def open_call(self, question: Question, endpoint: str, input_tokens: int, output_tokens: int) -> int:
+        """Record that a call is about to be made that may use this many tokens; returns the call's id.
 
-        The call of a run that is killed before :meth:`closed` stays `open`, and counts with these tokens.
+        If the run is killed before :meth:`close_call`, the call stays `open` and counts with these tokens.
         """
-        row = (_now(), asker, question.key, "open", None, input_tokens, output_tokens)
-        columns = "at, asker, key, outcome, seconds, input_tokens, output_tokens"
-        with self._using() as connection:
-            made = connection.execute(f"INSERT INTO calls ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-            return made.lastrowid
+        row = (_now(), endpoint, question.key, "open", None, input_tokens, output_tokens)
+        columns = "at, endpoint, key, outcome, seconds, input_tokens, output_tokens"
+        with self._connection() as connection:
+            return connection.execute(f"INSERT INTO calls ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row).lastrowid
 
-    def closed(
+    def close_call(
         self,
         call: int,
         outcome: str,
@@ -135,40 +140,54 @@ class AnswerStore:
         tokens: tuple[int, int] | None,
         answered: tuple[Question, Answer] | None = None,
     ) -> None:
-        """Note what came of a `call`, and keep its answer in the same transaction. tokens None: as it was opened."""
-        with self._using() as connection:
+        """Record the outcome of a `call`, and store its answer in the same transaction. tokens None: as opened."""
+        with self._connection() as connection:
             connection.execute("UPDATE calls SET outcome = ?, seconds = ? WHERE id = ?", (outcome, seconds, call))
             if tokens is not None:
                 query = "UPDATE calls SET input_tokens = ?, output_tokens = ? WHERE id = ?"
                 connection.execute(query, (*tokens, call))
             if answered is not None:
-                q, a = answered
-                row = (
-                    q.key,
-                    canonical_json(q.asker),
-                    canonical_json(q.prompt),
-                    q.sample,
-                    a.text,
-                    canonical_json(a.more),
-                    _now(),
-                )
-                connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+                _insert_answers(connection, [answered])
 
-    def used(self, asker: str) -> tuple[int, int]:
-        """(input, output) tokens of all calls that `asker` has made."""
-        query = "SELECT COALESCE(SUM(input_tokens), 0), COALESCE(SUM(output_tokens), 0) FROM calls WHERE asker = ?"
-        with self._using() as connection:
-            return tuple(connection.execute(query, (asker,)).fetchone())
+    def used_tokens(self, endpoint: str) -> tuple[int, int]:
+        """(input, output) tokens of all calls to `endpoint`."""
+        query = "SELECT COALESCE(SUM(input_tokens), 0), COALESCE(SUM(output_tokens), 0) FROM calls WHERE endpoint = ?"
+        with self._connection() as connection:
+            return tuple(connection.execute(query, (endpoint,)).fetchone())
 
-    def outcomes(self, asker: str) -> dict[str, int]:
-        """How many calls of `asker` ended how."""
-        query = "SELECT outcome, COUNT(*) FROM calls WHERE asker = ? GROUP BY outcome ORDER BY outcome"
-        with self._using() as connection:
-            return dict(connection.execute(query, (asker,)))
+    def outcomes(self, endpoint: str) -> dict[str, int]:
+        """Number of calls to `endpoint` by outcome."""
+        query = "SELECT outcome, COUNT(*) FROM calls WHERE endpoint = ? GROUP BY outcome ORDER BY outcome"
+        with self._connection() as connection:
+            return dict(connection.execute(query, (endpoint,)))
+
+
+def _rename_old_columns(connection: sqlite3.Connection) -> None:
+    """Give the columns of a file from an older version their present names; its answers stay."""
+    query = "SELECT t.name, c.name FROM sqlite_master t JOIN pragma_table_info(t.name) c WHERE t.type = 'table'"
+    if RENAMED_COLUMNS.keys() & set(connection.execute(query)):
+        connection.execute("BEGIN IMMEDIATE")
+        # read again: another process may have renamed them before this one had the lock
+        for table, column in RENAMED_COLUMNS.keys() & set(connection.execute(query)):
+            connection.execute(f"ALTER TABLE {table} RENAME COLUMN {column} TO {RENAMED_COLUMNS[table, column]}")
+        connection.execute("DROP INDEX IF EXISTS calls_by_asker")
+
+
+def _insert_answers(connection: sqlite3.Connection, answered: Sequence[tuple[Question, Answer]]) -> None:
+    rows = [
+        (
+            question.key,
+            canonical_json(question.model_identity),
+            canonical_json(question.prompt),
+            question.sample,
+            answer.text,
+            canonical_json(answer.metadata),
+            _now(),
+        )
+        for question, answer in answered
+    ]
+    connection.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-STORE_PATH = Path(".cache/answers/answers.sqlite")  # below the root: all that endpoints and prompted models have said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from distillery.tasks.schema import FewShotExample
 
 
 class GoldExamples:
-    """Gold rows as solved examples: the same `n` for every row, labels taking turns, or for each the `n` most similar.
+    """Gold rows as solved examples: the same `n` for every row, labels taking turns, or the `n` most similar to each.
 
-    gold: text, label, group of training rows. encoder: the folder of the model whose embeddings tell similarity; the
-    most similar example stands last. A row never sees an example of its own group.
+    gold: text, label, group of training rows. encoder: folder of the model whose embeddings measure similarity; None
+    gives every row the same examples. The most similar example stands last. A row never gets one of its own group.
     """
 
     def __init__(self, gold: pd.DataFrame, n: int, encoder: Path | None = None, seed: int = 0):
@@ -24,17 +25,29 @@ class GoldExamples:
         turn = gold.groupby("label").cumcount()
         self.gold = gold.iloc[np.lexsort([gold["label"], turn])].reset_index(drop=True)
         self.n, self.encoder = n, encoder
-        self.shots = [
-            FewShotExample(text=t, label=y) for t, y in zip(self.gold["text"], self.gold["label"], strict=True)
+        self.examples = [
+            FewShotExample(text=text, label=label)
+            for text, label in zip(self.gold["text"], self.gold["label"], strict=True)
         ]
-        self.vectors = embed_texts(encoder, self.gold["text"].tolist()) if encoder else None
+
+    @cached_property
+    def embeddings(self) -> np.ndarray:
+        """Unit vectors of the gold texts [len(gold), d]."""
+        return embed_texts(self.encoder, self.gold["text"].tolist())
 
     def choose(self, texts: Sequence[str], groups: Sequence[str | None]) -> list[tuple[int, ...]]:
         """For each text the positions in `gold` of its examples, in the order in which they are shown."""
-        own = [self.gold["group"].to_numpy() == group for group in groups]
+        same_group = [self.gold["group"].to_numpy() == group for group in groups]
         if self.encoder is None:
-            return [tuple(np.flatnonzero(~mine)[: self.n].tolist()) for mine in own]
-        likeness = embed_texts(self.encoder, list(texts)) @ self.vectors.T
-        likeness[np.stack(own)] = -np.inf
-        order = np.argsort(-likeness, axis=1, kind="stable")[:, : self.n]
-        return [tuple(i for i in row[::-1].tolist() if not mine[i]) for row, mine in zip(order, own, strict=True)]
+            return [tuple(np.flatnonzero(~excluded)[: self.n].tolist()) for excluded in same_group]
+        similarity = embed_texts(self.encoder, list(texts)) @ self.embeddings.T
+        similarity[np.stack(same_group)] = -np.inf
+        order = np.argsort(-similarity, axis=1, kind="stable")[:, : self.n]
+        return [
+            tuple(i for i in nearest[::-1].tolist() if not excluded[i])
+            for nearest, excluded in zip(order, same_group, strict=True)
+        ]
+
+    def at(self, positions: Sequence[int]) -> list[FewShotExample]:
+        """The examples at `positions` of `gold`."""
+        return [self.examples[i] for i in positions]

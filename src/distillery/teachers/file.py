@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,70 +16,92 @@ from distillery.errors import UserError
 from distillery.tasks.parsing import first_sentence, parse_explained_label, parse_label
 from distillery.tasks.schema import Task
 
+REPEATED = "repeats the answer before"
+UNREADABLE = "cannot be read"
+
 
 def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.DataFrame:
-    """Answers of an external LLM out of files below `base`, a row each, in their order.
+    """Answers of an external LLM from files below `base`, one row per answer, in the order of the files.
 
-    Returns at (file and line), key (id, or the text as :func:`normalize_text` leaves it), label (None if it cannot be
-    read), explanation, fate: `kept`, `repeats the answer before`, or `cannot be read`.
+    Returns at (file and line), key (id, or the text as :func:`normalize_text` returns it), label (None if it cannot be
+    read), explanation, status: `kept`, `repeats the answer before`, or `cannot be read`.
     Raises UserError naming the file, and the line or the column, when something is missing there.
     """
-    columns, out = spec.columns, []
+    columns, answers = spec.columns, []
+    key_column = columns.id or columns.text
     for file in spec.files:
-        raw, before = read_rows(file, base), None
-        for name in filter(None, vars(columns).values()):
-            if name not in raw.rows[0]:
-                raise UserError(f"{file}: no column `{name}`; there are: {', '.join(raw.rows[0])}")
-        for i, row in enumerate(raw.rows):
-            key = row.get(columns.id or columns.text)
+        records, previous = read_rows(file, base), None
+        for column in filter(None, vars(columns).values()):
+            if column not in records.rows[0]:
+                raise UserError(f"{file}: no column `{column}`; there are: {', '.join(records.rows[0])}")
+        for i, row in enumerate(records.rows):
+            key = row.get(key_column)
             if key in (None, ""):
-                raise UserError(f"{raw.at(i)}: `{columns.id or columns.text}` is empty")
-            if columns.answer:
-                label, explanation = parse_explained_label(task, str(row.get(columns.answer) or ""))
-            else:
-                label = parse_label(task, str(row.get(columns.label) or ""))
-                explanation = str(row.get(columns.explanation) or "").strip() if columns.explanation else ""
-            said = (label, explanation)
-            repeated = explanation and before is not None and before[0] != key and before[1] == said
-            before = (key, said)
-            fate = "kept" if label else "cannot be read"
+                raise UserError(f"{records.at(i)}: `{key_column}` is empty")
+            label, explanation = _read_answer(spec, task, row)
+            # a script that kept its last answer when a call failed repeats it for another text
+            repeated = (
+                explanation and previous is not None and previous[0] != key and previous[1:] == (label, explanation)
+            )
+            previous = (key, label, explanation)
+            status = "kept" if label else UNREADABLE
             if repeated and spec.repeats == "drop":
-                fate = "repeats the answer before"
-            out.append((raw.at(i), normalize_text(str(key)), label, explanation, fate))
-    return pd.DataFrame(out, columns=["at", "key", "label", "explanation", "fate"])
+                status = REPEATED
+            answers.append((records.at(i), normalize_text(str(key)), label, explanation, status))
+    return pd.DataFrame(answers, columns=["at", "key", "label", "explanation", "status"])
+
+
+def _read_answer(spec: AnswerFilesConfig, task: Task, row: dict[str, Any]) -> tuple[str | None, str]:
+    """(label, explanation) of one record; the label is None if it cannot be read."""
+    columns = spec.columns
+    if columns.answer:
+        return parse_explained_label(task, str(row.get(columns.answer) or ""))
+    label = parse_label(task, str(row.get(columns.label) or ""))
+    return label, str(row.get(columns.explanation) or "").strip() if columns.explanation else ""
 
 
 class FileTeacher:
-    """Answers that were read from files, as a teacher. answers: see :func:`read_answer_files`."""
+    """Answers from files as a teacher. answers: see :func:`read_answer_files`. by: the column of rows with the keys."""
 
-    arch, model = "answers", None
+    model = None
 
     def __init__(self, answers: pd.DataFrame, task: Task, by: str = "text"):
         self.answers, self.task, self.by = answers, task, by
-        usable = answers[answers["fate"] != "repeats the answer before"]
-        self.known = dict(list(usable.groupby("key")))
+        self.answers_by_key = dict(list(answers[answers["status"] != REPEATED].groupby("key")))
 
     def keys(self, rows: pd.DataFrame) -> list[str]:
+        """The keys of `rows` (id, text) in `answers_by_key`."""
         return [normalize_text(value) for value in rows[self.by]]
 
     def covered(self, rows: pd.DataFrame) -> np.ndarray:
-        """Which of `rows` (id, text) it has an answer for: [n] bool."""
-        return np.array([key in self.known for key in self.keys(rows)], dtype=bool)
+        """Whether each of `rows` (id, text) has an answer: [n] bool."""
+        return np.array([key in self.answers_by_key for key in self.keys(rows)], dtype=bool)
 
-    def look_up(self, rows: pd.DataFrame) -> np.ndarray:
+    def predict(self, rows: pd.DataFrame) -> np.ndarray:
         """Share of the answers to each of `rows` that gave each label [n, labels]; NaN where none could be read."""
-        out = np.full((len(rows), len(self.task.names)), np.nan)
+        shares = np.full((len(rows), len(self.task.names)), np.nan)
         for i, key in enumerate(self.keys(rows)):
-            said = self.known[key]["label"].dropna() if key in self.known else ()
-            if len(said):
-                out[i] = [(said == name).mean() for name in self.task.names]
-        return out
+            labels = self.answers_by_key[key]["label"].dropna() if key in self.answers_by_key else ()
+            if len(labels):
+                shares[i] = [(labels == name).mean() for name in self.task.names]
+        return shares
 
     def explanations(self, rows: pd.DataFrame, labels: Sequence[str]) -> list[str | None]:
-        """What it gave as the reason for `labels`, one of each of `rows`; None where it did not answer so."""
-        out = []
+        """The first sentence of its explanation of each label, one label per row; None where it gave another label."""
+        sentences = []
         for key, label in zip(self.keys(rows), labels, strict=True):
-            found = self.known.get(key)
-            reasons = [] if found is None else found["explanation"][found["label"] == label].tolist()
-            out.append(first_sentence(" ".join(reasons[0].split())) or None if reasons else None)
-        return out
+            answers = self.answers_by_key.get(key)
+            given = [] if answers is None else answers["explanation"][answers["label"] == label].tolist()
+            sentences.append(first_sentence(" ".join(given[0].split())) or None if given else None)
+        return sentences
+
+    def prompt(self, row: pd.Series) -> str:
+        """The text of `row` and the answers to it: the prompt is not known. Raises KeyError when it has no answer."""
+        (key,) = self.keys(pd.DataFrame([row]))
+        return f"{row['text']}\n\n{self.answers_by_key[key].drop(columns='key').to_string(index=False)}"
+
+    def answer(self, rows: pd.DataFrame, max_new_tokens: int) -> list[str]:
+        raise UserError("params.yaml: teachers: free answers come from `kind: lm` and `seq2seq` only, so far")
+
+    def generate(self, conversations: Sequence[list[dict[str, str]]], **settings: Any) -> list[str]:
+        raise UserError("params.yaml: teachers: `kind: answers` generates no text")

@@ -12,11 +12,12 @@ from distillery.config.schema import Params
 from distillery.errors import UserError
 from distillery.models.label_model import LabelModel
 from distillery.tasks.schema import Task
-from distillery.teachers.base import open_teacher
+from distillery.teachers.local import LocalTeacher
 from distillery.teachers.signals import label_rows
 from distillery.training.rows import gold_rows
 from distillery.training.run import run_key, train_phase
 from distillery.training.student import attach_adapters
+from distillery.training.teacher_models import load_teacher_model
 
 
 def finetune_teacher(
@@ -25,9 +26,10 @@ def finetune_teacher(
     """The teacher fine-tuned on gold `rows` (id, text, label), and its training history.
 
     Checkpoints lie in `folder` under a key of everything that decides the result; a killed run continues there.
+    part: the name of these rows, for the key and for messages.
     """
     spec = params.teachers[name]
-    teacher = open_teacher(name, params, task)
+    teacher = load_teacher_model(name, spec, params.models[spec.model], task)
     teacher.model = attach_adapters(teacher.model, spec.finetune.lora, teacher.arch, spec.seed)
     key = run_key(
         spec.model_dump(),
@@ -48,7 +50,7 @@ def finetune_teacher(
 
 
 def assign_folds(rows: pd.DataFrame, k: int, seed: int) -> np.ndarray:
-    """Fold of every row [n], 0 to k - 1: whole groups, labels spread evenly; -1, of none, when k is 0.
+    """Fold of every row [n], 0 to k - 1, with whole groups and labels spread evenly; -1 (no fold) when k is 0.
 
     Raises UserError when there are fewer groups than folds.
     """
@@ -57,10 +59,10 @@ def assign_folds(rows: pd.DataFrame, k: int, seed: int) -> np.ndarray:
     if rows["group"].nunique() < k:
         raise UserError(f"teachers: finetune.folds: {k} folds need {k} groups, there are {rows['group'].nunique()}")
     splitter = StratifiedGroupKFold(k, shuffle=True, random_state=seed)
-    out = np.empty(len(rows), dtype=int)
+    folds = np.empty(len(rows), dtype=int)
     for fold, (_, held_out) in enumerate(splitter.split(rows, rows["label"], rows["group"])):
-        out[held_out] = fold
-    return out
+        folds[held_out] = fold
+    return folds
 
 
 def cross_fit(
@@ -70,22 +72,21 @@ def cross_fit(
     gold: pd.DataFrame,
     fold: np.ndarray,
     folder: Path,
-    said: pd.DataFrame,
+    signals: pd.DataFrame,
 ) -> pd.DataFrame:
-    """`said`, with the gold rows answered by the fold models in `folder` that were tuned without them; without those of
-    no fold.
+    """`signals`, with those of the gold rows replaced by the signals of the fold models that were tuned without them.
 
-    gold: rows (source, split, id, text). fold: [len(gold)], see :func:`assign_folds`.
+    Gold rows of no fold lose their signal. gold: rows (source, split, id, text). fold: [len(gold)], see
+    :func:`assign_folds`. folder: the model of fold k lies in `folder/k`.
     """
-    keys = ["source", "split", "id"]
-    said = said.set_index(keys)
-    said = said.drop(pd.MultiIndex.from_frame(gold.loc[fold < 0, keys]))
+    keys, spec = ["source", "split", "id"], params.teachers[name]
+    signals = signals.set_index(keys)
+    signals = signals.drop(pd.MultiIndex.from_frame(gold.loc[fold < 0, keys]))
     for k in sorted(set(fold[fold >= 0])):
-        rows = gold[fold == k]
-        model = open_teacher(name, params, task, tuned=folder / str(k))
-        new = label_rows(model, rows, k, params.teachers[name].max_new_tokens).set_index(keys)
-        plain = new.columns.drop("probabilities")
-        said.loc[new.index, plain] = new[plain]
-        for key, value in new["probabilities"].items():
-            said.at[key, "probabilities"] = value
-    return said.reset_index()
+        model = load_teacher_model(name, spec, params.models[spec.model], task, tuned=folder / str(k))
+        held_out = label_rows(LocalTeacher(model), gold[fold == k], k, spec.max_new_tokens).set_index(keys)
+        columns = held_out.columns.drop("probabilities")
+        signals.loc[held_out.index, columns] = held_out[columns]
+        for key, probabilities in held_out["probabilities"].items():
+            signals.at[key, "probabilities"] = probabilities  # one by one: an array is no single value for `loc`
+    return signals.reset_index()

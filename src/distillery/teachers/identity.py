@@ -1,38 +1,31 @@
-"""What of a local model decides its answers: a part of the key under which they are kept."""
+"""All of a local model that decides its answers: a part of the key under which they are cached."""
 
 from __future__ import annotations
 
 import hashlib
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distillery.config.schema import Params
+from distillery.config.schema import ModelConfig
 from distillery.models.fetch import fetch_model
 from distillery.models.label_model import LabelModel
 
-if TYPE_CHECKING:
-    from distillery.teachers.api.teacher import ApiTeacher
 
+def model_identity(name: str, origin: ModelConfig, model: LabelModel) -> dict[str, Any]:
+    """All of an untuned local model that decides what it generates, except prompt and sampling, as JSON values.
 
-def model_identity(params: Params, model: str | None, teacher: LabelModel | ApiTeacher) -> dict[str, Any]:
-    """All of an untuned local model that decides what it writes, but for prompt and sampling; for the key of an answer.
-
-    An endpoint has a key of its own: see :class:`ApiTeacher`.
+    name, origin: its key and section in `models` of params.yaml.
     """
-    if teacher.arch == "api":
-        return {}
-    spec, folder = params.models[model], fetch_model(model, params.models[model])
-    content = None
-    if spec.folder and not spec.wheel:  # a wheel or a revision says what is in it, a folder does not
+    folder, content = fetch_model(name, origin), None
+    if origin.folder and not origin.wheel:  # a wheel or a revision fixes the content, a folder does not
         files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".model"))
         content = [[file.name, hashlib.file_digest(file.open("rb"), "sha256").hexdigest()] for file in files]
-    template = teacher.tokenizer.chat_template or "plain"
-    dtype = str(teacher.dtype).removeprefix("torch.")
+    template = model.tokenizer.chat_template or "plain"
     return {
-        "model": spec.model_dump() | {"content": content},
+        "model": origin.model_dump() | {"content": content},
         "adapter": None,
         "template": hashlib.sha256(str(template).encode()).hexdigest(),
-        "dtype": dtype,
-        "quantization": "nf4" if getattr(teacher.model, "is_loaded_in_4bit", False) else None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": "nf4" if getattr(model.model, "is_loaded_in_4bit", False) else None,
         "writer": version("transformers"),
     }

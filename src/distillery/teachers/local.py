@@ -1,15 +1,14 @@
-"""Ask a teacher for label probabilities, answers and texts; keep what was computed."""
+"""A local model as a teacher, with a cache of its answers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,157 +16,130 @@ import torch
 
 from distillery.fingerprint import code_digest
 from distillery.models.label_model import LabelModel
-from distillery.tasks.prompts import chat_turns, render_answer
-from distillery.tasks.schema import FewShotExample
-from distillery.teachers.cache import STORE_PATH, Answer, AnswerStore, Question
-from distillery.teachers.file import FileTeacher
-
-if TYPE_CHECKING:
-    from distillery.teachers.api.teacher import ApiTeacher
+from distillery.tasks.prompts import render_answer
+from distillery.tasks.schema import FewShotExample, Task
+from distillery.teachers.cache import Answer, AnswerStore, Question
+from distillery.teachers.prompted import PromptedTeacher
 
 
-MIN_SHARED_EXAMPLES = 4  # rows with the same solved examples from which it pays to ask about them by themselves
+@dataclass(frozen=True)
+class AnswerCache:
+    """The answers of one local model. model_identity: see :func:`distillery.teachers.identity.model_identity`."""
 
+    store: AnswerStore
+    model_identity: dict[str, Any]
 
-def predict_labels(teacher: LabelModel | ApiTeacher | FileTeacher, rows: pd.DataFrame) -> np.ndarray:
-    """Probabilities over the task's labels [n, labels] for `rows` (id, text, group); NaN where no answer could be read.
+    def questions(self, model: LabelModel, prompts: Sequence[str], **settings: Any) -> list[Question]:
+        """The keys of the answers to `prompts`. settings: all else that decides these answers.
 
-    With the solved examples and the calibration of a teacher from :func:`open_prompted_teacher`.
-    """
-    if isinstance(teacher, FileTeacher):
-        return teacher.look_up(rows)
-    texts, shots, prior = rows["text"].tolist(), getattr(teacher, "shots", None), getattr(teacher, "prior", None)
-    if shots is None:
-        out = predict_cached(teacher, texts)
-    else:
-        chosen = shots.choose(texts, rows["group"].tolist())
-        out = np.zeros((len(rows), len(teacher.task.names)), dtype=np.float32)
-        often = {which for which, n in Counter(chosen).items() if n >= MIN_SHARED_EXAMPLES}
-        together: dict[Any, list[int]] = {}  # rows with the same examples share them as a prefix that is read once
-        for i, which in enumerate(chosen):
-            together.setdefault(which if which in often else None, []).append(i)
-        for where in together.values():
-            solved = [[shots.shots[k] for k in chosen[i]] for i in where]
-            out[where] = predict_cached(teacher, [texts[i] for i in where], solved)
-    if prior is not None:
-        out = out / np.maximum(prior, 1e-6)
-        out = out / out.sum(-1, keepdims=True)
-    return out
+        Rows of one call share batches, and a batch decides the last bits of its answers. So the key also holds the
+        other prompts, the batch size, the code and the number of threads.
+        """
+        computation = {
+            "max_length": model.max_length,
+            "weights": str(next(model.model.parameters()).dtype),
+            "batch_size": model.batch_size,
+            "together": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+            "code": code_digest("models", "tasks"),
+            "machine": [version("torch"), torch.get_num_threads(), model.device.type],
+        }
+        repeats: Counter[str] = Counter()
+        questions = []
+        for prompt in prompts:
+            questions.append(Question(self.model_identity | computation | settings, prompt, repeats[prompt]))
+            repeats[prompt] += 1
+        return questions
+
+    def texts(self, questions: Sequence[Question]) -> list[str | None]:
+        """The cached answers to `questions`, None where there is none."""
+        return [answer.text if answer else None for answer in self.store.get(questions)]
+
+    def writer(self, questions: Sequence[Question]) -> Callable[[list[int], Sequence[str]], None]:
+        """A function that stores new answers, given the indices of their `questions` and their texts."""
+
+        def write(indices: list[int], texts: Sequence[str]) -> None:
+            self.store.put((questions[i], Answer(text)) for i, text in zip(indices, texts, strict=True))
+
+        return write
 
 
 @dataclass
-class AnswerCache:
-    """Where what a local teacher said is kept, row by row. asker: see :func:`model_identity`."""
+class LocalTeacher(PromptedTeacher):
+    """A model on this machine: fine-tuned (neither examples, label_prior nor cache), or only prompted.
 
-    store: AnswerStore
-    asker: dict[str, Any]
-
-    def questions(self, teacher: LabelModel, prompts: Sequence[str], **what: Any) -> list[Question]:
-        """What is asked of each of `prompts`. Rows that are asked about together share batches, and with them the last
-        bits of their answers: those of other company, code or threads are answers to another question."""
-        about = {
-            "max_length": teacher.max_length,
-            "weights": str(next(teacher.model.parameters()).dtype),
-            "batch_size": teacher.batch_size,
-            "together": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-            "code": code_digest("models", "tasks"),
-            "machine": [version("torch"), torch.get_num_threads(), teacher.device.type],
-        }
-        seen: Counter[str] = Counter()
-        out = []
-        for prompt in prompts:
-            out.append(Question(self.asker | about | what, prompt, seen[prompt]))
-            seen[prompt] += 1
-        return out
-
-
-def predict_cached(
-    teacher: LabelModel | ApiTeacher, texts: Sequence[str], solved: Sequence[Sequence[FewShotExample]] | None = None
-) -> np.ndarray:
-    """:meth:`LabelModel.predict`, with nothing asked that the teacher's memory has, and every answer kept there."""
-    memory: AnswerCache | None = getattr(teacher, "memory", None)
-    if memory is None or teacher.task.kind == "qa":
-        return teacher.predict(texts, shots=solved) if solved is not None else teacher.predict(texts)
-    names = teacher.task.names
-    words = [[name, render_answer(teacher.task, name, teacher.prompt)] for name in names]
-    prompts = [prompt_text(teacher, text, solved[i] if solved else teacher.few_shot) for i, text in enumerate(texts)]
-    questions = memory.questions(teacher, prompts, asks="label", labels=words)
-    cached = [[json.loads(a.text)[name] for name in names] if a else None for a in memory.store.get(questions)]
-
-    def on_batch(rows: list[int], said: np.ndarray) -> None:
-        answers = (Answer(json.dumps(dict(zip(names, p, strict=True)))) for p in said.astype(float).tolist())
-        memory.store.put(zip((questions[i] for i in rows), answers, strict=True))
-
-    return teacher.predict(texts, shots=solved, cached=cached, on_batch=on_batch)
-
-
-def answer_cached(teacher: LabelModel, texts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """:meth:`LabelModel.answer_questions` with a cache: answers in it are not computed again, new ones are added."""
-    memory: AnswerCache | None = getattr(teacher, "memory", None)
-    if memory is None:
-        return teacher.answer_questions(texts, max_new_tokens)
-    prompts = [prompt_text(teacher, text, teacher.few_shot) for text in texts]
-    questions = memory.questions(teacher, prompts, asks="answer", max_new_tokens=max_new_tokens)
-
-    def on_batch(rows: list[int], said: list[str]) -> None:
-        memory.store.put((questions[i], Answer(text)) for i, text in zip(rows, said, strict=True))
-
-    cached = [answer.text if answer else None for answer in memory.store.get(questions)]
-    return teacher.answer_questions(texts, max_new_tokens, cached=cached, on_batch=on_batch)
-
-
-def prompt_text(teacher: LabelModel | ApiTeacher, text: str, solved: Sequence[FewShotExample] | int) -> str:
-    """The prompt for `text`, to the letter, with the examples `solved`, or so many of the task file's."""
-    if teacher.arch == "classifier":
-        return text
-    if teacher.arch == "api":
-        turns = chat_turns(teacher.task, text, solved)
-        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-    return teacher.prompt_for(text, solved)
-
-
-def row_prompt(teacher: LabelModel | ApiTeacher | FileTeacher, row: pd.Series) -> str:
-    """What `teacher` is shown for one row (id, text, group), to the letter; of a file, what it answered."""
-    if isinstance(teacher, FileTeacher):
-        (key,) = teacher.keys(pd.DataFrame([row]))
-        return f"{row['text']}\n\n{teacher.known[key].drop(columns='key').to_string(index=False)}"
-    shots = getattr(teacher, "shots", None)
-    solved = [shots.shots[k] for k in shots.choose([row["text"]], [row["group"]])[0]] if shots else teacher.few_shot
-    return prompt_text(teacher, row["text"], solved)
-
-
-def generate_cached(
-    root: Path,
-    teacher: LabelModel | ApiTeacher,
-    asker: dict[str, Any],
-    prompts: Sequence[list[dict[str, str]]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    sample: int = 0,
-) -> list[str]:
-    """What `teacher` says next in each conversation of `prompts`; every answer is kept, none is written twice.
-
-    asker: see :func:`model_identity`.
+    cache: None computes every answer anew.
     """
-    if teacher.arch == "api":
-        return teacher.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, sample=sample)
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed if temperature else None}
-    questions = [Question(asker | sampling, prompt, sample) for prompt in prompts]
-    store = AnswerStore(root / STORE_PATH)
 
-    def on_batch(rows: list[int], texts: list[str]) -> None:
-        store.put((questions[i], Answer(text)) for i, text in zip(rows, texts, strict=True))
+    model: LabelModel
+    cache: AnswerCache | None = None
 
-    cached = [answer.text if answer else None for answer in store.get(questions)]
-    return teacher.generate(
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=1000 * seed + sample,
-        batch_size=batch_size,
-        cached=cached,
-        on_batch=on_batch,
-    )
+    @property
+    def task(self) -> Task:
+        return self.model.task
+
+    def render(self, text: str, solved: Sequence[FewShotExample] | None) -> str:
+        """The prompt for `text` as one string; a classifier reads the text alone."""
+        if self.model.arch == "classifier":
+            return text
+        return self.model.prompt_for(text, self.model.few_shot if solved is None else solved)
+
+    def predict_texts(
+        self, texts: Sequence[str], solved: Sequence[Sequence[FewShotExample]] | None = None
+    ) -> np.ndarray:
+        """:meth:`LabelModel.predict` with a cache: answers in it are not computed again, new ones are added."""
+        if self.cache is None or self.task.kind == "qa":
+            return self.model.predict(texts, shots=solved)
+        names = self.task.names
+        answers = [[name, render_answer(self.task, name, self.model.prompt_style)] for name in names]
+        prompts = [self.render(text, solved[i] if solved is not None else None) for i, text in enumerate(texts)]
+        questions = self.cache.questions(self.model, prompts, request="label", labels=answers)
+        write = self.cache.writer(questions)
+
+        def on_batch(indices: list[int], probabilities: np.ndarray) -> None:
+            rows = probabilities.astype(float).tolist()
+            write(indices, [json.dumps(dict(zip(names, row, strict=True))) for row in rows])
+
+        stored = self.cache.texts(questions)
+        cached = [None if text is None else [json.loads(text)[name] for name in names] for text in stored]
+        return self.model.predict(texts, shots=solved, cached=cached, on_batch=on_batch)
+
+    def answer(self, rows: pd.DataFrame, max_new_tokens: int) -> list[str]:
+        """Free answers to `rows` (text) of a `qa` task, greedily decoded; see :meth:`LabelModel.answer_questions`."""
+        texts = rows["text"].tolist()
+        if self.cache is None:
+            return self.model.answer_questions(texts, max_new_tokens)
+        prompts = [self.render(text, None) for text in texts]
+        questions = self.cache.questions(self.model, prompts, request="answer", max_new_tokens=max_new_tokens)
+        cached, write = self.cache.texts(questions), self.cache.writer(questions)
+        return self.model.answer_questions(texts, max_new_tokens, cached=cached, on_batch=write)
+
+    def generate(
+        self,
+        conversations: Sequence[list[dict[str, str]]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        sample: int = 0,
+        batch_size: int | None = None,
+    ) -> list[str]:
+        """The next turn of each conversation; greedy when `temperature` is 0. See :meth:`LabelModel.generate`.
+
+        sample: number among the answers to one conversation. batch_size: conversations decoded at a time; the model's
+        when not given.
+        """
+        cached = write = None
+        if self.cache is not None:
+            sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+            identity = self.cache.model_identity | sampling | {"seed": seed if temperature else None}
+            questions = [Question(identity, turns, sample) for turns in conversations]
+            cached, write = self.cache.texts(questions), self.cache.writer(questions)
+        return self.model.generate(
+            conversations,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=1000 * seed + sample,
+            batch_size=batch_size or self.model.batch_size,
+            cached=cached,
+            on_batch=write,
+        )

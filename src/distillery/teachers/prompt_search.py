@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,47 +11,38 @@ import pandas as pd
 from distillery import metrics
 from distillery.config.schema import Params
 from distillery.errors import UserError
-from distillery.models.label_model import LabelModel
 from distillery.tasks.schema import Task
-from distillery.teachers.base import open_prompted_teacher
-from distillery.teachers.local import predict_labels
+from distillery.teachers.base import Teacher, open_teacher
+from distillery.teachers.prompted import divide_by_prior
 from distillery.teachers.signals import signal_table
 
-if TYPE_CHECKING:
-    from distillery.teachers.api.teacher import ApiTeacher
-
-
 NO_CONTENT = ["N/A", "[MASK]", ""]  # Zhao et al. 2021
-
-
 CALIBRATIONS = ("none", "contextual", "batch")
-
-
 PRIOR_ROWS = 128  # rows over which `calibrate: batch` takes its mean
 
 
-def estimate_label_prior(teacher: LabelModel | ApiTeacher, how: str, unlabelled: pd.DataFrame) -> np.ndarray | None:
-    """What `teacher` says of the labels [labels] before it reads anything, to divide its answers by.
+def estimate_label_prior(teacher: Teacher, calibration: str, unlabelled: pd.DataFrame) -> np.ndarray | None:
+    """The label distribution [labels] that the prompt alone brings about, by which predictions are then divided.
 
-    how: `contextual`, the mean over texts without content (Zhao et al. 2021, Calibrate Before Use, section 5); `batch`,
-    the mean over the rows `unlabelled` (Zhou et al. 2023, Batch Calibration, eq. 4); `none`.
+    calibration: `contextual`, the mean over texts without content (Zhao et al. 2021, Calibrate Before Use, section 5);
+    `batch`, the mean over the rows `unlabelled` (Zhou et al. 2023, Batch Calibration, eq. 4); `none` returns None.
     """
-    if how == "none":
+    if calibration == "none":
         return None
-    empty = pd.DataFrame({"id": "", "text": NO_CONTENT, "group": None})
-    said = predict_labels(teacher, empty if how == "contextual" else unlabelled)
-    return np.nanmean(said, 0)
+    no_content = pd.DataFrame({"id": "", "text": NO_CONTENT, "group": None})
+    return np.nanmean(teacher.predict(no_content if calibration == "contextual" else unlabelled), 0)
 
 
 def compare_prompts(
     root: Path, name: str, params: Params, task: Task, rows: pd.DataFrame
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The teacher's prompts compared on validation rows, and the best of them: by macro-F1 as `calibrate` says.
+    """The teacher's prompts compared on validation rows, and the best of them: by macro-F1, calibrated as params say.
 
-    rows: see :func:`gather_rows`. Returns a line for each prompt and calibration (accuracy with its 95 % interval,
-    macro_f1, unparsable), and how the teacher is to be asked: see :func:`open_prompted_teacher`.
+    rows: see :func:`distillery.teachers.base.gather_rows`. Returns one line per prompt and calibration (accuracy, low
+    and high of its 95 % interval, macro_f1, unparsable), and the best as the `prompting` that
+    :func:`distillery.teachers.base.open_teacher` takes. Raises UserError when the task has no such prompt.
     """
-    spec, lines, hows = params.teachers[name], [], []
+    spec, lines, candidates = params.teachers[name], [], []
     validation = rows[rows["split"] == "validation"].reset_index(drop=True)
     unlabelled = rows[rows["split"] == ("pool" if (rows["split"] == "pool").any() else "train")]
     unlabelled = unlabelled.head(PRIOR_ROWS).reset_index(drop=True)
@@ -59,20 +50,29 @@ def compare_prompts(
         if prompt is not None and prompt not in task.prompts:
             known = ", ".join(task.prompts) or "none"
             raise UserError(f"params.yaml: teachers.{name}.prompts: the task has no `{prompt}`; it has: {known}")
-        teacher = open_prompted_teacher(root, name, params, task, {"prompt": prompt, "prior": None})
-        plain = predict_labels(teacher, validation)
-        for calibrate in dict.fromkeys(["none", spec.calibrate] if spec.kind == "api" else CALIBRATIONS):
-            prior = estimate_label_prior(teacher, calibrate, unlabelled)
-            p = plain if prior is None else plain / np.maximum(prior, 1e-6)
-            said = signal_table(validation, p / p.sum(-1, keepdims=True), task.names, -1)
-            gold, answered = validation["label"].tolist(), said["label"].tolist()
-            drawn = metrics.bootstrap_scores(gold, answered, task.names, validation["group"].tolist())
-            low, high = metrics.interval(drawn["accuracy"])
-            scores = metrics.mean_scores(gold, answered, task.names)
-            line = {"prompt": prompt or "prompt", "calibrate": calibrate, "accuracy": scores["accuracy"]}
-            line |= {"low": low, "high": high, "macro_f1": scores["macro_f1"]}
-            lines.append(line | {"unparsable": int(said["label"].isna().sum())})
-            if calibrate == spec.calibrate:
-                prior = None if prior is None else [round(float(x), 6) for x in prior]
-                hows.append((scores["macro_f1"], {"prompt": prompt, "prior": prior}))
-    return pd.DataFrame(lines), max(hows, key=lambda pair: pair[0])[1]
+        teacher = open_teacher(root, name, params, task, prompting={"prompt": prompt, "prior": None})
+        probabilities = teacher.predict(validation)
+        for calibration in dict.fromkeys(["none", spec.calibrate] if spec.kind == "api" else CALIBRATIONS):
+            prior = estimate_label_prior(teacher, calibration, unlabelled)
+            scores = _score(validation, divide_by_prior(probabilities, prior), task.names)
+            lines.append({"prompt": prompt or "prompt", "calibrate": calibration} | scores)
+            if calibration == spec.calibrate:
+                rounded = None if prior is None else [round(float(share), 6) for share in prior]
+                candidates.append((scores["macro_f1"], {"prompt": prompt, "prior": rounded}))
+    return pd.DataFrame(lines), max(candidates, key=lambda candidate: candidate[0])[1]
+
+
+def _score(rows: pd.DataFrame, probabilities: np.ndarray, names: list[str]) -> dict[str, float]:
+    """accuracy, low, high, macro_f1 and unparsable of `probabilities` [n, labels] on labelled `rows`."""
+    predicted = signal_table(rows, probabilities, names, -1)["label"]
+    labels, predictions = rows["label"].tolist(), predicted.tolist()
+    resampled = metrics.bootstrap_scores(labels, predictions, names, rows["group"].tolist())
+    low, high = metrics.interval(resampled["accuracy"])
+    scores = metrics.mean_scores(labels, predictions, names)
+    return {
+        "accuracy": scores["accuracy"],
+        "low": low,
+        "high": high,
+        "macro_f1": scores["macro_f1"],
+        "unparsable": int(predicted.isna().sum()),
+    }

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from distillery.errors import UserError
-from distillery.models.label_model import LabelModel
 from distillery.models.predictions import score_answers, score_predictions
-from distillery.teachers.file import FileTeacher
-from distillery.teachers.local import answer_cached, predict_labels
-
-if TYPE_CHECKING:
-    from distillery.teachers.api.teacher import ApiTeacher
+from distillery.teachers.base import Teacher
 
 
 def signal_table(
     rows: pd.DataFrame, probabilities: np.ndarray, names: Sequence[str], fold: np.ndarray | int
 ) -> pd.DataFrame:
-    """One signal a row: source, split, id (from `rows`), label, probabilities, fold (-1: the teacher on all gold).
+    """One signal per row: source, split, id (from `rows`), label, probabilities, fold (-1: the teacher on all gold).
 
-    Where no answer could be read (NaN) the label is None: scored as wrong, taught to nobody; all labels are then
-    equally likely.
+    probabilities: [n, labels]. Where no answer could be read (NaN) the label is None, which scores as wrong and trains
+    no student, and all labels are equally likely.
     """
-    unread = np.isnan(probabilities).any(-1)
-    probabilities = np.where(unread[:, None], 1 / len(names), probabilities)
+    unreadable = np.isnan(probabilities).any(-1)
+    probabilities = np.where(unreadable[:, None], 1 / len(names), probabilities)
+    labels = np.where(unreadable, None, np.array(names, object)[probabilities.argmax(-1)])
     return pd.DataFrame(
         {
             "source": rows["source"].tolist(),
             "split": rows["split"].tolist(),
             "id": rows["id"].tolist(),
-            "label": pd.Series(np.where(unread, None, np.array(names, object)[probabilities.argmax(-1)]), dtype=object),
+            "label": pd.Series(labels, dtype=object),
             "probabilities": list(probabilities.astype(np.float32)),
             "fold": np.broadcast_to(np.asarray(fold), len(rows)).astype(int),
             "rationale": None,
@@ -42,29 +36,27 @@ def signal_table(
     )
 
 
-def label_rows(
-    teacher: LabelModel | ApiTeacher | FileTeacher, rows: pd.DataFrame, fold: np.ndarray | int, max_new_tokens: int
-) -> pd.DataFrame:
-    """What `teacher` says of `rows`, as :func:`signal_table` tells it.
+def label_rows(teacher: Teacher, rows: pd.DataFrame, fold: np.ndarray | int, max_new_tokens: int) -> pd.DataFrame:
+    """The signals of `teacher` for `rows`, as :func:`signal_table` returns them.
 
-    Of a `qa` task the label is whether its answer is accepted, and there are the columns `answer` and its scores.
+    For a `qa` task the label is whether its answer is accepted; the table then also has the answers and their scores.
+    Raises UserError when this kind of teacher gives no free answers.
     """
+    names = teacher.task.names
     if teacher.task.kind != "qa":
-        return signal_table(rows, predict_labels(teacher, rows), teacher.task.names, fold)
-    if not isinstance(teacher, LabelModel):
-        raise UserError("params.yaml: teachers: free answers are asked of `kind: lm` and `seq2seq` only, so far")
-    judged = score_answers(rows, answer_cached(teacher, rows["text"].tolist(), max_new_tokens))
-    out = signal_table(rows, np.stack(judged["probabilities"].to_list()), teacher.task.names, fold)
-    return out.join(judged.drop(columns=["id", "label", "prediction", "probabilities"]))
+        return signal_table(rows, teacher.predict(rows), names, fold)
+    scored = score_answers(rows, teacher.answer(rows, max_new_tokens))
+    signals = signal_table(rows, np.stack(scored["probabilities"].to_list()), names, fold)
+    return signals.join(scored.drop(columns=["id", "label", "prediction", "probabilities"]))
 
 
-def score_signals(rows: pd.DataFrame, said: pd.DataFrame, names: Sequence[str]) -> dict[str, dict]:
-    """Scores of the signals `said` against the gold labels of `rows` that have one, per split; and how many answers
-    could not be read."""
+def score_signals(rows: pd.DataFrame, signals: pd.DataFrame, names: Sequence[str]) -> dict[str, dict]:
+    """Scores of `signals` against the gold labels of `rows` that have one: split -> scores and number unparsable."""
     keys = ["source", "split", "id"]
-    wanted = [*keys, "label", "probabilities", *(column for column in said if column.startswith("token_"))]
-    both = rows[[*keys, "label"]].dropna(subset="label").merge(said[wanted].rename(columns={"label": "prediction"}))
+    columns = [*keys, "label", "probabilities", *(column for column in signals if column.startswith("token_"))]
+    predicted = signals[columns].rename(columns={"label": "prediction"})
+    scored = rows[[*keys, "label"]].dropna(subset="label").merge(predicted)
     return {
         split: score_predictions(part, names) | {"unparsable": int(part["prediction"].isna().sum())}
-        for split, part in both.groupby("split", sort=False)
+        for split, part in scored.groupby("split", sort=False)
     }

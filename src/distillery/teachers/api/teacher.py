@@ -1,70 +1,93 @@
-"""An endpoint as a teacher: questions from texts, probabilities from answers."""
+"""An endpoint as a teacher: prompts from texts, probabilities from answers."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from distillery.errors import UserError
 from distillery.tasks.parsing import parse_label
 from distillery.tasks.prompts import chat_turns
-from distillery.tasks.schema import Task
+from distillery.tasks.schema import FewShotExample, Task
 from distillery.teachers.api.client import Endpoint
 from distillery.teachers.cache import Answer, Question
+from distillery.teachers.prompted import PromptedTeacher
 
-MIN_LABEL_MASS = 0.5  # probability that the labels must have among a token's alternatives
+MIN_LABEL_MASS = 0.5  # total probability that the labels must have among a token's alternatives
 
 
-class ApiTeacher:
-    """An endpoint with a task: the same two questions as to a :class:`LabelModel`."""
+@dataclass
+class ApiTeacher(PromptedTeacher):
+    """An endpoint with a task. few_shot: solved examples from the task file, unless there are `examples`."""
 
-    arch, model = "api", None
+    endpoint: Endpoint
+    task: Task
+    few_shot: int = 0
 
-    def __init__(self, endpoint: Endpoint, task: Task, few_shot: int = 0):
-        self.endpoint, self.task, self.few_shot = endpoint, task, few_shot
+    model = None  # it is not on this machine
 
-    def questions(self, texts: Sequence[str], shots: Sequence[Any] | None = None) -> list[Question]:
-        """What is asked about `texts`: `samples` questions each, one text's after the other's."""
-        spec, task = self.endpoint.spec, self.task
-        asker = {"client": spec.client, "base_url": self.endpoint.base_url, "model": spec.model}
-        asker |= {"temperature": spec.temperature, "max_tokens": spec.max_tokens, "labels": task.words}
+    @property
+    def _identity(self) -> dict[str, Any]:
+        spec = self.endpoint.spec
+        return {"client": spec.client, "base_url": self.endpoint.base_url, "model": spec.model}
+
+    def _turns(self, text: str, solved: Sequence[FewShotExample] | None) -> list[dict[str, str]]:
+        return chat_turns(self.task, text, self.few_shot if solved is None else solved)
+
+    def render(self, text: str, solved: Sequence[FewShotExample] | None) -> str:
+        """The turns of the conversation about `text` as one string."""
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in self._turns(text, solved))
+
+    def questions(
+        self, texts: Sequence[str], solved: Sequence[Sequence[FewShotExample]] | None = None
+    ) -> list[Question]:
+        """The requests for the labels of `texts`: `samples` for each text, one text after the other."""
+        spec = self.endpoint.spec
+        identity = self._identity | {"temperature": spec.temperature, "max_tokens": spec.max_tokens}
+        identity |= {"labels": self.task.words, "logprobs": spec.labels == "logprobs"}
         if spec.labels == "structured":
-            asker["schema"] = label_schema(task)
-        asker["logprobs"] = spec.labels == "logprobs"
+            identity["schema"] = label_schema(self.task)
         return [
-            Question(asker, chat_turns(task, text, shots[i] if shots is not None else self.few_shot), n)
+            Question(identity, self._turns(text, solved[i] if solved is not None else None), sample)
             for i, text in enumerate(texts)
-            for n in range(spec.samples)
+            for sample in range(spec.samples)
         ]
 
-    def predict(self, texts: Sequence[str], shots: Sequence[Any] | None = None) -> np.ndarray:
+    def predict_texts(
+        self, texts: Sequence[str], solved: Sequence[Sequence[FewShotExample]] | None = None
+    ) -> np.ndarray:
         """Probabilities over the task's labels [n, labels], float32; NaN where no answer could be read as a label.
 
         From the endpoint's log-probabilities (`labels: logprobs`), else the share of the samples that gave each label.
         """
-        spec = self.endpoint.spec
-        answers = self.endpoint.ask(self.questions(texts, shots))
-        each = np.stack([self._read(answer) for answer in answers]).reshape(len(texts), spec.samples, -1)
-        known = ~np.isnan(each).any(-1)
+        answers = self.endpoint.query(self.questions(texts, solved))
+        samples = np.stack([self._read(answer) for answer in answers])
+        samples = samples.reshape(len(texts), self.endpoint.spec.samples, -1)
+        readable = ~np.isnan(samples).any(-1)
         with np.errstate(invalid="ignore"):
-            return (np.nan_to_num(each).sum(1) / known.sum(1, keepdims=True)).astype(np.float32)
+            return (np.nan_to_num(samples).sum(1) / readable.sum(1, keepdims=True)).astype(np.float32)
 
     def _read(self, answer: Answer) -> np.ndarray:
-        """Probabilities [labels] that one answer tells, NaN when it tells none."""
-        task, mode = self.task, self.endpoint.spec.labels
+        """Probabilities [labels] from one answer; NaN when it cannot be read."""
+        mode, text = self.endpoint.spec.labels, answer.text
         if mode == "logprobs":
-            return first_token_probabilities(answer.more.get("logprobs", []), task)
-        text = answer.text
+            return first_token_probabilities(answer.metadata.get("logprobs", []), self.task)
         if mode == "structured":
             try:
                 text = json.loads(text)["label"]
             except (ValueError, LookupError, TypeError):
                 text = ""
-        label = parse_label(task, str(text))
-        return np.array([float(name == label) if label else math.nan for name in task.names])
+        label = parse_label(self.task, str(text))
+        return np.array([float(name == label) if label else math.nan for name in self.task.names])
+
+    def answer(self, rows: pd.DataFrame, max_new_tokens: int) -> list[str]:
+        raise UserError("params.yaml: teachers: free answers come from `kind: lm` and `seq2seq` only, so far")
 
     def generate(
         self,
@@ -72,13 +95,16 @@ class ApiTeacher:
         *,
         max_new_tokens: int,
         temperature: float | None = 0.0,
+        seed: int = 0,
         sample: int = 0,
+        batch_size: int | None = None,
     ) -> list[str]:
-        """What the model says next in each conversation; `sample` numbers answers to the same conversation."""
-        spec = self.endpoint.spec
-        asker = {"client": spec.client, "base_url": self.endpoint.base_url, "model": spec.model}
-        asker |= {"temperature": temperature, "max_tokens": max_new_tokens}
-        answers = self.endpoint.ask([Question(asker, turns, sample) for turns in conversations])
+        """The next turn of each conversation. sample: number among the answers to one conversation.
+
+        seed, batch_size: not used; an endpoint has no seed that all vendors know.
+        """
+        identity = self._identity | {"temperature": temperature, "max_tokens": max_new_tokens}
+        answers = self.endpoint.query([Question(identity, turns, sample) for turns in conversations])
         return [" ".join(answer.text.split()) for answer in answers]
 
 
@@ -91,14 +117,14 @@ def label_schema(task: Task) -> dict[str, Any]:
 def first_token_probabilities(alternatives: Sequence[Sequence[Any]], task: Task) -> np.ndarray:
     """Label probabilities [labels] from the alternatives (token, log-probability) of an answer's first token.
 
-    A token counts for the one label that begins with it; one that begins two labels, or none, counts for nobody. NaN
-    when the labels have less than half of the probability. Labels that share a first token need a `verbalizer`.
+    A token counts for the one label that begins with it, and for none if two labels do. NaN when the labels have less
+    than half of the probability. Labels that share a first token need a `verbalizer`.
     """
     words = [word.casefold() for word in task.words]
     mass = np.zeros(len(words))
     for token, logprob in alternatives:
-        begun = token.strip().casefold()
-        fits = [i for i, word in enumerate(words) if begun and word.startswith(begun)]
-        if len(fits) == 1:
-            mass[fits[0]] += math.exp(logprob)
+        prefix = token.strip().casefold()
+        matches = [i for i, word in enumerate(words) if prefix and word.startswith(prefix)]
+        if len(matches) == 1:
+            mass[matches[0]] += math.exp(logprob)
     return mass / mass.sum() if mass.sum() >= MIN_LABEL_MASS else np.full(len(words), math.nan)

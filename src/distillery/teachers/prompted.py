@@ -1,0 +1,74 @@
+"""Prediction with solved examples and calibration, for every teacher that is prompted."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from distillery.tasks.schema import FewShotExample
+from distillery.teachers.few_shot import GoldExamples
+
+MIN_SHARED_EXAMPLES = 4  # rows with the same solved examples from which it pays to predict them in batches of their own
+MIN_PRIOR = 1e-6  # a label that is never predicted would divide by zero
+
+
+def divide_by_prior(probabilities: np.ndarray, prior: np.ndarray | None) -> np.ndarray:
+    """`probabilities` [n, labels] divided by `prior` [labels] and normalized again; as they are when it is None."""
+    if prior is None:
+        return probabilities
+    scaled = probabilities / np.maximum(prior, MIN_PRIOR)
+    return scaled / scaled.sum(-1, keepdims=True)
+
+
+@dataclass(kw_only=True)
+class PromptedTeacher(ABC):
+    """A model that is prompted for its `task`, with its solved examples and its calibration.
+
+    examples: solved examples from gold rows; None: the first `few_shot` of the task file. label_prior: [labels], by
+    which predictions are divided, see :func:`distillery.teachers.prompt_search.estimate_label_prior`; None: not at all.
+    """
+
+    examples: GoldExamples | None = None
+    label_prior: np.ndarray | None = None
+
+    @abstractmethod
+    def predict_texts(
+        self, texts: Sequence[str], solved: Sequence[Sequence[FewShotExample]] | None = None
+    ) -> np.ndarray:
+        """Uncalibrated probabilities [n, labels]. solved: examples for each text; None: those of the task file."""
+
+    @abstractmethod
+    def render(self, text: str, solved: Sequence[FewShotExample] | None) -> str:
+        """The prompt for `text` as one string. solved: its examples; None: those of the task file."""
+
+    def predict(self, rows: pd.DataFrame) -> np.ndarray:
+        """Probabilities over the task's labels [n, labels] for `rows` (text, group); NaN where no label can be read.
+
+        Rows with the same examples share a prefix, so they are predicted together and the prefix is read once.
+        """
+        texts = rows["text"].tolist()
+        if self.examples is None:
+            return divide_by_prior(self.predict_texts(texts, None), self.label_prior)
+        chosen = self.examples.choose(texts, rows["group"].tolist())
+        counts = Counter(chosen)
+        batches: dict[tuple[int, ...] | None, list[int]] = {}  # None: rows whose examples too few others share
+        for i, positions in enumerate(chosen):
+            shared = counts[positions] >= MIN_SHARED_EXAMPLES
+            batches.setdefault(positions if shared else None, []).append(i)
+        probabilities = np.zeros((len(rows), len(self.task.names)), dtype=np.float32)
+        for indices in batches.values():
+            solved = [self.examples.at(chosen[i]) for i in indices]
+            probabilities[indices] = self.predict_texts([texts[i] for i in indices], solved)
+        return divide_by_prior(probabilities, self.label_prior)
+
+    def prompt(self, row: pd.Series) -> str:
+        """The prompt for one row (text, group), character for character."""
+        if self.examples is None:
+            return self.render(row["text"], None)
+        (positions,) = self.examples.choose([row["text"]], [row["group"]])
+        return self.render(row["text"], self.examples.at(positions))
