@@ -87,7 +87,7 @@ class LocalTeacher(PromptedTeacher):
         self, texts: Sequence[str], solved: Sequence[Sequence[FewShotExample]] | None = None
     ) -> np.ndarray:
         """:meth:`LabelModel.predict` with a cache: answers in it are not computed again, new ones are added."""
-        if self.cache is None or self.task.kind == "qa":
+        if self.cache is None:
             return self.model.predict(texts, shots=solved)
         names = self.task.names
         answers = [[name, render_answer(self.task, name, self.model.prompt_style)] for name in names]
