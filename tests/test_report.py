@@ -16,7 +16,7 @@ import pytest
 from distillery.data.storage import read_split
 from distillery.evaluation.rows import disagreements
 from distillery.report.page import MAX_BROWSER_ROWS
-from distillery.report.sentences import Comparison, Facts, describe_result, render_facts
+from distillery.report.sentences import Comparison, Facts, describe_result, render_facts, result_facts
 from distillery.report.tables import MIN_BIN_ROWS
 from report_project import LABELS, SPEEDS, WORDS, evaluate, experiment, finished_project, qa_project, write_project
 
@@ -126,14 +126,16 @@ def test_a_gain_of_single_runs_is_not_called_real():
 def test_differences_between_student_and_control():
     assert "student and control" not in words_of()[1].lower()  # they are not known
     assert "\nStudent and control differ in the teacher's signal alone.\n" in words_of(differences=[])[1]
-    text = words_of(differences=["the rows", "the steps: 360 against 40"])[1]
-    sentence = "Besides the teacher's signal, student and control differ in the following: the rows; the steps: 360 "
-    assert f"\n{sentence}against 40.\n" in text
+    text = words_of(differences=["training rows: a and b", "steps: 360 and 40"])[1]
+    sentence = "Besides the teacher's signal, these settings of student and control differ: training rows: a and b; "
+    assert f"\n{sentence}steps: 360 and 40.\n" in text
     taught = replace(CONTROL, teachers=["small"])
-    text = words_of(control=taught, differences=["the rows"])[1]
-    assert "its control gold: it" in text and "\nStudent and control differ in the following: the rows.\n" in text
+    text = words_of(control=taught, differences=["steps: 3 and 4"])[1]
+    assert (
+        "its control gold: it" in text and "\nThese settings of student and control differ: steps: 3 and 4.\n" in text
+    )
     assert "differ in nothing but the teachers." in words_of(control=taught, differences=[])[1]
-    assert "differ" not in words_of(control=None, differences=["the rows"])[1]
+    assert "differ" not in words_of(control=None, differences=["steps: 3 and 4"])[1]
 
 
 def test_without_a_control():
@@ -209,6 +211,28 @@ def test_facts_are_those_of_the_leaderboard(finished):
     assert "7.9 times smaller" in text and "12.5 times as fast (500 against 40 sentences a second)" in text
     assert "in 1.8 ms (22 ms)" in text and "means of 2 training runs" in text and "correction for 3 comp" in text
     assert f"the untrained student on {100 * board.loc['tiny-kd, untrained', 'accuracy']:.1f} %" in text
+
+
+def test_differences_from_the_control_count_phases_from_1(finished, tmp_path):
+    _, _, results, board = finished
+    settings = [
+        "phases: 2 and 1",
+        "phases.0.learning_rate: 0.1 and 0.2",
+        "phases.*.lora.r: 4, 8 and 4",
+        "dtype: a and b",
+    ]
+    assert result_facts(results, board.reset_index(), settings).differences == [
+        "number of phases: 2 and 1",
+        "learning_rate of phase 1: 0.1 and 0.2",
+        "lora.r of the phases: 4, 8 and 4",
+        "dtype: a and b",
+    ]
+    spec = experiment(seeds=[0])
+    spec["students"]["tiny-kd"]["phases"][0]["data"] = ["demo/pool", "demo/train"]
+    results, board = evaluate(tmp_path, write_project(tmp_path, spec))
+    rows = "training rows: demo/pool, demo/train and demo/train"
+    assert result_facts(results, board.reset_index(), []).differences == [rows]
+    assert result_facts(results, board.reset_index()).differences is None
 
 
 def test_a_headline_that_is_a_control_has_no_teacher(tmp_path):

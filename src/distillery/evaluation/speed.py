@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from distillery.config.schema import Params
-from distillery.data.storage import read_task
 from distillery.evaluation.results import TRAINED_ROLES, ModelResult, Results
 from distillery.evaluation.robustness import measure_robustness, paraphrase_test_rows
 from distillery.models.label_model import LabelModel
@@ -108,7 +107,7 @@ def measure_models(root: Path, results: Results) -> Measurements:
     robustness is that of the headline, its control and its teacher.
     """
     params, source = results.params, results.headline.source
-    task = read_task(root / f"data/processed/{source}")
+    task = results.tasks[source]
     measured = _models_to_run(results)
     texts = results.tests[source]["text"].head(params.evaluate.throughput_rows).tolist()
 

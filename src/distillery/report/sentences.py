@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,6 @@ import pandas as pd
 from distillery.evaluation.leaderboard import count_comparisons
 from distillery.evaluation.results import ModelResult, Results
 from distillery.report.environment import ENVIRONMENT
-from distillery.tasks.schema import ANSWER_LABELS
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Facts:
     comparisons: int
     control: Comparison | None
     unmatched_control: str | None  # a control that is scored on other test rows
-    differences: list[str] | None  # between student and control, besides the teacher's signal
+    differences: list[str] | None  # of student and control besides the teacher's signal, each `name: value and value`
     teacher: Comparison | None
     parameters: int | None
     teacher_parameters: int | None
@@ -62,8 +62,8 @@ class Facts:
 def describe_result(results: Results, board: pd.DataFrame, differences: Sequence[str] | None = None) -> dict[str, Any]:
     """The result in words: `title`, `sentences`, `tiles` (value, label, note, tone).
 
-    board: as returned by :func:`leaderboard`. differences: what differs between the headline and its control besides
-    the teacher's signal; None when it is not known.
+    board: as returned by :func:`leaderboard`. differences: the settings in which the headline and its control differ
+    besides teachers, loss and data, see :func:`control_differences`; None when they are not known.
     """
     return render_facts(result_facts(results, board, differences))
 
@@ -99,13 +99,13 @@ def result_facts(results: Results, board: pd.DataFrame, differences: Sequence[st
         low=row["accuracy_low"],
         high=row["accuracy_high"],
         rows=len(results.tests[head.source]),
-        unit="questions" if results.labels[head.source] == list(ANSWER_LABELS) else "sentences",
+        unit="questions" if results.tasks[head.source].kind == "qa" else "sentences",
         level=f"{100 * params.evaluate.confidence:g} %",
         seeds=len(params.seeds),
         comparisons=count_comparisons(board),
         control=_comparison(results, rows, control, "") if matched else None,
         unmatched_control=None if control is None or matched else control.name,
-        differences=None if differences is None else list(differences),
+        differences=None if control is None or differences is None else _differences(results, control, differences),
         teacher=None if teacher is None else _comparison(results, rows, teacher, "teacher_"),
         parameters=head.parameters,
         teacher_parameters=None if teacher is None else teacher.parameters,
@@ -139,6 +139,18 @@ def _teachers(results: Results, result: ModelResult) -> list[str]:
     """The teachers that `result` learned from, by their names in params."""
     spec = results.params.students.get(result.key) if result.role != "teacher" else None
     return list(dict.fromkeys(name for phase in spec.phases for name in phase.teachers)) if spec else []
+
+
+def _differences(results: Results, control: ModelResult, settings: Sequence[str]) -> list[str]:
+    """The training rows of headline and control where they differ, then `settings` with phases counted from 1."""
+    students = [results.params.students[model.key] for model in (results.headline, control)]
+    rows = [list(dict.fromkeys(ref for phase in spec.phases for ref in phase.data)) for spec in students]
+    differences = [] if set(rows[0]) == set(rows[1]) else [f"training rows: {' and '.join(map(', '.join, rows))}"]
+    for setting in settings:
+        setting = re.sub(r"^phases:", "number of phases:", setting)
+        setting = re.sub(r"^phases\.\*\.([^:]+)", r"\1 of the phases", setting)
+        differences.append(re.sub(r"^phases\.(\d+)\.([^:]+)", lambda m: f"{m[2]} of phase {int(m[1]) + 1}", setting))
+    return differences
 
 
 def _untrained(results: Results) -> ModelResult | None:
