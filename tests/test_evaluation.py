@@ -422,7 +422,7 @@ def test_rows_where_they_differ_come_first(finished):
     assert 0 < number < len(rows) and rows["differs"].head(number).all()
     assert rows["differs"].equals(rows["student_prediction"] != rows["teacher_prediction"])
     assert rows["student_probability"].head(number).is_monotonic_decreasing
-    right = {who: rows[f"{who}_prediction"] == rows["label"] for who in ("student", "teacher")}
+    right = {role: rows[f"{role}_prediction"] == rows["label"] for role in ("student", "teacher")}
     assert (rows["kind"] == "only the teacher is right").equals(right["teacher"] & ~right["student"])
 
 

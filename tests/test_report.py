@@ -129,12 +129,12 @@ def test_differences_between_student_and_control():
     text = words_of(differences=["training rows: a and b", "steps: 360 and 40"])[1]
     sentence = "Besides the teacher's signal, these settings of student and control differ: training rows: a and b; "
     assert f"\n{sentence}steps: 360 and 40.\n" in text
-    taught = replace(CONTROL, teachers=["small"])
-    text = words_of(control=taught, differences=["steps: 3 and 4"])[1]
+    distilled = replace(CONTROL, teachers=["small"])
+    text = words_of(control=distilled, differences=["steps: 3 and 4"])[1]
     assert (
         "its control gold: it" in text and "\nThese settings of student and control differ: steps: 3 and 4.\n" in text
     )
-    assert "differ in nothing but the teachers." in words_of(control=taught, differences=[])[1]
+    assert "differ in nothing but the teachers." in words_of(control=distilled, differences=[])[1]
     assert "differ" not in words_of(control=None, differences=["steps: 3 and 4"])[1]
 
 

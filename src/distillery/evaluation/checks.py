@@ -122,10 +122,11 @@ def _pretrained_on_source(params: Params, teacher: ModelResult, spec: TeacherCon
 def _scored_on_training_rows(root: Path, teacher: ModelResult, spec: TeacherConfig, test: pd.DataFrame) -> list[str]:
     source, split = spec.finetune.on.split("/")
     rows = read_split(root / f"data/processed/{source}", split)
-    seen = test["text"].isin(rows["text"]) | (test["id"].isin(rows["id"]) if source == teacher.source else False)
-    if not seen.any():
+    learned = test["text"].isin(rows["text"]) | (test["id"].isin(rows["id"]) if source == teacher.source else False)
+    if not learned.any():
         return []
-    return [f"{teacher.name} was fine-tuned on {int(seen.sum())} of the {len(test):,} test rows that it is scored on."]
+    count = f"{int(learned.sum())} of the {len(test):,} test rows"
+    return [f"{teacher.name} was fine-tuned on {count} that it is scored on."]
 
 
 def _signals_from_memory(root: Path, teacher: ModelResult, spec: TeacherConfig) -> list[str]:
@@ -158,7 +159,7 @@ def _memory_scores(root: Path, teacher: ModelResult, spec: TeacherConfig) -> tup
 def find_shortcuts(result: ModelResult, label: pd.Series) -> list[Check]:
     """Whether `result` predicts one label for all rows, some label too often, or one of the labels never.
 
-    label [n]: the true labels. Judges the run whose predictions are the most biased; a label counts as never predicted
+    label [n]: the true labels. Checks the run with the most biased predictions; a label counts as never predicted
     when one run does not predict it for any row.
     """
     true, worst, bias = label.value_counts(normalize=True), None, -1.0
