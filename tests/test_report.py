@@ -43,7 +43,7 @@ FACTS = Facts(
     comparisons=3,
     control=CONTROL,
     unmatched_control=None,
-    differences=None,
+    differences=[],
     teacher=TEACHER,
     parameters=17_000_000,
     teacher_parameters=134_500_000,
@@ -79,6 +79,7 @@ def test_every_sentence_of_a_gain():
         "kd is more accurate than its control gold, which had no teacher: it is right on 75.0 % (95 % interval 70.0 % "
         "to 80.0 %) of 1,234 test sentences, the control on 55.0 %. The gain of 20.0 points is real (95 % interval "
         "+12.0 to +28.0; p < 0.001 after Holm's correction for 3 comparisons).",
+        "Student and control differ in the teacher's signal alone.",
         "kd was distilled from big, which is right on 90.0 %: it gives up 15.0 points (10.0 to 20.0).",
         "kd has 17.0 M parameters against 134.5 M and is 7.9 times smaller; side by side on one machine it is 12.5 "
         "times as fast (500 against 40 sentences a second) and answers a single one in 1.8 ms (22 ms).",
@@ -124,8 +125,7 @@ def test_a_gain_of_single_runs_is_not_called_real():
 
 
 def test_differences_between_student_and_control():
-    assert "student and control" not in words_of()[1].lower()  # they are not known
-    assert "\nStudent and control differ in the teacher's signal alone.\n" in words_of(differences=[])[1]
+    assert "\nStudent and control differ in the teacher's signal alone.\n" in words_of()[1]
     text = words_of(differences=["training rows: a and b", "steps: 360 and 40"])[1]
     sentence = "Besides the teacher's signal, these settings of student and control differ: training rows: a and b; "
     assert f"\n{sentence}steps: 360 and 40.\n" in text
@@ -215,24 +215,18 @@ def test_facts_are_those_of_the_leaderboard(finished):
 
 def test_differences_from_the_control_count_phases_from_1(finished, tmp_path):
     _, _, results, board = finished
-    settings = [
-        "phases: 2 and 1",
-        "phases.0.learning_rate: 0.1 and 0.2",
-        "phases.*.lora.r: 4, 8 and 4",
-        "dtype: a and b",
-    ]
-    assert result_facts(results, board.reset_index(), settings).differences == [
-        "number of phases: 2 and 1",
-        "learning_rate of phase 1: 0.1 and 0.2",
-        "lora.r of the phases: 4, 8 and 4",
-        "dtype: a and b",
-    ]
+    differences = ["number of phases: 2 and 1", "steps: 8 and 4"]
+    assert result_facts(results, board.reset_index()).differences == differences
     spec = experiment(seeds=[0])
-    spec["students"]["tiny-kd"]["phases"][0]["data"] = ["demo/pool", "demo/train"]
+    student = spec["students"]["tiny-kd"]
+    student["phases"] = [student["phases"][0] | {"data": ["demo/pool", "demo/train"], "learning_rate": 0.002}]
+    student["max_length"] = 64
     results, board = evaluate(tmp_path, write_project(tmp_path, spec))
-    rows = "training rows: demo/pool, demo/train and demo/train"
-    assert result_facts(results, board.reset_index(), []).differences == [rows]
-    assert result_facts(results, board.reset_index()).differences is None
+    differences = ["training rows: demo/pool, demo/train and demo/train", "max_length: 64 and 256"]
+    differences.append("learning_rate of phase 1: 0.002 and 0.001")
+    assert result_facts(results, board.reset_index()).differences == differences
+    html = unescape((tmp_path / "reports/index.html").read_text(encoding="utf-8"))
+    assert f"these settings of student and control differ: {'; '.join(differences)}." in html
 
 
 def test_a_headline_that_is_a_control_has_no_teacher(tmp_path):

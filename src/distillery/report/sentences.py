@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 
+from distillery.config.references import control_differences
 from distillery.evaluation.leaderboard import count_comparisons
 from distillery.evaluation.results import ModelResult, Results
 from distillery.report.environment import ENVIRONMENT
@@ -45,7 +45,7 @@ class Facts:
     comparisons: int
     control: Comparison | None
     unmatched_control: str | None  # a control that is scored on other test rows
-    differences: list[str] | None  # of student and control besides the teacher's signal, each `name: value and value`
+    differences: list[str]  # of student and control besides the teacher's signal, each `name: value and value`
     teacher: Comparison | None
     parameters: int | None
     teacher_parameters: int | None
@@ -59,13 +59,12 @@ class Facts:
     beats_majority: bool
 
 
-def describe_result(results: Results, board: pd.DataFrame, differences: Sequence[str] | None = None) -> dict[str, Any]:
+def describe_result(results: Results, board: pd.DataFrame) -> dict[str, Any]:
     """The result in words: `title`, `sentences`, `tiles` (value, label, note, tone).
 
-    board: as returned by :func:`leaderboard`. differences: the settings in which the headline and its control differ
-    besides teachers, loss and data, see :func:`control_differences`; None when they are not known.
+    board: as returned by :func:`leaderboard`.
     """
-    return render_facts(result_facts(results, board, differences))
+    return render_facts(result_facts(results, board))
 
 
 def render_facts(facts: Facts) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def render_facts(facts: Facts) -> dict[str, Any]:
     }
 
 
-def result_facts(results: Results, board: pd.DataFrame, differences: Sequence[str] | None = None) -> Facts:
+def result_facts(results: Results, board: pd.DataFrame) -> Facts:
     """The facts about the headline in `board`, see :func:`describe_result`."""
     params, head = results.params, results.headline
     rows = board.set_index("model")
@@ -105,7 +104,7 @@ def result_facts(results: Results, board: pd.DataFrame, differences: Sequence[st
         comparisons=count_comparisons(board),
         control=_comparison(results, rows, control, "") if matched else None,
         unmatched_control=None if control is None or matched else control.name,
-        differences=None if control is None or differences is None else _differences(results, control, differences),
+        differences=_differences(results, control) if matched else [],
         teacher=None if teacher is None else _comparison(results, rows, teacher, "teacher_"),
         parameters=head.parameters,
         teacher_parameters=None if teacher is None else teacher.parameters,
@@ -141,12 +140,15 @@ def _teachers(results: Results, result: ModelResult) -> list[str]:
     return list(dict.fromkeys(name for phase in spec.phases for name in phase.teachers)) if spec else []
 
 
-def _differences(results: Results, control: ModelResult, settings: Sequence[str]) -> list[str]:
-    """The training rows of headline and control where they differ, then `settings` with phases counted from 1."""
-    students = [results.params.students[model.key] for model in (results.headline, control)]
-    rows = [list(dict.fromkeys(ref for phase in spec.phases for ref in phase.data)) for spec in students]
+def _differences(results: Results, control: ModelResult) -> list[str]:
+    """The training rows of headline and control where they differ, then their settings, with phases counted from 1."""
+    params, head = results.params, results.headline
+    rows = [
+        list(dict.fromkeys(split_ref for phase in params.students[model.key].phases for split_ref in phase.data))
+        for model in (head, control)
+    ]
     differences = [] if set(rows[0]) == set(rows[1]) else [f"training rows: {' and '.join(map(', '.join, rows))}"]
-    for setting in settings:
+    for setting in control_differences(params, head.key):
         setting = re.sub(r"^phases:", "number of phases:", setting)
         setting = re.sub(r"^phases\.\*\.([^:]+)", r"\1 of the phases", setting)
         differences.append(re.sub(r"^phases\.(\d+)\.([^:]+)", lambda m: f"{m[2]} of phase {int(m[1]) + 1}", setting))
