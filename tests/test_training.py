@@ -854,7 +854,7 @@ CARDS = {
 }
 READ = """
 import contextlib, io, json, os, re, sys
-sys.modules["distillery"] = None  # not to be had
+sys.modules["distillery"] = None  # cannot be imported
 texts, out = json.loads(sys.argv[1]), {}
 for folder in sys.argv[2:]:
     os.chdir(folder)
@@ -862,28 +862,28 @@ for folder in sys.argv[2:]:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(re.search(r"```python\\n(.*?)```", card, re.S)[1], here)
     assert printed.getvalue().strip()
-    ask = lambda text: here["classify"](text, **({"top_k": None} if "pipeline" in here else {}))
-    out[folder] = [ask(text) for text in texts]
+    predict = lambda text: here["classify"](text, **({"top_k": None} if "pipeline" in here else {}))
+    out[folder] = [predict(text) for text in texts]
 print(json.dumps(out))
 """
 
 
-def test_the_cards_code_computes_what_was_scored_without_this_package(tiny_models, tmp_path):
+def test_the_code_of_a_card_predicts_as_scored_without_this_package(tiny_models, tmp_path):
     frame, expected = toy(5), {}
     gold = frame["label"].fillna("neutral").tolist()
     predictions = frame.assign(label=gold, prediction=["neutral"] * 4 + [gold[4]], group=list("aabcd"))
     test = metrics.classification_report(gold, predictions["prediction"], np.full((5, 3), 1 / 3), LABELS)
-    record = {"student": "s", "seed": 0, "parameters": 1, "bytes_on_disk": 1, "test": test}
+    metadata = {"student": "s", "seed": 0, "parameters": 1, "bytes_on_disk": 1, "test": test}
     for name, (more, task) in CARDS.items():
         arch = name if name in ("classifier", "seq2seq") else "causal"
         kind = {"classifier": "bert", "seq2seq": "t5"}.get(arch, "llama")
         spec = StudentConfig(model="m", arch=arch, phases=[phase({"kl": 1.0})], **more)
         student = build_student(spec, tiny_models / f"tiny-{kind}", task, 0)
-        for parameter in student.model.parameters():  # freshly drawn weights tell nothing apart
+        for parameter in student.model.parameters():  # so that the predictions differ
             parameter.data.mul_(6 if parameter.dim() > 1 else 1)
         folder = tmp_path / name
         save_model(student.model, student.tokenizer, folder)
-        page = render_card(folder, spec, task, record, predictions)
+        page = render_card(folder, spec, task, metadata, predictions)
         (folder / "README.md").write_text(page)
         low, high = metrics.interval(
             metrics.bootstrap_scores(gold, predictions["prediction"], LABELS, predictions["group"])["accuracy"]
@@ -930,7 +930,7 @@ def test_the_card_of_a_student_that_writes_answers(tiny_models, tmp_path, arch):
     save_model(student.model, student.tokenizer, tmp_path / "model")
     rows = toy(3).assign(label="right", answers=["a | b", "c", "d"], group=list("abc"))
     predictions = predict_rows(load_student(spec, tmp_path / "model", task), rows)
-    record = {
+    metadata = {
         "student": "s",
         "seed": 0,
         "parameters": 1,
@@ -938,7 +938,7 @@ def test_the_card_of_a_student_that_writes_answers(tiny_models, tmp_path, arch):
         "test": score_predictions(predictions, task.names),
     }
     predictions = predictions.assign(text=rows["text"], group=rows["group"])
-    page = render_card(tmp_path / "model", spec, task, record, predictions)
+    page = render_card(tmp_path / "model", spec, task, metadata, predictions)
     (tmp_path / "model/README.md").write_text(page)
     assert "that writes answers to questions" in page and "| exact match | " in page and "| token f1 | " in page
     assert not re.search("right, wrong|Brier|macro|precision \\| sens", page)

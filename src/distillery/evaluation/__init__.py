@@ -1,1 +1,1 @@
-"""Evaluation: what came out, and what it takes to believe it. Nothing here trains or writes reports."""
+"""Evaluation: scores of the trained models, and the checks that make them trustworthy. Trains and reports nothing."""

@@ -1,4 +1,4 @@
-"""Leaks, contaminated teachers and short cuts: what would make the numbers worthless."""
+"""Leaks, contaminated teachers and shortcuts: what would make the numbers worthless."""
 
 from __future__ import annotations
 
@@ -7,135 +7,199 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from distillery.config.schema import Params
+from distillery.config.schema import Params, TeacherConfig
 from distillery.data.near_duplicates import SIMILARITY_SLACK, nearest_texts
 from distillery.data.storage import read_split
 from distillery.evaluation.reading import read_result_file
-from distillery.evaluation.results import Check, ModelResult
+from distillery.evaluation.results import TRAINED_ROLES, Check, ModelResult
 
-ONE_ANSWER_SHARE = 0.95  # a share of one answer above this is no reading of the text
+MAX_LABEL_SHARE = 0.95  # a model that predicts one label for a larger share of the rows does not read the text
+
+MAX_LABEL_BIAS = 0.2  # total variation distance of the predicted labels' shares from the true ones
+
+MIN_MEMORY_GAP = 0.1  # accuracy on rows a teacher was fine-tuned on minus that on others: from here on it memorises
+
+MAX_NAMED_LABELS = 5  # labels that one message lists
 
 
-MAX_ANSWER_BIAS = 0.2  # distance of the answers' shares from the true ones
+def run_checks(
+    root: Path, params: Params, models: list[ModelResult], tests: dict[str, pd.DataFrame], labelled: list[str]
+) -> list[Check]:
+    """Every check of `models` and of the rows in `tests`; shortcuts only on the sources `labelled` with a fixed set."""
+    checks = [check for source, test in tests.items() for check in find_leaks(root, params, source, test)]
+    checks += [c for m in models if m.role == "teacher" for c in find_contamination(root, params, m, tests)]
+    for result in models:
+        if result.role in TRAINED_ROLES and result.source in labelled:
+            checks += find_shortcuts(result, tests[result.source]["label"])
+    return checks
+
+
+def find_leaks(root: Path, params: Params, source: str, test: pd.DataFrame) -> list[Check]:
+    """Test rows of `source` that are also, exactly or nearly, among rows that a model learned from or was chosen on.
+
+    Compares the files as they are now, not as they were when the source was prepared. Exactly: the same text, id or
+    group. Nearly: a similarity of at least `near_duplicate`, with digits masked or as written.
+    """
+    checks, learned = [], _training_rows(root, params, source)
+    for split_ref, rows in learned.items():
+        if rows.empty:
+            continue
+        same = test["text"].isin(rows["text"])
+        if split_ref.split("/")[0] == source:  # ids and groups are names inside one source
+            same |= test["id"].isin(rows["id"]) | test["group"].isin(rows["group"])
+        texts = test["text"].tolist(), rows["text"].tolist()
+        closest = np.maximum(*(nearest_texts(*texts, masked)[0] for masked in (True, False)))
+        limit = params.data[split_ref.split("/")[0]].near_duplicate - SIMILARITY_SLACK
+        exact, near = int(same.sum()), int(((closest >= limit) & ~same.to_numpy()).sum())
+        if exact or near:
+            models = _learners(params, split_ref)
+            counts = ", ".join([f"{exact} the same"] * bool(exact) + [f"{near} nearly"] * bool(near))
+            use = f"{', '.join(models)} learned from" if models else "choices were made on"
+            text = f"{exact + near} of the {len(test):,} test rows of {source} are also in {split_ref} ({counts}), "
+            text += f"which {use}: every score that depends on these rows is too high."
+            checks.append(Check("leak", False, text, tuple(models)))
+    if not checks:
+        text = (
+            f"None of the {len(test):,} test rows of {source} is in {', '.join(learned)}, and no row there is nearly "
+        )
+        checks.append(Check("leak", True, f"{text}the same, with numbers masked or as written."))
+    return checks
 
 
 def _training_rows(root: Path, params: Params, source: str) -> dict[str, pd.DataFrame]:
     """Every set of rows that a model tested on `source` may have learned from, or been chosen on: `source/split`."""
-    out = {}
+    rows = {}
     for other in [name for name in params.data if params.data[name].task == params.data[source].task]:
         for split in ("train", "pool", "validation"):
-            out[f"{other}/{split}"] = read_split(root / f"data/processed/{other}", split)
-        rows = root / f"data/augmented/{other}/rows.parquet"
-        if other == params.augment.source and params.augment.per_row and rows.exists():
-            out[f"{other}/augmented"] = pd.read_parquet(rows)
-    return out
+            rows[f"{other}/{split}"] = read_split(root / f"data/processed/{other}", split)
+        augmented = root / f"data/augmented/{other}/rows.parquet"
+        if other == params.augment.source and params.augment.per_row and augmented.exists():
+            rows[f"{other}/augmented"] = pd.read_parquet(augmented)
+    return rows
 
 
-def _learners(params: Params, where: str) -> list[str]:
-    """The teachers and students that learn from the rows of `where`."""
-    tuned = [name for name, teacher in params.teachers.items() if teacher.finetune and teacher.finetune.on == where]
-    trained = [name for name, student in params.students.items() if any(where in p.data for p in student.phases)]
+def _learners(params: Params, split_ref: str) -> list[str]:
+    """The teachers and students that learn from the rows of `split_ref`."""
+    tuned = [name for name, teacher in params.teachers.items() if teacher.finetune and teacher.finetune.on == split_ref]
+    trained = [name for name, spec in params.students.items() if any(split_ref in phase.data for phase in spec.phases)]
     return list(dict.fromkeys([*tuned, *trained]))
 
 
-def find_leaks(root: Path, params: Params, source: str, test: pd.DataFrame) -> list[Check]:
-    """Test rows of `source` that stand, exactly or nearly, in rows that somebody learned from.
+def find_contamination(root: Path, params: Params, teacher: ModelResult, tests: dict[str, pd.DataFrame]) -> list[Check]:
+    """Whether `teacher` is scored, or teaches, on rows whose labels it has learned.
 
-    The files are compared as they lie there now, not as they were when the source was prepared. Exactly: the same
-    text, id or group. Nearly: at least `near_duplicate` alike, with digits masked or as written.
+    Four signs: its training rows, the folds that its signals name, `evaluate.pretrained_on`, and, whatever the files
+    record, its scores: a teacher as accurate on test rows as on rows it was fine-tuned on has seen them.
     """
-    out, looked = [], _training_rows(root, params, source)
-    for where, rows in looked.items():
-        if rows.empty:
-            continue
-        same = test["text"].isin(rows["text"])
-        if where.split("/")[0] == source:  # ids and groups are names inside one source
-            same |= test["id"].isin(rows["id"]) | test["group"].isin(rows["group"])
-        texts = test["text"].tolist(), rows["text"].tolist()
-        closest = np.maximum(*(nearest_texts(*texts, masked)[0] for masked in (True, False)))
-        near = (closest >= params.data[where.split("/")[0]].near_duplicate - SIMILARITY_SLACK) & ~same.to_numpy()
-        if same.any() or near.any():
-            who = _learners(params, where)
-            told = [f"{int(same.sum())} the same"] * bool(same.any()) + [f"{int(near.sum())} nearly"] * bool(near.any())
-            text = f"{int(same.sum() + near.sum())} of the {len(test):,} test rows of {source} are also in {where} "
-            text += f"({', '.join(told)}), which {', '.join(who) if who else 'choices were made on'}"
-            text += f"{' learned from' if who else ''}: every score that hangs on it is too good to be true."
-            out.append(Check("leak", False, text, tuple(who)))
-    if not out:
-        text = f"Not one of the {len(test):,} test rows of {source} is in {', '.join(looked)}, nor is a row that is "
-        out.append(Check("leak", True, text + "nearly the same with numbers masked or as written."))
-    return out
-
-
-def find_contamination(root: Path, params: Params, line: ModelResult, tests: dict[str, pd.DataFrame]) -> list[Check]:
-    """Whether the teacher of `line` is scored, or teaches, on rows that it has learned the answers of.
-
-    Found by its rows, by the folds that its signals name, by `evaluate.pretrained_on`, and, whatever the files say, by
-    its scores: a teacher that does on test rows what it does on rows it was tuned on has seen them.
-    """
-    spec, test, out = params.teachers[line.key], tests[line.source], []
-    known = {who: sources for who, sources in params.evaluate.pretrained_on.items() if who in (spec.model, line.key)}
-    if any(line.source in sources for sources in known.values()):
-        text = f"{next(iter(known))} had learned from {line.source} before it came here (evaluate.pretrained_on): "
-        out.append(Check("contamination", False, f"{text}the scores of {line.name} are no test of it.", (line.name,)))
+    spec = params.teachers[teacher.key]
+    texts = _pretrained_on_source(params, teacher, spec)
+    passed_text = None
     if spec.finetune is None:
-        if not out:
-            text = f"{line.name} was tuned on nothing here; what it learned from before is not known here "
-            text += "unless evaluate.pretrained_on says it."
-            out.append(Check("contamination", True, text, (line.name,)))
-        return out
-    on, split = spec.finetune.on.split("/")
-    gold = read_split(root / f"data/processed/{on}", split)
-    seen = test["text"].isin(gold["text"]) | (test["id"].isin(gold["id"]) if on == line.source else False)
-    if seen.any():
-        text = f"{line.name} was tuned on {int(seen.sum())} of the {len(test):,} test rows that it is scored on."
-        out.append(Check("contamination", False, text, (line.name,)))
-    signals = read_result_file(root / f"data/teacher/{line.key}/signals.parquet", root)
-    taught = signals[(signals["source"] == on) & (signals["split"] == split)]
-    inside = int((taught["fold"] < 0).sum())
-    if inside:
-        text = f"What {line.name} says of {inside} of the {len(taught)} rows of {spec.finetune.on} comes from a model "
-        text += "that was tuned on those very rows: students learn its memory, not its judgement."
-        out.append(Check("contamination", False, text, (line.name,)))
-    facts = read_result_file(root / f"data/teacher/{line.key}/metrics.json", root)
-    held_out = (
-        ("train", "of them where a fold left them out") if spec.finetune.folds else ("validation", "of validation")
-    )
-    scores = [(facts.get(part) or {}).get("accuracy") for part in ("memorised", held_out[0], "test")]
+        passed_text = f"{teacher.name} was fine-tuned on nothing here. What it learned from before is not known here, "
+        passed_text += "unless evaluate.pretrained_on names it."
+    else:
+        texts += _scored_on_training_rows(root, teacher, spec, tests[teacher.source])
+        texts += _signals_from_memory(root, teacher, spec)
+        figures, memorised = _memory_scores(root, teacher, spec)
+        if memorised:
+            texts.append(
+                f"{teacher.name} is {figures}: as accurate there as on what it memorised, so it has seen them."
+            )
+        passed_text = figures and f"{teacher.name} is {figures}."
+    if not texts and passed_text:
+        return [Check("contamination", True, passed_text, (teacher.name,))]
+    return [Check("contamination", False, text, (teacher.name,)) for text in texts]
+
+
+def _pretrained_on_source(params: Params, teacher: ModelResult, spec: TeacherConfig) -> list[str]:
+    for name, sources in params.evaluate.pretrained_on.items():
+        if name in (spec.model, teacher.key) and teacher.source in sources:
+            text = f"{name} had learned from {teacher.source} before this experiment (evaluate.pretrained_on): "
+            return [f"{text}the scores of {teacher.name} are no test of it."]
+    return []
+
+
+def _scored_on_training_rows(root: Path, teacher: ModelResult, spec: TeacherConfig, test: pd.DataFrame) -> list[str]:
+    source, split = spec.finetune.on.split("/")
+    rows = read_split(root / f"data/processed/{source}", split)
+    learned = test["text"].isin(rows["text"]) | (test["id"].isin(rows["id"]) if source == teacher.source else False)
+    if not learned.any():
+        return []
+    count = f"{int(learned.sum())} of the {len(test):,} test rows"
+    return [f"{teacher.name} was fine-tuned on {count} that it is scored on."]
+
+
+def _signals_from_memory(root: Path, teacher: ModelResult, spec: TeacherConfig) -> list[str]:
+    source, split = spec.finetune.on.split("/")
+    signals = read_result_file(root / f"data/teacher/{teacher.key}/signals.parquet", root)
+    signals = signals[(signals["source"] == source) & (signals["split"] == split)]
+    memorised = int((signals["fold"] < 0).sum())
+    if not memorised:
+        return []
+    text = f"The signals of {teacher.name} for {memorised} of the {len(signals)} rows of {spec.finetune.on} come from "
+    return [f"{text}a model that was fine-tuned on those very rows: students learn what it memorised."]
+
+
+def _memory_scores(root: Path, teacher: ModelResult, spec: TeacherConfig) -> tuple[str | None, bool]:
+    """The teacher's accuracies in words (None where one is missing), and whether they show that it saw the test."""
+    metadata = read_result_file(root / f"data/teacher/{teacher.key}/metrics.json", root)
+    split, rows = ("validation", "of the validation rows")
+    if spec.finetune.folds:
+        split, rows = ("train", "of them where a fold left them out")
+    scores = [(metadata.get(part) or {}).get("accuracy") for part in ("memorised", split, "test")]
     if None in scores:
-        return out
+        return None, False
     memorised, unseen, scored = scores
-    figures = f"right on {_percent(memorised)} of the rows it was tuned on, on {_percent(unseen)} {held_out[1]}, "
-    figures += f"on {_percent(scored)} of the test rows"
-    if memorised - unseen >= 0.1 and memorised - scored < (memorised - unseen) / 4:
-        text = f"{line.name} is {figures}: it does as well there as on what it has memorised, so it has seen them."
-        out.append(Check("contamination", False, text, (line.name,)))
-    elif not out:
-        out.append(Check("contamination", True, f"{line.name} is {figures}.", (line.name,)))
-    return out
+    text = f"right on {_percent(memorised)} of the rows it was fine-tuned on, on {_percent(unseen)} {rows}, "
+    text += f"on {_percent(scored)} of the test rows"
+    gap = memorised - unseen
+    return text, gap >= MIN_MEMORY_GAP and memorised - scored < gap / 4
 
 
-def find_shortcut(line: ModelResult, gold: pd.Series) -> Check:
-    """Whether `line` has learned to give the commonest answer, or leans on one, rather than to read."""
-    true, worst, bias = gold.value_counts(normalize=True), None, -1.0
-    for run in line.predictions:
+def find_shortcuts(result: ModelResult, label: pd.Series) -> list[Check]:
+    """Whether `result` predicts one label for all rows, some label too often, or one of the labels never.
+
+    label [n]: the true labels. Checks the run with the most biased predictions; a label counts as never predicted
+    when one run does not predict it for any row.
+    """
+    true, worst, bias = label.value_counts(normalize=True), None, -1.0
+    for run in result.predictions:
         excess = (pd.Series(run).value_counts() / len(run)).sub(true, fill_value=0)  # unreadable answers are none
         if excess.abs().sum() / 2 > bias:
             worst, bias = excess, float(excess.abs().sum() / 2)
+    most, fewest = worst.idxmax(), worst.idxmin()
 
-    def share(label: str) -> str:
-        said = worst[label] + true.get(label, 0.0)
-        return f'"{label}" for {_percent(said)} of the test rows ({_percent(true.get(label, 0.0))} are)'
+    def shares(name: str) -> str:
+        share = worst[name] + true.get(name, 0.0)
+        return f'"{name}" for {_percent(share)} of the test rows ({_percent(true.get(name, 0.0))} are)'
 
-    over, under = worst.idxmax(), worst.idxmin()
-    said = worst[over] + true.get(over, 0.0)
-    text = f"{line.name} answers {share(over)}"
-    if said > ONE_ANSWER_SHARE and true.get(over, 0.0) < ONE_ANSWER_SHARE - 0.05:
-        return Check("shortcut", False, f"{text}: it has learned the commonest answer, not to read.", (line.name,))
-    text += f" and {share(under)}" if under != over else ""
-    if bias > MAX_ANSWER_BIAS:
-        return Check("shortcut", False, f"{text}: it leans.", (line.name,))
-    return Check("shortcut", True, f"{text}.", (line.name,))
+    text = f"{result.name} predicts {shares(most)}"
+    if worst[most] + true.get(most, 0.0) > MAX_LABEL_SHARE and true.get(most, 0.0) < MAX_LABEL_SHARE - 0.05:
+        reason = "it has learned the most frequent label, not to read the text"
+        return [Check("shortcut", False, f"{text}: {reason}.", (result.name,))]
+    text += f" and {shares(fewest)}" if fewest != most else ""
+    biased = f"{text}: its predictions are biased."
+    texts = [biased] * (bias > MAX_LABEL_BIAS) + _never_predicted(result, label)
+    if not texts:
+        return [Check("shortcut", True, f"{text}.", (result.name,))]
+    return [Check("shortcut", False, text, (result.name,)) for text in texts]
+
+
+def _never_predicted(result: ModelResult, label: pd.Series) -> list[str]:
+    """One message that names the labels of test rows that a run of `result` never predicts; [] when there are none."""
+    counts = label.value_counts()
+    runs = {name: sum(name not in set(run) for run in result.predictions) for name in counts.index}
+    missing = [name for name, number in runs.items() if number]
+    if not missing:
+        return []
+    total = len(result.predictions)
+    named = ", ".join(
+        f'"{name}" ({counts[name]:,} of the {len(label):,} test rows'
+        + (f"; in {runs[name]} of {total} training runs)" if total > 1 else ")")
+        for name in missing[:MAX_NAMED_LABELS]
+    )
+    others = len(missing) - MAX_NAMED_LABELS
+    return [f"{result.name} never predicts {named}{f' and {others} other labels' if others > 0 else ''}."]
 
 
 def _percent(share: float) -> str:

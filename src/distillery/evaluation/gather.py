@@ -1,10 +1,11 @@
-"""Read the predictions and signals of all that params.yaml names."""
+"""Read the predictions and signals of everything that params.yaml names."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,40 +13,15 @@ import pandas as pd
 from distillery.config.schema import Params
 from distillery.data.storage import read_split, read_task
 from distillery.errors import UserError
-from distillery.evaluation.checks import find_contamination, find_leaks, find_shortcut
+from distillery.evaluation.checks import run_checks
 from distillery.evaluation.reading import read_result_file
-from distillery.evaluation.results import TRAINED_ROLES, ModelResult, Results, main_teacher
+from distillery.evaluation.results import ModelResult, Results, main_teacher
 
 UNPARSABLE = "no readable answer"
 
+TOKEN_SCORES = ("token_f1", "token_precision", "token_recall")  # of free answers
 
-def _align_rows(rows: pd.DataFrame, split: str, wanted: pd.DataFrame, path: Path, root: Path) -> pd.DataFrame:
-    """`rows` of `split` in the order of `wanted`. Raises UserError when they are not about exactly those rows."""
-    rows = rows[rows["split"] == split]
-    if rows["id"].duplicated().any() or set(rows["id"]) != set(wanted["id"]):
-        name = path.relative_to(root)
-        raise UserError(f"{name}: not the {split} rows of now; `dvc repro` brings it up to date")
-    return rows.set_index("id").loc[wanted["id"]].reset_index()
-
-
-def _stack_probabilities(tables: Sequence[pd.DataFrame]) -> np.ndarray:
-    return np.stack([np.stack(t["probabilities"].to_numpy()) for t in tables]).astype(np.float64)
-
-
-def _stack_predictions(tables: Sequence[pd.DataFrame]) -> dict[str, np.ndarray]:
-    predicted = np.stack([t["prediction"].to_numpy(dtype=object) for t in tables])
-    tokens = {
-        k: float(np.mean([t[k].mean() for t in tables])) for k in TOKEN_SCORES if k in tables[0]
-    }  # of free answers
-    written = tables[0]["answer"].to_numpy(dtype=object) if "answer" in tables[0] else None
-    return {"predicted": predicted, "probabilities": _stack_probabilities(tables), "tokens": tokens, "written": written}
-
-
-def _read_timing(folders: Sequence[Path], key: str) -> dict[str, float | None]:
-    """Training time (mean) and peak memory (largest) as the runs in `folders` noted them; None where they did not."""
-    found = [json.loads(path.read_text()) for f in folders if (path := f / "timing.json").exists()]
-    seconds, memory = ([t[k] for t in found if k in t] for k in (key, "peak_memory_mb"))
-    return {"seconds": float(np.mean(seconds)) if seconds else None, "training_mb": max(memory, default=None)}
+HELD_OUT = ("test", "validation")
 
 
 def gather_results(root: Path, params: Params) -> Results:
@@ -53,94 +29,170 @@ def gather_results(root: Path, params: Params) -> Results:
 
     Raises UserError when a run's files are missing or belong to other rows.
     """
-    students = {name: params.test_source(name) for name in params.students}
-    sources = [s for s in params.data if s in students.values()]
-    asked = {s: read_task(root / f"data/processed/{s}") for s in sources}
-    labels = {s: task.names for s, task in asked.items()}
-    # Free answers are right or wrong: there is no answer to be given always, and none to lean on.
-    closed = [s for s in sources if asked[s].kind != "qa"]
-    tests = {s: read_split(root / f"data/processed/{s}", "test") for s in sources}
-    validations = {s: read_split(root / f"data/processed/{s}", "validation") for s in sources}
-    controls = {spec.control for spec in params.students.values()}
-    scored, history, signals, begun = [], [], {}, {}
-
-    for name, source in students.items():
-        spec, folders = params.students[name], [root / f"runs/{name}-{seed}" for seed in params.seeds]
-        facts = [read_result_file(folder / "metrics.json", root) for folder in folders]
-        common = {"source": source, "teacher": main_teacher(params, name), "parameters": facts[0].get("parameters")}
-        paths = [folder / "predictions.parquet" for folder in folders]
-        said = [read_result_file(path, root) for path in paths]
-        test, validation = (
-            [_align_rows(rows, split, wanted, path, root) for rows, path in zip(said, paths, strict=True)]
-            for split, wanted in (("test", tests[source]), ("validation", validations[source]))
-        )
-        role = "control" if name in controls and not any(phase.teachers for phase in spec.phases) else "student"
-        size = {"bytes": facts[0].get("bytes_on_disk"), "trainable": facts[0].get("trainable_parameters")}
-        more = size | _read_timing(folders, "train_seconds") | {"validation": _stack_probabilities(validation)}
-        scored.append(ModelResult(name, name, role, **common, control=spec.control, **more, **_stack_predictions(test)))
-        for seed, folder in zip(params.seeds, folders, strict=True):
-            history.append(_read_history(folder / "history.csv", root).assign(model=name, seed=seed))
-
-        # Students that start from the same model in the same way share their untrained scores: one line is enough.
-        start = (spec.model, spec.arch, str(spec.init), spec.prompt, spec.few_shot, spec.dtype, source)
-        if start not in begun:
-            before = [read_result_file(folder / "phases.parquet", root) for folder in folders]
-            before = [rows[rows["phase"] == 0] for rows in before]
-            if all((rows["split"] == "test").any() for rows in before):
-                path = folders[0] / "phases.parquet"
-                before = [_align_rows(rows, "test", tests[source], path, root) for rows in before]
-                begun[start] = ModelResult(
-                    f"{name}, untrained", name, "untrained", **common, **_stack_predictions(before)
-                )
-
-    for teacher in params.teachers:
-        for source in [s for s in sources if s in params.teacher_sources(teacher)]:
-            folder = root / f"data/teacher/{teacher}"
-            rows = read_result_file(folder / "signals.parquet", root).rename(columns={"label": "prediction"})
-            rows, path = rows[rows["source"] == source], folder / "signals.parquet"
-            wanted = {*tests[source]["id"], *validations[source]["id"]}
-            if params.teachers[teacher].kind == "answers" and not wanted <= set(rows["id"]):
-                continue  # a file that answers some of the rows cannot be compared with models that answer all
-            test = signals[teacher, source] = _align_rows(rows, "test", tests[source], path, root)
-            validation = _align_rows(rows, "validation", validations[source], path, root)
-            facts = read_result_file(folder / "metrics.json", root)
-            name = teacher if teacher not in params.students else f"{teacher}, teacher"
-            name = name if len(sources) == 1 else f"{name} on {source}"
-            size = {"parameters": facts.get("parameters"), "bytes": facts.get("bytes_on_disk")}
-            more = size | _read_timing([folder], "seconds") | {"validation": _stack_probabilities([validation])}
-            scored.append(ModelResult(name, teacher, "teacher", source, **_stack_predictions([test]), **more))
-
-    for source in closed:
-        train = read_split(root / f"data/processed/{source}", "train")
-        commonest = (train if len(train) else tests[source])["label"].mode()[0]  # the first of equals: deterministic
-        name = f"always {commonest}" if len(sources) == 1 else f"always {commonest} on {source}"
-        constant = np.full((1, len(tests[source])), commonest, dtype=object)
-        scored.append(ModelResult(name, source, "majority", source, constant))
-
+    tested = {params.test_source(name) for name in params.students}
+    sources = [source for source in params.data if source in tested]
+    tasks = {source: read_task(root / f"data/processed/{source}") for source in sources}
+    held_out = {split: {s: read_split(root / f"data/processed/{s}", split) for s in sources} for split in HELD_OUT}
+    tests = held_out["test"]
+    # Free answers are right or wrong: a model cannot always give one of them, nor prefer it.
+    labelled = [source for source in sources if tasks[source].kind != "qa"]
+    students = [_student_result(root, params, name, held_out) for name in params.students]
+    teachers = _teacher_results(root, params, held_out)
+    models = [*students, *(result for result, _ in teachers)]
+    models += [_majority_result(root, source, tests) for source in labelled]
     counts = root / f"data/augmented/{params.augment.source}/counts.json"
-    checks = [check for source in sources for check in find_leaks(root, params, source, tests[source])]
-    checks += [
-        check for line in scored if line.role == "teacher" for check in find_contamination(root, params, line, tests)
-    ]
-    checks += [find_shortcut(line, tests[line.source]["label"]) for line in scored
-               if line.role in TRAINED_ROLES and line.source in closed]  # fmt: skip
     return Results(
         params=params,
-        tasks=asked,
-        labels=labels,
+        tasks=tasks,
+        labels={source: task.names for source, task in tasks.items()},
         tests=tests,
-        validations=validations,
-        scored=scored + list(begun.values()),
-        signals=signals,
-        history=pd.concat(history, ignore_index=True)[["model", "seed", "phase", "step", "loss"]],
+        validations=held_out["validation"],
+        models=models + _untrained_results(root, params, students, tests),
+        signals={(result.key, result.source): signals for result, signals in teachers},
+        history=_read_histories(root, params),
         audits={s: read_result_file(root / f"data/processed/{s}/audit.json", root) for s in sources},
         counts=read_result_file(counts, root) if params.augment.per_row and counts.exists() else None,
-        checks=checks,
+        checks=run_checks(root, params, models, tests, labelled),
     )
 
 
+def _student_result(root: Path, params: Params, name: str, held_out: dict[str, dict[str, pd.DataFrame]]) -> ModelResult:
+    spec, source = params.students[name], params.test_source(name)
+    folders = _run_folders(root, params, name)
+    metadata = [read_result_file(folder / "metrics.json", root) for folder in folders][0]
+    paths = [folder / "predictions.parquet" for folder in folders]
+    tables = [read_result_file(path, root) for path in paths]
+    test, validation = (
+        [
+            _align_rows(rows, split, held_out[split][source], path, root)
+            for rows, path in zip(tables, paths, strict=True)
+        ]
+        for split in HELD_OUT
+    )
+    is_control = name in {other.control for other in params.students.values()}
+    return ModelResult(
+        name,
+        name,
+        "control" if is_control and not any(phase.teachers for phase in spec.phases) else "student",
+        source,
+        **_stack_predictions(test),
+        validation=_stack_probabilities(validation),
+        parameters=metadata.get("parameters"),
+        trainable=metadata.get("trainable_parameters"),
+        size_bytes=metadata.get("bytes_on_disk"),
+        **_read_timing(folders, "train_seconds"),
+        teacher=main_teacher(params, name),
+        control=spec.control,
+    )
+
+
+def _untrained_results(
+    root: Path, params: Params, students: list[ModelResult], tests: dict[str, pd.DataFrame]
+) -> list[ModelResult]:
+    """One result for all the students that start from the same model in the same way: their scores are equal."""
+    results = {}
+    for student in students:
+        spec, name, source = params.students[student.key], student.name, student.source
+        start = (spec.model, spec.arch, str(spec.init), spec.prompt, spec.few_shot, spec.dtype, source)
+        if start in results:
+            continue
+        paths = [folder / "phases.parquet" for folder in _run_folders(root, params, name)]
+        tables = [rows[rows["phase"] == 0] for rows in (read_result_file(path, root) for path in paths)]
+        if all((rows["split"] == "test").any() for rows in tables):
+            aligned = [_align_rows(rows, "test", tests[source], paths[0], root) for rows in tables]
+            origin = {"parameters": student.parameters, "teacher": student.teacher}
+            results[start] = ModelResult(
+                f"{name}, untrained", name, "untrained", source, **_stack_predictions(aligned), **origin
+            )
+    return list(results.values())
+
+
+def _teacher_results(
+    root: Path, params: Params, held_out: dict[str, dict[str, pd.DataFrame]]
+) -> list[tuple[ModelResult, pd.DataFrame]]:
+    """Each teacher on each source that it labels, and its signals for the test rows, in their order."""
+    results, sources = [], list(held_out["test"])
+    for teacher in params.teachers:
+        folder = root / f"data/teacher/{teacher}"
+        path = folder / "signals.parquet"
+        for source in [s for s in sources if s in params.teacher_sources(teacher)]:
+            rows = read_result_file(path, root).rename(columns={"label": "prediction"})
+            rows = rows[rows["source"] == source]
+            needed = {row_id for split in HELD_OUT for row_id in held_out[split][source]["id"]}
+            if params.teachers[teacher].kind == "answers" and not needed <= set(rows["id"]):
+                continue  # a file that answers some of the rows cannot be compared with models that answer all
+            test, validation = (_align_rows(rows, split, held_out[split][source], path, root) for split in HELD_OUT)
+            metadata = read_result_file(folder / "metrics.json", root)
+            name = teacher if teacher not in params.students else f"{teacher}, teacher"
+            result = ModelResult(
+                name if len(sources) == 1 else f"{name} on {source}",
+                teacher,
+                "teacher",
+                source,
+                **_stack_predictions([test]),
+                validation=_stack_probabilities([validation]),
+                parameters=metadata.get("parameters"),
+                size_bytes=metadata.get("bytes_on_disk"),
+                **_read_timing([folder], "seconds"),
+            )
+            results.append((result, test))
+    return results
+
+
+def _majority_result(root: Path, source: str, tests: dict[str, pd.DataFrame]) -> ModelResult:
+    """The most frequent label of the train rows for every test row; the first of equally frequent ones."""
+    train = read_split(root / f"data/processed/{source}", "train")
+    label = (train if len(train) else tests[source])["label"].mode()[0]
+    name = f"always {label}" if len(tests) == 1 else f"always {label} on {source}"
+    return ModelResult(name, source, "majority", source, np.full((1, len(tests[source])), label, dtype=object))
+
+
+def _run_folders(root: Path, params: Params, student: str) -> list[Path]:
+    return [root / f"runs/{student}-{seed}" for seed in params.seeds]
+
+
+def _align_rows(rows: pd.DataFrame, split: str, expected: pd.DataFrame, path: Path, root: Path) -> pd.DataFrame:
+    """`rows` of `split` in the order of `expected`. Raises UserError when their ids are not exactly those."""
+    rows = rows[rows["split"] == split]
+    if rows["id"].duplicated().any() or set(rows["id"]) != set(expected["id"]):
+        raise UserError(f"{path.relative_to(root)}: other {split} rows than data/processed has now; run `dvc repro`")
+    return rows.set_index("id").loc[expected["id"]].reset_index()
+
+
+def _stack_probabilities(tables: Sequence[pd.DataFrame]) -> np.ndarray:
+    return np.stack([np.stack(t["probabilities"].to_numpy()) for t in tables]).astype(np.float64)
+
+
+def _stack_predictions(tables: Sequence[pd.DataFrame]) -> dict[str, Any]:
+    """The fields of a :class:`ModelResult` that the tables of its seeds hold."""
+    present = [score for score in TOKEN_SCORES if score in tables[0]]
+    return {
+        "predictions": np.stack([t["prediction"].to_numpy(dtype=object) for t in tables]),
+        "probabilities": _stack_probabilities(tables),
+        "token_scores": {score: float(np.mean([t[score].mean() for t in tables])) for score in present},
+        "answers": tables[0]["answer"].to_numpy(dtype=object) if "answer" in tables[0] else None,
+    }
+
+
+def _read_timing(folders: Sequence[Path], key: str) -> dict[str, float | None]:
+    """Training time (mean) and peak memory (largest) that the runs in `folders` recorded; None where none did."""
+    records = [json.loads(path.read_text()) for f in folders if (path := f / "timing.json").exists()]
+    seconds, memory = ([record[k] for record in records if k in record] for k in (key, "peak_memory_mb"))
+    return {"seconds": float(np.mean(seconds)) if seconds else None, "training_mb": max(memory, default=None)}
+
+
+def _read_histories(root: Path, params: Params) -> pd.DataFrame:
+    """Model, seed, phase, step, loss of every run."""
+    tables = [
+        _read_history(folder / "history.csv", root).assign(model=name, seed=seed)
+        for name in params.students
+        for seed, folder in zip(params.seeds, _run_folders(root, params, name), strict=True)
+    ]
+    return pd.concat(tables, ignore_index=True)[["model", "seed", "phase", "step", "loss"]]
+
+
 def _read_history(path: Path, root: Path) -> pd.DataFrame:
-    """Phase, step, loss of one run, the steps counted through its phases."""
+    """Phase (from 1), step, loss of one run, the steps counted through its phases."""
     try:
         rows = read_result_file(path, root)[["phase", "step", "loss"]]
     except pd.errors.EmptyDataError:
@@ -151,6 +203,3 @@ def _read_history(path: Path, root: Path) -> pd.DataFrame:
         done = part["step"].max()
         parts.append(part)
     return pd.concat(parts) if parts else rows
-
-
-TOKEN_SCORES = ("token_f1", "token_precision", "token_recall")

@@ -15,46 +15,30 @@ from distillery.evaluation.perturbations import contrast_pairs_right
 from distillery.evaluation.reading import read_result_file
 from distillery.evaluation.results import ROLES, TRAINED_ROLES, ModelResult, Results
 
-
-def compare_accuracy(results: Results, a: ModelResult, b: ModelResult | None) -> dict[str, float] | None:
-    """Accuracy of a minus that of b on the same rows: mean, low, high, p, detectable; None when there is no such b.
-
-    p is the larger of the bootstrap's, which draws groups and runs, and the permutation test's, which swaps groups.
-    """
-    if b is None or a.source != b.source:
-        return None
-    test, e = results.tests[a.source], results.params.evaluate
-    gold, groups = test["label"].to_numpy(dtype=object), test["group"]
-    found = metrics.paired_difference(
-        gold, a.predictions, b.predictions, results.labels[a.source], groups, e.bootstrap, e.confidence, e.seed
-    )["accuracy"]
-    swapped = metrics.permutation_test(a.predictions == gold, b.predictions == gold, groups, e.bootstrap, e.seed)
-    return found | {"p": max(found["p"], swapped)}
-
-
-def calibration_scores(results: Results, line: ModelResult) -> dict[str, float]:
-    """How far `line` may be trusted to know its errors, as it is and with a temperature fitted on validation rows."""
-    gold = metrics.encode_labels(results.tests[line.source]["label"], results.labels[line.source])
-    chosen_on = metrics.encode_labels(results.validations[line.source]["label"], results.labels[line.source])
-    rows = []
-    for run, held_out in zip(line.probabilities, line.validation, strict=True):
-        temperature = metrics.fit_temperature(chosen_on, held_out)
-        scaled = metrics.apply_temperature(run, temperature)
-        row = {"temperature": temperature, "ece_scaled": metrics.calibration(gold, scaled)["ece"]}
-        rows.append(row | {"log_loss_scaled": metrics.log_loss(gold, scaled)})
-    return pd.DataFrame(rows).mean().to_dict()
-
-
 AVERAGED_SCORES = ("balanced_accuracy", "macro_specificity", "weighted_f1", "mcc", "answer_bias", "commonest_answer")
-
 
 PROBABILITY_SCORES = ("log_loss", "brier", "ece", "risk_coverage_area")
 
+CALIBRATION_COLUMNS = ("temperature", "ece_scaled", "log_loss_scaled")
 
 LABEL_SCORES = ("precision", "recall", "specificity")
 
-
 SPEED_COLUMNS = ("sentences_per_second", "latency_p50_ms", "latency_p95_ms", "memory_mb")
+
+COMPARISON_COLUMNS = (
+    "versus",
+    "difference",
+    "difference_low",
+    "difference_high",
+    "p",
+    "detectable",
+    "verdict",
+)
+
+HEADLINE_SCORES = (
+    *("accuracy", "macro_f1", "mcc", "ece", "pairs_right", "difference", "teacher_difference", "kl_to_teacher"),
+    "agreement_with_teacher",
+)
 
 
 def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = None) -> pd.DataFrame:
@@ -64,162 +48,200 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
     verdict, teacher_verdict: `better` or `worse` than its control, or its teacher, when p, corrected for the number of
     all these comparisons (Holm), is under 1 - confidence; `no evidence` otherwise.
     """
-    e, rows = results.params.evaluate, []
-    close = teacher_closeness(results).set_index(["model", "teacher"])
-    for line in results.models:
-        test, labels = results.tests[line.source], results.labels[line.source]
-        gold, groups = test["label"].to_numpy(dtype=object), test["group"]
-        drawn = metrics.bootstrap_scores(gold, line.predictions, labels, groups, e.bootstrap, e.seed)
-        row: dict[str, Any] = {"model": line.name, "role": line.role, "source": line.source}
-        row["seeds"] = len(line.predictions)
-        row |= {"parameters": line.parameters, "trainable": line.trainable}
-        row["megabytes"] = None if line.size_bytes is None else line.size_bytes / 1e6
-        for score, mean in metrics.mean_scores(gold, line.predictions, labels).items():
-            low, high = metrics.interval(drawn[score], e.confidence)
-            row |= {score: mean, f"{score}_low": low, f"{score}_high": high}
-        probabilities = [None] * len(line.predictions) if line.probabilities is None else line.probabilities
-        reports = [
-            metrics.classification_report(gold, said, p, labels)
-            for said, p in zip(line.predictions, probabilities, strict=True)
-        ]
-        row |= line.token_scores or {}
-        row |= {
-            k: float(np.mean([r[k] for r in reports]))
-            for k in (*AVERAGED_SCORES, *PROBABILITY_SCORES)
-            if k in reports[0]
-        }
-        row |= {
-            f"{score}_{label}": float(np.mean([report["labels"][label][score] for report in reports]))
-            for label in labels
-            for score in LABEL_SCORES
-        }
-        pairs, number = contrast_pairs_right(line.predictions == gold, gold, groups)
-        row |= {"pairs_right": float(pairs.mean()), "pairs": number}
-        if line.validation is not None:
-            row |= calibration_scores(results, line)
-        if (line.name, line.teacher) in close.index:
-            alike = close.loc[(line.name, line.teacher)]
-            row |= {"kl_to_teacher": alike["kl"], "agreement_with_teacher": alike["agreement"]}
-        row |= (timing or {}).get(line.name, {}) | {"train_seconds": line.seconds, "training_mb": line.training_mb}
-        if line.role in ("student", "control"):
-            taught_by = results.teacher_of(line) if line.role == "student" else None
-            for other, start in ((results.find(line.control), ""), (taught_by, "teacher_")):
-                difference = compare_accuracy(results, line, other)
-                if difference:
-                    row[f"{start}versus"] = other.name
-                    row |= {f"{start}difference{end}": difference[key]
-                            for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))}  # fmt: skip
-                    row |= {f"{start}p": difference["p"], f"{start}detectable": difference["detectable"]}
-        rows.append(row)
-
-    columns = ["model", "role", "source", "seeds", "parameters", "trainable", "megabytes"]
-    columns += [f"{score}{end}" for score in metrics.SCORES for end in ("", "_low", "_high")]
-    columns += [k for k in TOKEN_SCORES if any(k in row for row in rows)]
-    columns += [
-        *AVERAGED_SCORES,
-        *PROBABILITY_SCORES,
-        "temperature",
-        "ece_scaled",
-        "log_loss_scaled",
-        "pairs_right",
-        "pairs",
-    ]
-    columns += [f"{score}_{label}" for score in LABEL_SCORES for label in _all_labels(results)]
-    columns += ["kl_to_teacher", "agreement_with_teacher", *SPEED_COLUMNS, "train_seconds", "training_mb"]
-    for start in ("", "teacher_"):
-        columns += [f"{start}{c}" for c in ("versus", "difference", "difference_low", "difference_high", "p")]
-        columns += [f"{start}detectable", f"{start}verdict"]
-    board = pd.DataFrame(rows).reindex(columns=columns)
+    closeness = teacher_closeness(results).set_index(["model", "teacher"])
+    rows = []
+    for result in results.models:
+        row = _size_columns(result) | _score_columns(results, result) | _comparison_columns(results, result)
+        if (result.name, result.teacher) in closeness.index:
+            close = closeness.loc[(result.name, result.teacher)]
+            row |= {"kl_to_teacher": close["kl"], "agreement_with_teacher": close["agreement"]}
+        rows.append(row | (timing or {}).get(result.name, {}))
+    board = pd.DataFrame(rows).reindex(columns=_all_columns(results, rows))
     board[["parameters", "trainable"]] = board[["parameters", "trainable"]].astype("Int64")
-    _add_verdicts(board, e.confidence)
+    _add_verdicts(board, results.params.evaluate.confidence)
     order = [ROLES.index(role) for role in board["role"]]
     board = board.assign(_order=order).sort_values(["accuracy", "_order", "model"], ascending=[False, True, True])
     return board.drop(columns="_order").reset_index(drop=True)
 
 
-def compare_with_published(params: Params, board: pd.DataFrame) -> pd.DataFrame:
-    """The source's figures beside this run's: model, score, published, this run, low, high (its interval), note.
+def _all_columns(results: Results, rows: list[dict[str, Any]]) -> list[str]:
+    labels = dict.fromkeys(label for labels in results.labels.values() for label in labels)
+    return [
+        *("model", "role", "source", "seeds", "parameters", "trainable", "megabytes"),
+        *(f"{score}{end}" for score in metrics.SCORES for end in ("", "_low", "_high")),
+        *(score for score in TOKEN_SCORES if any(score in row for row in rows)),
+        *(*AVERAGED_SCORES, *PROBABILITY_SCORES, *CALIBRATION_COLUMNS, "pairs_right", "pairs"),
+        *(f"{score}_{label}" for score in LABEL_SCORES for label in labels),
+        *("kl_to_teacher", "agreement_with_teacher", *SPEED_COLUMNS, "train_seconds", "training_mb"),
+        *(f"{prefix}{column}" for prefix in ("", "teacher_") for column in COMPARISON_COLUMNS),
+    ]
 
-    board: as :func:`leaderboard` makes it. What it has no score for is empty.
+
+def _size_columns(result: ModelResult) -> dict[str, Any]:
+    return {
+        "model": result.name,
+        "role": result.role,
+        "source": result.source,
+        "seeds": len(result.predictions),
+        "parameters": result.parameters,
+        "trainable": result.trainable,
+        "megabytes": None if result.size_bytes is None else result.size_bytes / 1e6,
+        "train_seconds": result.seconds,
+        "training_mb": result.training_mb,
+    }
+
+
+def _score_columns(results: Results, result: ModelResult) -> dict[str, float]:
+    """Every score of `result` as the mean over its seeds, with the intervals of `metrics.SCORES`."""
+    config, labels = results.params.evaluate, results.labels[result.source]
+    test = results.tests[result.source]
+    label, groups = test["label"].to_numpy(dtype=object), test["group"]
+    drawn = metrics.bootstrap_scores(label, result.predictions, labels, groups, config.bootstrap, config.seed)
+    row = dict(result.token_scores or {})
+    for score, mean in metrics.mean_scores(label, result.predictions, labels).items():
+        low, high = metrics.interval(drawn[score], config.confidence)
+        row |= {score: mean, f"{score}_low": low, f"{score}_high": high}
+    probabilities = [None] * len(result.predictions) if result.probabilities is None else result.probabilities
+    reports = [
+        metrics.classification_report(label, prediction, p, labels)
+        for prediction, p in zip(result.predictions, probabilities, strict=True)
+    ]
+    for score in (*AVERAGED_SCORES, *PROBABILITY_SCORES):
+        if score in reports[0]:
+            row[score] = float(np.mean([report[score] for report in reports]))
+    for name in labels:
+        for score in LABEL_SCORES:
+            row[f"{score}_{name}"] = float(np.mean([report["labels"][name][score] for report in reports]))
+    pairs, number = contrast_pairs_right(result.predictions == label, label, groups)
+    row |= {"pairs_right": float(pairs.mean()), "pairs": number}
+    return row if result.validation is None else row | calibration_scores(results, result)
+
+
+def calibration_scores(results: Results, result: ModelResult) -> dict[str, float]:
+    """Calibration error and log loss (nats) after temperature scaling, and that temperature; means over seeds.
+
+    The temperature is fitted on the validation rows (Guo et al. 2017).
+    """
+    label = metrics.encode_labels(results.tests[result.source]["label"], results.labels[result.source])
+    fitted_on = metrics.encode_labels(results.validations[result.source]["label"], results.labels[result.source])
+    rows = []
+    for probabilities, validation in zip(result.probabilities, result.validation, strict=True):
+        temperature = metrics.fit_temperature(fitted_on, validation)
+        scaled = metrics.apply_temperature(probabilities, temperature)
+        row = {"temperature": temperature, "ece_scaled": metrics.calibration(label, scaled)["ece"]}
+        rows.append(row | {"log_loss_scaled": metrics.log_loss(label, scaled)})
+    return pd.DataFrame(rows).mean().to_dict()
+
+
+def _comparison_columns(results: Results, result: ModelResult) -> dict[str, Any]:
+    """A student's (or control's) accuracy minus that of its control and, of a student, of its teacher."""
+    row: dict[str, Any] = {}
+    if result.role not in ("student", "control"):
+        return row
+    teacher = results.teacher_of(result) if result.role == "student" else None
+    for other, prefix in ((results.find(result.control), ""), (teacher, "teacher_")):
+        comparison = compare_accuracy(results, result, other)
+        if comparison:
+            row[f"{prefix}versus"] = other.name
+            row |= {
+                f"{prefix}{column}": comparison[key]
+                for column, key in zip(COMPARISON_COLUMNS[1:6], ("mean", "low", "high", "p", "detectable"), strict=True)
+            }
+    return row
+
+
+def compare_accuracy(results: Results, a: ModelResult, b: ModelResult | None) -> dict[str, float] | None:
+    """Accuracy of a minus that of b on the same rows: mean, low, high, p, detectable; None when there is no such b.
+
+    p is the larger of the bootstrap's, which draws groups and runs, and the permutation test's, which swaps groups.
+    """
+    if b is None or a.source != b.source:
+        return None
+    test, config = results.tests[a.source], results.params.evaluate
+    label, groups = test["label"].to_numpy(dtype=object), test["group"]
+    names, n = results.labels[a.source], config.bootstrap
+    difference = metrics.paired_difference(
+        label, a.predictions, b.predictions, names, groups, n, config.confidence, config.seed
+    )["accuracy"]
+    swapped = metrics.permutation_test(a.predictions == label, b.predictions == label, groups, n, config.seed)
+    return difference | {"p": max(difference["p"], swapped)}
+
+
+def compare_with_published(params: Params, board: pd.DataFrame) -> pd.DataFrame:
+    """The published scores beside those of this run: model, score, published, this run, low, high (its interval), note.
+
+    board: as returned by :func:`leaderboard`. Scores that it does not hold are empty.
     """
     rows, source = [], params.test_source(params.evaluate.headline)
-    found = board.set_index("model")
-    # where several sources are tested, a teacher has a line for each
-    found = found.rename(index={f"{teacher} on {source}": teacher for teacher in params.teachers})
-    for claim in params.recipe.published if params.recipe else []:
-        for score, value in claim.scores.items():
-            row = {"model": claim.model, "score": score, "published": value, "note": claim.note}
+    scores = board.set_index("model")
+    # with several tested sources, a teacher has one row for each
+    scores = scores.rename(index={f"{teacher} on {source}": teacher for teacher in params.teachers})
+    for published in params.recipe.published if params.recipe else []:
+        for score, value in published.scores.items():
+            row = {"model": published.model, "score": score, "published": value, "note": published.note}
             for column, name in {"this run": score, "low": f"{score}_low", "high": f"{score}_high"}.items():
-                known = claim.model in found.index and name in found
-                row[column] = found.loc[claim.model, name] if known else None
+                exists = published.model in scores.index and name in scores
+                row[column] = scores.loc[published.model, name] if exists else None
             rows.append(row)
     return pd.DataFrame(rows, columns=["model", "score", "published", "this run", "low", "high", "note"])
 
 
 def _add_verdicts(board: pd.DataFrame, confidence: float) -> None:
-    """Correct all p of `board` for their number, in place, and put every comparison into a word."""
+    """Correct all p of `board` for their number (Holm 1979), in place, and add the verdict of every comparison."""
     p = board[["p", "teacher_p"]].astype(float).to_numpy().copy()
     p[~np.isnan(p)] = metrics.holm(p[~np.isnan(p)])
-    for i, start in enumerate(("", "teacher_")):
-        board[f"{start}p"] = p[:, i]
-        board[f"{start}verdict"] = [
-            None if np.isnan(x) else "no evidence" if x >= 1 - confidence else "better" if d > 0 else "worse"
-            for x, d in zip(p[:, i], board[f"{start}difference"].astype(float), strict=True)
+    for i, prefix in enumerate(("", "teacher_")):
+        board[f"{prefix}p"] = p[:, i]
+        board[f"{prefix}verdict"] = [
+            None if np.isnan(x) else "no evidence" if x >= 1 - confidence else "better" if difference > 0 else "worse"
+            for x, difference in zip(p[:, i], board[f"{prefix}difference"].astype(float), strict=True)
         ]
 
 
 def count_comparisons(board: pd.DataFrame) -> int:
-    """How many comparisons the p of `board` are corrected for."""
+    """The number of comparisons that the p of `board` are corrected for."""
     return int(board["p"].notna().sum() + board["teacher_p"].notna().sum())
 
 
-def _all_labels(results: Results) -> list[str]:
-    return list(dict.fromkeys(label for labels in results.labels.values() for label in labels))
-
-
 def phase_accuracies(root: Path, results: Results) -> pd.DataFrame:
-    """What each phase gave: model, after phase (0: as it was built), accuracy on the validation rows (mean over seeds;
-    test rows are asked about at both ends only) and gain over the phase before."""
+    """Accuracy after each phase: model, after phase (from 1; 0: untrained), accuracy, gain over the phase before.
+
+    On the validation rows, the mean over seeds: the test rows are predicted before and after all training only.
+    """
     params, parts = results.params, []
     for name in params.students:
-        gold = results.validations[params.test_source(name)].set_index("id")["label"]
+        label = results.validations[params.test_source(name)].set_index("id")["label"]
         runs = [read_result_file(root / f"runs/{name}-{seed}/phases.parquet", root) for seed in params.seeds]
         rows = pd.concat(runs, ignore_index=True)
         rows = rows[rows["split"] == "validation"]
-        mean = rows["prediction"].eq(rows["id"].map(gold)).groupby(rows["phase"]).mean()
-        found = {"model": name, "after phase": mean.index, "accuracy": mean.to_numpy(), "gain": mean.diff().to_numpy()}
-        parts.append(pd.DataFrame(found))
+        mean = rows["prediction"].eq(rows["id"].map(label)).groupby(rows["phase"]).mean()
+        columns = {"after phase": mean.index, "accuracy": mean.to_numpy(), "gain": mean.diff().to_numpy()}
+        parts.append(pd.DataFrame({"model": name} | columns))
     return pd.concat(parts, ignore_index=True)
 
 
 def teacher_closeness(results: Results) -> pd.DataFrame:
-    """How far every student answers as each teacher does, a row a pair: model, teacher, agreement, kl.
+    """How closely every student follows each teacher, a row a pair: model, teacher, agreement, kl.
 
-    agreement: share of test rows with the same answer; kl: mean KL(teacher || student) in nats; means over seeds.
+    agreement: share of test rows with the same prediction; kl: mean KL(teacher || student) in nats; means over seeds.
     """
     rows = []
-    for line in (line for line in results.models if line.role in ("student", "control", "untrained")):
+    for student in (m for m in results.models if m.role in ("student", "control", "untrained")):
         for (teacher, source), signal in results.signals.items():
-            if source == line.source:
-                taught = np.stack(signal["probabilities"].to_numpy())
-                same = line.predictions == signal["prediction"].to_numpy(object)
-                kl = np.mean([metrics.kl_divergence(taught, p).mean() for p in line.probabilities])
-                rows.append({"model": line.name, "teacher": teacher, "agreement": float(same.mean()), "kl": float(kl)})
+            if source == student.source:
+                p_teacher = np.stack(signal["probabilities"].to_numpy())
+                agreement = float((student.predictions == signal["prediction"].to_numpy(object)).mean())
+                kl = float(np.mean([metrics.kl_divergence(p_teacher, p).mean() for p in student.probabilities]))
+                rows.append({"model": student.name, "teacher": teacher, "agreement": agreement, "kl": kl})
     return pd.DataFrame(rows, columns=["model", "teacher", "agreement", "kl"])
 
 
-HEADLINE_SCORES = (
-    *("accuracy", "macro_f1", "mcc", "ece", "pairs_right", "difference", "teacher_difference", "kl_to_teacher"),
-    "agreement_with_teacher",
-)
-
-
 def summarize(results: Results, board: pd.DataFrame) -> dict[str, Any]:
-    """What `dvc metrics` shows: the headline with its intervals, then two scores a model. No wall clock in here."""
+    """The scores that `dvc metrics` shows: the headline's with intervals, then two of each model. No wall clock."""
     head = board.set_index("model").loc[results.headline.name]
-    keys = [c for k in HEADLINE_SCORES for c in (k, f"{k}_low", f"{k}_high") if c in board]
-    out: dict[str, Any] = {"headline": {k: round(float(head[k]), 6) for k in keys if pd.notna(head[k])}}
+    columns = [c for k in HEADLINE_SCORES for c in (k, f"{k}_low", f"{k}_high") if c in board]
+    summary: dict[str, Any] = {"headline": {c: round(float(head[c]), 6) for c in columns if pd.notna(head[c])}}
     trained = board[board["role"].isin(TRAINED_ROLES)]
     for score in metrics.SCORES:
-        out[score] = {m: round(float(v), 6) for m, v in zip(trained["model"], trained[score], strict=True)}
-    return out
+        summary[score] = {m: round(float(v), 6) for m, v in zip(trained["model"], trained[score], strict=True)}
+    return summary

@@ -1,4 +1,4 @@
-"""Read a file of the stages before, with one clear line when it is missing."""
+"""Read a file of an earlier stage, with an error of one line when it is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distillery.errors import UserError
 
 
 def read_result_file(path: Path, root: Path) -> Any:
-    """A parquet, csv or JSON file. Raises UserError when it is missing."""
+    """A parquet or csv file as a table, a JSON file as an object. Raises UserError when it is missing."""
     try:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)

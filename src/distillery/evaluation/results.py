@@ -1,4 +1,4 @@
-"""Everything that the evaluation knows, as typed objects."""
+"""The results of an evaluation as typed objects."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ ERROR_KINDS = (
     "right",
 )
 
-
 ROLES = ("student", "control", "teacher", "untrained", "majority")
-
 
 TRAINED_ROLES = ("student", "control", "teacher")
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One line of the leaderboard: a model's predictions of the test rows of `source`, over its seeds."""
+    """One row of the leaderboard: a model's predictions of the test rows of `source`, over its seeds."""
 
     name: str
     key: str  # its name in params (of the student it starts from, for an untrained one)
@@ -51,17 +49,17 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that would make the numbers worthless, and whether it was found."""
+    """One thing that would make the numbers worthless, and whether the check for it passed."""
 
     kind: str  # leak, contamination or shortcut
     passed: bool
     text: str
-    about: tuple[str, ...] = ()  # names of the lines it speaks of; of all when empty
+    models: tuple[str, ...] = ()  # names of the models it concerns; all of them when empty
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that the report speaks of."""
+    """Everything that the report is made of."""
 
     params: Params
     tasks: dict[str, Task]  # of each source
@@ -70,36 +68,36 @@ class Results:
     validations: dict[str, pd.DataFrame]  # of each source
     models: list[ModelResult]
     signals: dict[tuple[str, str], pd.DataFrame]  # (teacher, source) -> its test signals, in the order of the rows
-    history: pd.DataFrame  # model, seed, phase, step, loss
+    history: pd.DataFrame  # model, seed, phase (from 1), step, loss
     audits: dict[str, Any]
     counts: dict[str, Any] | None  # of the augmentation
     checks: list[Check]
 
     @property
     def headline(self) -> ModelResult:
-        return next(s for s in self.models if s.key == self.params.evaluate.headline and s.role in TRAINED_ROLES[:2])
+        return next(m for m in self.models if m.key == self.params.evaluate.headline and m.role in TRAINED_ROLES[:2])
 
     def find(self, key: str | None) -> ModelResult | None:
-        """The student (or control) called `key`; None when there is no such line."""
-        return next((s for s in self.models if s.key == key and s.role in TRAINED_ROLES[:2]), None)
+        """The student (or control) called `key`; None when there is no such model."""
+        return next((m for m in self.models if m.key == key and m.role in TRAINED_ROLES[:2]), None)
 
-    def teacher_of(self, line: ModelResult) -> ModelResult | None:
-        """The line of the teacher that `line` is compared with."""
-        same = (s for s in self.models if s.role == "teacher" and (s.key, s.source) == (line.teacher, line.source))
-        return next(same, None)
+    def teacher_of(self, result: ModelResult) -> ModelResult | None:
+        """The teacher that `result` is compared with, on the same source; None when it has none."""
+        wanted = (result.teacher, result.source)
+        return next((m for m in self.models if m.role == "teacher" and (m.key, m.source) == wanted), None)
 
     @property
     def compared(self) -> list[ModelResult]:
         """The headline, its control and its teacher, as far as they exist and were tested on the same rows."""
         head = self.headline
-        lines = [head, self.find(head.control), self.teacher_of(head)]
-        return [line for line in lines if line is not None and line.source == head.source]
+        related = [head, self.find(head.control), self.teacher_of(head)]
+        return [result for result in related if result is not None and result.source == head.source]
 
 
 def main_teacher(params: Params, student: str) -> str | None:
     """The first teacher of `student`; a control is compared with the teacher of the student it is the control of."""
-    named = [t for phase in params.students[student].phases for t in phase.teachers]
-    if not named:
+    names = [t for phase in params.students[student].phases for t in phase.teachers]
+    if not names:
         counterparts = [s for s, spec in params.students.items() if spec.control == student]
-        named = [t for s in counterparts for phase in params.students[s].phases for t in phase.teachers]
-    return named[0] if named else None
+        names = [t for s in counterparts for phase in params.students[s].phases for t in phase.teachers]
+    return names[0] if names else None

@@ -1,4 +1,4 @@
-"""Do models answer the same when a row is rewritten with its label kept?"""
+"""Do models predict the same when a row is rewritten with its label kept?"""
 
 from __future__ import annotations
 
@@ -9,71 +9,109 @@ import numpy as np
 import pandas as pd
 
 from distillery import metrics
+from distillery.config.schema import EvaluateConfig
 from distillery.evaluation.perturbations import perturbations
 from distillery.evaluation.results import Results
-from distillery.tasks.schema import ANSWER_LABELS
 from distillery.teachers.paraphrases import generate_paraphrases, rejection_reason
 
-EXAMPLES_PER_CHANGE = 4  # rewritten rows shown of each change
+EXAMPLES_PER_PERTURBATION = 4  # rewritten rows shown of each
+
+PARAPHRASED = "other words"  # the perturbation that a teacher writes
+
+TABLE_COLUMNS = (
+    "perturbation",
+    "model",
+    "rows",
+    "consistency",
+    "consistency_low",
+    "consistency_high",
+    "accuracy_before",
+    "accuracy_after",
+)
 
 
 def paraphrase_test_rows(root: Path, results: Results) -> pd.DataFrame:
-    """`evaluate.paraphrased_rows` test rows of the headline's source, and what `augment.teacher` made of them in `new`.
+    """`evaluate.paraphrased_rows` test rows of the headline's source, and in `new` a paraphrase by `augment.teacher`.
 
-    The filters of augmentation drop what has other numbers, names in capitals or directions. Whether the label still
-    holds is asked of no model: one that is scored here would be judged by itself.
+    The filters of augmentation drop paraphrases with other numbers, names in capitals or directions. No model checks
+    whether the label still holds: each model at hand is scored here, and would check its own rows.
     """
     params, source = results.params, results.headline.source
     test = results.tests[source]
-    chosen = test.sample(min(params.evaluate.paraphrased_rows, len(test)), random_state=params.evaluate.seed)
-    if chosen.empty:
-        return chosen.assign(new=pd.Series(dtype=object))
+    rows = test.sample(min(params.evaluate.paraphrased_rows, len(test)), random_state=params.evaluate.seed)
+    if rows.empty:
+        return rows.assign(new=pd.Series(dtype=object))
     task = results.tasks[source]
-    made = generate_paraphrases(root, params, task, chosen)
-    made = made.drop_duplicates("source_id").set_index("source_id")["text"]
-    chosen = chosen.assign(new=chosen["id"].map(made))
+    paraphrases = generate_paraphrases(root, params, task, rows)
+    paraphrases = paraphrases.drop_duplicates("source_id").set_index("source_id")["text"]
+    rows = rows.assign(new=rows["id"].map(paraphrases))
     reasons = [
         rejection_reason(a, b, keep=params.augment.keep, perturbations=task.perturbations)
-        for a, b in zip(chosen["text"], chosen["new"], strict=True)
+        for a, b in zip(rows["text"], rows["new"], strict=True)
     ]
-    return chosen[np.array(reasons) == "kept"].reset_index(drop=True)
+    return rows[np.array(reasons) == "kept"].reset_index(drop=True)
+
+
+def rewrite_test_rows(results: Results, paraphrases: pd.DataFrame | None = None) -> dict[str, pd.DataFrame]:
+    """The test rows of the headline's source that each perturbation changes, with their text after it in `new`.
+
+    Of every rule of :func:`perturbations` at most `evaluate.rewritten_rows` rows, drawn at random, and `paraphrases`
+    (see :func:`paraphrase_test_rows`). None of free answers: another question has another answer.
+    """
+    config, source = results.params.evaluate, results.headline.source
+    if results.tasks[source].kind == "qa":
+        return {}
+    test = results.tests[source]
+    shuffled = test.iloc[np.random.default_rng(config.seed).permutation(len(test))].reset_index(drop=True)
+    texts = [text for rows in (test, results.validations[source]) for text in rows["text"]]
+    rewritten = {}
+    for name, rule in perturbations(texts, results.tasks[source].perturbations).items():
+        new = shuffled["text"].map(rule)
+        rewritten[name] = shuffled.assign(new=new)[new != shuffled["text"]].head(config.rewritten_rows)
+    if paraphrases is not None:
+        rewritten[PARAPHRASED] = paraphrases
+    return {name: rows for name, rows in rewritten.items() if len(rows)}
 
 
 def measure_robustness(
-    results: Results, scorers: dict[str, Callable[[list[str]], np.ndarray]], paraphrases: pd.DataFrame | None = None
+    results: Results,
+    predictors: dict[str, Callable[[list[str]], np.ndarray]],
+    paraphrases: pd.DataFrame | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """How the models in `scorers` answer test rows of the headline's source that are rewritten with the label kept.
+    """How consistent the models in `predictors` (texts to probabilities [n, K]) are on the rows of
+    :func:`rewrite_test_rows`.
 
-    Of every rule of :func:`perturbations` at most `evaluate.rewritten_rows` rows that it changes, and
-    `paraphrases` (test rows with `new`, see :func:`paraphrase_test_rows`).
-    Returns the table and the examples of :class:`Measurements`.
+    Returns the tables `robustness` and `examples` of :class:`Measurements`.
     """
-    e, source = results.params.evaluate, results.headline.source
-    test, labels = results.tests[source], np.array(results.labels[source], dtype=object)
-    order = np.random.default_rng(e.seed).permutation(len(test))
-    shuffled = test.iloc[order].reset_index(drop=True)
-    every = [text for s in ("test", "validation") for text in getattr(results, f"{s}s")[source]["text"]]
-    table, examples, asked = [], [], {}
-    for change, rule in perturbations(every, results.tasks[source].perturbations).items():
-        new = shuffled["text"].map(rule)
-        asked[change] = shuffled.assign(new=new)[new != shuffled["text"]].head(e.rewritten_rows)
-    asked["other words"] = shuffled.head(0) if paraphrases is None else paraphrases
-    free = list(labels) == list(ANSWER_LABELS)  # another question has another answer, not another label
-    asked = {change: rows for change, rows in asked.items() if len(rows) and not free}
-    for change, rows in asked.items():
-        pairs = rows.head(EXAMPLES_PER_CHANGE)[["text", "new"]].itertuples(index=False)
-        examples += [{"change": change, "before": before, "after": after} for before, after in pairs]
-    texts = list(dict.fromkeys(text for rows in asked.values() for text in (*rows["text"], *rows["new"])))
-    for name, predict in scorers.items():
-        said = dict(zip(texts, labels[predict(texts).argmax(-1)], strict=True)) if texts else {}
-        for change, rows in asked.items():
-            before, after = rows["text"].map(said), rows["new"].map(said)
-            kept = (before == after).to_numpy(float)
-            low, high = metrics.interval(
-                metrics.cluster_bootstrap(kept, rows["group"], e.bootstrap, e.seed), e.confidence
-            )
-            table.append({"model": name, "change": change, "rows": len(rows), "kept": kept.mean(), "kept_low": low,
-                          "kept_high": high, "right_before": float((before == rows["label"]).mean()),
-                          "right_after": float((after == rows["label"]).mean())})  # fmt: skip
-    columns = ["model", "change", "rows", "kept", "kept_low", "kept_high", "right_before", "right_after"]
-    return pd.DataFrame(table, columns=columns), pd.DataFrame(examples, columns=["change", "before", "after"])
+    labels = np.array(results.labels[results.headline.source], dtype=object)
+    rewritten = rewrite_test_rows(results, paraphrases)
+    texts = list(dict.fromkeys(text for rows in rewritten.values() for text in (*rows["text"], *rows["new"])))
+    table = []
+    for model, predict in predictors.items():
+        prediction = dict(zip(texts, labels[predict(texts).argmax(-1)], strict=True)) if texts else {}
+        for name, rows in rewritten.items():
+            scores = _consistency(rows, prediction, results.params.evaluate)
+            table.append({"perturbation": name, "model": model, "rows": len(rows)} | scores)
+    examples = [
+        {"perturbation": name, "before": before, "after": after}
+        for name, rows in rewritten.items()
+        for before, after in rows.head(EXAMPLES_PER_PERTURBATION)[["text", "new"]].itertuples(index=False)
+    ]
+    return pd.DataFrame(table, columns=list(TABLE_COLUMNS)), pd.DataFrame(
+        examples, columns=["perturbation", "before", "after"]
+    )
+
+
+def _consistency(rows: pd.DataFrame, prediction: dict[str, str], config: EvaluateConfig) -> dict[str, float]:
+    """Share of rows with the same prediction before and after, its interval, and the accuracy before and after."""
+    before, after = rows["text"].map(prediction), rows["new"].map(prediction)
+    same = (before == after).to_numpy(float)
+    drawn = metrics.cluster_bootstrap(same, rows["group"], config.bootstrap, config.seed)
+    low, high = metrics.interval(drawn, config.confidence)
+    return {
+        "consistency": same.mean(),
+        "consistency_low": low,
+        "consistency_high": high,
+        "accuracy_before": float((before == rows["label"]).mean()),
+        "accuracy_after": float((after == rows["label"]).mean()),
+    }

@@ -11,49 +11,52 @@ from distillery.tasks.schema import accepted_answers
 
 
 def disagreements(results: Results) -> pd.DataFrame:
-    """The headline's test rows: where it and its teacher differ, then what it got wrong, the most certain first.
+    """The headline's test rows: where it and its teacher differ, then where it is wrong, the most confident first.
 
-    Columns id, text, gold, student, student_probability, rationale (of the corpus), kind (one of KINDS), differs; with
-    a teacher also teacher, teacher_probability, teacher_rationale. Of several seeds the first one's predictions.
-    Of free answers also accepted (what is right), student_written and teacher_written.
+    Columns id, text, label, student_prediction, student_probability, rationale (of the corpus), kind (one of
+    ERROR_KINDS), differs; with a teacher also teacher_prediction, teacher_probability, teacher_rationale. Of several
+    seeds the first one's predictions. Of free answers also accepted (the right ones), student_answer, teacher_answer.
     """
     head = results.headline
     test = results.tests[head.source]
-    rows = pd.DataFrame({"id": test["id"], "text": test["text"], "gold": test["label"], "student": head.predictions[0]})
-    rows["student_probability"] = head.probabilities[0].max(1)
-    rows["rationale"] = test["rationale"]
+    rows = test[["id", "text", "label"]].assign(
+        student_prediction=head.predictions[0],
+        student_probability=head.probabilities[0].max(1),
+        rationale=test["rationale"],
+    )
     if head.answers is not None:
-        rows["accepted"] = [" or ".join(accepted_answers(known)) for known in test["answers"]]
-        rows["student_written"] = head.answers
+        rows["accepted"] = [" or ".join(accepted_answers(answers)) for answers in test["answers"]]
+        rows["student_answer"] = head.answers
     signal = results.signals.get((head.teacher, head.source))
-    right = rows["student"] == rows["gold"]
+    student_right = rows["student_prediction"] == rows["label"]
     if signal is not None:
-        rows["teacher"] = signal["prediction"].where(signal["prediction"].notna(), UNPARSABLE)
+        rows["teacher_prediction"] = signal["prediction"].where(signal["prediction"].notna(), UNPARSABLE)
         rows["teacher_probability"] = np.stack(signal["probabilities"].to_numpy()).max(1)
         rows["teacher_rationale"] = signal["rationale"]
         if head.answers is not None:
-            rows["teacher_written"] = signal["answer"]
-        taught = rows["teacher"] == rows["gold"]
-        cases = [right & taught, right, taught]
-        rows["kind"] = np.select(
-            cases, ["both right", "only the student is right", "only the teacher is right"], "both wrong"
-        )
-        rows["differs"] = rows["student"] != rows["teacher"]
+            rows["teacher_answer"] = signal["answer"]
+        teacher_right = rows["teacher_prediction"] == rows["label"]
+        cases = [student_right & teacher_right, student_right, teacher_right]
+        kinds = ["both right", "only the student is right", "only the teacher is right"]
+        rows["kind"] = np.select(cases, kinds, "both wrong")
+        rows["differs"] = rows["student_prediction"] != rows["teacher_prediction"]
     else:
-        rows["kind"] = np.where(right, "right", "wrong")
+        rows["kind"] = np.where(student_right, "right", "wrong")
         rows["differs"] = False
-    rank = np.where(rows["differs"], 0, np.where(right, 2, 1))
+    rank = np.where(rows["differs"], 0, np.where(student_right, 2, 1))
     rows = rows.assign(_rank=rank).sort_values(["_rank", "student_probability", "id"], ascending=[True, False, True])
     return rows.drop(columns="_rank").reset_index(drop=True)
 
 
 def sample_rows(results: Results) -> pd.DataFrame:
-    """Some test rows of the headline's source, drawn at random: text, gold, and each trained model's label."""
-    e, source = results.params.evaluate, results.headline.source
+    """`evaluate.samples` random test rows of the headline's source: text, label, and each trained model's prediction.
+
+    A model's column bears its name in the leaderboard.
+    """
+    config, source = results.params.evaluate, results.headline.source
     test = results.tests[source]
-    some = np.sort(np.random.default_rng(e.seed).permutation(len(test))[: e.samples])
-    rows = test.iloc[some][["text", "label"]].rename(columns={"label": "gold"})
-    for line in results.models:
-        if line.source == source and line.role in TRAINED_ROLES:
-            rows[line.name] = line.predictions[0][some]
-    return rows.reset_index(drop=True)
+    drawn = np.sort(np.random.default_rng(config.seed).permutation(len(test))[: config.samples])
+    rows = test.iloc[drawn][["text", "label"]]
+    predictions = {m.name: m.predictions[0][drawn] for m in results.models
+                   if m.source == source and m.role in TRAINED_ROLES}  # fmt: skip
+    return rows.assign(**predictions).reset_index(drop=True)

@@ -11,24 +11,30 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from distillery.data.storage import read_task
+from distillery.config.schema import Params
 from distillery.evaluation.results import TRAINED_ROLES, ModelResult, Results
 from distillery.evaluation.robustness import measure_robustness, paraphrase_test_rows
 from distillery.models.label_model import LabelModel
+from distillery.tasks.schema import Task
 from distillery.teachers.base import open_teacher
 from distillery.teachers.local import LocalTeacher
 from distillery.training.student import load_student
 
 LATENCY_ROWS = 32  # sentences given to each model one by one
 
+WARM_UP_ROWS = 32  # sentences predicted while the memory of a model is measured
+
+Predictor = Callable[[list[str]], Any]  # texts to predictions
+
 
 @dataclass(frozen=True)
 class Measurements:
-    """What only the models themselves can tell.
+    """Results that need the models themselves.
 
-    timing: name in the leaderboard -> sentences_per_second, latency_p50_ms, latency_p95_ms, memory_mb: another run will
-    say otherwise. robustness: model, change, rows, kept, kept_low, kept_high, right_before, right_after (shares);
-    examples: change, before, after: the same for the same runs.
+    timing: name in the leaderboard -> sentences_per_second, latency_p50_ms, latency_p95_ms, memory_mb; they change
+    from run to run. These do not: robustness: perturbation, model, rows, consistency (share of rows with the same
+    prediction before and after), consistency_low, consistency_high, accuracy_before, accuracy_after; examples:
+    perturbation, before, after.
     """
 
     timing: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -37,52 +43,52 @@ class Measurements:
 
 
 def throughput(
-    scorers: dict[str, Callable[[list[str]], Any]], texts: list[str], rounds: int = 5, budget: float = 8.0
+    predictors: dict[str, Predictor], texts: list[str], rounds: int = 5, budget: float = 8.0
 ) -> dict[str, float]:
-    """Sentences a second of each scorer on the same texts, side by side: name -> median over its rounds.
+    """Sentences a second of each predictor on the same texts: name -> median over its rounds.
 
-    Each is warmed up on a few texts first. Then they take turns, so that whatever else the machine does meets all of
-    them; one that has spent its share of `budget` seconds, or had all its rounds, sits out. One round is had by all.
+    Each is warmed up on a few texts first. Then they take turns, so that other load of the machine slows all of them.
+    Each has one round; then one that has spent its share of `budget` seconds, or had `rounds`, is left out.
     """
-    for score in scorers.values():
-        score(texts[:4])
-    seconds: dict[str, list[float]] = {name: [] for name in scorers}
+    for predict in predictors.values():
+        predict(texts[:4])
+    seconds: dict[str, list[float]] = {name: [] for name in predictors}
     for _ in range(rounds):
-        for name, score in scorers.items():
-            if sum(seconds[name]) < budget / len(scorers):
+        for name, predict in predictors.items():
+            if sum(seconds[name]) < budget / len(predictors):
                 start = time.perf_counter()
-                score(texts)
+                predict(texts)
                 seconds[name].append(time.perf_counter() - start)
-    return {name: len(texts) / float(np.median(taken)) for name, taken in seconds.items()}
+    return {name: len(texts) / float(np.median(values)) for name, values in seconds.items()}
 
 
-def latency(scorers: dict[str, Callable[[list[str]], Any]], texts: list[str]) -> dict[str, tuple[float, float]]:
-    """Milliseconds for one sentence alone, each scorer in turn on each text: name -> 50th and 95th percentile."""
-    taken: dict[str, list[float]] = {name: [] for name in scorers}
+def latency(predictors: dict[str, Predictor], texts: list[str]) -> dict[str, tuple[float, float]]:
+    """Milliseconds for one sentence alone, each predictor in turn on each text: name -> 50th and 95th percentile."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in predictors}
     for text in texts:
-        for name, score in scorers.items():
+        for name, predict in predictors.items():
             start = time.perf_counter()
-            score([text])
-            taken[name].append(1000 * (time.perf_counter() - start))
-    return {name: tuple(float(q) for q in np.quantile(ms, [0.5, 0.95])) for name, ms in taken.items()}
+            predict([text])
+            milliseconds[name].append(1000 * (time.perf_counter() - start))
+    return {name: tuple(float(q) for q in np.quantile(ms, [0.5, 0.95])) for name, ms in milliseconds.items()}
 
 
 def peak_memory(work: Callable[[], Any]) -> tuple[Any, float | None]:
-    """What `work` returns, and the MB of memory that this process held at its peak beyond what it held before.
+    """The result of `work`, and this process' peak memory during it beyond its memory before, in MB.
 
-    None where the system does not tell: it takes Linux.
+    None for the memory where the system does not show it: it takes Linux.
     """
 
-    def held(what: str) -> float:
+    def status_mb(key: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(what))
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark so far
-        before = held("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak
+        before = status_mb("VmRSS")
     except (OSError, StopIteration):
         return work(), None
-    return work(), max(0.0, held("VmHWM") - before)
+    return work(), max(0.0, status_mb("VmHWM") - before)
 
 
 def probability_function(model: LabelModel | LocalTeacher) -> Callable[[Sequence[str]], np.ndarray | list[str]]:
@@ -99,54 +105,74 @@ def probability_function(model: LabelModel | LocalTeacher) -> Callable[[Sequence
 
 
 def measure_models(root: Path, results: Results) -> Measurements:
-    """Open every trained model that is tested where the headline is, and run it on test rows of that source.
+    """Load every trained model that is tested where the headline is, and run it on test rows of that source.
 
-    Students of one shape (a student and its control) are equally fast: the first of them is measured for all. What
-    rewritten sentences do is asked of the headline, its control and its teacher.
+    Students of one shape (a student and its control) are equally fast: only the first of them is measured. The
+    robustness is that of the headline, its control and its teacher.
     """
     params, source = results.params, results.headline.source
-    task = read_task(root / f"data/processed/{source}")
-    lines = [line for line in results.models if line.source == source and line.role in TRAINED_ROLES]
-    # what others have answered is read from a file or a store: there is nothing to run
-    far = {name for name, spec in params.teachers.items() if spec.model is None}
-    lines = [line for line in lines if line.role != "teacher" or line.key not in far]
+    task = results.tasks[source]
+    measured = _models_to_run(results)
     texts = results.tests[source]["text"].head(params.evaluate.throughput_rows).tolist()
-    models, memory, shapes = {}, {}, {}
 
-    def opened(line: ModelResult) -> LabelModel | LocalTeacher:
-        if line.role == "teacher":
-            if not params.teachers[line.key].finetune:
-                return open_teacher(root, line.key, params, task)
-            return open_teacher(root, line.key, params, task, tuned=root / f"data/teacher/{line.key}/model").model
-        spec = params.students[line.key]
-        return load_student(spec, root / f"runs/{line.key}-{params.seeds[0]}/model", task, spec.dtype)
-
-    def opened_and_run(line: ModelResult) -> LabelModel | LocalTeacher:
-        model = opened(line)
-        probability_function(model)(texts[:32])
+    def load_and_predict(result: ModelResult) -> LabelModel | LocalTeacher:
+        model = _load_model(root, params, task, result)
+        probability_function(model)(texts[:WARM_UP_ROWS])
         return model
 
-    first = opened_and_run(lines[0])  # kept: what libraries take when first used is no model's memory
-    for line in lines:
-        spec = params.students.get(line.key)
-        shapes[line.name] = line.name
-        if line.role != "teacher":
-            alike = [spec.model, spec.arch, spec.init, spec.prompt, spec.few_shot, spec.dtype, spec.max_length]
-            shapes[line.name] = str(alike)
-        if shapes[line.name] not in models:
-            models[shapes[line.name]], memory[shapes[line.name]] = peak_memory(lambda line=line: opened_and_run(line))
+    first = load_and_predict(measured[0])  # stays loaded: the first use of libraries takes memory, too
+    shapes = {result.name: _shape(params, result) for result in measured}
+    models, memory, names = {}, {}, {}
+    for result in measured:
+        shape = shapes[result.name]
+        if shape not in models:
+            models[shape], memory[shape] = peak_memory(lambda result=result: load_and_predict(result))
+            names[shape] = result.name
     del first
-    scorers = {shape: probability_function(model) for shape, model in models.items()}
-    rate, alone = throughput(scorers, texts), latency(scorers, texts[:LATENCY_ROWS])
-    timing = {}
-    for name, shape in shapes.items():
-        timing[name] = {"sentences_per_second": rate[shape]}
-        timing[name] |= {"latency_p50_ms": alone[shape][0], "latency_p95_ms": alone[shape][1]}
-        timing[name] |= {} if memory[shape] is None else {"memory_mb": memory[shape]}
+    timing = _measure_timing(models, memory, texts)
+    predictors = {}
+    for result in results.compared:
+        if result.name in shapes:
+            shape = shapes[result.name]
+            model = models[shape] if names[shape] == result.name else _load_model(root, params, task, result)
+            predictors[result.name] = probability_function(model)
+    robustness = measure_robustness(results, predictors, paraphrase_test_rows(root, results))
+    return Measurements({name: dict(timing[shape]) for name, shape in shapes.items()}, *robustness)
 
-    scorers = {}
-    for line in (line for line in results.compared if line.name in shapes):
-        told = [name for name in shapes if shapes[name] == shapes[line.name]]
-        scorers[line.name] = models[shapes[line.name]] if line.name == told[0] else opened(line)
-    said = {name: probability_function(model) for name, model in scorers.items()}
-    return Measurements(timing, *measure_robustness(results, said, paraphrase_test_rows(root, results)))
+
+def _models_to_run(results: Results) -> list[ModelResult]:
+    """The trained models of the headline's source that run here; predictions from a file or an API leave no model."""
+    local = {name for name, spec in results.params.teachers.items() if spec.model is not None}
+    tested = [m for m in results.models if m.source == results.headline.source and m.role in TRAINED_ROLES]
+    return [m for m in tested if m.role != "teacher" or m.key in local]
+
+
+def _load_model(root: Path, params: Params, task: Task, result: ModelResult) -> LabelModel | LocalTeacher:
+    if result.role == "teacher":
+        if not params.teachers[result.key].finetune:
+            return open_teacher(root, result.key, params, task)
+        return open_teacher(root, result.key, params, task, tuned=root / f"data/teacher/{result.key}/model").model
+    spec = params.students[result.key]
+    return load_student(spec, root / f"runs/{result.key}-{params.seeds[0]}/model", task, spec.dtype)
+
+
+def _shape(params: Params, result: ModelResult) -> str:
+    """A text that is equal for students that differ in their weights alone."""
+    if result.role == "teacher":
+        return result.name
+    spec = params.students[result.key]
+    return str([spec.model, spec.arch, spec.init, spec.prompt, spec.few_shot, spec.dtype, spec.max_length])
+
+
+def _measure_timing(
+    models: dict[str, LabelModel | LocalTeacher], memory: dict[str, float | None], texts: list[str]
+) -> dict[str, dict[str, float]]:
+    """Shape -> the columns of `Measurements.timing`."""
+    predictors = {shape: probability_function(model) for shape, model in models.items()}
+    rates, delays = throughput(predictors, texts), latency(predictors, texts[:LATENCY_ROWS])
+    timing = {}
+    for shape, rate in rates.items():
+        p50, p95 = delays[shape]
+        timing[shape] = {"sentences_per_second": rate, "latency_p50_ms": p50, "latency_p95_ms": p95}
+        timing[shape] |= {} if memory[shape] is None else {"memory_mb": memory[shape]}
+    return timing

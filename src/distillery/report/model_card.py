@@ -1,4 +1,4 @@
-"""The model card: what a finished student is, how good, and code that uses it with `transformers` alone."""
+"""The model card: what a trained student is, its scores, and code that uses it with `transformers` alone."""
 
 from __future__ import annotations
 
@@ -7,196 +7,130 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distillery import metrics
-from distillery.config.schema import Params, PhaseConfig, StudentConfig
+from distillery.config.schema import Params, StudentConfig
 from distillery.files import atomic_write
 from distillery.models.label_model import MAX_ANSWER_TOKENS, tokenize_labels
 from distillery.models.load import load_tokenizer
+from distillery.report.environment import TEMPLATES
+from distillery.report.wording import human_duration
 from distillery.tasks.prompts import chat_turns, render_answer, render_prompt
 from distillery.tasks.schema import Task
 
-CARD = """---
-library_name: transformers
-pipeline_tag: {pipeline}
----
-# {student}
+PIPELINES = {"classifier": "text-classification", "causal": "text-generation", "seq2seq": "text2text-generation"}
 
-{what} {job}, distilled from {teachers}. {parameters:,} parameters, {megabytes:.0f} MB, seed {seed}.
+ENGLISH_WORDS = {"the", "of", "and", "to", "is", "with", "from", "has", "this", "that", "for", "are"}
 
-## Use
-
-```python
-{snippet}
-```
-
-## How good it is
-
-On {rows} test rows that it never saw; intervals (95 %) draw rows of one group together:
-
-| score | value |
-|---|---|
-{scores}
-{per_label}
-## How it learned
-
-{phases}
-
-Other texts than those of its test rows may come out otherwise; nothing here says how it treats groups of people.
-"""
+HUB = "hub:"  # begins a data source on the hub
 
 
-PER_LABEL = """
-| label | precision | sensitivity | specificity | F1 | rows |
-|---|--:|--:|--:|--:|--:|
-{rows}
-"""
+def render_card(
+    folder: Path,
+    spec: StudentConfig,
+    task: Task,
+    metadata: dict[str, Any],
+    predictions: pd.DataFrame,
+    *,
+    dataset: str = "test",
+    origin: str = "",
+    base_model: str | None = None,
+    train_seconds: float | None = None,
+) -> str:
+    """The card of the model in `folder`, with metadata that the hub accepts.
 
-
-CARD_SCORES = {
-    "mcc": "Matthews correlation",
-    "log_loss": "log loss",
-    "brier": "Brier score",
-    "ece": "calibration error",
-}
-
-
-CLASSIFIER_SNIPPET = """from transformers import pipeline
-
-classify = pipeline("text-classification", model=".")
-print(classify({example!r}))"""
-
-
-ANSWER_SNIPPET = """import torch
-from transformers import {auto}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = {auto}.from_pretrained(".", dtype=torch.float32).eval()
-
-
-def classify(text, before={before!r}, after={after!r}, answers={answers!r}):
-    prompt = tokenizer(before + text + after, add_special_tokens={special})["input_ids"]
-    scores = []
-    for answer in answers:  # the log-probability of every answer after the prompt
-        tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            logits = {logits}
-        scores.append(logits.log_softmax(-1)[range(len(tokens)), tokens].sum())
-    return dict(zip({labels!r}, torch.stack(scores).softmax(-1).tolist()))
-
-
-print(classify({example!r}))"""
-
-
-ANSWER_LOGITS = {  # of the answer's tokens, one by one
-    "causal": "model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]",
-    "seq2seq": "model(torch.tensor([prompt]), labels=torch.tensor([tokens])).logits[0]",
-}
-
-
-CARD_KINDS = {  # arch -> pipeline tag, class of transformers, in words
-    "classifier": ("text-classification", "AutoModelForSequenceClassification", "A classifier"),
-    "causal": ("text-generation", "AutoModelForCausalLM", "A causal language model"),
-    "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM", "An encoder-decoder"),
-}
-
-
-def _describe_phase(phase: PhaseConfig) -> str:
-    """One phase in words."""
-    length = f"{phase.steps} steps" if phase.steps else f"{phase.epochs:g} epochs"
-    source = f"taught by {', '.join(phase.teachers)}" if phase.teachers else "by gold labels alone"
-    terms = ", ".join(f"{weight:g} {term}" for term, weight in phase.loss.items())
-    return f"{length} on {', '.join(phase.data)}, {source} ({terms})"
-
-
-WRITER_SNIPPET = """from transformers import {auto}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = {auto}.from_pretrained(".").eval()
-
-
-def answer(text, before={before!r}, after={after!r}):
-    prompt = tokenizer(before + text + after, add_special_tokens={special}, return_tensors="pt")
-    made = model.generate(**prompt, max_new_tokens={most}, do_sample=False)[0, {start}:]
-    return tokenizer.decode(made, skip_special_tokens=True).strip()
-
-
-print(answer({example!r}))"""
-
-
-def render_card(folder: Path, spec: StudentConfig, task: Task, about: dict[str, Any], said: pd.DataFrame) -> str:
-    """The card of the model in `folder`: what it is, how good, and code that uses it with `transformers` alone.
-
-    said: test rows (text, label, prediction, group); the first is the example. about["test"]: their scores. The
-    intervals are those of the report for one seed.
+    metadata: student, seed, parameters, bytes_on_disk, and in `test` the scores of :func:`score_predictions`.
+    predictions: test rows (text, label, prediction, group); the first is the example. dataset: the source of the test
+    rows by name, origin: by its file or `hub:owner/name`. base_model: the hub id of the model it starts from.
+    The intervals (95 %) are those of the report for one seed.
     """
-    example = said["text"].iloc[0]
-    snippet = CLASSIFIER_SNIPPET.format(example=example)
-    pipeline, auto, what = CARD_KINDS[spec.arch]
-    if spec.arch != "classifier":
-        mark = "\x00"
-        tokenizer = load_tokenizer(folder)
-        rendered = render_prompt(chat_turns(task, mark, spec.few_shot), tokenizer, spec.prompt)
-        before, _, after = rendered.partition(mark)
-    if task.kind == "qa":
-        causal = spec.arch == "causal"
-        snippet = WRITER_SNIPPET.format(
-            auto=auto,
-            before=before,
-            after=after,
-            special=spec.prompt == "plain" or not causal,
-            most=MAX_ANSWER_TOKENS,
-            start='prompt["input_ids"].shape[1]' if causal else 1,
-            example=example,
-        )
-    elif spec.arch != "classifier":
-        answers = [render_answer(task, name, spec.prompt) for name in task.names]
-        if all(ids[-1] == tokenizer.eos_token_id for ids in tokenize_labels(tokenizer, answers)):
-            answers = [answer + tokenizer.eos_token for answer in answers]
-        snippet = ANSWER_SNIPPET.format(
-            before=before,
-            after=after,
-            answers=answers,
-            labels=task.names,
-            special=spec.prompt == "plain" or spec.arch == "seq2seq",
-            example=example,
-            auto=auto,
-            logits=ANSWER_LOGITS[spec.arch],
-        )
+    text = predictions["text"].iloc[0]
     teachers = dict.fromkeys(name for phase in spec.phases for name in phase.teachers)
-    test = about["test"]
-    drawn = metrics.bootstrap_scores(said["label"].tolist(), said["prediction"].tolist(), task.names, said["group"])
-    free = task.kind == "qa"  # written answers are right or wrong: labels and certainty say nothing
-    lines = []
-    for name, samples in drawn.items():
-        low, high = metrics.interval(samples)
-        title = "exact match" if free else name.replace("_f1", "-F1")
-        if not free or name == "accuracy":
-            lines.append(f"| {title} | {100 * test[name]:.1f} % ({100 * low:.1f} to {100 * high:.1f}) |")
-    more = ("token_f1", "token_precision", "token_recall") if free else ("balanced_accuracy", "commonest_answer")
-    lines += [f"| {name.replace('_', ' ')} | {100 * test[name]:.1f} % |" for name in more]
-    lines += [] if free else [f"| {title} | {test[name]:.3f} |" for name, title in CARD_SCORES.items()]
-    per_label = [
-        f"| {label} | {' | '.join(f'{100 * row[k]:.1f} %' for k in ('precision', 'recall', 'specificity', 'f1'))} "
-        f"| {row['support']} |"
-        for label, row in test["labels"].items()
-    ]
-    phases = [f"{i}. {_describe_phase(phase)}" for i, phase in enumerate(spec.phases, 1)]
-    return CARD.format(
-        pipeline=pipeline,
-        student=about["student"],
-        what=what,
-        job="that writes answers to questions" if free else f"for the labels {', '.join(task.names)}",
-        teachers=", ".join(teachers) or "nobody: it learned from gold labels alone",
-        parameters=about["parameters"],
-        megabytes=about["bytes_on_disk"] / 1e6,
-        scores="\n".join(lines),
-        per_label="" if free else PER_LABEL.format(rows="\n".join(per_label)),
-        phases="\n".join(phases) or "Not at all: it is as it was built.",
-        rows=test["rows"],
-        seed=about["seed"],
-        snippet=snippet,
+    test, free = metadata["test"], task.kind == "qa"
+    card = ModelCard.from_template(
+        _card_data(spec, metadata, predictions["text"], free, dataset, origin, base_model),
+        template_path=str(TEMPLATES / "model_card.md.jinja"),
+        arch=spec.arch,
+        free=free,
+        **{key: metadata[key] for key in ("student", "seed", "parameters")},
+        megabytes=metadata["bytes_on_disk"] / 1e6,
+        labels={} if free else task.labels,
+        teachers=list(teachers),
+        phases=spec.phases,
+        splits=list(dict.fromkeys(split_ref for phase in spec.phases for split_ref in phase.data)),
+        dataset=dataset,
+        origin=origin,
+        training_time=None if train_seconds is None else human_duration(train_seconds),
+        test=test,
+        intervals=_intervals(predictions, task),
+        example=repr(text),
+        **_prompt_values(folder, spec, task),
     )
+    return str(card).rstrip() + "\n"
+
+
+def _card_data(
+    spec: StudentConfig,
+    metadata: dict[str, Any],
+    texts: pd.Series,
+    free: bool,
+    dataset: str,
+    origin: str,
+    base_model: str | None,
+) -> ModelCardData:
+    hub_id = origin.removeprefix(HUB).split("@")[0] if origin.startswith(HUB) else None
+    scores = {"exact_match": "accuracy"} if free else {"accuracy": "accuracy", "f1": "macro_f1"}
+    results = [
+        EvalResult(
+            task_type=PIPELINES[spec.arch],
+            dataset_type=hub_id or dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type=metric,
+            metric_name=name.replace("_f1", "-F1"),
+            metric_value=round(metadata["test"][name], 4),
+        )
+        for metric, name in scores.items()
+    ]
+    return ModelCardData(
+        model_name=metadata["student"],
+        library_name="transformers",
+        pipeline_tag=PIPELINES[spec.arch],
+        language="en" if _is_english(texts) else None,
+        tags=["knowledge-distillation" if any(phase.teachers for phase in spec.phases) else "fine-tuning"],
+        base_model=base_model,
+        datasets=hub_id and [hub_id],
+        eval_results=results,
+    )
+
+
+def _is_english(texts: pd.Series) -> bool:
+    """Whether at least half of the texts hold a frequent English word."""
+    return texts.map(lambda text: not ENGLISH_WORDS.isdisjoint(text.lower().split())).mean() >= 0.5
+
+
+def _intervals(predictions: pd.DataFrame, task: Task) -> dict[str, tuple[float, float]]:
+    columns = (predictions[column] for column in ("label", "prediction"))
+    drawn = metrics.bootstrap_scores(*(column.tolist() for column in columns), task.names, predictions["group"])
+    return {score: metrics.interval(samples) for score, samples in drawn.items()}
+
+
+def _prompt_values(folder: Path, spec: StudentConfig, task: Task) -> dict[str, Any]:
+    """The Python literals with which the card's code writes the prompt of a student; a classifier needs none."""
+    if spec.arch == "classifier":
+        return {}
+    mark = "\x00"
+    tokenizer = load_tokenizer(folder)
+    before, _, after = render_prompt(chat_turns(task, mark, spec.few_shot), tokenizer, spec.prompt).partition(mark)
+    values = {"before": repr(before), "after": repr(after)}
+    values["special_tokens"] = spec.prompt == "plain" or spec.arch == "seq2seq"
+    if task.kind == "qa":
+        return values | {"max_new_tokens": MAX_ANSWER_TOKENS}
+    answers = [render_answer(task, name, spec.prompt) for name in task.names]
+    if all(tokens[-1] == tokenizer.eos_token_id for tokens in tokenize_labels(tokenizer, answers)):
+        answers = [answer + tokenizer.eos_token for answer in answers]
+    return values | {"answers": repr(answers), "names": repr(task.names)}
 
 
 def write_cards(root: Path, params: Params) -> None:
@@ -206,15 +140,26 @@ def write_cards(root: Path, params: Params) -> None:
     missing.
     """
     for name, spec in params.students.items():
-        inputs = root / f"data/inputs/{name}"
+        inputs, source = root / f"data/inputs/{name}", params.test_source(name)
         task = Task.model_validate(json.loads((inputs / "experiment.json").read_text(encoding="utf-8"))["task"])
         test = pd.read_parquet(inputs / "test.parquet")
         for run in (f"{name}-{seed}" for seed in params.seeds):
             folder = root / "runs" / run
-            about = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            said = pd.read_parquet(folder / "predictions.parquet")
-            said = said[said["split"] == "test"].assign(text=test["text"].to_numpy(), group=test["group"].to_numpy())
-            card = render_card(folder / "model", spec, task, about, said)
+            metadata = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            timing = folder / "timing.json"
+            rows = pd.read_parquet(folder / "predictions.parquet")
+            rows = rows[rows["split"] == "test"].assign(text=test["text"].to_numpy(), group=test["group"].to_numpy())
+            card = render_card(
+                folder / "model",
+                spec,
+                task,
+                metadata,
+                rows,
+                dataset=source,
+                origin=params.data[source].source,
+                base_model=params.models[spec.model].hub,
+                train_seconds=json.loads(timing.read_text())["train_seconds"] if timing.exists() else None,
+            )
             for path in (root / f"reports/cards/{run}.md", folder / "model" / "README.md"):
                 with atomic_write(path) as scratch:
                     scratch.write_text(card, encoding="utf-8")

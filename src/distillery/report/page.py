@@ -1,4 +1,4 @@
-"""One page that says whether the gain is real, and the files of `reports/`."""
+"""The files of `reports/`: one page with the results and their trustworthiness, and the tables behind it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from distillery import metrics
 from distillery.evaluation.leaderboard import (
@@ -23,11 +22,14 @@ from distillery.evaluation.leaderboard import (
 )
 from distillery.evaluation.results import ERROR_KINDS, TRAINED_ROLES, Results
 from distillery.evaluation.rows import disagreements
-from distillery.evaluation.speed import LATENCY_ROWS, Measurements
+from distillery.evaluation.speed import LATENCY_ROWS, WARM_UP_ROWS, Measurements
 from distillery.files import atomic_write
-from distillery.report.figures import all_figures, figure_svg, inline_svg, reliability_table, score_table
+from distillery.report.environment import ENVIRONMENT
+from distillery.report.figures import all_figures
 from distillery.report.sentences import describe_result
-from distillery.report.wording import human_count, human_duration, human_milliseconds, percent, percentage_points
+from distillery.report.svg import figure_svg, inline_svg
+from distillery.report.tables import reliability_table, score_table
+from distillery.report.wording import human_count, percent, percentage_points
 
 LIBRARIES = (
     "torch",
@@ -42,43 +44,42 @@ LIBRARIES = (
     "papermill",
 )
 
-
 MAX_BROWSER_ROWS = 1000  # rows of the error browser: keeps the page under 3 MB
-
 
 MAX_TEXT_CHARACTERS = 500  # characters of a text or rationale shown there
 
+LONG_TEXTS = ("text", "rationale", "teacher_rationale", "accepted", "student_answer", "teacher_answer")
+
 
 def write_report(root: Path, results: Results, board: pd.DataFrame, measured: Measurements | None = None) -> None:
-    """Make `reports/`: leaderboard.csv, metrics.json, timing.json, figures/, plots/ and index.html.
+    """Write `reports/`: leaderboard.csv, metrics.json, timing.json, figures/, plots/ and index.html.
 
     `metrics.json` holds no wall-clock figure and is the same, byte for byte, for the same runs.
     Raises UserError when the disk is full.
     """
     folder, head, measured = root / "reports", results.headline, measured or Measurements()
-    pictures = {name: figure_svg(figure) for name, figure in all_figures(results, board).items()}
+    figures = {name: figure_svg(figure) for name, figure in all_figures(results, board).items()}
     timing = {"models": measured.timing, "rows": results.params.evaluate.throughput_rows}
     timing |= {"latency_rows": LATENCY_ROWS, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    gold = results.tests[head.source]["label"]
-    first = pd.DataFrame({"actual": gold, "predicted": head.predictions[0]})
-    numbers = summarize(results, board)
+    summary = summarize(results, board)
     if len(measured.robustness):
-        mine = measured.robustness[measured.robustness["model"] == head.name].set_index("change")
-        numbers["kept_when_rewritten"] = mine["kept"].round(6).to_dict()
-    texts = {
+        robustness = measured.robustness[measured.robustness["model"] == head.name].set_index("perturbation")
+        summary["consistency"] = robustness["consistency"].round(6).to_dict()
+    predictions = pd.DataFrame({"label": results.tests[head.source]["label"], "prediction": head.predictions[0]})
+    files = {
         "leaderboard.csv": board.to_csv(index=False),
-        "metrics.json": _json(numbers),
+        "metrics.json": _json(summary),
         "timing.json": _json(timing),
         "plots/history.csv": results.history.to_csv(index=False),
-        "plots/predictions.csv": first.to_csv(index=False),
+        "plots/predictions.csv": predictions.to_csv(index=False),
         "plots/scores.csv": score_table(board).to_csv(index=False),
         "plots/reliability.csv": reliability_table(results).to_csv(index=False),
-        "index.html": render_page(root, results, board, pictures, measured),
+        "index.html": render_page(root, results, board, figures, measured),
     }
     if results.params.recipe:
-        texts["plots/published.csv"] = compare_with_published(results.params, board).to_csv(index=False)
-    texts |= {f"figures/{name}.svg": text for name, text in pictures.items()}
-    for name, text in texts.items():
+        files["plots/published.csv"] = compare_with_published(results.params, board).to_csv(index=False)
+    files |= {f"figures/{name}.svg": text for name, text in figures.items()}
+    for name, text in files.items():
         with atomic_write(folder / name) as path:
             path.write_text(text, encoding="utf-8")
 
@@ -87,46 +88,19 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
-def _short(text: Any) -> str:
-    text = "" if text is None or text is pd.NA or text != text else str(text)
-    return text if len(text) <= MAX_TEXT_CHARACTERS else text[: MAX_TEXT_CHARACTERS - 1] + "…"
-
-
 def render_page(
-    root: Path, results: Results, board: pd.DataFrame, pictures: dict[str, str], measured: Measurements
+    root: Path, results: Results, board: pd.DataFrame, figures: dict[str, str], measured: Measurements
 ) -> str:
-    """The self-contained page: no network, every text of the data escaped."""
-    browse = disagreements(results)
-    errors = browse.head(MAX_BROWSER_ROWS).copy()
-    for column in {"text", "rationale", "teacher_rationale", "accepted", "student_written", "teacher_written"} & set(
-        errors
-    ):
-        errors[column] = [_short(text) for text in errors[column]]
+    """The self-contained page: no network, every text of the data escaped. figures: name -> SVG text."""
     rows = board.astype(object).where(board.notna(), None).to_dict("records")
-    span = max(0.0, board["accuracy_low"].min() - 0.03), min(1.0, board["accuracy_high"].max() + 0.03)
-    head = results.headline
-    speaks_of = {line.name for line in results.compared}
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": percent,
-        "points": percentage_points,
-        "count": human_count,
-        "ms": human_milliseconds,
-        "duration": human_duration,
-    }
-    yaml = root / "params.yaml"
-    return environment.get_template("report.html").render(
-        answer=describe_result(results, board),
-        warnings=[c for c in results.checks if not c.passed and (not c.about or speaks_of & set(c.about))],
+    head, compared = results.headline, [result.name for result in results.compared]
+    params_file = root / "params.yaml"
+    return ENVIRONMENT.get_template("report.html").render(
+        description=describe_result(results, board),
+        warnings=[c for c in results.checks if not c.passed and (not c.models or {*compared} & {*c.models})],
         checks=sorted(results.checks, key=lambda check: check.passed),
         board=rows,
-        span=span,
+        span=(max(0.0, board["accuracy_low"].min() - 0.03), min(1.0, board["accuracy_high"].max() + 0.03)),
         headline=head.name,
         control=head.control,
         teacher=results.teacher_of(head),
@@ -136,24 +110,42 @@ def render_page(
         level=f"{100 * results.params.evaluate.confidence:g} %",
         comparisons=count_comparisons(board),
         trained=[row for row in rows if row["role"] in TRAINED_ROLES],
-        shown=[line.name for line in results.compared],
+        compared=compared,
         timed=bool(measured.timing),
-        legs=group_records(phase_accuracies(root, results).astype(object), "model"),
+        warm_up_rows=WARM_UP_ROWS,
+        phases=group_records(phase_accuracies(root, results).astype(object), "model"),
         closeness=group_records(teacher_closeness(results), "model"),
         recipe=results.params.recipe,
         published=compare_with_published(results.params, board).astype(object).to_dict("records"),
-        rewritten=group_records(measured.robustness, "change"),
-        examples=group_records(measured.examples, "change"),
-        pictures={name: inline_svg(name, text) for name, text in pictures.items()},
-        errors=errors.to_dict("records"),
-        kinds={kind: int(n) for kind in ERROR_KINDS if (n := (errors["kind"] == kind).sum())},
-        left_out=len(browse) - len(errors),
+        robustness=group_records(measured.robustness, "perturbation"),
+        examples=group_records(measured.examples, "perturbation"),
+        figures={name: inline_svg(name, text) for name, text in figures.items()},
         audits=results.audits,
         counts=results.counts,
         augmented=results.params.augment,
-        params=yaml.read_text(encoding="utf-8") if yaml.exists() else "",
+        params=params_file.read_text(encoding="utf-8") if params_file.exists() else "",
         versions=library_versions(),
+        **_browser_rows(results),
     )
+
+
+def _browser_rows(results: Results) -> dict[str, Any]:
+    """The test rows of the page, their number by kind, and how many are left out."""
+    every = disagreements(results)
+    rows = every.head(MAX_BROWSER_ROWS).copy()
+    for column in rows.columns.intersection(LONG_TEXTS):
+        rows[column] = [_shorten(text) for text in rows[column]]
+    counts = {kind: int((rows["kind"] == kind).sum()) for kind in ERROR_KINDS}
+    return {
+        "rows": rows.to_dict("records"),
+        "kinds": {kind: number for kind, number in counts.items() if number},
+        "left_out": len(every) - len(rows),
+    }
+
+
+def _shorten(text: Any) -> str:
+    text = "" if pd.isna(text) else str(text)
+    return text if len(text) <= MAX_TEXT_CHARACTERS else text[: MAX_TEXT_CHARACTERS - 1] + "…"
 
 
 def group_records(rows: pd.DataFrame, key: str) -> dict[str, list[dict[str, Any]]]:
@@ -163,13 +155,13 @@ def group_records(rows: pd.DataFrame, key: str) -> dict[str, list[dict[str, Any]
 
 def library_versions() -> dict[str, str]:
     """Python, the machine and the libraries that decide the numbers."""
-    out = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    versions = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     for name in LIBRARIES:
         try:
-            out[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return out
+    return versions
 
 
 def leaderboard_markdown(board: pd.DataFrame) -> str:

@@ -1,158 +1,171 @@
-"""The result in words, all of it from the numbers."""
+"""The result in words: the facts are computed here, `templates/sentences.md.jinja` puts them into sentences."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 
+from distillery.config.references import control_differences
 from distillery.evaluation.leaderboard import count_comparisons
-from distillery.evaluation.results import Results
-from distillery.report.wording import (
-    human_count,
-    human_milliseconds,
-    human_ratio,
-    interval_text,
-    percent,
-    percentage_points,
-)
+from distillery.evaluation.results import ModelResult, Results
+from distillery.report.environment import ENVIRONMENT
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The headline beside another model on the same test rows; accuracies and differences are shares in [0, 1]."""
+
+    name: str
+    teachers: list[str]  # of the other model
+    accuracy: float  # of the other model
+    verdict: str  # of the headline: better, worse or no evidence
+    difference: float  # the headline's accuracy minus the other's
+    low: float
+    high: float
+    p: float
+    detectable: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that the sentences are made of. None: not known, or there is no such model."""
+
+    name: str
+    teachers: list[str]  # that the headline learned from
+    accuracy: float
+    low: float
+    high: float
+    rows: int  # test rows
+    unit: str  # of a test row
+    level: str  # of the intervals
+    seeds: int
+    comparisons: int
+    control: Comparison | None
+    unmatched_control: str | None  # a control that is scored on other test rows
+    differences: list[str]  # of student and control besides the teacher's signal, each `name: value and value`
+    teacher: Comparison | None
+    parameters: int | None
+    teacher_parameters: int | None
+    size_ratio: float | None  # parameters of the teacher to those of the student
+    speed: float | None  # sentences a second
+    teacher_speed: float | None
+    speed_ratio: float | None  # speed of the student to that of the teacher
+    latency: float | None  # milliseconds for one sentence, median
+    teacher_latency: float | None
+    baselines: list[tuple[str, float]]  # accuracy of what needs no training
+    beats_majority: bool
 
 
 def describe_result(results: Results, board: pd.DataFrame) -> dict[str, Any]:
-    """The result in words: `title`, `sentences`, `tiles` (value, label, note, tone), all of it from the numbers.
+    """The result in words: `title`, `sentences`, `tiles` (value, label, note, tone).
 
-    It must read right whatever came out: a student that is worse, one seed, no teacher, no control, no augmentation.
+    board: as returned by :func:`leaderboard`.
     """
-    params, e = results.params, results.params.evaluate
-    head = results.headline
-    lines = board.set_index("model")
-    row, teacher, control = lines.loc[head.name], results.teacher_of(head), results.find(head.control)
-    level, n, name = f"{100 * e.confidence:g} %", len(results.tests[head.source]), head.name
-    accuracy = f"{percent(row['accuracy'])} ({level} interval {percent(row['accuracy_low'])} to "
-    accuracy += f"{percent(row['accuracy_high'])})"
-    tiles, sentences, claims = [], [], []
+    return render_facts(result_facts(results, board))
 
-    # What it is, and what it saves.
-    if teacher is None:
-        sentences.append(f"{name} ({human_count(head.parameters)} parameters) was trained without a teacher.")
-    else:
-        what = f"{name} ({human_count(head.parameters)} parameters) was distilled from {teacher.name} "
-        what += f"({human_count(teacher.parameters)})"
-        if head.parameters and teacher.parameters:
-            ratio = teacher.parameters / head.parameters
-            smaller = (
-                f"{human_ratio(ratio)} times smaller" if ratio >= 1.05 else f"{human_ratio(1 / ratio)} times larger"
-            )
-            smaller = "of the same size" if 1 / 1.05 < ratio < 1.05 else smaller
-            what += f" and is {smaller}"
-            claims.append(smaller)
-            note = f"{human_count(head.parameters)} against {human_count(teacher.parameters)} parameters"
-            if 1 / 1.05 < ratio < 1.05:
-                tiles.append(("same size", "as its teacher", note, ""))
-            else:
-                value = f"{human_ratio(max(ratio, 1 / ratio))}×"
-                tiles.append((value, "smaller" if ratio > 1 else "larger", note, "good" if ratio > 1 else "bad"))
-        mine, its = row["sentences_per_second"], lines.loc[teacher.name, "sentences_per_second"]
-        if pd.notna(mine) and pd.notna(its):
-            ratio = mine / its
-            fast = f"{human_ratio(ratio)} times as fast" if ratio >= 1.05 else f"{human_ratio(1 / ratio)} times slower"
-            fast = "equally fast" if 1 / 1.05 < ratio < 1.05 else fast
-            note = f"{mine:,.0f} against {its:,.0f} sentences a second"
-            what += f"; side by side on one machine it is {fast} ({note})"
-            alone = row["latency_p50_ms"], lines.loc[teacher.name, "latency_p50_ms"]
-            if all(pd.notna(ms) for ms in alone):
-                what += f" and answers a single one in {human_milliseconds(alone[0])} ({human_milliseconds(alone[1])})"
-            claims.append(fast)
-            value = f"{human_ratio(max(ratio, 1 / ratio))}×"
-            tiles.append((value, "faster" if ratio >= 1 else "slower", note, "good" if ratio > 1.05 else "bad"))
-        sentences.append(what + ".")
 
-    # What it costs.
-    tiles.append((percent(row["accuracy"]), "accuracy", f"{level} interval {100 * row['accuracy_low']:.1f} to "
-                  f"{percent(row['accuracy_high'])}", ""))  # fmt: skip
-    text = f"On {n:,} test sentences it is right on {accuracy}"
-    if teacher is not None:
-        verdict, d = row["teacher_verdict"], {k: row[f"teacher_difference_{k}"] for k in ("low", "high")}
-        d["mean"] = row["teacher_difference"]
-        text += f", its teacher on {percent(lines.loc[teacher.name, 'accuracy'])}"
-        if verdict == "worse":
-            given = {"low": -d["high"], "high": -d["low"]}
-            text += f": it gives up {100 * -d['mean']:.1f} points ({interval_text(given, sign='')})."
-            claims.append(f"{100 * -d['mean']:.1f} points less accurate")
-        elif verdict == "better":
-            text += f": it is {100 * d['mean']:.1f} points better than its teacher ({interval_text(d, sign='')})."
-            claims.append(f"{100 * d['mean']:.1f} points more accurate")
-        else:
-            text += (
-                f": the difference of {percentage_points(d['mean'])} points ({interval_text(d)}) is within what chance "
-            )
-            text += "explains; "
-            text += f"one of about {100 * row['teacher_detectable']:.1f} would have shown."
-            claims.append("no evidence that it is less accurate" if d["mean"] < 0 else "about as accurate")
-    else:
-        text += "."
-    sentences.append(text)
+def render_facts(facts: Facts) -> dict[str, Any]:
+    """`facts` in words, see :func:`describe_result`."""
+    words = ENVIRONMENT.get_template("sentences.md.jinja").make_module(asdict(facts))
+    paragraphs = (" ".join(text.split()) for text in words.sentences().split("\n\n"))
+    tiles = [line.split(" | ") for line in words.tiles().splitlines() if line]
+    return {
+        "title": " ".join(words.title().split()),
+        "sentences": [text for text in paragraphs if text],
+        "tiles": [dict(zip(("value", "label", "note", "tone"), tile, strict=True)) for tile in tiles],
+    }
 
-    # Is it real.
-    if control is None:
-        sentences.append("It names no control, so nothing here shows what its way of training contributed.")
-    else:
-        verdict, mean = row["verdict"], row["difference"]
-        d = {"low": row["difference_low"], "high": row["difference_high"]}
-        taught = any(phase.teachers for phase in params.students[control.key].phases)
-        text = f"Its control {control.name}{'' if taught else ', which had no teacher,'} reaches "
-        text += f"{percent(lines.loc[control.name, 'accuracy'])}. "
-        number = count_comparisons(board)
-        p = f"p {'= ' + format(row['p'], '.3f') if row['p'] >= 0.0005 else '< 0.001'}" + (
-            f" after Holm's correction for {number} comparisons" if number > 1 else ""
-        )
-        interval = f"{level} interval {interval_text(d)}; {p}"
-        tone = {"better": "good", "worse": "bad"}.get(verdict, "")
-        once = len(params.seeds) == 1  # then the runs themselves may have been lucky
-        if verdict == "better":
-            real = "more than the choice of test rows explains" if once else "real"
-            text += f"The gain of {100 * mean:.1f} points is {real} ({interval})."
-        elif verdict == "worse":
-            text += f"The student is {100 * -mean:.1f} points worse, "
-            text += (
-                f"{'more than the choice of test rows explains' if once else 'and that is no accident'} ({interval})."
-            )
-        else:
-            text += (
-                f"The difference of {percentage_points(mean)} points is no evidence of a gain or a loss ({interval}): "
-            )
-            text += f"only a true difference of about {100 * row['detectable']:.1f} points would have shown here."
-        sentences.append(text)
-        label = {"better": "a gain" if once else "a real gain", "worse": "worse"}.get(verdict, "no evidence of a gain")
-        tiles.append(
-            (
-                f"{percentage_points(mean)} points",
-                f"{label} over {control.name}",
-                f"{level} interval {interval_text(d)}",
-                tone,
-            )
-        )
-    if len(params.seeds) == 1:
-        sentences.append(
-            "Each student was trained once: the intervals speak of other test rows, not of other random seeds."
-        )
-    else:
-        text = f"Scores are means of {len(params.seeds)} training runs a student. "
-        sentences.append(text + "The intervals draw near-duplicates together, and training runs with them.")
 
-    # What would have been had for nothing.
-    always = [s.name for s in results.models if s.role == "majority" and s.source == head.source]
-    given = [f"{name} is right on {percent(lines.loc[name, 'accuracy'])}" for name in always]
-    untrained = [s for s in results.models if s.role == "untrained" and s.source == head.source]
-    same = [s for s in untrained if params.students[s.key].init == params.students[head.key].init]
-    same = [s for s in same if params.students[s.key].model == params.students[head.key].model]
-    if same:
-        before = percent(lines.loc[same[0].name, "accuracy"])
-        given.append(f"the untrained student on {before}" if given else f"the untrained student is right on {before}")
-    if given:
-        nothing = any(row["accuracy"] <= lines.loc[name, "accuracy"] for name in always)
-        told = ": the student has learned nothing that beats the commonest answer" if nothing else ""
-        sentences.append(f"For comparison, {', '.join(given)}{told}.")
-    keys = ("value", "label", "note", "tone")
-    title = f"{name} beside {teacher.name}: {', '.join(claims)}" if teacher else f"{name}: {accuracy}"
-    return {"title": title, "sentences": sentences, "tiles": [dict(zip(keys, t, strict=True)) for t in tiles]}
+def result_facts(results: Results, board: pd.DataFrame) -> Facts:
+    """The facts about the headline in `board`, see :func:`describe_result`."""
+    params, head = results.params, results.headline
+    rows = board.set_index("model")
+    row, teacher, control = rows.loc[head.name], results.teacher_of(head), results.find(head.control)
+    matched = control is not None and control.source == head.source
+    teacher_row = None if teacher is None else rows.loc[teacher.name]
+    majority = [m.name for m in results.models if m.role == "majority" and m.source == head.source]
+    baselines = [(name, rows.loc[name, "accuracy"]) for name in majority]
+    untrained = _untrained(results)
+    if untrained is not None:
+        baselines.append(("the untrained student", rows.loc[untrained.name, "accuracy"]))
+    return Facts(
+        name=head.name,
+        teachers=_teachers(results, head),
+        accuracy=row["accuracy"],
+        low=row["accuracy_low"],
+        high=row["accuracy_high"],
+        rows=len(results.tests[head.source]),
+        unit="questions" if results.tasks[head.source].kind == "qa" else "sentences",
+        level=f"{100 * params.evaluate.confidence:g} %",
+        seeds=len(params.seeds),
+        comparisons=count_comparisons(board),
+        control=_comparison(results, rows, control, "") if matched else None,
+        unmatched_control=None if control is None or matched else control.name,
+        differences=_differences(results, control) if matched else [],
+        teacher=None if teacher is None else _comparison(results, rows, teacher, "teacher_"),
+        parameters=head.parameters,
+        teacher_parameters=None if teacher is None else teacher.parameters,
+        size_ratio=None if teacher is None else _ratio(teacher.parameters, head.parameters),
+        speed=_known(row, "sentences_per_second"),
+        teacher_speed=_known(teacher_row, "sentences_per_second"),
+        speed_ratio=_ratio(_known(row, "sentences_per_second"), _known(teacher_row, "sentences_per_second")),
+        latency=_known(row, "latency_p50_ms"),
+        teacher_latency=_known(teacher_row, "latency_p50_ms"),
+        baselines=baselines,
+        beats_majority=all(row["accuracy"] > rows.loc[name, "accuracy"] for name in majority),
+    )
+
+
+def _comparison(results: Results, rows: pd.DataFrame, other: ModelResult, prefix: str) -> Comparison:
+    row = rows.loc[results.headline.name]
+    return Comparison(
+        name=other.name,
+        teachers=_teachers(results, other),
+        accuracy=rows.loc[other.name, "accuracy"],
+        verdict=row[f"{prefix}verdict"],
+        difference=row[f"{prefix}difference"],
+        low=row[f"{prefix}difference_low"],
+        high=row[f"{prefix}difference_high"],
+        p=row[f"{prefix}p"],
+        detectable=row[f"{prefix}detectable"],
+    )
+
+
+def _teachers(results: Results, result: ModelResult) -> list[str]:
+    """The teachers that `result` learned from, by their names in params."""
+    spec = results.params.students.get(result.key) if result.role != "teacher" else None
+    return list(dict.fromkeys(name for phase in spec.phases for name in phase.teachers)) if spec else []
+
+
+def _differences(results: Results, control: ModelResult) -> list[str]:
+    """The training rows of headline and control where they differ, then their settings, with phases counted from 1."""
+    params, head = results.params, results.headline
+    rows = [
+        list(dict.fromkeys(split_ref for phase in params.students[model.key].phases for split_ref in phase.data))
+        for model in (head, control)
+    ]
+    differences = [] if set(rows[0]) == set(rows[1]) else [f"training rows: {' and '.join(map(', '.join, rows))}"]
+    for setting in control_differences(params, head.key):
+        setting = re.sub(r"^phases:", "number of phases:", setting)
+        setting = re.sub(r"^phases\.\*\.([^:]+)", r"\1 of the phases", setting)
+        differences.append(re.sub(r"^phases\.(\d+)\.([^:]+)", lambda m: f"{m[2]} of phase {int(m[1]) + 1}", setting))
+    return differences
+
+
+def _untrained(results: Results) -> ModelResult | None:
+    """The untrained model that the headline starts from."""
+    head, students = results.headline, results.params.students
+    start = students[head.key].init, students[head.key].model
+    untrained = (m for m in results.models if m.role == "untrained" and m.source == head.source)
+    return next((m for m in untrained if (students[m.key].init, students[m.key].model) == start), None)
+
+
+def _known(row: pd.Series | None, column: str) -> float | None:
+    return None if row is None or pd.isna(row[column]) else float(row[column])
+
+
+def _ratio(numerator: float | None, denominator: float | None) -> float | None:
+    return numerator / denominator if numerator and denominator else None

@@ -1,21 +1,21 @@
-"""Numbers as people write them."""
+"""Numbers in the form that people read."""
 
 from __future__ import annotations
 
 import pandas as pd
 
 
-def percent(x: float) -> str:
-    return f"{100 * x:.1f} %"
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
-def percentage_points(x: float, sign: str = "+") -> str:
+def percentage_points(difference: float, sign: str = "+") -> str:
     """A difference of shares in percentage points; a gain bears `sign`."""
-    return f"{100 * x:{sign}.1f}".replace("-", "\N{MINUS SIGN}")
+    return f"{100 * difference:{sign}.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def human_count(n: float | None) -> str:
-    """A number of parameters as people say it: 17.1 M."""
+    """A number of parameters: 17.1 M."""
     if n is None or pd.isna(n):
         return "–"
     for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
@@ -25,7 +25,7 @@ def human_count(n: float | None) -> str:
 
 
 def human_duration(seconds: float) -> str:
-    """As people say it: 41 s, 2 min 5 s, 3 h 20 min."""
+    """41 s, 2 min 5 s, 3 h 20 min."""
     for size, below, unit, smaller in ((3600, 60, "h", "min"), (60, 1, "min", "s")):
         if seconds >= size:
             return f"{int(seconds // size)} {unit} {int(seconds % size // below)} {smaller}"
@@ -36,9 +36,9 @@ def human_ratio(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 20 else f"{ratio:.1f}"
 
 
-def human_milliseconds(x: float) -> str:
-    return f"{x:.0f} ms" if x >= 10 else f"{x:.1f} ms"
+def human_milliseconds(milliseconds: float) -> str:
+    return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.1f} ms"
 
 
-def interval_text(d: dict[str, float], sign: str = "+") -> str:
-    return f"{percentage_points(d['low'], sign)} to {percentage_points(d['high'], sign)}"
+def p_value(p: float) -> str:
+    return f"p = {p:.3f}" if p >= 0.0005 else "p < 0.001"

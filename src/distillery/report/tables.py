@@ -1,0 +1,37 @@
+"""The tables behind figures and `dvc plots`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from distillery import metrics
+from distillery.evaluation.results import ModelResult, Results
+
+MIN_BIN_ROWS = 10  # a bin of fewer rows is left out: its accuracy is noise
+
+
+def score_table(board: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy and macro-F1 of every model, a row each: model, role, score, value, and the interval low, high."""
+    parts = [
+        board[["model", "role"]].assign(score=s, value=board[s], low=board[f"{s}_low"], high=board[f"{s}_high"])
+        for s in metrics.SCORES
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def reliability_table(results: Results) -> pd.DataFrame:
+    """Model, confidence, accuracy and rows of each bin of predictions: the headline, its control and its teacher."""
+    parts = []
+    for result in results.compared:
+        label, p = pooled_predictions(results, result)
+        bins = metrics.calibration(label, p, bins=10)
+        rows = pd.DataFrame({key: bins[key] for key in ("confidence", "accuracy", "rows")})
+        parts.append(rows[rows["rows"] >= MIN_BIN_ROWS].assign(model=result.name))
+    return pd.concat(parts, ignore_index=True)[["model", "confidence", "accuracy", "rows"]]
+
+
+def pooled_predictions(results: Results, result: ModelResult) -> tuple[np.ndarray, np.ndarray]:
+    """The test rows of all seeds of `result` in one: indices of their labels [seeds * rows], probabilities [.., K]."""
+    label = metrics.encode_labels(results.tests[result.source]["label"], results.labels[result.source])
+    return np.tile(label, len(result.probabilities)), np.concatenate(result.probabilities)

@@ -1,0 +1,564 @@
+"""Scores, comparisons, checks, rows and speed, on a finished experiment with invented runs."""
+
+import json
+import re
+import shutil
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn import metrics as sk
+
+from distillery import metrics
+from distillery.config.load import load_params
+from distillery.config.schema import Params, PublishedScores
+from distillery.data.storage import read_split, read_task
+from distillery.errors import UserError
+from distillery.evaluation import speed
+from distillery.evaluation.checks import find_shortcuts
+from distillery.evaluation.gather import UNPARSABLE, gather_results
+from distillery.evaluation.leaderboard import (
+    compare_accuracy,
+    compare_with_published,
+    leaderboard,
+    phase_accuracies,
+    teacher_closeness,
+)
+from distillery.evaluation.results import ModelResult
+from distillery.evaluation.robustness import rewrite_test_rows
+from distillery.evaluation.rows import disagreements, sample_rows
+from distillery.evaluation.speed import latency, measure_models, peak_memory, throughput
+from distillery.models.save import save_model
+from distillery.training.student import build_student, load_student
+from report_project import (
+    LABELS,
+    evaluate,
+    experiment,
+    finished_project,
+    invented_measurements,
+    prediction_table,
+    qa_project,
+    write_file,
+    write_project,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return finished_project(tmp_path_factory.mktemp("project"))
+
+
+# ------------------------------------------------------------------------------- scores
+
+
+def test_scores_are_those_of_the_runs(finished):
+    root, params, _, board = finished
+    test = read_split(root / "data/processed/demo", "test").set_index("id")["label"]
+    teacher = pd.read_parquet(root / "data/teacher/big/signals.parquet").set_index("id").loc[test.index]
+    for name in params.students:
+        runs = [pd.read_parquet(root / f"runs/{name}-{seed}/predictions.parquet") for seed in params.seeds]
+        runs = [r.set_index("id").loc[test.index] for r in runs]
+        row = board.loc[name]
+        divergences = [
+            metrics.kl_divergence(np.stack(teacher["probabilities"]), np.stack(r["probabilities"])).mean() for r in runs
+        ]
+        expected = {
+            "accuracy": np.mean([sk.accuracy_score(test, r["prediction"]) for r in runs]),
+            "macro_f1": np.mean([sk.f1_score(test, r["prediction"], average="macro") for r in runs]),
+            "recall_down": np.mean([sk.recall_score(test == "down", r["prediction"] == "down") for r in runs]),
+            "agreement_with_teacher": np.mean([(r["prediction"] == teacher["label"]).mean() for r in runs]),
+            "kl_to_teacher": np.mean(divergences),
+        }
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value), (name, key)
+        assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
+        assert (row["parameters"], row["megabytes"], row["seeds"]) == (17_000_000, 34.0, 2)
+        assert (row["trainable"], row["train_seconds"], row["training_mb"]) == (16_000_000, 61.5, 901)
+    assert board.loc["big", "accuracy"] == pytest.approx(sk.accuracy_score(test, teacher["label"]))
+
+
+def test_closeness_to_each_teacher(tmp_path):
+    spec = experiment()
+    spec["teachers"]["second"] = spec["teachers"]["big"]
+    results, board = evaluate(tmp_path, write_project(tmp_path, spec, accuracy={"second": 0.6}))
+    close = teacher_closeness(results).set_index(["model", "teacher"])
+    students = results.params.students
+    assert len(close) == 2 * (len(students) + 2)  # three students, two of them untrained
+    for name in students:
+        assert close.loc[(name, "big"), "agreement"] == pytest.approx(board.loc[name, "agreement_with_teacher"])
+        assert close.loc[(name, "big"), "kl"] == pytest.approx(board.loc[name, "kl_to_teacher"])
+    second = results.signals["second", "demo"]["prediction"].to_numpy(object)
+    assert close.loc[("other", "second"), "agreement"] == (results.find("other").predictions == second).mean()
+
+
+def test_every_role_has_its_row(finished):
+    _, _, _, board = finished
+    # tiny-kd and tiny-gold start from one model: one untrained row for both
+    roles = {"tiny-kd": "student", "tiny-gold": "control", "other": "student", "big": "teacher"}
+    roles |= {"tiny-kd, untrained": "untrained", "other, untrained": "untrained"}
+    majority = [m for m in board.index if m.startswith("always ")]
+    assert len(majority) == 1
+    assert board["role"].to_dict() == roles | {majority[0]: "majority"}
+    assert board["accuracy"].is_monotonic_decreasing
+
+
+def test_a_teacher_with_the_name_of_a_student(tmp_path):
+    spec = experiment()
+    spec["teachers"] = {"other": spec["teachers"]["big"]}
+    spec["augment"]["teacher"] = "other"
+    for name in ("tiny-kd", "other"):
+        spec["students"][name]["phases"][0]["teachers"] = ["other"]
+    _, board = evaluate(tmp_path, write_project(tmp_path, spec))
+    assert board.index.is_unique
+    assert board.loc["other", "role"] == "student" and board.loc["other, teacher", "role"] == "teacher"
+
+
+def test_free_answers_have_no_majority_label(tmp_path):
+    """Their labels are verdicts, right or wrong: no model can always answer "right"."""
+    results, board = evaluate(tmp_path, qa_project(tmp_path))
+    assert "majority" not in set(board["role"]) and not failed_checks(results, "shortcut")
+    assert board.loc["tiny-kd", "verdict"] == "no evidence" and board["difference"].notna().sum() == 1
+
+
+def test_accuracy_after_each_phase(finished):
+    root, params, results, _ = finished
+    label = read_split(root / "data/processed/demo", "validation").set_index("id")["label"]
+    table = phase_accuracies(root, results).set_index(["model", "after phase"])
+    for name in params.students:
+        runs = [pd.read_parquet(root / f"runs/{name}-{seed}/phases.parquet") for seed in params.seeds]
+        for phase in (0, 1):
+            rows = [run[(run["split"] == "validation") & (run["phase"] == phase)].set_index("id") for run in runs]
+            accuracy = np.mean([(run["prediction"] == label.loc[run.index]).mean() for run in rows])
+            assert table.loc[(name, phase), "accuracy"] == pytest.approx(accuracy)
+        gain = table.loc[(name, 1), "accuracy"] - table.loc[(name, 0), "accuracy"]
+        assert table.loc[(name, 1), "gain"] == pytest.approx(gain) and np.isnan(table.loc[(name, 0), "gain"])
+
+
+def test_a_removed_student_vanishes(finished, tmp_path):
+    params = write_project(tmp_path)
+    spec = experiment()
+    del spec["students"]["other"]
+    write_file(tmp_path / "params.yaml", json.dumps(spec))
+    assert (tmp_path / "runs/other-0").exists()
+    _, board = evaluate(tmp_path, load_params(tmp_path / "params.yaml"))
+    assert not [m for m in board.index if "other" in m]
+    assert "other" in params.students and "other" in finished[3].index
+
+
+def test_a_missing_or_stale_run_is_an_error_of_one_line(tmp_path):
+    params = write_project(tmp_path)
+    path = tmp_path / "runs/other-1/predictions.parquet"
+    rows = pd.read_parquet(path)
+    rows.head(5).to_parquet(path)
+    with pytest.raises(UserError, match=r"^runs/other-1/predictions.parquet: other test rows than data/processed has"):
+        gather_results(tmp_path, params)
+    path.unlink()
+    with pytest.raises(UserError, match=r"^runs/other-1/predictions.parquet: no such file"):
+        gather_results(tmp_path, params)
+
+
+def test_published_scores_beside_those_of_the_run(finished, tmp_path):
+    published = [
+        {"model": "tiny-kd", "scores": {"accuracy": 0.9, "macro_f1": 0.8}, "note": "one seed"},
+        {"model": "gone", "scores": {"accuracy": 0.7}},
+    ]
+    recipe = {"source": "a paper & its code.", "published": published, "differences": ["other <rows>"]}
+    params = write_project(tmp_path, experiment(recipe=recipe))
+    _, board = evaluate(tmp_path, params)
+    table = pd.read_csv(tmp_path / "reports/plots/published.csv")
+    assert table["published"].tolist() == [0.9, 0.8, 0.7]
+    scores = board.loc["tiny-kd", ["accuracy", "accuracy_low", "accuracy_high"]].tolist()
+    assert table.loc[0, ["this run", "low", "high"]].tolist() == pytest.approx(scores)
+    assert table.loc[1, "this run"] == pytest.approx(board.loc["tiny-kd", "macro_f1"])
+    assert pd.isna(table.loc[2, "this run"])
+    page = (tmp_path / "reports/index.html").read_text(encoding="utf-8")
+    part = page[page.index('<h2 id="published">') : page.index('<h2 id="figures">')]
+    assert "a paper &amp; its code. A dash" in part and "other &lt;rows&gt;" in part and "one seed" in part
+    assert f"<td>0.9000</td><td>{board.loc['tiny-kd', 'accuracy']:.4f}<small>" in part and "<td>–</td>" in part
+    # a teacher has a row for each of several sources: the headline's counts
+    recipe = params.recipe.model_copy(update={"published": [PublishedScores(model="big", scores={"accuracy": 0.9})]})
+    rows = pd.DataFrame({"model": ["big on demo", "big on other"], "accuracy": [0.5, 0.1]})
+    assert compare_with_published(params.model_copy(update={"recipe": recipe}), rows)["this run"].tolist() == [0.5]
+    # no recipe, no table
+    assert not (finished[0] / "reports/plots/published.csv").exists()
+    assert 'id="published"' not in (finished[0] / "reports/index.html").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------- comparisons
+
+
+def test_verdict_of_a_real_gain(finished):
+    _, _, _, board = finished
+    row = board.loc["tiny-kd"]
+    assert row["versus"] == "tiny-gold" and row["verdict"] == "better" and row["p"] < 0.05
+    assert 0 < row["difference_low"] < row["difference"] < row["difference_high"]
+    assert row["difference"] == pytest.approx(row["accuracy"] - board.loc["tiny-gold", "accuracy"])
+    assert board["verdict"].notna().sum() == 1
+
+
+def test_verdict_against_the_teacher(finished):
+    _, _, _, board = finished
+    assert board["teacher_verdict"].dropna().to_dict() == {"tiny-kd": "worse", "other": "worse"}
+    row = board.loc["other"]
+    assert row["teacher_versus"] == "big" and row["teacher_difference_high"] < 0
+    assert row["teacher_difference"] == pytest.approx(row["accuracy"] - board.loc["big", "accuracy"])
+
+
+def test_shuffled_predictions_are_not_better(tmp_path):
+    params = write_project(tmp_path)
+    for seed in params.seeds:
+        path = tmp_path / f"runs/tiny-kd-{seed}/predictions.parquet"
+        rows = pd.read_parquet(path)
+        order = np.random.default_rng(seed).permutation(len(rows))
+        rows[["prediction", "probabilities"]] = rows[["prediction", "probabilities"]].iloc[order].to_numpy()
+        rows.to_parquet(path)
+    _, board = evaluate(tmp_path, params)
+    assert board.loc["tiny-kd", "verdict"] == "worse"
+    assert board.loc["tiny-kd", "accuracy_low"] < 1 / 3 < board.loc["tiny-kd", "accuracy_high"]
+
+
+def test_many_comparisons_need_more(tmp_path):
+    """Each of ten copies of the control is compared with it: chance gains do not become verdicts."""
+    spec = experiment()
+    gold = spec["students"]["tiny-gold"]
+    spec["students"] |= {f"copy-{i}": gold | {"control": "tiny-gold"} for i in range(10)}
+    spec["evaluate"]["bootstrap"] = 2000  # p cannot fall below 2 / 2001, and eleven comparisons multiply it
+    params = write_project(tmp_path, spec, accuracy={f"copy-{i}": 0.55 for i in range(10)})
+    results = gather_results(tmp_path, params)
+    board = leaderboard(results).set_index("model")
+    compared = board[board["verdict"].notna()]
+    test = results.tests["demo"]
+    predictions = {name: results.find(name).predictions for name in params.students}
+    label, control, groups = test["label"].to_numpy(object), predictions["tiny-gold"], test["group"]
+    alone = [
+        max(
+            metrics.paired_difference(label, predictions[name], control, LABELS, groups)["accuracy"]["p"],
+            metrics.permutation_test(predictions[name] == label, control == label, groups),
+        )
+        for name in compared.index
+    ]
+    teacher = [compare_accuracy(results, results.find(n), results.teacher_of(results.find(n)))["p"]
+               for n in ("tiny-kd", "other")]  # fmt: skip
+    assert len(alone) == 11 and compared["p"].tolist() == pytest.approx(metrics.holm(alone + teacher)[:11].tolist())
+    verdicts = board.loc[[f"copy-{i}" for i in range(10)], "verdict"]
+    assert set(verdicts) == {"no evidence"}
+    assert board.loc["tiny-kd", "verdict"] == "better"
+
+
+# ------------------------------------------------------------------------------- checks
+
+
+def failed_checks(results, kind: str) -> list[str]:
+    return [check.text for check in results.checks if check.kind == kind and not check.passed]
+
+
+def test_checks_of_a_clean_project_pass(finished):
+    _, _, results, _ = finished
+    assert [c.text for c in results.checks if not c.passed] == []
+    assert [c.kind for c in results.checks] == ["leak", "contamination"] + 4 * ["shortcut"]
+
+
+def test_a_leak_fails_the_check(tmp_path):
+    """Rows copied into train, and one with other numbers."""
+    spec = experiment()
+    spec["teachers"]["big"]["finetune"] = {"on": "demo/train", "steps": 1, "learning_rate": 1e-3}
+    spec["data"]["demo"]["near_duplicate"] = 0.97
+    params = write_project(tmp_path, spec)
+    folder = tmp_path / "data/processed/demo"
+    test = read_split(folder, "test")
+    test.loc[20, "text"] += " at 100"
+    test.to_parquet(folder / "test.parquet")
+    copied = test.head(7).assign(id=[f"leak{i}" for i in range(7)], group="another")
+    masked = test[20:21].assign(id="leak7", group="a third", text=lambda rows: rows["text"].str.replace("100", "2,345"))
+    pd.concat([read_split(folder, "train"), copied, masked]).to_parquet(folder / "train.parquet")
+    results = gather_results(tmp_path, params)
+    assert failed_checks(results, "leak") == [
+        f"8 of the {len(test)} test rows of demo are also in demo/train (7 the same, 1 nearly), which big, tiny-kd, "
+        "tiny-gold, other learned from: every score that depends on these rows is too high."
+    ]
+    assert failed_checks(results, "contamination") == [
+        f"big was fine-tuned on 7 of the {len(test)} test rows that it is scored on."
+    ]
+
+
+def finetuned_project(tmp_path, **scores) -> Params:
+    """A project whose teacher was fine-tuned on its train rows, in two folds, and recorded these accuracies."""
+    spec = experiment()
+    spec["teachers"]["big"]["finetune"] = {"on": "demo/train", "steps": 1, "learning_rate": 1e-3}
+    params = write_project(tmp_path, spec)
+    train = read_split(tmp_path / "data/processed/demo", "train")
+    path, rng = tmp_path / "data/teacher/big/signals.parquet", np.random.default_rng(0)
+    rows = prediction_table(rng, train, 0.7, LABELS, source="demo", split="train", fold=1, rationale=None)
+    pd.concat([pd.read_parquet(path), rows.rename(columns={"prediction": "label"})]).to_parquet(path)
+    write_metadata(tmp_path, scores)
+    return params
+
+
+def write_metadata(tmp_path, scores: dict[str, float]) -> None:
+    metadata = {name: {"accuracy": value} for name, value in scores.items()} | {"parameters": 134_500_000}
+    write_file(tmp_path / "data/teacher/big/metrics.json", metadata)
+
+
+@pytest.mark.parametrize(("test", "passed"), [(0.97, False), (0.75, True)])
+def test_a_teacher_scored_on_its_training_rows_shows_by_its_scores(tmp_path, test, passed):
+    """Whatever the files record of the rows that it was fine-tuned on."""
+    params = finetuned_project(tmp_path, memorised=0.98, train=0.66, test=test)
+    results, _ = evaluate(tmp_path, params)
+    (check,) = [c for c in results.checks if c.kind == "contamination"]
+    assert check.passed == passed and check.models == ("big",)
+    assert ("has seen them" in check.text) != passed and "98 % of the rows it was fine-tuned on" in check.text
+    assert ('role="alert"' in (tmp_path / "reports/index.html").read_text()) != passed
+
+
+def test_signals_from_memory_fail_the_check(tmp_path):
+    params = finetuned_project(tmp_path, memorised=0.98, train=0.66, test=0.75)
+    path = tmp_path / "data/teacher/big/signals.parquet"
+    rows = pd.read_parquet(path)
+    rows.assign(fold=-1).to_parquet(path)
+    (text,) = failed_checks(gather_results(tmp_path, params), "contamination")
+    number = (rows["split"] == "train").sum()
+    assert text.startswith(f"The signals of big for {number} of the {number} rows of demo/train come from a model that")
+
+
+@pytest.mark.parametrize(("test", "passed"), [(0.97, False), (0.75, True)])
+def test_a_teacher_without_folds_is_checked_on_validation_rows(tmp_path, test, passed):
+    spec = experiment()
+    spec["teachers"]["big"]["finetune"] = {"on": "demo/train", "steps": 1, "learning_rate": 1e-3, "folds": 0}
+    for student in spec["students"].values():
+        student["phases"] = [
+            phase | ({"data": ["demo/pool"]} if "teachers" in phase else {}) for phase in student["phases"]
+        ]
+    params = write_project(tmp_path, spec)
+    write_metadata(tmp_path, {"memorised": 0.98, "validation": 0.7, "test": test})
+    (check,) = [c for c in gather_results(tmp_path, params).checks if c.kind == "contamination"]
+    assert check.passed == passed and "on 70 % of the validation rows" in check.text
+
+
+def test_a_model_pretrained_on_the_source_fails_the_check(tmp_path):
+    spec = experiment()
+    spec["evaluate"]["pretrained_on"] = {"large": ["demo"]}
+    results = gather_results(tmp_path, write_project(tmp_path, spec))
+    (text,) = failed_checks(results, "contamination")
+    assert text.startswith("large had learned from demo before") and "the scores of big are no test" in text
+
+
+def predicting_the_majority(tmp_path, share: float) -> Params:
+    """A project whose headline predicts the most frequent label for a share of the rows, and as ever for others."""
+    params = write_project(tmp_path)
+    majority = read_split(tmp_path / "data/processed/demo", "train")["label"].mode()[0]
+    change_predictions(
+        tmp_path,
+        params,
+        lambda seed, rows: rows["prediction"].mask(np.random.default_rng(seed).random(len(rows)) < share, majority),
+    )
+    return params
+
+
+def change_predictions(tmp_path, params, change) -> None:
+    """Replace the predictions of every run of the headline by `change(seed, rows)`."""
+    for seed in params.seeds:
+        path = tmp_path / f"runs/tiny-kd-{seed}/predictions.parquet"
+        rows = pd.read_parquet(path)
+        rows.assign(prediction=change(seed, rows)).to_parquet(path)
+
+
+def test_a_student_that_always_predicts_one_label_fails_the_check(tmp_path):
+    """And its verdict is no "better"."""
+    results, board = evaluate(tmp_path, predicting_the_majority(tmp_path, 1.0))
+    (text,) = failed_checks(results, "shortcut")
+    assert re.match(r'tiny-kd predicts "\w+" for 100 % of the test rows \(3\d % are\)', text)
+    assert "not to read the text" in text
+    row = board.loc["tiny-kd"]
+    assert row["verdict"] == "worse" and row["commonest_answer"] == 1
+    assert row["balanced_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_a_student_with_biased_predictions_fails_the_check(tmp_path):
+    results = gather_results(tmp_path, predicting_the_majority(tmp_path, 0.6))
+    (text,) = failed_checks(results, "shortcut")
+    assert text.endswith("its predictions are biased.")
+
+
+def test_a_label_that_a_student_never_predicts_fails_the_check(tmp_path):
+    """Even if it is rare, so that the predictions are hardly biased, and in one run only."""
+    params = write_project(tmp_path)
+    path = tmp_path / "data/processed/demo/test.parquet"
+    test = pd.read_parquet(path)
+    rare = test["label"] == "down"
+    test.loc[rare & (rare.cumsum() > 5), "label"] = "flat"
+    test.to_parquet(path)
+    label = test.set_index("id")["label"]
+
+    def right_but(seed, rows):
+        right = rows["id"].map(label).fillna(rows["prediction"])
+        return right.mask(right == "down", "flat") if seed == 1 else right
+
+    change_predictions(tmp_path, params, right_but)
+    results, _ = evaluate(tmp_path, params)
+    checks = [c for c in results.checks if c.kind == "shortcut" and "tiny-kd" in c.models]
+    text = f'tiny-kd never predicts "down" (5 of the {len(test)} test rows; in 1 of 2 training runs).'
+    assert [(c.passed, c.text) for c in checks] == [(False, text)]
+
+
+def test_many_labels_that_are_never_predicted_are_counted():
+    label = pd.Series([f"l{i}" for i in range(20)] * 4)
+    predictions = label.replace({f"l{i}": "l9" for i in range(7)}).to_numpy(object)[None]
+    checks = find_shortcuts(ModelResult("m", "m", "student", "s", predictions), label)
+    assert [check.passed for check in checks] == [False, False]  # biased, too
+    assert checks[1].text.startswith('m never predicts "l0" (4 of the 80 test rows), "l1"')
+    assert checks[1].text.endswith('"l4" (4 of the 80 test rows) and 2 other labels.')
+
+
+# ------------------------------------------------------------------------------- single rows
+
+
+def test_rows_where_they_differ_come_first(finished):
+    root, _, results, _ = finished
+    rows = disagreements(results)
+    test = read_split(root / "data/processed/demo", "test")
+    assert set(rows["id"]) == set(test["id"])
+    number = int(rows["differs"].sum())
+    assert 0 < number < len(rows) and rows["differs"].head(number).all()
+    assert rows["differs"].equals(rows["student_prediction"] != rows["teacher_prediction"])
+    assert rows["student_probability"].head(number).is_monotonic_decreasing
+    right = {role: rows[f"{role}_prediction"] == rows["label"] for role in ("student", "teacher")}
+    assert (rows["kind"] == "only the teacher is right").equals(right["teacher"] & ~right["student"])
+
+
+def test_random_rows_with_the_prediction_of_every_trained_model(finished):
+    root, params, results, _ = finished
+    rows = sample_rows(results)
+    assert list(rows) == ["text", "label", "tiny-kd", "tiny-gold", "other", "big"]
+    assert len(rows) == params.evaluate.samples
+    test = read_split(root / "data/processed/demo", "test").set_index("text").loc[rows["text"]]
+    assert rows["label"].tolist() == test["label"].tolist()
+    predictions = pd.read_parquet(root / "runs/other-0/predictions.parquet").set_index("id")["prediction"]
+    assert rows["other"].tolist() == predictions.loc[test["id"]].tolist()
+
+
+def test_an_unreadable_answer_is_wrong_and_shown_as_unreadable(tmp_path):
+    params = write_project(tmp_path, accuracy={"big": 1.0})
+    path = tmp_path / "data/teacher/big/signals.parquet"
+    rows = pd.read_parquet(path)
+    unreadable = rows.index[rows["split"] == "test"][:30]
+    rows.loc[unreadable, "label"] = None
+    rows.to_parquet(path)
+    results, board = evaluate(tmp_path, params)
+    assert board.loc["big", "accuracy"] == pytest.approx(1 - 30 / len(results.tests["demo"]))
+    shown = disagreements(results).set_index("id").loc[rows.loc[unreadable, "id"]]
+    assert set(shown["teacher_prediction"]) == {UNPARSABLE} and shown["differs"].all()
+    assert f"teacher: {UNPARSABLE}" in (tmp_path / "reports/index.html").read_text()
+    assert not failed_checks(results, "shortcut")
+
+
+# ------------------------------------------------------------------------------- robustness and speed
+
+
+def test_robustness_of_a_known_model(finished):
+    """It predicts by one word of the text, which only a rewritten name could change."""
+    _, _, results, _ = finished
+    table = invented_measurements(results).robustness
+    rewritten = rewrite_test_rows(results)
+    assert list(rewritten) == ["names"]  # tickers; there are no amounts and no units
+    rows = rewritten["names"]
+    assert len(rows) == results.params.evaluate.rewritten_rows
+    predictions = {column: [LABELS["ship" in text] for text in rows[column]] for column in ("text", "new")}
+    for row in table.to_dict("records"):
+        assert row["rows"] == len(rows) and row["consistency"] == np.mean(
+            [a == b for a, b in zip(*predictions.values(), strict=True)]
+        )
+        assert row["accuracy_before"] == pytest.approx((rows["label"] == predictions["text"]).mean())
+        assert row["accuracy_after"] == pytest.approx((rows["label"] == predictions["new"]).mean())
+    assert table["model"].tolist() == ["tiny-kd", "big"]
+
+
+class Clock:
+    """A clock that moves only when a model predicts: `seconds` for each text."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.calls = 0.0, []
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def predictor(self, name: str, seconds: float):
+        def predict(texts):
+            self.calls.append((name, len(texts)))
+            self.now += seconds * len(texts)
+
+        return predict
+
+
+def test_throughput_lets_the_models_take_turns(monkeypatch):
+    clock = Clock(monkeypatch)
+    predictors = {"a": clock.predictor("a", 0.01), "b": clock.predictor("b", 0.04)}
+    speeds = throughput(predictors, ["text"] * 8, rounds=2)
+    assert clock.calls == [("a", 4), ("b", 4), ("a", 8), ("b", 8), ("a", 8), ("b", 8)]
+    assert speeds == {"a": pytest.approx(100), "b": pytest.approx(25)}
+
+
+def test_throughput_stops_when_its_time_is_spent(monkeypatch):
+    clock = Clock(monkeypatch)
+    throughput({"a": clock.predictor("a", 0.125)}, ["text"] * 8, rounds=50, budget=12)
+    assert clock.calls == [("a", 4)] + 12 * [("a", 8)]  # the warm-up, then rounds that take a second each
+
+
+def test_latency_is_that_of_single_sentences(monkeypatch):
+    clock = Clock(monkeypatch)
+    predictors = {"a": clock.predictor("a", 0.002), "b": clock.predictor("b", 0.03)}
+    assert latency(predictors, ["text"] * 5) == {"a": pytest.approx((2, 2)), "b": pytest.approx((30, 30))}
+    assert clock.calls == 5 * [("a", 1), ("b", 1)]
+
+
+def test_peak_memory_is_that_of_the_work():
+    result, megabytes = peak_memory(lambda: np.ones(8_000_000).sum())  # 64 MB, freed at once
+    assert result == 8_000_000 and 50 < megabytes < 120
+
+
+@pytest.fixture
+def real_models(tmp_path, tiny_models, monkeypatch):
+    """A project whose models are there: students of random weights, and a fine-tuned teacher that writes."""
+    monkeypatch.chdir(tmp_path)
+    spec = experiment(models={"small": {"folder": "small"}, "large": {"folder": "large"}})
+    spec["teachers"]["big"]["finetune"] = {"on": "demo/train", "steps": 1, "learning_rate": 1e-3}
+    spec["evaluate"]["paraphrased_rows"] = 4
+    spec["augment"] |= {"max_new_tokens": 4, "keep": {"min_similarity": 0.0, "max_similarity": 1.0}}
+    params = write_project(tmp_path, spec)
+    task = read_task(tmp_path / "data/processed/demo")
+    for name, student in params.students.items():
+        model = build_student(student, tiny_models / "tiny-bert", task, seed=0)
+        save_model(model.model, model.tokenizer, tmp_path / f"runs/{name}-0/model")
+    for folder in ("data/teacher/big/model", "large"):  # fine-tuned, and as it was fetched: the one that writes
+        shutil.copytree(tiny_models / "tiny-llama", tmp_path / folder)
+    return params, task
+
+
+def test_measurements_of_real_models(tmp_path, real_models, monkeypatch):
+    """Students of one shape are measured once; what is timed and rewritten is what the saved models predict."""
+    (params, task), timed = real_models, {}
+
+    def fixed_throughput(predictors, texts):
+        timed.update(predictors)
+        assert len(texts) == params.evaluate.throughput_rows
+        return {name: 100.0 * (i + 1) for i, name in enumerate(predictors)}
+
+    monkeypatch.setattr(speed, "throughput", fixed_throughput)
+    monkeypatch.setattr(speed, "latency", lambda predictors, texts: dict.fromkeys(predictors, (len(texts), 99.0)))
+    monkeypatch.setattr(speed, "peak_memory", lambda work: (work(), 7.0))
+    results = gather_results(tmp_path, params)
+    measured = measure_models(tmp_path, results)
+    expected = {"tiny-kd": 100.0, "tiny-gold": 100.0, "other": 200.0, "big": 300.0}
+    assert measured.timing == {
+        name: {"sentences_per_second": rate, "latency_p50_ms": 8, "latency_p95_ms": 99.0, "memory_mb": 7.0}
+        for name, rate in expected.items()
+    }
+    students = {name: load_student(params.students[name], tmp_path / f"runs/{name}-0/model", task, "float32")
+                for name in ("tiny-kd", "tiny-gold", "other")}  # fmt: skip
+    texts = results.tests["demo"]["text"].head(5).tolist()
+    for predict, name in zip(timed.values(), ("tiny-kd", "other"), strict=False):
+        np.testing.assert_allclose(predict(texts), students[name].predict(texts), rtol=1e-5)
+    table = measured.robustness.set_index(["perturbation", "model"])
+    assert set(table.index) == {(p, m) for p in ("names", "other words") for m in ("tiny-kd", "tiny-gold", "big")}
+    rows = rewrite_test_rows(results)["names"]
+    for name in ("tiny-kd", "tiny-gold"):
+        before, after = (students[name].predict(rows[column].tolist()).argmax(-1) for column in ("text", "new"))
+        assert table.loc[("names", name), "consistency"] == (before == after).mean()
