@@ -1,4 +1,4 @@
-"""Search: settings proposed by Optuna, cross-validated, resumed after a kill, and written where the phase reads them."""
+"""Search: settings proposed by Optuna, cross-validated, resumed after a kill, written where the phase reads them."""
 
 from __future__ import annotations
 
