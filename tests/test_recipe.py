@@ -11,7 +11,8 @@ import pytest
 import tiny
 from distillery.config.load import load_params
 from distillery.files import read_yaml, repository_root
-from distillery.pipeline.recipe import load_recipe, merge_overlay, prepare_folder, prepare_recipe
+from distillery.pipeline import recipe
+from distillery.pipeline.recipe import load_recipe, merge_overlay, prepare_folder, prepare_recipe, run_recipe
 
 RECIPES = sorted(path.stem for path in (tiny.ROOT / "recipes").glob("*.yaml"))
 
@@ -83,6 +84,27 @@ def test_a_recipe_runs_there_with_dvc(repository):
     assert done.returncode == 0, done.stderr
     assert (folder / "build/notebooks/01_data.ipynb").exists()
     assert not (repository / "build").exists()
+
+
+def test_a_recipe_with_a_search_first_searches(repository, monkeypatch):
+    """The steps, their folder and their environment; what each step does is tested beside it."""
+    path, runs = repository / "recipes" / "other.yaml", []
+    path.write_text(path.read_text() + "search: {student: tiny-gold, learning_rate: [1.0e-4, 1.0e-2]}\n")
+    status = {"search": 0}
+
+    def run(command, cwd, env):
+        step = next((word for word in ("search", "inputs") if word in command), "repro")
+        runs.append((step, cwd, env["PYTHONHASHSEED"], env["PYTHONPATH"]))
+        return subprocess.CompletedProcess(command, status.get(step, 0))
+
+    monkeypatch.setattr(recipe.subprocess, "run", run)
+    whole = prepare_recipe(repository, "other")
+    assert run_recipe(whole) == 0
+    assert runs == [(step, whole, "0", str(whole / "src")) for step in ("inputs", "search", "repro")]
+    status["search"] = 3
+    assert run_recipe(whole) == 3 and runs[-1][0] == "search"  # nothing is trained with settings that were not found
+    without = prepare_folder(repository, load_recipe(repository, "other") | {"search": None}, whole, "other")
+    assert run_recipe(without) == 0 and [step for step, *_ in runs[-2:]] == ["search", "repro"]
 
 
 @pytest.mark.parametrize(
