@@ -105,7 +105,8 @@ def all_modules() -> set[str]:
 
 def test_every_module_is_a_part_of_some_stage_or_known_to_be_none():
     used = {module for found in stages({"far": "api"}).values() for module in found}
-    outside = {"__main__", "cli", "pipeline.recipe", "pipeline.run_notebook", "pipeline.search"}
+    outside = {"__main__", "cli"}
+    outside |= {f"pipeline.{name}" for name in ("environment", "recipe", "run_notebook", "search")}
     assert all_modules() - used == {f"distillery.{name}" for name in outside}
 
 
@@ -340,12 +341,13 @@ CHANGES: dict[str, tuple[Change, list[str]]] = {
         ["teach@lm", "teach@encoder", "augment", *DISTILL, "evaluate"],
     ),
     "a comment and a docstring in every module": (lambda repo: prose_everywhere(repo), []),
-    "the code of the model card, and of the API client": (
-        both(
-            replacing("src/distillery/report/model_card.py", "## Use", "## How to use it"),
-            replacing("src/distillery/teachers/api/client.py", "MAX_EMPTY_ANSWERS = 3", "MAX_EMPTY_ANSWERS = 4"),
-        ),
+    "the model card's template": (
+        replacing("src/distillery/report/model_card.py", "## Use", "## How to use it"),
         ["evaluate"],
+    ),
+    "the code of the API client, which only a teacher of its kind runs": (
+        replacing("src/distillery/teachers/api/client.py", "MAX_EMPTY_ANSWERS = 3", "MAX_EMPTY_ANSWERS = 4"),
+        [],
     ),
 }
 

@@ -152,6 +152,17 @@ def redirect_stderr_to(path: Path) -> Iterator[None]:
         os.close(stderr)
 
 
+def isolate_kernel() -> None:
+    """Let notebooks run on this Python with the variables of :mod:`distillery.pipeline.environment`.
+
+    The kernel named python3 is that of this Python, whatever kernel of that name the user's account has. No start-up
+    file of the account runs before a notebook.
+    """
+    set_environment()
+    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share/jupyter")
+    os.environ["IPYTHONDIR"] = str(Path(".cache/ipython").resolve())
+
+
 def run_papermill(notebook: Path, running: Path, values: dict[str, Any]) -> None:
     """Run `notebook` with the parameters `values`; its executed copy grows at `running`."""
     import papermill
@@ -224,11 +235,7 @@ def run_stage(name: str, selectors: Sequence[Sequence[str]] = ()) -> None:
     stem = "-".join([name, *(text for _, text in selectors)])
     output = Path("reports/notebooks") / f"{stem}.ipynb"
 
-    set_environment()
-    # The kernel named python3 is that of this Python, whatever kernel of that name the user's account has. No start-up
-    # file of the account runs before a notebook.
-    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share/jupyter")
-    os.environ["IPYTHONDIR"] = str(Path(".cache/ipython").resolve())
+    isolate_kernel()
     if "DVC_STAGE" in os.environ:
         end_with_dvc()
     with single_process(Path(".cache/running") / f"{stem}.lock"):
