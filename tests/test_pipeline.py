@@ -106,7 +106,7 @@ def all_modules() -> set[str]:
 def test_every_module_is_a_part_of_some_stage_or_known_to_be_none():
     used = {module for found in stages({"far": "api"}).values() for module in found}
     outside = {"__main__", "cli"}
-    outside |= {f"pipeline.{name}" for name in ("environment", "recipe", "run_notebook", "search")}
+    outside |= {"pipeline", *(f"pipeline.{name}" for name in "environment recipe run_notebook search strip".split())}
     assert all_modules() - used == {f"distillery.{name}" for name in outside}
 
 
@@ -260,6 +260,9 @@ FIRST_PHASE = ("students", "tiny-kd", "phases", 0)
 AFTER_DATA = ["teacher-inputs", "teach@lm", "augment", "inputs", "distill@tiny-kd-0", "distill@half-gkd-0", "evaluate"]
 DISTILL = ["distill@tiny-kd-0", "distill@tiny-gold-0", "distill@half-gkd-0"]
 
+CARD = "src/distillery/report/templates/model_card.md.jinja"
+CARD = CARD if (ROOT / CARD).exists() else "src/distillery/report/model_card.py"
+
 # what is changed, how, and the stages that run again (strip runs always; teacher-inputs and inputs take a second)
 CHANGES: dict[str, tuple[Change, list[str]]] = {
     "nothing": (lambda repo: None, []),
@@ -342,7 +345,7 @@ CHANGES: dict[str, tuple[Change, list[str]]] = {
     ),
     "a comment and a docstring in every module": (lambda repo: prose_everywhere(repo), []),
     "the model card's template": (
-        replacing("src/distillery/report/model_card.py", "## Use", "## How to use it"),
+        replacing(CARD, "## Use", "## How to use it"),
         ["evaluate"],
     ),
     "the code of the API client, which only a teacher of its kind runs": (
