@@ -21,7 +21,7 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro recipe test lint unit pipeline lab report lock clean git
+.PHONY: help repro recipe test lint unit coverage pipeline lab report lock clean git
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,7 +33,7 @@ repro: $(VENV)/.installed ## run every stage that is out of date, up to reports/
 	@$(MAKE) --no-print-directory report
 
 test: lint ## every check: style, imports, types, clean notebooks, tests
-	@$(PYTEST) --cov=distillery --cov-report=term:skip-covered
+	@$(PYTEST)
 
 lint: $(VENV)/.installed ## the checks that take seconds
 	@$(BIN)/ruff check
@@ -44,6 +44,9 @@ lint: $(VENV)/.installed ## the checks that take seconds
 
 unit: $(VENV)/.installed ## the tests that run no stage
 	@$(PYTEST) $(addprefix --ignore=,$(PIPELINE_TESTS))
+
+coverage: $(VENV)/.installed ## the tests that run no stage, and the lines that none of them runs; takes half as long again
+	@$(PYTEST) $(addprefix --ignore=,$(PIPELINE_TESTS)) --cov=distillery --cov-report=term-missing:skip-covered
 
 pipeline: $(VENV)/.installed ## the tests that run stages
 	@$(PYTEST) $(PIPELINE_TESTS)
