@@ -114,7 +114,7 @@ def test_a_recipe_with_a_search_first_searches(repository, monkeypatch):
         (["other", "--scale", "tiny"], "error: recipes/other.yaml: no scale `tiny`; there are: small"),
     ],
 )
-def test_what_there_is_not_is_told_in_one_line(repository, arguments, line):
+def test_an_unknown_recipe_or_scale_ends_in_one_line(repository, arguments, line):
     command = [sys.executable, "-m", "distillery", "recipe", *arguments]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, line + "\n")
