@@ -93,7 +93,7 @@ def load_inputs(root: Path, params: Params) -> SearchInputs:
     """
     spec = params.search
     if spec is None:
-        raise UserError("params.yaml: search: there is none; name a student, a phase and what to choose from")
+        raise UserError("params.yaml: search: there is none; name a student, a phase and what to search")
     path = root / "data" / "inputs" / spec.student / "rows.parquet"
     if not path.exists():
         raise UserError(f"{path.relative_to(root)}: not there yet; run `dvc repro inputs` first")
