@@ -98,7 +98,7 @@ def test_settings_that_were_run_before_cost_nothing(repository, monkeypatch):
     repo, params = repository
     folds = []
     monkeypatch.setattr(search, "score_fold", lambda *arguments: folds.append(arguments[1]) or 0.5)
-    losses = [{"ce": 1.0}, {"ce": 0.5, "prior": 0.5}]
+    losses = [{"ce": 1.0}, {"ce": 0.5, "label_prior": 0.5}]
     trials = search_settings(repo, with_search(params, trials=8, learning_rate=None, choices={"loss": losses}))
     assert len(trials) == 8 and len(folds) == 2 * 2
     assert all(loss in losses for loss in trials["loss"])
