@@ -1,9 +1,17 @@
 # Two commands do the work: `make repro` and `make test`. Both first bring .venv to the pins of requirements.lock.
+# Works with GNU make 3.81, which macOS has: it looks for the program of a simple line in its own PATH, not in the exported
+# one, so every tool of the environment is named by its path.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+UV := 0.13.9# what `make lock` resolves with
 
-# Stages run `python -m distillery run ...`: the environment's own python must be the first that a shell finds.
+# Tests that run stages, DVC or a browser: minutes each. `make unit` leaves them out.
+PIPELINE_TESTS := $(addprefix tests/test_,stage.py pipeline.py errors.py readme.py recipe.py search.py notebooks.py report.py)
+# torch's threads stay 1 beside the two test processes
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Stages run `python -m distillery run ...`: the environment's own python must be the first that their shell finds.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -13,46 +21,65 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro recipe test lab report lock clean git
+.PHONY: help repro recipe test lint unit coverage pipeline lab report lock clean git
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 repro: $(VENV)/.installed ## run every stage that is out of date, up to reports/index.html
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "error: this folder is no git repository, and DVC needs one; run: git init" >&2; exit 1; }
-	@python -m distillery check
-	@dvc repro
+	@$(BIN)/python -m distillery check
+	@$(BIN)/dvc repro
 	@$(MAKE) --no-print-directory report
 
-test: $(VENV)/.installed ## every check: style, clean notebooks, tests
-	@ruff check
-	@ruff format --check
-	@git ls-files -z 'notebooks/*.ipynb' | xargs -0 -r nbstripout --verify --keep-id --extra-keys metadata.language_info.version
-	@OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
+test: lint ## every check: style, imports, types, clean notebooks, tests
+	@$(PYTEST)
+
+lint: $(VENV)/.installed ## the checks that take seconds
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/basedpyright
+	@git ls-files -z '*.ipynb' ':!reports' | xargs -0 $(BIN)/nbstripout --verify --keep-id --extra-keys metadata.language_info.version
+
+unit: $(VENV)/.installed ## the tests that run no stage
+	@$(PYTEST) $(addprefix --ignore=,$(PIPELINE_TESTS))
+
+coverage: $(VENV)/.installed ## the tests that run no stage, and the lines that none of them runs; takes half as long again
+	@$(PYTEST) $(addprefix --ignore=,$(PIPELINE_TESTS)) --cov=distillery --cov-report=term-missing:skip-covered
+
+pipeline: $(VENV)/.installed ## the tests that run stages
+	@$(PYTEST) $(PIPELINE_TESTS)
 
 recipe: $(VENV)/.installed ## run a published system in a folder of its own: make recipe NAME=pkd-albert [SCALE=small]
-	@python -m distillery recipe $(if $(NAME),'$(NAME)',$(error name a recipe: make recipe NAME=pkd-albert)) $(if $(SCALE),--scale '$(SCALE)')
+	@$(BIN)/python -m distillery recipe $(if $(NAME),'$(NAME)',$(error name a recipe: make recipe NAME=pkd-albert)) $(if $(SCALE),--scale '$(SCALE)')
 
 lab: $(VENV)/.installed ## open the notebooks in JupyterLab
-	@jupyter lab notebooks
+	@$(BIN)/jupyter lab notebooks
 
 report: ## where the report is
 	@if [ -f reports/index.html ]; then echo "report: file://$(CURDIR)/reports/index.html"; \
 	else echo "no report yet; run: make repro"; fi
 
-lock: ## pin anew, from the newest versions that pyproject.toml allows, in an environment of its own
+# Resolved for every platform and Python version that pyproject.toml allows. `make lock KEEP=1` keeps the pins that there are.
+lock: ## pin anew, with hashes, the newest versions that pyproject.toml allows
 	@rm -rf .cache/lock
 	@$(PYTHON) -m venv .cache/lock
-	@.cache/lock/bin/python -m pip install -q -e '.[dev]'
-	@{ sed -n '/^#/p' requirements.lock; .cache/lock/bin/python -m pip freeze -q --all --exclude-editable | \
-	  sed 's/+[a-z0-9]*$$//' | grep -viE '^(pip|distillery|triton|nvidia-.*|cuda-.*)==' ; } > .cache/requirements.lock
-	@mv .cache/requirements.lock requirements.lock
+	@.cache/lock/bin/python -m pip install -q uv==$(UV)
+	@grep -h '^[a-z]' requirements.lock requirements-torch.lock | cut -d ' ' -f 1 > .cache/lock/pins
+	@.cache/lock/bin/uv pip compile -q pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+	  --no-header --no-annotate --no-emit-index-url $(if $(KEEP),-c .cache/lock/pins) -o .cache/lock/all
+	@{ sed -n '/^#/p' requirements.lock; awk \
+	  '/^[a-z]/ { keep = $$0 !~ /^(torch|triton|nvidia-[^=]*|cuda-[^=]*)==/ } keep' .cache/lock/all; } > .cache/lock/hashed
+	@{ sed -n '/^#/p' requirements-torch.lock; sed -n 's/^\(torch==[0-9.]*\).*/\1/p' .cache/lock/all; } > .cache/lock/torch
+	@mv .cache/lock/hashed requirements.lock
+	@mv .cache/lock/torch requirements-torch.lock
 	@rm -rf .cache/lock
-	@git diff --stat -- requirements.lock
+	@git diff --stat -- requirements.lock requirements-torch.lock
 
 clean: ## remove the environment, caches and what the stages wrote; committed reports and data/corpora stay
 	rm -rf $(VENV) .cache build data/processed data/teacher data/augmented data/inputs runs
-	rm -rf .pytest_cache .ruff_cache .hypothesis src/distillery.egg-info
+	rm -rf .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage src/distillery.egg-info
 
 git:
 	@command -v git >/dev/null || { echo "error: git is not installed" >&2; exit 1; }
@@ -65,10 +92,10 @@ $(VENV)/bin/python:
 	  echo "error: $(PYTHON) cannot make environments; install its venv package (Debian: python3-venv)" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-# torch goes first: pip then takes its build for this machine, and the rest fits around it.
-$(VENV)/.installed: requirements.lock pyproject.toml | git $(VENV)/bin/python
+# torch goes last: pip then takes its build for this machine, and finds the rest of what it needs installed.
+$(VENV)/.installed: requirements.lock requirements-torch.lock pyproject.toml | git $(VENV)/bin/python
 	@echo "installing the pins of requirements.lock into $(VENV) (minutes, the first time)"
-	@$(BIN)/python -m pip install -q "$$(grep '^torch==' requirements.lock)" -c requirements.lock
-	@$(BIN)/python -m pip install -q -r requirements.lock
+	@$(BIN)/python -m pip install -q --no-deps --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install -q -r requirements-torch.lock
 	@$(BIN)/python -m pip install -q --no-deps -e .
 	@touch $@

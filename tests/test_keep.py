@@ -30,8 +30,8 @@ def test_folders_of_the_machine_are_left_out(keep, printed, kept):
 @pytest.mark.parametrize("file", ["src/a.py", "recipes/a.yaml", "notebooks/a.ipynb", "tasks/a.yaml", "dvc.yaml"])
 def test_a_commit_says_when_what_decides_a_result_has_changed(keep, tmp_path, file):
     def git(*arguments):
-        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-        subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True)
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True)
 
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text("1")

@@ -11,7 +11,8 @@ import pytest
 import tiny
 from distillery.config.load import load_params
 from distillery.files import read_yaml, repository_root
-from distillery.pipeline.recipe import load_recipe, merge_overlay, prepare_folder, prepare_recipe
+from distillery.pipeline import recipe
+from distillery.pipeline.recipe import load_recipe, merge_overlay, prepare_folder, prepare_recipe, run_recipe
 
 RECIPES = sorted(path.stem for path in (tiny.ROOT / "recipes").glob("*.yaml"))
 
@@ -85,6 +86,27 @@ def test_a_recipe_runs_there_with_dvc(repository):
     assert not (repository / "build").exists()
 
 
+def test_a_recipe_with_a_search_first_searches(repository, monkeypatch):
+    """The steps, their folder and their environment; what each step does is tested beside it."""
+    path, runs = repository / "recipes" / "other.yaml", []
+    path.write_text(path.read_text() + "search: {student: tiny-gold, learning_rate: [1.0e-4, 1.0e-2]}\n")
+    status = {"search": 0}
+
+    def run(command, cwd, env):
+        step = next((word for word in ("search", "inputs") if word in command), "repro")
+        runs.append((step, cwd, env["PYTHONHASHSEED"], env["PYTHONPATH"]))
+        return subprocess.CompletedProcess(command, status.get(step, 0))
+
+    monkeypatch.setattr(recipe.subprocess, "run", run)
+    whole = prepare_recipe(repository, "other")
+    assert run_recipe(whole) == 0
+    assert runs == [(step, whole, "0", str(whole / "src")) for step in ("inputs", "search", "repro")]
+    status["search"] = 3
+    assert run_recipe(whole) == 3 and runs[-1][0] == "search"  # nothing is trained with settings that were not found
+    without = prepare_folder(repository, load_recipe(repository, "other") | {"search": None}, whole, "other")
+    assert run_recipe(without) == 0 and [step for step, *_ in runs[-2:]] == ["search", "repro"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -92,7 +114,7 @@ def test_a_recipe_runs_there_with_dvc(repository):
         (["other", "--scale", "tiny"], "error: recipes/other.yaml: no scale `tiny`; there are: small"),
     ],
 )
-def test_what_there_is_not_is_told_in_one_line(repository, arguments, line):
+def test_an_unknown_recipe_or_scale_ends_in_one_line(repository, arguments, line):
     command = [sys.executable, "-m", "distillery", "recipe", *arguments]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, line + "\n")

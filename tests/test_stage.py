@@ -152,7 +152,7 @@ def test_any_other_exception_keeps_its_traceback_and_the_notebook(repo):
     assert not (repo / f".cache/failed/{NAME}.ipynb").exists() and executed(repo).exists()
 
 
-def test_a_killed_kernel_is_told_in_one_line(repo):
+def test_a_killed_kernel_ends_in_one_line(repo):
     done = run_toy(repo, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert done.returncode == 1 and not executed(repo).exists()
     assert done.stderr.splitlines()[-1].startswith(f"error: {NAME}: its Python process was killed (out of memory?)")

@@ -13,7 +13,7 @@ from distillery.errors import UserError
 
 
 def check() -> None:
-    """Validate params.yaml and say what it holds."""
+    """Validate params.yaml and count what it names."""
     from distillery.config.load import load_params
     from distillery.config.references import unused_settings
 
@@ -56,20 +56,20 @@ def leaderboard() -> None:
 
 
 def strip() -> None:
-    """First stage: check params.yaml, note what the stages depend on in build/."""
+    """First stage: check params.yaml, write what the stages depend on into build/."""
     from distillery.pipeline.strip import run_strip
 
     run_strip()
 
 
-def inputs(what: str) -> None:
+def inputs(role: str) -> None:
     """Write what each teacher or student learns from."""
     from distillery.config.load import load_params
     from distillery.files import repository_root
     from distillery.pipeline.inputs import write_student_inputs, write_teacher_records
 
     writers = {"teachers": write_teacher_records, "students": write_student_inputs}
-    writers[what](repository_root(), load_params())
+    writers[role](repository_root(), load_params())
 
 
 def run(notebook: str, selectors: Sequence[Sequence[str]]) -> None:
@@ -88,6 +88,9 @@ def recipe(name: str, scale: str | None) -> None:
 
 def search(write: bool) -> None:
     """Search settings for one phase of a student."""
+    from distillery.pipeline.environment import restart_with_environment
+
+    restart_with_environment()
     from distillery.pipeline.search import run_search
 
     run_search(write)
@@ -109,15 +112,15 @@ def parser() -> argparse.ArgumentParser:
     )
     verb(leaderboard)
     verb(strip)
-    verb(inputs).add_argument("what", choices=("teachers", "students"))
+    verb(inputs).add_argument("role", choices=("teachers", "students"))
     running = verb(run)
     running.add_argument("notebook", help="its name without folder and ending, such as 04_distill")
     running.add_argument(
         "-p", dest="selectors", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a selector"
     )
-    of_recipe = verb(recipe)
-    of_recipe.add_argument("name", help="a file of recipes/ without folder and ending")
-    of_recipe.add_argument("--scale", help="an overlay of the recipe: small stand-ins for its models and data")
+    running_recipe = verb(recipe)
+    running_recipe.add_argument("name", help="a file of recipes/ without folder and ending")
+    running_recipe.add_argument("--scale", help="an overlay of the recipe: small stand-ins for its models and data")
     verb(search).add_argument("--write", action="store_true", help="put the best settings into params.yaml")
     return top
 

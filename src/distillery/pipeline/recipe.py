@@ -1,9 +1,12 @@
 """A published system run as a recipe: ``distillery recipe pkd-albert --scale small``.
 
 A recipe runs in a folder of its own, `.cache/recipes/<name>` (or `<name>-<scale>`): a copy of the code, notebooks,
-tasks and corpora as they are now, with the recipe as its params.yaml and with its own DVC cache. So the experiment in
-force and what it wrote stay as they are, and recipes may run side by side. Shared are fetched models, and the
-store of answers: what one recipe has paid for, another one does not buy again.
+tasks and corpora as they are now, with the recipe as its params.yaml and with its own DVC cache. So the repository's
+experiment and its results stay as they are, and recipes may run side by side. They share the fetched models and the
+store of answers: an answer that one recipe has paid for is not bought again.
+
+A recipe with a section `search` is run in three steps: the stages up to `inputs`, the search, which writes the best
+settings into the recipe's params.yaml, and all stages.
 """
 
 from __future__ import annotations
@@ -20,30 +23,37 @@ from ruamel.yaml import YAML
 
 from distillery.config.load import load_params
 from distillery.config.renamed import rename_old_keys
+from distillery.config.schema import Params
 from distillery.errors import UserError
 from distillery.files import atomic_write, read_yaml, repository_root
+from distillery.pipeline.environment import set_environment
 
 COPIED_PATHS = ("dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", "notebooks", "src", "tasks")
-
-
 PUBLISHED_TABLE = "reports/plots/published.csv"
 
 
-def merge_overlay(base: Any, over: Any) -> Any:
-    """`base` with what `over` says instead: sections key by key, null takes a key away, a list is replaced as a whole
-    unless `over` is a section whose keys are positions in it."""
-    if isinstance(over, dict) and isinstance(base, dict):
-        out = {key: value for key, value in base.items() if over.get(key, value) is not None or key not in over}
-        return out | {key: merge_overlay(base.get(key), value) for key, value in over.items() if value is not None}
-    if isinstance(over, dict) and isinstance(base, list) and over and all(isinstance(key, int) for key in over):
-        return [merge_overlay(item, over[i]) if i in over else item for i, item in enumerate(base)]
-    return over
+def merge_overlay(base: Any, overlay: Any) -> Any:
+    """`base` with the values of `overlay` laid over it.
+
+    Sections are merged key by key, and null removes a key. A list is replaced as a whole, unless the overlay is a
+    section whose keys are positions in the list.
+    """
+    if isinstance(overlay, dict) and isinstance(base, dict):
+        merged = {
+            key: value for key, value in base.items() if overlay.get(key, value) is not None or key not in overlay
+        }
+        changed = {key: merge_overlay(base.get(key), value) for key, value in overlay.items() if value is not None}
+        return merged | changed
+    positions = isinstance(overlay, dict) and overlay and all(isinstance(key, int) for key in overlay)
+    if positions and isinstance(base, list):
+        return [merge_overlay(item, overlay[i]) if i in overlay else item for i, item in enumerate(base)]
+    return overlay
 
 
 def load_recipe(root: Path, name: str, scale: str | None = None) -> dict[str, Any]:
     """The content of `recipes/<name>.yaml`, with its overlay `scale` laid over it.
 
-    Raises UserError naming the recipes or scales there are.
+    Raises UserError for an unknown recipe or scale, with the names of the existing ones.
     """
     path = root / "recipes" / f"{name}.yaml"
     if not path.exists():
@@ -59,24 +69,16 @@ def load_recipe(root: Path, name: str, scale: str | None = None) -> dict[str, An
 
 
 def prepare_recipe(root: Path, name: str, scale: str | None = None) -> Path:
-    """The recipe's own folder, brought up to date; what it wrote before stays. Raises UserError."""
+    """The recipe's own folder, brought up to date; results of an earlier run stay. Raises UserError."""
     folder = root / ".cache" / "recipes" / (f"{name}-{scale}" if scale else name)
     return prepare_folder(root, load_recipe(root, name, scale), folder, name)
 
 
 def prepare_folder(root: Path, raw: dict[str, Any], folder: Path, name: str) -> Path:
-    """`folder` with all that the experiment `raw` needs. Raises UserError naming the recipe and the key."""
+    """`folder` with all files that the experiment `raw` needs. Raises UserError naming the recipe and the key."""
     for part in (*COPIED_PATHS, *_corpora(raw)):
-        source, target = root / part, folder / part
-        if source.is_dir():
-            wanted = {p.relative_to(source) for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-            for old in [p for p in target.rglob("*") if p.is_file() and p.relative_to(target) not in wanted]:
-                old.unlink()
-            for file in wanted:
-                _copy_changed(source / file, target / file)
-        elif source.exists():
-            _copy_changed(source, target)
-    # no git in there: DVC works without, and the repository's own history is not concerned
+        _copy_changed(root / part, folder / part)
+    # DVC works without git in there, and the history of the repository is not concerned
     (folder / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
     for shared in (".cache/models", ".cache/answers"):
         if not (folder / shared).exists():
@@ -94,27 +96,44 @@ def prepare_folder(root: Path, raw: dict[str, Any], folder: Path, name: str) -> 
 
 def _corpora(raw: dict[str, Any]) -> list[str]:
     """The files in the repository that the recipe reads."""
-    named = [source.get("source", "") for source in raw.get("data", {}).values() if isinstance(source, dict)]
-    named += [file for model in raw.get("models", {}).values() for file in (model.get("random") or {}).get("words", [])]
-    return [file for file in dict.fromkeys(named) if not file.startswith("hub:") and not Path(file).is_absolute()]
+    files = [source.get("source", "") for source in raw.get("data", {}).values() if isinstance(source, dict)]
+    files += [file for model in raw.get("models", {}).values() for file in (model.get("random") or {}).get("words", [])]
+    return [file for file in dict.fromkeys(files) if not file.startswith("hub:") and not Path(file).is_absolute()]
 
 
 def _copy_changed(source: Path, target: Path) -> None:
-    """Only what differs, so that a file's time says when it changed."""
-    if not target.exists() or target.read_bytes() != source.read_bytes():
+    """Copy the file or folder `source`: only files that differ, so that a file's time shows when it changed."""
+    if source.is_dir():
+        files = {p.relative_to(source) for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+        for stale in [p for p in target.rglob("*") if p.is_file() and p.relative_to(target) not in files]:
+            stale.unlink()
+        for file in files:
+            _copy_changed(source / file, target / file)
+    elif source.exists() and (not target.exists() or target.read_bytes() != source.read_bytes()):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
 
 
+def recipe_steps(params: Params) -> list[list[str]]:
+    """The commands that run the recipe, as arguments of Python."""
+    repro = ["-m", "dvc", "repro"]
+    return [[*repro, "inputs"], ["-m", "distillery", "search", "--write"], repro] if params.search else [repro]
+
+
 def run_recipe(folder: Path) -> int:
-    """`dvc repro` in the recipe's folder, on this Python; its exit status."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    """Run the recipe prepared in `folder` on this Python; returns the exit status of the first failed step, or 0."""
+    set_environment()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder / "src")}
     environment.pop("DVC_STAGE", None)
-    return subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=folder, env=environment).returncode
+    for step in recipe_steps(load_params(folder / "params.yaml")):
+        if status := subprocess.run([sys.executable, *step], cwd=folder, env=environment).returncode:
+            return status
+    return 0
 
 
 def run_recipe_command(name: str, scale: str | None = None) -> None:
-    """Prepare the recipe's folder, run it, and show the source's table. Raises UserError."""
+    """Prepare the recipe's folder, run the recipe, and print the published scores beside its own. Raises UserError."""
     root = repository_root()
     folder, started = prepare_recipe(root, name, scale), time.perf_counter()
     print(f"{name}: runs in {folder.relative_to(root)}; params.yaml and its results stay as they are", flush=True)

@@ -1,7 +1,7 @@
 """Run one notebook as a stage of the pipeline: ``distillery run 04_distill -p student tiny-kd -p seed 0``.
 
-The notebook runs from ``build/notebooks/`` through papermill, in the root folder, on this very Python. Its printed
-lines appear as it runs. Its executed copy is put into ``reports/notebooks/`` when it has ended well, not before.
+Papermill runs the notebook from ``build/notebooks/`` in the root folder, on the Python that runs this module. Printed
+lines appear at once. The executed copy appears in ``reports/notebooks/`` only when the notebook ended without error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,53 +25,40 @@ from distillery.config.load import load_params
 from distillery.config.schema import Params
 from distillery.errors import UserError
 from distillery.files import atomic_write, raise_if_disk_full, repository_root
-
-# What makes two runs on one machine agree to the last bit: no thread count that follows the load, no kernel choice that
-# follows memory alignment, no hash order. A sum's rounding still depends on the number of threads, that is, on the
-# machine; set OMP_NUM_THREADS to compare machines. What the user has set stays.
-ENVIRONMENT = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MKL_CBWR": "AUTO",
-    "MKL_DYNAMIC": "FALSE",
-    "OMP_DYNAMIC": "FALSE",
-    "PYTHONHASHSEED": "0",
-    # the libraries' own remarks, with the folders of this machine in them
-    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning,ignore:IProgress not found",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
+from distillery.pipeline.environment import set_environment
 
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 
 
 def notebook_parameters(notebook: Path) -> dict[str, Any]:
     """Names and defaults in the notebook's cell tagged `parameters`; empty when it has none."""
-    found = {}
+    defaults = {}
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             for line in ast.parse("".join(cell["source"])).body:
                 if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-                    found[line.targets[0].id] = ast.literal_eval(line.value)
-    return found
+                    defaults[line.targets[0].id] = ast.literal_eval(line.value)
+    return defaults
 
 
-def parse_selectors(name: str, defaults: dict[str, Any], given: Sequence[Sequence[str]], experiment: Params) -> dict:
-    """The `-p` pairs with the type of the notebook's defaults.
+def parse_selectors(
+    notebook: str, defaults: dict[str, Any], selectors: Sequence[Sequence[str]], params: Params
+) -> dict[str, Any]:
+    """The `-p` pairs, converted to the types of the notebook's defaults.
 
-    Raises UserError for a name that the notebook lacks, for one that is not given, and for a value that params.yaml
+    Raises UserError for a name that the notebook lacks, for a name without a value, and for a value that params.yaml
     does not hold: papermill would run the notebook with its default instead.
     """
     known = {
-        "source": list(experiment.data),
-        "teacher": list(experiment.teachers),
-        "student": list(experiment.students),
-        "seed": experiment.seeds,
+        "source": list(params.data),
+        "teacher": list(params.teachers),
+        "student": list(params.students),
+        "seed": params.seeds,
     }
     values = {}
-    for key, text in given:
+    for key, text in selectors:
         if key not in defaults:
-            raise UserError(f"-p {key}: {name} has no such parameter; it has: {', '.join(defaults) or 'none'}")
+            raise UserError(f"-p {key}: {notebook} has no such parameter; it has: {', '.join(defaults) or 'none'}")
         try:
             values[key] = type(defaults[key])(text)
         except ValueError:
@@ -81,15 +68,16 @@ def parse_selectors(name: str, defaults: dict[str, Any], given: Sequence[Sequenc
             raise UserError(f"-p {key}: params.yaml has no {key} {text!r}; it has: {allowed or 'none'}")
     for key in defaults:
         if key not in values:
-            raise UserError(f"{name} needs -p {key}")
+            raise UserError(f"{notebook} needs -p {key}")
     return values
 
 
 @contextmanager
-def single_process(lock: Path, patience: float = 5.0):
-    """Let one process at a time run a stage; a killed one's notebook may need seconds to end.
+def single_process(lock: Path, patience: float = 5.0) -> Iterator[None]:
+    """Hold the file `lock` during this block, so that one process at a time runs it.
 
-    Raises UserError when another still runs after `patience` seconds.
+    Raises UserError when another process still holds it after `patience` seconds: the notebook of a killed process may
+    need seconds to end.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as file:
@@ -110,7 +98,7 @@ def single_process(lock: Path, patience: float = 5.0):
 
 
 def kill_children() -> None:
-    """End the notebook's kernel and whatever it started."""
+    """End the notebook's kernel and all processes that it started."""
     for child in psutil.Process().children(recursive=True):
         try:
             child.kill()
@@ -119,8 +107,8 @@ def kill_children() -> None:
 
 
 def end_with_dvc() -> None:
-    """End this process soon after the `dvc` that started it: a killed `dvc repro` must not train on in the dark."""
-    watched = []
+    """End this process soon after the `dvc` that started it: after a killed `dvc repro` nothing may go on training."""
+    watched = []  # DVC, and the shell that may stand between
     for process in psutil.Process().parents():
         watched.append(process)
         if process.name() not in SHELLS:
@@ -136,7 +124,7 @@ def end_with_dvc() -> None:
 
 
 def publish_notebook(running: Path, output: Path) -> None:
-    """Move an executed notebook to its place, without the folders of this machine: it is committed."""
+    """Move an executed notebook to `output`, without the folders of this machine: git tracks the copy."""
     text = running.read_text(encoding="utf-8")
     for folder in (Path.cwd(), Path(sys.prefix)):
         text = text.replace(f"{folder}{os.sep}", "")
@@ -146,51 +134,71 @@ def publish_notebook(running: Path, output: Path) -> None:
 
 
 @contextmanager
-def redirect_stderr_to(path: Path):
-    """Processes started in this block write their standard error to `path`: a kernel that is ended while it talks
-    would leave its transport's traceback on the console. What a cell prints reaches us by another way."""
+def redirect_stderr_to(path: Path) -> Iterator[None]:
+    """Processes started in this block write their standard error to `path`.
+
+    A kernel that is ended while it sends would otherwise print a traceback of its transport. The output of cells does
+    not pass here: it arrives as messages.
+    """
     sys.stderr.flush()
-    kept = os.dup(2)
+    stderr = os.dup(2)
     with open(path, "w") as log:
         os.dup2(log.fileno(), 2)
     try:
         yield
     finally:
         sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def isolate_kernel() -> None:
+    """Let notebooks run on this Python with the variables of :mod:`distillery.pipeline.environment`.
+
+    The kernel named python3 is that of this Python, whatever kernel of that name the user's account has. No start-up
+    file of the account runs before a notebook.
+    """
+    set_environment()
+    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share/jupyter")
+    os.environ["IPYTHONDIR"] = str(Path(".cache/ipython").resolve())
+
+
+def run_papermill(notebook: Path, running: Path, values: dict[str, Any]) -> None:
+    """Run `notebook` with the parameters `values`; its executed copy grows at `running`."""
+    import papermill
+
+    papermill.execute_notebook(
+        str(notebook),
+        str(running),
+        parameters=values,
+        kernel_name="python3",
+        language="python",
+        progress_bar=False,
+        stdout_file=sys.stdout,
+        start_timeout=180,
+        iopub_timeout=60,  # seconds that a busy machine may need to deliver a cell's last output
+        extra_arguments=["--log-level=50"],  # no warnings of the kernel about its transport and its end
+    )
 
 
 def execute_notebook(notebook: Path, output: Path, values: dict[str, Any], failed: Path) -> None:
     """Run `notebook` (paths relative to the working folder) and move its executed copy to `output`.
 
-    Raises UserError for a user's mistake that the notebook met, for a kernel that died, and for a full disk. Any other
-    exception of the notebook's ends the process with its traceback; the notebook as far as it came is at `failed`.
+    Raises UserError for a user's mistake inside the notebook, for a kernel that died, and for a full disk. Any other
+    exception of the notebook ends the process with its traceback. The incomplete notebook is then at `failed`.
     """
-    import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     running = Path(".cache/running") / output.name
-    remarks = running.with_suffix(".stderr")
+    stderr = running.with_suffix(".stderr")
     for folder in (running.parent, failed.parent, output.parent):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        with redirect_stderr_to(remarks):
-            papermill.execute_notebook(
-                str(notebook),
-                str(running),
-                parameters=values,
-                kernel_name="python3",
-                language="python",
-                progress_bar=False,
-                stdout_file=sys.stdout,
-                start_timeout=180,
-                iopub_timeout=60,  # seconds that a busy machine may need to hand over a cell's last output
-                extra_arguments=["--log-level=50"],  # the kernel's own remarks, on its transport and on being ended
-            )
+        with redirect_stderr_to(stderr):
+            run_papermill(notebook, running, values)
         publish_notebook(running, output)
-        failed.unlink(missing_ok=True)  # an earlier attempt's
+        failed.unlink(missing_ok=True)  # of an earlier attempt
     except PapermillExecutionError as error:
         if error.ename == "UserError":
             raise UserError(" ".join(str(error.evalue).split())) from None
@@ -209,27 +217,25 @@ def execute_notebook(notebook: Path, output: Path, values: dict[str, Any], faile
     finally:
         running.unlink(missing_ok=True)
         kill_children()
-        remarks.unlink(missing_ok=True)
+        stderr.unlink(missing_ok=True)
 
 
-def run_stage(name: str, given: Sequence[Sequence[str]] = ()) -> None:
-    """Run the notebook `name` with the selectors `given` (name, value). Raises UserError for what params.yaml lacks."""
-    experiment = load_params()
+def run_stage(name: str, selectors: Sequence[Sequence[str]] = ()) -> None:
+    """Run the notebook `name` with the pairs (parameter, value) of `selectors`.
+
+    Raises UserError for a notebook, a parameter or a value that does not exist, and as :func:`execute_notebook` does.
+    """
+    params = load_params()
     os.chdir(repository_root())
     notebook = Path("build/notebooks") / f"{name}.ipynb"
     if not notebook.exists():
-        here = ", ".join(sorted(p.stem for p in notebook.parent.glob("*.ipynb")))
-        raise UserError(f"{notebook}: no such file; there is: {here or 'none (run: dvc repro strip)'}")
-    values = parse_selectors(name, notebook_parameters(notebook), given, experiment)
-    stem = "-".join([name, *(text for _, text in given)])
+        known = ", ".join(sorted(path.stem for path in notebook.parent.glob("*.ipynb")))
+        raise UserError(f"{notebook}: no such file; there is: {known or 'none (run: dvc repro strip)'}")
+    values = parse_selectors(name, notebook_parameters(notebook), selectors, params)
+    stem = "-".join([name, *(text for _, text in selectors)])
     output = Path("reports/notebooks") / f"{stem}.ipynb"
 
-    for variable, value in ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-    # The kernel named python3 is this Python's, whatever the user's account holds under that name; and no start-up file
-    # of the account's runs before a notebook.
-    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share/jupyter")
-    os.environ["IPYTHONDIR"] = str(Path(".cache/ipython").resolve())
+    isolate_kernel()
     if "DVC_STAGE" in os.environ:
         end_with_dvc()
     with single_process(Path(".cache/running") / f"{stem}.lock"):

@@ -33,7 +33,7 @@ class EvaluateConfig(Section):
 
 
 class SearchConfig(Section):
-    """Random settings for one phase of a student, tried on a share of its gold rows: see `distillery search`."""
+    """Settings for one phase of a student, tried on a share of its gold rows: see `distillery search`."""
 
     student: Name
     """The student."""
@@ -52,6 +52,8 @@ class SearchConfig(Section):
         Annotated[list[Any], Field(min_length=1)],
     ] = {}
     """Values to draw from, for other keys of the phase."""
+    sampler: Literal["random", "tpe"] = "random"
+    """How settings are proposed: `tpe` prefers settings near those that scored well."""
     seed: int = 0
     """Seed of the settings, the rows and the training."""
 
