@@ -107,6 +107,7 @@ def test_every_module_is_a_part_of_some_stage_or_known_to_be_none():
     used = {module for found in stages({"far": "api"}).values() for module in found}
     outside = {"__main__", "cli", "config.reference_docs", "pipeline"}
     outside |= {f"pipeline.{name}" for name in ("environment", "recipe", "run_notebook", "search", "strip")}
+    outside |= {"pipeline.lessons", "notebook.lessons", "notebook.lesson_sentences", "notebook.tiny_causal"}
     assert all_modules() - used == {f"distillery.{name}" for name in outside}
 
 
@@ -119,7 +120,7 @@ def test_only_an_endpoint_depends_on_the_client():
 
 def test_a_student_depends_on_no_report_and_no_evaluation():
     packages = {module.split(".")[1] for module in stages({"lm": "lm"})["04_distill"]}
-    assert packages == {"config", "errors", "files", "fingerprint", "losses", "metrics", "models", "tasks", "training"}
+    assert packages == {"config", "errors", "files", "fingerprint", "losses", "metrics", "models", "notebook", "tasks", "training"}
 
 
 def test_the_package_itself_imports_nothing():

@@ -1,0 +1,153 @@
+"""Figures, tables and sentences of 02_teach: what a teacher knows, and how sure it is."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from distillery.notebook.style import BLUE, GREY, percent
+
+KEYS = ["source", "split", "id"]
+SHOWN_SCORES = ["accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece", "commonest_answer"]
+CLOSE = 0.02  # a difference of shares below this is called none
+
+
+def held_out_predictions(rows: pd.DataFrame, signals: pd.DataFrame) -> pd.DataFrame:
+    """The teacher's predictions of rows that it was not tuned on: label, prediction, confidence, right.
+
+    rows: source, split, id, label. signals: source, split, id, label, probabilities.
+    """
+    merged = rows[[*KEYS, "label"]].merge(signals[[*KEYS, "label", "probabilities"]], on=KEYS, suffixes=("", "_signal"))
+    merged = merged[merged["split"] != "train"].dropna(subset="label").rename(columns={"label_signal": "prediction"})
+    merged["confidence"] = merged.pop("probabilities").map(max).astype(float)
+    return merged.assign(right=merged["label"] == merged["prediction"])
+
+
+def score_table(results: dict[str, dict], in_sample: dict | None) -> pd.DataFrame:
+    """Scores [score, split]; in_sample: scores on the gold rows by the model that was tuned on these rows."""
+    table = pd.DataFrame({split: {k: v for k, v in r.items() if isinstance(v, float)} for split, r in results.items()})
+    if in_sample:
+        table.insert(0, "train, in sample", pd.Series(in_sample))
+        table = table.rename(columns={"train": "train, out of fold"})
+    return table.loc[SHOWN_SCORES]
+
+
+def rationale_table(rows: pd.DataFrame, signals: pd.DataFrame, from_file: bool) -> pd.DataFrame:
+    """The rationales, each beside the label that it argues for: the gold label in `train`, elsewhere the teacher's own.
+
+    from_file: answers from a file bring rationales of the teacher's own label everywhere.
+    """
+    written = signals[signals["rationale"].notna()]
+    merged = rows[[*KEYS, "text", "label"]].merge(
+        written.drop(columns="probabilities"), on=KEYS, suffixes=("_gold", "")
+    )
+    gold = (merged["split"] == "train") & (not from_file)
+    merged["label"] = merged["label_gold"].where(gold, merged["label"])
+    merged["label from"] = np.where(gold, "gold", "teacher")
+    return merged[["text", "label", "label from", "rationale", "contradicts"]]
+
+
+def plot_losses(histories: dict[str, pd.DataFrame]) -> None:
+    """Training loss over the optimizer steps, a line for each model: the whole one, and one a fold."""
+    _, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
+    for name, history in histories.items():
+        axes.plot(history["step"], history["loss"], label=name)
+    axes.set(title="training loss", xlabel="optimizer step", ylim=(0, None))
+    axes.legend()
+
+
+def plot_confidence(predictions: pd.DataFrame) -> None:
+    """Reliability diagram, and accuracy of the most confident share. predictions: confidence, right."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    bins = predictions.groupby(pd.cut(predictions["confidence"], np.linspace(0, 1, 11)), observed=True)
+    left.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
+    left.plot(bins["confidence"].mean(), bins["right"].mean(), "o-", color=BLUE)
+    left.set(
+        title="reliability on held-out rows", xlabel="confidence", ylabel="accuracy", xlim=(0.3, 1), ylim=(0, 1.03)
+    )
+    ranked = predictions.sort_values("confidence", ascending=False)["right"].expanding().mean().to_numpy()
+    right.plot(np.arange(1, len(ranked) + 1) / len(ranked), ranked, color=BLUE)
+    right.set(title="accuracy of the most confident share", xlabel="share of rows", ylim=(None, 1.01))
+
+
+def untrained_sentence(best: float, majority: float) -> str:
+    """The untuned teacher's best validation accuracy beside the share of the most frequent label."""
+    text = f"Before tuning the teacher is right on {percent(best)} of the validation rows at best. The most frequent "
+    text += f"label alone is right on {percent(majority)}: "
+    if best > majority + CLOSE:
+        return text + "the teacher knows something of the task from its pre-training."
+    return text + "the teacher does **not** know the task yet, it must be tuned before it teaches."
+
+
+def loss_sentence(histories: dict[str, pd.DataFrame]) -> str:
+    """Whether the training loss of the model on all gold rows fell."""
+    if not histories:
+        return "This teacher is not tuned."
+    losses = next(iter(histories.values()))["loss"]
+    first, last = losses.iloc[0], losses.iloc[-1]
+    text = f"On all gold rows the loss went from {first:.2f} to {last:.2f} nats: "
+    return text + (
+        "the model fits these rows better." if last < first else "the model did **not** fit these rows better."
+    )
+
+
+def memory_sentence(in_sample: float, out_of_fold: float | None) -> str:
+    """Accuracy on gold rows by the model tuned on them, and by models tuned without them; None without folds."""
+    text = f"On rows it was tuned on the teacher is right on {percent(in_sample)}"
+    if out_of_fold is None:
+        return (
+            text + ". Without folds there is no fair score on these rows, and no student learns from its signals there."
+        )
+    text += f", out of fold on {percent(out_of_fold)}: "
+    gap = in_sample - out_of_fold
+    if gap > CLOSE:
+        return (
+            text + f"the difference of {100 * gap:.1f} points is memory, not knowledge. Students see the second kind."
+        )
+    return text + "there is no sign that it memorised these rows."
+
+
+def knowledge_sentence(accuracy: float, majority: float, rows: int) -> str:
+    """What the teacher can give a student: accuracy on held-out rows beside the most frequent label's share."""
+    text = f"On {rows:,} held-out rows the teacher is right on {percent(accuracy)}, "
+    if accuracy > majority + CLOSE:
+        return text + f"{100 * (accuracy - majority):.1f} points more than the most frequent label: it can teach."
+    return text + f"the most frequent label on {percent(majority)}: it has **nothing** to teach."
+
+
+def calibration_sentence(confidence: float, accuracy: float) -> str:
+    """Mean confidence beside accuracy, both in [0, 1]."""
+    text = f"Mean confidence is {percent(confidence)}, accuracy {percent(accuracy)}: the teacher is "
+    if abs(confidence - accuracy) <= CLOSE:
+        return text + "well calibrated on average."
+    if confidence > accuracy:
+        return text + "overconfident: its probabilities are too sharp, and a temperature above 1 softens them."
+    return text + "underconfident: its probabilities are too flat, and a temperature above 1 flattens them more."
+
+
+def selection_sentence(confident_half: float, all_rows: float) -> str:
+    """Accuracy of the more confident half of the rows beside that of all rows."""
+    text = f"The more confident half of the rows is right on {percent(confident_half)}, all rows on "
+    text += f"{percent(all_rows)}: "
+    if confident_half > all_rows + CLOSE:
+        return text + "a filter on confidence gives cleaner pseudo-labels."
+    return text + "a filter on confidence would **not** give cleaner pseudo-labels."
+
+
+def confident_half(predictions: pd.DataFrame) -> float:
+    """Accuracy of the more confident half of `predictions` (confidence, right)."""
+    ranked = predictions.sort_values("confidence", ascending=False, kind="stable")["right"]
+    return float(ranked.head(max(1, len(ranked) // 2)).mean())
+
+
+def rationale_sentence(written: int, contradictions: int) -> str:
+    """How many rationales name another label than the one they were written for."""
+    if not written:
+        return "There are no rationales."
+    if not contradictions:
+        return f"None of the {written} rationales names another label than the one it was written for."
+    return (
+        f"{contradictions} of the {written} rationales name another label than the one they were written for: "
+        "a student must not learn from these."
+    )
