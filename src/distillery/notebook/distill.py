@@ -1,0 +1,165 @@
+"""Figures, tables and sentences of 04_distill: one student, phase by phase."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from distillery.notebook.style import BLUE, join_words, percent
+from distillery.training.rows import phase_rows
+
+if TYPE_CHECKING:
+    from distillery.config.schema import StudentConfig
+    from distillery.tasks.schema import Task
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """One training row and the distribution that the student shall learn for it.
+
+    probabilities: [labels], at T = 1. temperature: of the phase. source: where the distribution comes from.
+    """
+
+    text: str
+    probabilities: np.ndarray
+    temperature: float
+    source: str
+
+
+def choose_target_row(
+    rows: pd.DataFrame, spec: StudentConfig, task: Task, scores: dict[str, float]
+) -> TargetRow | None:
+    """A row of the first phase with a teacher whose distribution is neither flat nor certain; None for free answers.
+
+    Without a teacher, a row with its gold label: a distribution with all its mass on one label, at temperature 1.
+    """
+    if task.kind == "qa" or not spec.phases:
+        return None
+    phase = next((phase for phase in spec.phases if phase.teachers), spec.phases[0])
+    chosen = phase_rows(rows, phase.model_copy(update={"loss": {"ce": 1.0}}), task.names, scores)
+    if chosen.logprobs is None:
+        return TargetRow(chosen.texts[0], np.eye(len(task.names))[chosen.targets[0]], 1.0, "gold label")
+    probabilities = chosen.logprobs.double().exp().numpy()
+    i = int(np.argmin(np.abs(probabilities.max(-1) - 0.75)))
+    return TargetRow(chosen.texts[i], probabilities[i], phase.temperature, join_words(phase.teachers))
+
+
+def phase_table(spec: StudentConfig) -> pd.DataFrame:
+    """The phases of a student, a row each: which rows, which teachers, which loss, how long."""
+    columns = {
+        "rows": [", ".join(p.data) for p in spec.phases],
+        "teachers": [", ".join(p.teachers) or "gold labels" for p in spec.phases],
+        "loss": [" + ".join(f"{weight:g} {term}" for term, weight in p.loss.items()) for p in spec.phases],
+        "space": [p.space for p in spec.phases],
+        "temperature": [f"{p.temperature:g}" for p in spec.phases],
+        "length": [f"{p.steps} steps" if p.steps else f"{p.epochs:g} epochs" for p in spec.phases],
+        "learning rate": [f"{p.learning_rate:g}" for p in spec.phases],
+    }
+    return pd.DataFrame(columns, index=pd.RangeIndex(1, len(spec.phases) + 1, name="phase")).reset_index()
+
+
+def plot_training(history: pd.DataFrame, phases: pd.DataFrame) -> None:
+    """The training loss over the optimizer steps, and the accuracy on validation rows after each phase.
+
+    history: phase, step, loss. phases: phase, split, label, prediction; phase 0 is the untrained student.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), width_ratios=[2, 1])
+    offset = 0
+    for phase, part in history.groupby("phase"):
+        left.plot(part["step"] + offset, part["loss"], label=f"phase {phase}")
+        offset += part["step"].max()
+    left.set(title="training loss", xlabel="optimizer step")
+    if len(history):
+        left.set_yscale("log")  # phases may have losses of different sizes
+        left.legend()
+    accuracy = accuracy_by_phase(phases)
+    right.plot(accuracy.index, accuracy, "o-", color=BLUE)
+    right.set(title="validation accuracy after each phase", xticks=accuracy.index, ylim=(0, 1))
+    figure.tight_layout()
+
+
+def accuracy_by_phase(phases: pd.DataFrame) -> pd.Series:
+    """Accuracy on the validation rows after each phase, in [0, 1]."""
+    rows = phases[phases["split"] == "validation"]
+    return rows["label"].eq(rows["prediction"]).groupby(rows["phase"]).mean()
+
+
+def rows_sentence(gold: int, unlabelled: int) -> str:
+    """How many of a student's training rows have a gold label, and what the others teach."""
+    if not unlabelled:
+        return f"All {gold:,} training rows have a gold label: this student needs no teacher to have an answer."
+    return (
+        f"Only {gold:,} of the {gold + unlabelled:,} training rows have a gold label. For the other {unlabelled:,} "
+        "rows the teacher's distribution is all there is to learn from."
+    )
+
+
+def size_sentence(layers: int, parameters: int, trainable: int, adapter: bool) -> str:
+    """How large a student is, and which share of it training moves."""
+    size = f"The student has {layers} layers and {parameters:,} parameters. "
+    if adapter:
+        return size + f"Training moves none of these: it moves {trainable:,} parameters of adapters beside them."
+    if trainable == parameters:
+        return size + "Training moves all of them."
+    return size + f"Training moves {trainable:,} of them, {percent(trainable / parameters)}."
+
+
+def equality_sentence(by_hand: float, package: float, name: str) -> str:
+    """Whether a value computed by hand is the package's, to a relative error of 1e-4."""
+    if np.isclose(by_hand, package, rtol=1e-4, atol=1e-6):
+        return f"By hand {by_hand:.6f} nats, `{name}` {package:.6f} nats: the same number."
+    return f"By hand {by_hand:.6f} nats, `{name}` {package:.6f} nats: **not** the same number, one of them is wrong."
+
+
+def softening_sentence(before: np.ndarray, after: np.ndarray, temperature: float) -> str:
+    """What a temperature does to one distribution. before, after: [labels], probabilities."""
+    if np.max(after) < np.max(before) - 1e-9:
+        return (
+            f"T = {temperature:g} lowers the largest probability from {np.max(before):.2f} to {np.max(after):.2f}: "
+            "the other labels weigh more in the loss, so the student also learns which errors are close."
+        )
+    return f"T = {temperature:g} changes nothing here: the largest probability stays {np.max(before):.2f}."
+
+
+def movement_sentence(kl_before: float, kl_after: float, source: str) -> str:
+    """Whether training moved the student towards its target on one row. Both in nats."""
+    change = f"On this row KL fell from {kl_before:.3f} to {kl_after:.3f} nats: the student moved towards the {source}."
+    if kl_after > kl_before:
+        change = f"On this row KL rose from {kl_before:.3f} to {kl_after:.3f} nats: the student moved away from the "
+        change += f"{source}. One row may get worse while the mean over all rows gets better."
+    return change
+
+
+def progress_sentence(accuracy: pd.Series) -> str:
+    """What training gave on validation rows. accuracy: phase -> share right in [0, 1], phase 0 first."""
+    first, last = float(accuracy.iloc[0]), float(accuracy.iloc[-1])
+    text = f"On validation rows the student is right on {percent(first)} before training and {percent(last)} after it: "
+    if last <= first:
+        return text + "training gave nothing that shows here."
+    gains = accuracy.diff().dropna()
+    if len(gains) == 1:
+        return text + f"it gained {100 * (last - first):.1f} points."
+    return text + f"it gained {100 * (last - first):.1f} points, most of them in phase {gains.idxmax()}."
+
+
+def result_sentence(accuracy: float, majority: float | None, rows: int) -> str:
+    """The student's test accuracy beside the share of the most frequent label, both in [0, 1]; None: no labels."""
+    if majority is None:
+        return f"{percent(accuracy)} of its answers to {rows:,} test questions are accepted."
+    text = f"On {rows:,} test rows the student is right on {percent(accuracy)}; the most frequent label alone is right "
+    if accuracy > majority:
+        return text + f"on {percent(majority)}. The student has learned to read the text."
+    return text + f"on {percent(majority)}. The student has learned **nothing** that beats a constant answer."
+
+
+def confidence_sentence(right: np.ndarray, wrong: np.ndarray) -> str:
+    """Whether a model is surer where it is right. right, wrong: confidences of these predictions, in [0, 1]."""
+    if not len(right) or not len(wrong):
+        return f"All predictions are {'right' if len(right) else 'wrong'}: confidence has nothing to tell apart."
+    gap, text = np.mean(right) - np.mean(wrong), f"Mean confidence is {np.mean(right):.2f} where the student is right "
+    text += f"and {np.mean(wrong):.2f} where it is wrong: "
+    return text + ("confidence helps to find errors." if gap > 0.02 else "confidence does **not** help to find errors.")
