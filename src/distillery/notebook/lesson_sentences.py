@@ -1,0 +1,200 @@
+"""The computed sentences of the lessons: facts in, text out. Shares and probabilities are in [0, 1]."""
+
+from __future__ import annotations
+
+from distillery.notebook.style import percent
+
+
+def soft_rows_sentence(share: float, threshold: float) -> str:
+    """share: of the rows whose second label has at least `threshold`."""
+    text = f"On {percent(share)} of the rows the teacher gives its second label at least {threshold:.2f}: "
+    if share > 0.1:
+        return text + "a hard label would throw this away."
+    return text + "its soft labels are almost hard, and soften only at a higher temperature."
+
+
+def entropy_sentence(at_one: float, at_high: float, temperature: float) -> str:
+    """Mean entropies of the soft labels, in nats, at T = 1 and at `temperature`."""
+    change = f"Mean entropy goes from {at_one:.2f} nats at T = 1 to {at_high:.2f} at T = {temperature:g}: "
+    return change + ("softer labels." if at_high > at_one else "**harder** labels, T is below 1.")
+
+
+def neighbour_sentence(label: str, masses: dict[str, float]) -> str:
+    """masses: the mean probabilities of the two labels other than `label` on rows of it, the larger one first."""
+    (first, first_mass), (second, second_mass) = masses.items()
+    text = f"On rows that the teacher calls {label}, {first} gets {first_mass:.2f} and {second} {second_mass:.2f}: "
+    if first_mass > 1.2 * second_mass:
+        return text + f"{label} is closer to {first}, which no hard label holds."
+    return text + "both errors are about as likely, and the soft label adds little."
+
+
+def gradient_sentence(without: float, with_factor: float, temperature: float) -> str:
+    """Gradient norms at `temperature` relative to T = 1, without and with the factor T**2."""
+    text = f"At T = {temperature:g} the gradient is {without:.3f} times that at T = 1; with the factor $T^2$ it is "
+    text += f"{with_factor:.2f} times. "
+    if abs(with_factor - 1) < abs(without - 1):
+        return text + "So the factor keeps the learning rate valid when the temperature changes."
+    return text + "Here the factor does **not** bring it nearer to 1."
+
+
+def soft_against_hard_sentence(soft: float, hard: float, error: float) -> str:
+    """Accuracies of students on soft and hard labels, and the standard error of one accuracy."""
+    gain = soft - hard
+    text = f"Soft labels give {percent(soft)}, hard labels {percent(hard)} (standard error {100 * error:.1f} points): "
+    if abs(gain) < error:
+        return text + "the difference is smaller than the error, this test set shows no winner."
+    return text + f"soft labels are {abs(100 * gain):.1f} points {'better' if gain > 0 else '**worse**'}."
+
+
+def divergence_sentence(forward: float, reverse: float) -> str:
+    """KL(p || s) and KL(s || p) of the same pair, in nats."""
+    text = f"KL(p‖s) is {forward:.3f} nats, KL(s‖p) {reverse:.3f}: "
+    if abs(forward - reverse) < 1e-6:
+        return text + "here the two directions agree, which is rare."
+    worse = "the labels that the student misses" if forward > reverse else "the labels that the student invents"
+    return text + f"KL is not symmetric, and here {worse} cost more."
+
+
+def denominator_sentence(one_batch: float, summed: float, mean_of_means: float) -> str:
+    """The loss of one batch, of micro-batches with one denominator, and the mean of the micro-batches' means."""
+    same = abs(one_batch - summed) < 1e-5
+    text = f"One batch {one_batch:.4f}; micro-batches with one denominator {summed:.4f}: "
+    text += "equal. " if same else "**not** equal. "
+    if abs(mean_of_means - one_batch) < 1e-5:
+        return (
+            text + f"The mean of means, {mean_of_means:.4f}, agrees too, because all micro-batches are equally large."
+        )
+    return text + f"The mean of means is {mean_of_means:.4f}: it weighs rows of small micro-batches more."
+
+
+def steps_sentence(difference: float, first: float, last: float) -> str:
+    """Largest difference between the weights by hand and by autograd; first and last loss, in nats."""
+    text = (
+        f"The loss goes from {first:.3f} to {last:.3f} nats. The largest difference of any weight is {difference:.1e}: "
+    )
+    if difference < 1e-4:
+        return text + "by hand and by autograd are the same training."
+    return text + "by hand and by autograd are **not** the same training."
+
+
+def memory_gap_sentence(in_sample: float, out_of_fold: float, held_out: float) -> str:
+    """Accuracies on gold rows in sample and out of fold, and on held-out rows."""
+    text = f"In sample {percent(in_sample)}, out of fold {percent(out_of_fold)}, on held-out rows {percent(held_out)}. "
+    if abs(out_of_fold - held_out) < abs(in_sample - held_out):
+        return text + f"Out of fold is nearer to the truth: {100 * (in_sample - out_of_fold):.1f} points were memory."
+    return text + "Here the in-sample score is nearer to the truth: this teacher memorised nothing."
+
+
+def folds_sentence(few: int, few_accuracy: float, many: int, many_accuracy: float) -> str:
+    """Out-of-fold accuracies with few and many folds."""
+    text = f"With {few} folds the out-of-fold accuracy is {percent(few_accuracy)}, with {many} it is "
+    text += f"{percent(many_accuracy)}: "
+    if many_accuracy > few_accuracy:
+        return text + "each fold's teacher saw more rows. More folds cost more training runs."
+    return text + "more folds gave nothing here, few are enough."
+
+
+def group_sentence(by_row: float, by_group: float) -> str:
+    """Out-of-fold accuracies on rows with a near-duplicate, with folds of single rows and of whole groups."""
+    text = f"On rows that have a near-duplicate: folds of single rows {percent(by_row)}, of whole groups "
+    text += f"{percent(by_group)}. "
+    if abs(by_row - by_group) < 0.02:
+        return text + "The two agree: here near-duplicates leak nothing that shows."
+    if by_row > by_group:
+        return text + "Single rows look better, because the teacher has seen a twin of the row."
+    return text + "Single rows look **worse**: the twin that the teacher has seen bears another label."
+
+
+def student_signal_sentence(in_sample: float, out_of_fold: float, error: float) -> str:
+    """Accuracies of students taught in sample and out of fold, and the standard error of one accuracy."""
+    gain = out_of_fold - in_sample
+    text = f"The student of in-sample signals reaches {percent(in_sample)}, that of out-of-fold signals "
+    text += f"{percent(out_of_fold)}: "
+    if abs(gain) < error:
+        return text + f"the difference is within one standard error ({100 * error:.1f} points)."
+    return (
+        text
+        + f"out-of-fold signals are {abs(100 * gain):.1f} points {'better' if gain > 0 else '**worse**'} to learn from."
+    )
+
+
+def exposure_sentence(on_reference: float, on_own: float) -> str:
+    """Mean JSD per token on reference texts and on the student's own texts, in nats."""
+    text = (
+        f"Teacher and student differ by {on_reference:.3f} nats a token on the corpus' texts, by {on_own:.3f} on the "
+    )
+    text += "student's own: "
+    if on_own > on_reference:
+        return text + "its own texts lead it to places that off-policy training does not correct."
+    return text + "on its own texts the student is not further from the teacher."
+
+
+def policy_sentence(off_policy: float, on_policy: float) -> str:
+    """Mean JSD per token on own texts after training off- and on-policy, in nats."""
+    text = f"After training, on each student's own texts: off-policy {off_policy:.3f} nats a token, on-policy "
+    text += f"{on_policy:.3f}. "
+    if on_policy < off_policy:
+        return text + "On-policy training corrects the texts that the student really writes."
+    return text + "Off-policy training did better here: on-policy needs a student that already writes something useful."
+
+
+def modes_sentence(forward_mass: float, reverse_mass: float) -> str:
+    """The student's probability between the teacher's two modes, after fitting with forward and reverse KL."""
+    text = f"Between the teacher's two modes forward KL puts {forward_mass:.2f} of the mass, reverse KL "
+    text += f"{reverse_mass:.2f}: "
+    if forward_mass > reverse_mass:
+        return text + "forward KL covers both modes, reverse KL chooses one."
+    return text + "here reverse KL does **not** choose one mode."
+
+
+def beta_sentence(beta: float, value: float, maximum_beta: float) -> str:
+    """The JSD at a small `beta` in nats, and the beta of the largest JSD."""
+    text = f"JSD is {value:.4f} nats at beta {beta:g} and largest near beta {maximum_beta:g}: "
+    if value < 0.01:
+        return text + "towards its ends it vanishes, and its gradient too. So the ends are refused: use KL there."
+    return text + "at this end it is still large enough to train with."
+
+
+def interval_sentence(by_row: float, by_group: float) -> str:
+    """Widths of the bootstrap intervals of one accuracy, drawn by rows and by groups."""
+    text = f"The interval is {100 * by_row:.1f} points wide by rows, {100 * by_group:.1f} by groups: "
+    if by_group > 1.02 * by_row:
+        return text + "near-duplicates are right or wrong together, so there are fewer independent rows than it seems."
+    return text + "here groups change nothing, because few rows share one or they are not right together."
+
+
+def paired_sentence(difference: float, low: float, high: float, p: float) -> str:
+    """A paired difference of accuracies with its 95 % interval and p value."""
+    text = f"The difference is {100 * difference:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
+    text += f"p = {p:.3f}): "
+    if p < 0.05:
+        return (
+            text + f"the gain is {'real' if difference > 0 else 'a real **loss**'} as far as test rows are concerned."
+        )
+    return text + "this is **no evidence** of a gain."
+
+
+def pairing_sentence(paired: float, unpaired: float) -> str:
+    """Standard errors of a difference, with the same rows for both models and with independent rows."""
+    text = f"The standard error is {100 * paired:.2f} points paired and {100 * unpaired:.2f} unpaired: "
+    if paired < 0.98 * unpaired:
+        return text + f"pairing is worth {(unpaired / paired) ** 2:.1f} times as many test rows."
+    return text + "pairing gives nothing here, the two models do not err on the same rows."
+
+
+def power_sentence(rows: int, detectable: float, observed: float) -> str:
+    """The smallest difference that `rows` test rows detect four times in five, and the one that was observed."""
+    text = (
+        f"With {rows:,} test rows a true difference of {100 * detectable:.1f} points is detected four times in five. "
+    )
+    if abs(observed) >= detectable:
+        return text + f"The observed {100 * observed:+.1f} points are above that."
+    return text + f"The observed {100 * observed:+.1f} points are below that: a larger test set is needed."
+
+
+def seeds_sentence(spread: float, gain: float) -> str:
+    """The standard deviation between training seeds, and the gain on one seed."""
+    text = f"Between seeds the accuracy varies with a standard deviation of {100 * spread:.1f} points. "
+    if abs(gain) > 2 * spread:
+        return text + f"The gain of {100 * gain:+.1f} points is more than twice that."
+    return text + f"A gain of {100 * gain:+.1f} points on one seed may be luck."
