@@ -21,7 +21,7 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro recipe test lint unit coverage pipeline lab report lock clean git
+.PHONY: help repro recipe test lint unit coverage pipeline lessons lab report lock clean git
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ pipeline: $(VENV)/.installed ## the tests that run stages
 
 recipe: $(VENV)/.installed ## run a published system in a folder of its own: make recipe NAME=pkd-albert [SCALE=small]
 	@$(BIN)/python -m distillery recipe $(if $(NAME),'$(NAME)',$(error name a recipe: make recipe NAME=pkd-albert)) $(if $(SCALE),--scale '$(SCALE)')
+
+lessons: $(VENV)/.installed ## run the lessons in notebooks/lessons, minutes on a CPU, into reports/lessons
+	@$(BIN)/python -m distillery lesson
 
 lab: $(VENV)/.installed ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks

@@ -1,8 +1,7 @@
-"""The five notebooks: how they stand in git, and one small experiment through all of them, killed on the way."""
+"""One small experiment through the five notebooks, killed on the way. tests/test_lessons.py checks their form."""
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shutil
@@ -22,31 +21,7 @@ from distillery.config.load import load_params
 from distillery.config.schema import SPLITS
 from distillery.files import read_yaml
 
-NAMES = ("01_data", "02_teach", "03_augment", "04_distill", "05_evaluate")
 LABELS = ["positive", "neutral", "negative"]
-
-# ------------------------------------------------------------------------------- as they stand in git
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_is_short_clean_and_tells_what_it_does(name):
-    book = json.loads((tiny.ROOT / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))
-    cells = book["cells"]
-    assert len(cells) <= 24
-    assert book["metadata"].get("kernelspec", {}).get("name", "python3") == "python3"
-    opening = "".join(cells[0]["source"])
-    assert opening.startswith("# ") and "?" in opening.splitlines()[0]
-    assert "**Reads**" in opening and "**Writes**" in opening
-    assert ["parameters" in cell["metadata"].get("tags", []) for cell in cells] == [i == 1 for i in range(len(cells))]
-    for before, cell in zip(cells[1:], cells[2:], strict=False):
-        if cell["cell_type"] == "code":
-            assert cell["outputs"] == [] and cell["execution_count"] is None
-            assert before["cell_type"] == "markdown", "a line of prose stands above every code cell"
-            tree = ast.parse("".join(cell["source"]))
-            assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree))
-            functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-            assert all(node.end_lineno - node.lineno < 12 for node in functions)
-
 
 # ------------------------------------------------------------------------------- run
 

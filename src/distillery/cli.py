@@ -79,6 +79,13 @@ def run(notebook: str, selectors: Sequence[Sequence[str]]) -> None:
     run_stage(notebook, selectors)
 
 
+def lesson(name: str | None) -> None:
+    """Execute the lessons, or one of them, into reports/lessons/."""
+    from distillery.pipeline.lessons import run_lessons
+
+    run_lessons(name)
+
+
 def recipe(name: str, scale: str | None) -> None:
     """Run a published system in a folder of its own."""
     from distillery.pipeline.recipe import run_recipe_command
@@ -118,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     running.add_argument(
         "-p", dest="selectors", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a selector"
     )
+    verb(lesson).add_argument("name", nargs="?", help="a file of notebooks/lessons/ without folder and ending")
     running_recipe = verb(recipe)
     running_recipe.add_argument("name", help="a file of recipes/ without folder and ending")
     running_recipe.add_argument("--scale", help="an overlay of the recipe: small stand-ins for its models and data")

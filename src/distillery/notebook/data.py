@@ -90,12 +90,12 @@ def plot_words(scores: dict[str, pd.Series], labels: Sequence[str]) -> None:
 
 def strongest_words(scores: dict[str, pd.Series], texts: pd.Series, masks: dict[str, pd.Series]) -> list[dict]:
     """For each label its strongest word, and the share of the label's and of the other rows that hold it."""
-    out = []
+    strongest = []
     for label, words in scores.items():
         present = texts.str.contains(rf"\b{words.index[0]}\b", case=False)
         inside, outside = present[masks[label]].mean(), present[~masks[label]].mean()
-        out.append({"label": label, "word": words.index[0], "inside": float(inside), "outside": float(outside)})
-    return out
+        strongest.append({"label": label, "word": words.index[0], "inside": float(inside), "outside": float(outside)})
+    return strongest
 
 
 def largest_clusters(rows: pd.DataFrame, cluster: np.ndarray, clusters: int = 4) -> pd.DataFrame:
@@ -200,8 +200,8 @@ def length_sentence(medians: dict[str, float]) -> str:
     low, high = min(medians, key=medians.get), max(medians, key=medians.get)
     text = f"Median lengths go from {medians[low]:g} words ({low}) to {medians[high]:g} ({high}): "
     if medians[high] > 1.3 * medians[low]:
-        return text + "**length alone** says something of the label, a shortcut that a model will find."
-    return text + "length says little about the label."
+        return text + "**length alone** is a hint at the label, a shortcut that a model will find."
+    return text + "length is no hint at the label."
 
 
 def vocabulary_sentence(words: list[dict]) -> str:
@@ -231,7 +231,7 @@ def cluster_sentence(inside: int, rows: int, conflicts: int) -> str:
 def split_sentence(table: pd.DataFrame) -> str:
     """Whether the splits have the wanted shares; see :func:`split_table`."""
     if "wanted share" not in table:
-        return "The splits come with the data; `params.yaml` asks for no shares."
+        return "The splits come with the data; `params.yaml` wants no shares."
     distance = (table["share"] - table["wanted share"]).abs()
     text = f"The largest distance from the wanted share is {100 * distance.max():.1f} points"
     if distance.max() <= 0.02:

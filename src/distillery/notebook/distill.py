@@ -159,7 +159,7 @@ def result_sentence(accuracy: float, majority: float | None, rows: int) -> str:
 def confidence_sentence(right: np.ndarray, wrong: np.ndarray) -> str:
     """Whether a model is surer where it is right. right, wrong: confidences of these predictions, in [0, 1]."""
     if not len(right) or not len(wrong):
-        return f"All predictions are {'right' if len(right) else 'wrong'}: confidence has nothing to tell apart."
+        return f"All predictions are {'right' if len(right) else 'wrong'}: confidence has nothing to separate."
     gap, text = np.mean(right) - np.mean(wrong), f"Mean confidence is {np.mean(right):.2f} where the student is right "
     text += f"and {np.mean(wrong):.2f} where it is wrong: "
     return text + ("confidence helps to find errors." if gap > 0.02 else "confidence does **not** help to find errors.")

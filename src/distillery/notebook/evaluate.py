@@ -71,7 +71,7 @@ def check_sentence(checks: Sequence[tuple[str, bool]]) -> str:
     if not failed:
         return f"All {len(checks)} checks passed: nothing here makes the scores worthless."
     kinds = join_words([f"{n} of {kind}" for kind, n in failed.items()])
-    return f"**{sum(failed.values())} of {len(checks)} checks failed** ({kinds}). Read what they say before any score."
+    return f"**{sum(failed.values())} of {len(checks)} checks failed** ({kinds}). Read them before any score."
 
 
 def pair_sentence(pairs_right: float, pairs: int, accuracy: float) -> str:

@@ -85,6 +85,16 @@ def memory_gap_sentence(in_sample: float, out_of_fold: float, held_out: float) -
     return text + "Here the in-sample score is nearer to the truth: this teacher memorised nothing."
 
 
+def confidence_gap_sentence(confidence: float, accuracy: float) -> str:
+    """Mean confidence of in-sample signals beside the accuracy on held-out rows."""
+    text = (
+        f"In sample the teacher is {percent(confidence)} confident, and right on {percent(accuracy)} of held-out rows: "
+    )
+    if confidence > accuracy + 0.05:
+        return text + "its signals claim more than it knows."
+    return text + "its signals claim no more than it knows."
+
+
 def folds_sentence(few: int, few_accuracy: float, many: int, many_accuracy: float) -> str:
     """Out-of-fold accuracies with few and many folds."""
     text = f"With {few} folds the out-of-fold accuracy is {percent(few_accuracy)}, with {many} it is "

@@ -83,3 +83,15 @@ def plot_token_values(tokens: list[str], values: list[float], title: str, colour
     axes.bar(range(len(tokens)), values, color=colour)
     axes.set_xticks(range(len(tokens)), tokens, rotation=45, ha="right")
     axes.set(title=title, ylabel="nats")
+
+
+def plot_histograms(samples: dict[str, np.ndarray], title: str, mark: float | None = None) -> None:
+    """Histograms of several samples over one axis; `mark` is a value to compare them with."""
+    _, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
+    edges = np.histogram_bin_edges(np.concatenate(list(samples.values())), 20)
+    for (name, values), colour in zip(samples.items(), PALETTE, strict=False):
+        axes.hist(values, edges, label=name, color=colour, histtype="step", linewidth=1.5, density=True)
+    if mark is not None:
+        axes.axvline(mark, color="black", linewidth=0.8, linestyle=":", label="observed")
+    axes.set(title=title, yticks=[])
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -1,0 +1,106 @@
+"""The form of every notebook as it stands in git, and each lesson executed with tiny parameters."""
+
+from __future__ import annotations
+
+import ast
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from distillery.errors import UserError
+from distillery.pipeline.lessons import run_lessons
+from distillery.pipeline.run_notebook import execute_notebook, isolate_kernel, notebook_parameters
+from distillery.pipeline.strip import notebook_code, strip_notebook
+
+STAGES = sorted((tiny.ROOT / "notebooks").glob("*.ipynb"))
+LESSONS = sorted((tiny.ROOT / "notebooks/lessons").glob("*.ipynb"))
+TINY = {
+    "L1_soft_labels": {"rows": 200, "words": 50},
+    "L2_losses_by_hand": {"rows": 60, "steps": 3},
+    "L3_cross_fitting": {"rows": 200, "folds": 2},
+    "L4_gkd": {"rows": 40, "teacher_steps": 4, "student_steps": 2},
+    "L5_is_the_gain_real": {"rows": 200, "resamples": 50, "runs": 2},
+}
+
+
+def cells_of(path: Path) -> list[dict]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells]
+
+
+def test_there_are_five_stages_and_five_lessons():
+    assert [path.stem for path in STAGES] == ["01_data", "02_teach", "03_augment", "04_distill", "05_evaluate"]
+    assert [path.stem for path in LESSONS] == sorted(TINY)
+
+
+@pytest.mark.parametrize("path", STAGES + LESSONS, ids=lambda path: path.stem)
+def test_a_notebook_opens_with_a_question_and_its_parameters(path):
+    first, *_ = cells = cells_of(path)
+    assert first["cell_type"] == "markdown"
+    assert first["source"].startswith("# ") and "?" in first["source"].splitlines()[0]
+    assert "**Question.**" in first["source"]
+    needed = ("**Reads**", "**Writes**") if path in STAGES else ("**Needs**",)
+    assert all(word in first["source"] for word in needed)
+    assert ["parameters" in cell["metadata"].get("tags", []) for cell in cells] == [i == 1 for i in range(len(cells))]
+
+
+@pytest.mark.parametrize("path", STAGES + LESSONS, ids=lambda path: path.stem)
+def test_a_notebook_has_few_short_cells_with_prose_before_each(path):
+    cells = cells_of(path)
+    assert len(cells) <= (45 if path in STAGES else 40)
+    code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+    assert statistics.median(len(source.splitlines()) for source in code) <= 6
+    pairs = zip(cells[1:], cells[2:], strict=False)
+    assert all(before["cell_type"] == "markdown" for before, cell in pairs if cell["cell_type"] == "code")
+    for before, after in zip(cells, cells[1:], strict=False):
+        assert {before["cell_type"], after["cell_type"]} != {"markdown"}, after["source"]
+
+
+@pytest.mark.parametrize("path", STAGES + LESSONS, ids=lambda path: path.stem)
+def test_a_notebook_is_stripped_and_defines_nothing(path):
+    assert all(
+        cell["outputs"] == [] and cell["execution_count"] is None for cell in cells_of(path) if "outputs" in cell
+    )
+    kernel = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("kernelspec", {})
+    assert kernel.get("name", "python3") == "python3"
+    nodes = ast.walk(ast.parse(notebook_code(strip_notebook(path))))
+    assert not [node for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_runs_with_tiny_parameters(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    for name in ("JUPYTER_PATH", "IPYTHONDIR"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT / "src"))
+    isolate_kernel()
+    assert set(TINY[path.stem]) <= set(notebook_parameters(path))
+    output = tmp_path / path.name
+    execute_notebook(path.relative_to(tiny.ROOT), output, TINY[path.stem], tmp_path / "failed.ipynb")
+    outputs = [output for cell in cells_of(output) for output in cell.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"], outputs
+    kinds = [kind for o in outputs for kind in o.get("data", {})]
+    assert kinds.count("image/png") >= 2 and kinds.count("text/markdown") >= 5 and kinds.count("text/html") >= 2
+    text = output.read_text(encoding="utf-8")
+    assert str(tiny.ROOT) not in text and sys.prefix not in text
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_the_executed_copy_of_a_lesson_is_of_the_lesson_in_git(name):
+    """A lesson that was changed has to be executed again: `make lessons`."""
+    executed = cells_of(tiny.ROOT / f"reports/lessons/{name}.ipynb")
+    assert [cell["source"] for cell in executed] == [
+        cell["source"] for cell in cells_of(tiny.ROOT / f"notebooks/lessons/{name}.ipynb")
+    ]
+    text = (tiny.ROOT / f"reports/lessons/{name}.ipynb").read_text(encoding="utf-8")
+    assert not [folder for folder in ("/home/", "/root/", "/tmp/", "/work/", "/Users/") if folder in text]
+
+
+def test_an_unknown_lesson_is_named_with_the_known_ones(monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    with pytest.raises(UserError, match="L9.ipynb: no such lesson; there is: L1_soft_labels, "):
+        run_lessons("L9")

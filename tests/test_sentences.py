@@ -1,0 +1,144 @@
+"""The computed sentences of the notebooks: other facts give the opposite sentence."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import distillery.notebook
+from distillery.notebook import augment, data, distill, evaluate, teach
+from distillery.notebook import lesson_sentences as lesson
+from distillery.notebook.style import join_words
+
+FALLING, RISING = (pd.DataFrame({"loss": values}) for values in ([1.0, 0.2], [0.2, 1.0]))
+BOARD = pd.DataFrame(
+    {
+        "model": ["teacher", "student", "control"],
+        "role": ["teacher", "student", "control"],
+        "accuracy": [0.8, 0.7, 0.6],
+        "parameters": [100.0, 10.0, 10.0],
+    }
+)
+SPLITS = pd.DataFrame({"split": ["train", "test"], "share": [0.5, 0.5], "wanted share": [0.5, 0.5]})
+WORD = {"label": "negative", "word": "loss", "inside": 0.3, "outside": 0.05}
+GAINS = pd.DataFrame({"model": "s", "after phase": [0, 1, 2], "accuracy": [0.3, 0.6, 0.7], "gain": [None, 0.3, 0.1]})
+CLOSE = pd.DataFrame({"model": ["s", "s, untrained"], "teacher": "t", "agreement": [0.8, 0.3], "kl": [0.1, 0.9]})
+STABLE = pd.DataFrame({"model": "s", "perturbation": ["names", "amounts"], "consistency": [0.99, 0.95]})
+
+# function, facts and a part of their sentence, other facts and a part of the opposite sentence
+CASES = [
+    (data.reading_sentence, (10, 0, 10), "None of them repeats", (10, 2, 8), "2 repeat another one"),
+    (data.balance_sentence, ({"a": 80, "b": 20},), "right that often", ({"a": 50, "b": 50},), "balanced"),
+    (data.length_sentence, ({"a": 10.0, "b": 20.0},), "length alone", ({"a": 10.0, "b": 11.0},), "no hint"),
+    (data.vocabulary_sentence, ([WORD],), "no single word", ([WORD | {"inside": 0.9}],), "gives the label away"),
+    (data.cluster_sentence, (0, 9, 0), "single rows would do", (4, 9, 2), "2 pairs bear different labels"),
+    (data.split_sentence, (SPLITS,), "fit well", (SPLITS.assign(share=[0.7, 0.3]),), "too large"),
+    (data.leak_sentence, (0, 45), "leaks nothing", (3, 45), "**The split leaks**"),
+    (data.across_sentence, (0, 0.85, 0.6), "No pair", (2, 0.85, 0.9), "**2 pairs**"),
+    (data.few_shot_sentence, (0, 3), "None of the 3", (1, 3), "**1 of the 3"),
+    (teach.untrained_sentence, (0.6, 0.4), "knows something", (0.3, 0.4), "does **not** know"),
+    (teach.loss_sentence, ({"all": FALLING},), "fits these rows better", ({"all": RISING},), "did **not** fit"),
+    (teach.memory_sentence, (0.858, 0.653), "20.5 points is memory", (0.65, 0.66), "no sign"),
+    (teach.knowledge_sentence, (0.7, 0.4, 9), "it can teach", (0.4, 0.4, 9), "**nothing** to teach"),
+    (teach.calibration_sentence, (0.9, 0.7), "overconfident", (0.6, 0.7), "underconfident"),
+    (teach.selection_sentence, (0.9, 0.7), "gives cleaner", (0.7, 0.7), "**not** give cleaner"),
+    (teach.rationale_sentence, (64, 0), "None of the 64", (64, 5), "5 of the 64"),
+    (augment.plan_sentence, (9, 0, "t"), "nothing is paraphrased", (9, 2, "t"), "t writes 2 paraphrases"),
+    (augment.filter_sentence, ({"kept": 9, "copy": 1},), "can be used", ({"kept": 1, "copy": 9},), "changes too much"),
+    (augment.agreement_sentence, ({"a": 0.9},), "still mean", ({"a": 0.9, "b": 0.5},), "b often disagrees"),
+    (augment.vote_sentence, (0.7, 0.9, 0.5), "is a sign", (0.7, 0.7, 0.5), "**no** sign"),
+    (distill.rows_sentence, (5, 0), "needs no teacher", (5, 20), "Only 5 of the 25"),
+    (distill.size_sentence, (3, 10, 10, False), "all of them", (3, 10, 4, True), "moves none of these"),
+    (distill.equality_sentence, (0.5, 0.5, "kl"), "nats: the same number", (0.5, 0.6, "kl"), "**not** the same number"),
+    (distill.softening_sentence, (np.array([0.9]), np.array([0.6]), 2), "lowers", (np.eye(2), np.eye(2), 2), "nothing"),
+    (distill.movement_sentence, (0.4, 0.1, "t"), "moved towards", (0.1, 0.4, "t"), "moved away"),
+    (distill.progress_sentence, (pd.Series([0.3, 0.6]),), "gained 30.0", (pd.Series([0.6, 0.6]),), "gave nothing"),
+    (distill.result_sentence, (0.7, 0.5, 9), "learned to read", (0.5, 0.5, 9), "learned **nothing**"),
+    (distill.confidence_sentence, ([0.9], [0.5]), "helps to find", ([0.5], [0.9]), "does **not** help"),
+    (evaluate.leader_sentence, (BOARD, "student"), "10.0 points below", (BOARD[1:], "student"), "is the best model"),
+    (evaluate.verdict_sentence, (["better"],), "Every one", (["no evidence"],), "1 show no evidence"),
+    (
+        evaluate.check_sentence,
+        ([("leak", True)],),
+        "All 1 checks passed",
+        ([("leak", False)],),
+        "**1 of 1 checks failed**",
+    ),
+    (evaluate.pair_sentence, (0.2, 9, 0.8), "often misses", (0.7, 9, 0.8), "does not overlook"),
+    (evaluate.robustness_sentence, (STABLE, "s"), "hardly", (STABLE.assign(consistency=0.5), "s"), "**what must not"),
+    (evaluate.front_sentence, (BOARD, "student"), "on the dashed line", (BOARD, "control"), "student is no larger"),
+    (evaluate.confusion_sentence, ("aab", "bba"), "leans towards b", ("ab", "ba"), "leans to neither"),
+    (evaluate.calibration_sentence, (0.1, 1.5), "overconfident", (0.1, 0.7), "underconfident"),
+    (evaluate.phase_sentence, (GAINS, "s"), "Each phase helped", (GAINS.assign(gain=-0.1), "s"), "Not every phase"),
+    (evaluate.closeness_sentence, (CLOSE, "s", "t"), "came nearer", (CLOSE.assign(kl=0.5), "s", "t"), "did **not**"),
+    (
+        evaluate.disagreement_sentence,
+        ({"only the student is right": 5, "only the teacher is right": 3},),
+        "loses nothing",
+        ({"only the student is right": 3, "only the teacher is right": 9},),
+        "what the student loses",
+    ),
+    (lesson.soft_rows_sentence, (0.5, 0.2), "throw this away", (0.05, 0.2), "almost hard"),
+    (lesson.entropy_sentence, (0.5, 0.9, 4), "softer", (0.5, 0.3, 0.5), "**harder**"),
+    (lesson.neighbour_sentence, ("a", {"b": 0.3, "c": 0.1}), "closer to b", ("a", {"b": 0.2, "c": 0.2}), "adds little"),
+    (lesson.gradient_sentence, (0.02, 1.2, 8), "keeps the learning rate", (0.9, 3.0, 2), "does **not** bring"),
+    (lesson.soft_against_hard_sentence, (0.6, 0.5, 0.02), "points better", (0.5, 0.5, 0.02), "no winner"),
+    (lesson.divergence_sentence, (0.5, 0.3), "misses", (0.3, 0.5), "invents"),
+    (lesson.denominator_sentence, (0.8, 0.8, 0.5), "0.8000: equal", (0.8, 0.7, 0.5), "**not** equal"),
+    (lesson.steps_sentence, (1e-9, 1.0, 0.5), "are the same training", (0.1, 1.0, 0.5), "**not** the same training"),
+    (lesson.memory_gap_sentence, (0.99, 0.6, 0.61), "were memory", (0.62, 0.5, 0.61), "memorised nothing"),
+    (lesson.confidence_gap_sentence, (0.95, 0.6), "claim more than it knows", (0.6, 0.6), "no more than it knows"),
+    (lesson.folds_sentence, (2, 0.5, 10, 0.6), "saw more rows", (2, 0.6, 10, 0.5), "gave nothing"),
+    (lesson.group_sentence, (0.8, 0.5), "look better", (0.2, 0.5), "look **worse**"),
+    (lesson.student_signal_sentence, (0.5, 0.6, 0.02), "points better", (0.5, 0.51, 0.02), "within one standard"),
+    (lesson.exposure_sentence, (0.2, 0.4), "does not correct", (0.4, 0.2), "not further"),
+    (lesson.policy_sentence, (0.3, 0.2), "On-policy training corrects", (0.2, 0.3), "Off-policy training did better"),
+    (lesson.modes_sentence, (0.3, 0.01), "chooses one", (0.1, 0.3), "does **not** choose"),
+    (lesson.beta_sentence, (0.001, 0.003, 0.5), "vanishes", (0.3, 0.3, 0.5), "still large enough"),
+    (lesson.interval_sentence, (0.08, 0.09), "fewer independent rows", (0.08, 0.08), "change nothing"),
+    (lesson.paired_sentence, (0.05, 0.02, 0.08, 0.01), "the gain is real", (0.01, -0.02, 0.04, 0.5), "**no evidence**"),
+    (lesson.pairing_sentence, (0.01, 0.02), "4.0 times as many", (0.02, 0.02), "gives nothing"),
+    (lesson.power_sentence, (600, 0.05, 0.06), "above that", (600, 0.05, 0.01), "larger test set"),
+    (lesson.seeds_sentence, (0.01, 0.05), "more than twice", (0.01, 0.015), "may be luck"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "facts", "part", "others", "opposite"), CASES, ids=lambda x: getattr(x, "__name__", "")
+)
+def test_other_facts_give_the_opposite_sentence(function, facts, part, others, opposite):
+    first, second = function(*facts), function(*others)
+    assert part in first and part not in second
+    assert opposite in second and opposite not in first
+
+
+def test_every_sentence_is_tested():
+    modules = [module.name for module in pkgutil.iter_modules(distillery.notebook.__path__)]
+    loaded = [importlib.import_module(f"distillery.notebook.{name}") for name in modules]
+    names = {f"{m.__name__}.{name}" for m in loaded for name in vars(m) if name.endswith("_sentence")}
+    assert names == {f"{case[0].__module__}.{case[0].__name__}" for case in CASES}
+
+
+def test_edge_cases_have_a_sentence_of_their_own():
+    assert "needs no" not in distill.rows_sentence(0, 5)
+    assert distill.result_sentence(0.5, None, 20) == "50.0 % of its answers to 20 test questions are accepted."
+    assert "Without folds" in teach.memory_sentence(0.9, None)
+    assert teach.rationale_sentence(0, 0) == "There are no rationales."
+    assert evaluate.verdict_sentence([]) == "No student has a control or a teacher to be compared with."
+    assert [join_words(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
+        "",
+        "a",
+        "a and b",
+        "a, b and c",
+    ]
+
+
+def test_a_rationale_stands_beside_the_label_that_it_was_written_for():
+    rows = pd.DataFrame({"source": "s", "split": ["train", "pool"], "id": ["1", "2"], "text": "t", "label": "gold"})
+    signals = rows.drop(columns="text").assign(label="own", rationale="why", contradicts=False, probabilities=None)
+    assert teach.rationale_table(rows, signals, from_file=False)["label"].tolist() == ["gold", "own"]
+    assert teach.rationale_table(rows, signals, from_file=True)["label"].tolist() == ["own", "own"]
