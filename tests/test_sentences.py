@@ -103,6 +103,13 @@ CASES = [
     (lesson.paired_sentence, (0.05, 0.02, 0.08, 0.01), "the gain is real", (0.01, -0.02, 0.04, 0.5), "**no evidence**"),
     (lesson.pairing_sentence, (0.01, 0.02), "4.0 times as many", (0.02, 0.02), "gives nothing"),
     (lesson.power_sentence, (600, 0.05, 0.06), "above that", (600, 0.05, 0.01), "larger test set"),
+    (lesson.two_tests_sentence, (0.2, 0.3), "the same decision", (0.06, 0.04), "**different** decisions"),
+    (lesson.swap_sentence, (0.01,), "rarely", (0.3,), "too often"),
+    (lesson.correction_sentence, (0.01, 0.03), "the gain stands", (0.01, 0.2), "**does not stand**"),
+    (lesson.calibration_gap_sentence, (0.05, 0.2), "better calibrated than it is", (0.3, 0.2), "worse calibrated"),
+    (lesson.path_sentence, ({"a": 2.0, "b": 1.0}, 0.0), "they agree on", ({"a": 2.0}, 0.5), "**not** agree"),
+    (lesson.learning_sentence, (6.0, 2.0, 400), "learned to predict", (6.0, 5.9, 400), "**hardly**"),
+    (lesson.token_sentence, (["a", "b"], [0.1, 0.5]), "most before `b`", (["a", "b"], [0.05, 0.01]), "Nowhere"),
     (lesson.seeds_sentence, (0.01, 0.05), "more than twice", (0.01, 0.015), "may be luck"),
 ]
 

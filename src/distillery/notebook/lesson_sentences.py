@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from distillery.notebook.style import percent
 
 
@@ -208,3 +210,66 @@ def seeds_sentence(spread: float, gain: float) -> str:
     if abs(gain) > 2 * spread:
         return text + f"The gain of {100 * gain:+.1f} points is more than twice that."
     return text + f"A gain of {100 * gain:+.1f} points on one seed may be luck."
+
+
+def two_tests_sentence(permutation: float, mcnemar: float) -> str:
+    """p values of the permutation test and of the exact McNemar test."""
+    text = (
+        f"Permutation of groups gives p = {permutation:.3f}, the exact McNemar test of single rows p = {mcnemar:.3f}: "
+    )
+    if (permutation < 0.05) == (mcnemar < 0.05):
+        return text + "both lead to the same decision at 0.05."
+    return text + "they lead to **different** decisions at 0.05; the one that knows of groups counts."
+
+
+def swap_sentence(share: float) -> str:
+    """The share of random swaps with a difference at least as large as the observed one."""
+    text = f"{percent(share)} of the swaps give a difference at least as large as the observed one: "
+    return text + ("luck alone rarely does that." if share < 0.05 else "luck alone **does that too often**.")
+
+
+def correction_sentence(before: float, after: float) -> str:
+    """A p value before and after Holm's correction."""
+    text = f"Correction raises p of the student from {before:.3f} to {after:.3f}: "
+    if after < 0.05:
+        return text + "the gain stands among this many comparisons."
+    if before < 0.05:
+        return text + "the gain **does not stand** among this many comparisons."
+    return text + "there was no evidence before, and there is none after."
+
+
+def calibration_gap_sentence(in_sample: float, out_of_fold: float) -> str:
+    """Expected calibration errors in sample and out of fold."""
+    text = f"Confidence is off by {100 * in_sample:.1f} points in sample and by {100 * out_of_fold:.1f} out of fold: "
+    if in_sample < out_of_fold:
+        return text + "in sample the teacher looks better calibrated than it is."
+    return text + "in-sample signals are the worse calibrated ones."
+
+
+def path_sentence(start: dict[str, float], largest_end: float) -> str:
+    """start: each loss at the student's own logits. largest_end: the largest loss at the teacher's logits."""
+    high, low = max(start, key=start.get), min(start, key=start.get)
+    text = f"At the start `{high}` is largest ({start[high]:.2f}) and `{low}` smallest ({start[low]:.2f}). "
+    if largest_end < 1e-6:
+        return text + "At the end all of them are 0: they agree on the goal."
+    return text + f"At the end one of them is still {largest_end:.2f}: it does **not** agree on the goal."
+
+
+def learning_sentence(first: float, last: float, vocabulary: int) -> str:
+    """First and last training loss of a language model, in nats a token."""
+    text = f"The loss goes from {first:.2f} to {last:.2f} nats a token; guessing among {vocabulary} tokens costs "
+    text += f"{math.log(vocabulary):.2f}. "
+    if last < 0.8 * first:
+        return text + "The model has learned to predict the next word."
+    return text + "The model has **hardly** learned anything: give it more steps."
+
+
+def token_sentence(tokens: list[str], values: list[float]) -> str:
+    """Where teacher and student differ in a text. values: JSD at each token, in nats."""
+    high = max(range(len(tokens)), key=lambda i: values[i])
+    low = min(range(len(tokens)), key=lambda i: values[i])
+    text = f"They differ most before `{tokens[high]}` ({values[high]:.2f} nats), least before `{tokens[low]}` "
+    text += f"({values[low]:.2f}). "
+    if values[high] < 0.1:
+        return text + "Nowhere do they differ much: there is little left to learn from this text."
+    return text + "The loss of the text is the mean of these bars."
