@@ -117,21 +117,20 @@ def equality_sentence(by_hand: float, package: float, name: str) -> str:
 
 def softening_sentence(before: np.ndarray, after: np.ndarray, temperature: float) -> str:
     """What a temperature does to one distribution. before, after: [labels], probabilities."""
-    if np.max(after) < np.max(before) - 1e-9:
+    if np.max(after) < np.max(before) - 0.005:
         return (
             f"T = {temperature:g} lowers the largest probability from {np.max(before):.2f} to {np.max(after):.2f}: "
             "the other labels weigh more in the loss, so the student also learns which errors are close."
         )
-    return f"T = {temperature:g} changes nothing here: the largest probability stays {np.max(before):.2f}."
+    return f"T = {temperature:g} changes next to nothing here: the largest probability stays {np.max(before):.2f}."
 
 
-def movement_sentence(kl_before: float, kl_after: float, source: str) -> str:
+def movement_sentence(kl_before: float, kl_after: float) -> str:
     """Whether training moved the student towards its target on one row. Both in nats."""
-    change = f"On this row KL fell from {kl_before:.3f} to {kl_after:.3f} nats: the student moved towards the {source}."
-    if kl_after > kl_before:
-        change = f"On this row KL rose from {kl_before:.3f} to {kl_after:.3f} nats: the student moved away from the "
-        change += f"{source}. One row may get worse while the mean over all rows gets better."
-    return change
+    text = f"On this row KL went from {kl_before:.4f} to {kl_after:.4f} nats: the student moved "
+    if kl_after < kl_before:
+        return text + "towards its target."
+    return text + "**away** from its target. One row may get worse while the mean over all rows gets better."
 
 
 def progress_sentence(accuracy: pd.Series) -> str:
@@ -139,7 +138,7 @@ def progress_sentence(accuracy: pd.Series) -> str:
     first, last = float(accuracy.iloc[0]), float(accuracy.iloc[-1])
     text = f"On validation rows the student is right on {percent(first)} before training and {percent(last)} after it: "
     if last <= first:
-        return text + "training gave nothing that shows here."
+        return text + ("training made it **worse** here." if last < first else "training gave nothing that shows here.")
     gains = accuracy.diff().dropna()
     if len(gains) == 1:
         return text + f"it gained {100 * (last - first):.1f} points."

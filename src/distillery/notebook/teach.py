@@ -85,6 +85,8 @@ def loss_sentence(histories: dict[str, pd.DataFrame]) -> str:
     if not histories:
         return "This teacher is not tuned."
     losses = next(iter(histories.values()))["loss"]
+    if len(losses) < 2:
+        return f"Only one loss was logged, {losses.iloc[0]:.2f} nats: too few steps to see whether it falls."
     first, last = losses.iloc[0], losses.iloc[-1]
     text = f"On all gold rows the loss went from {first:.2f} to {last:.2f} nats: "
     return text + (
@@ -118,7 +120,7 @@ def knowledge_sentence(accuracy: float, majority: float, rows: int) -> str:
 
 def calibration_sentence(confidence: float, accuracy: float) -> str:
     """Mean confidence beside accuracy, both in [0, 1]."""
-    text = f"Mean confidence is {percent(confidence)}, accuracy {percent(accuracy)}: the teacher is "
+    text = f"Mean confidence is {percent(confidence)}, accuracy {percent(accuracy)}. The teacher is "
     if abs(confidence - accuracy) <= CLOSE:
         return text + "well calibrated on average."
     if confidence > accuracy:
