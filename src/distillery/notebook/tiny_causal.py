@@ -60,6 +60,7 @@ def build_model(vocabulary: int, hidden: int, layers: int, seed: int) -> LlamaFo
 
 
 def copy_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A copy of `model` with weights of its own."""
     return copy.deepcopy(model)
 
 

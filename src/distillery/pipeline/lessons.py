@@ -21,6 +21,7 @@ def run_lessons(name: str | None = None) -> None:
     known = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
     if name is not None and name not in known:
         raise UserError(f"{FOLDER}/{name}.ipynb: no such lesson; there is: {', '.join(known) or 'none'}")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads slow models of this size down
     isolate_kernel()
     for lesson in known if name is None else [name]:
         file = f"{lesson}.ipynb"
