@@ -139,6 +139,7 @@ def test_every_sentence_is_tested():
 def test_edge_cases_have_a_sentence_of_their_own():
     assert "needs no" not in distill.rows_sentence(0, 5)
     assert distill.result_sentence(0.5, None, 20) == "50.0 % of its answers to 20 test questions are accepted."
+    assert "no row on which all teachers agree" in augment.vote_sentence(0.4, np.nan, 0.0)
     assert "Without folds" in teach.memory_sentence(0.9, None)
     assert teach.rationale_sentence(0, 0) == "There are no rationales."
     assert evaluate.verdict_sentence([]) == "No student has a control or a teacher to be compared with."

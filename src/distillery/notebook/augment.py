@@ -78,6 +78,8 @@ def agreement_sentence(shares: dict[str, float]) -> str:
 
 def vote_sentence(all_rows: float, agreed: float, share: float) -> str:
     """Precision of all pseudo-labels, of those that all teachers agree on, and the share of these."""
+    if share == 0:
+        return f"There is no row on which all teachers agree. {percent(all_rows)} of the pseudo-labels are right."
     if share == 1:
         return f"The teachers agree on every row, and {percent(all_rows)} of their labels are right."
     text = (
