@@ -31,11 +31,6 @@ LONG_FUNCTIONS: set[str] = set()
 PRIVATE_WORDS: set[str] = {
     "src/distillery/config/messages.py",
     "src/distillery/training/student.py",
-    "notebooks/01_data.ipynb",
-    "notebooks/02_teach.ipynb",
-    "notebooks/03_augment.ipynb",
-    "notebooks/04_distill.ipynb",
-    "notebooks/05_evaluate.ipynb",
 }
 
 
