@@ -1,0 +1,59 @@
+"""Options, free answers, and GKD with hidden states and the student's own answers: each through the whole pipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import tiny
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory) -> Path:
+    """A repository in which `tests/smoke_tasks.yaml` was run to its end."""
+    folder = tiny.experiment(tmp_path_factory.mktemp("tasks") / "repo")
+    shutil.copy(tiny.ROOT / "tests/smoke_tasks.yaml", folder / "params.yaml")
+    for name in ("pronoun", "trivia"):
+        shutil.copy(tiny.ROOT / f"data/corpora/{name}.jsonl", folder / f"data/corpora/{name}.jsonl")
+    done = subprocess.run(["dvc", "repro"], cwd=folder, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_loss_of_gkd_has_all_of_its_terms(repo):
+    history = pd.read_csv(repo / "runs/gkd-0/history.csv")
+    terms = history[["ce", "jsd", "hidden"]]
+    assert np.isfinite(terms.to_numpy()).all() and (terms > 0).all(axis=None)
+    np.testing.assert_allclose(history["loss"], 0.5 * terms.sum(axis=1), rtol=1e-3)
+
+
+def test_a_row_of_two_options_is_never_answered_with_the_third(repo):
+    predictions = pd.read_parquet(repo / "runs/gkd-0/predictions.parquet")
+    assert set(predictions["prediction"]) <= {"1", "2"}
+    assert np.stack(predictions["probabilities"])[:, 2].max() == 0
+
+
+def test_written_answers_are_scored_by_exact_match_and_shared_words(repo):
+    predictions = pd.read_parquet(repo / "runs/answers-0/predictions.parquet")
+    test = predictions[predictions["split"] == "test"]
+    metrics = json.loads((repo / "runs/answers-0/metrics.json").read_text())["test"]
+    assert metrics["exact_match"] == pytest.approx((test["prediction"] == "right").mean())
+    assert metrics["token_f1"] == pytest.approx(test["token_f1"].mean())
+
+
+def test_the_leaderboard_has_every_student_on_its_own_source(repo):
+    board = pd.read_csv(repo / "reports/leaderboard.csv").set_index("model")
+    assert board.loc[["gkd", "gold", "answers"], "source"].tolist() == ["pronoun", "pronoun", "trivia"]
+    assert board.loc["gkd", "versus"] == "gold" and board.loc["answers", "token_f1"] >= 0
+    # free answers have no most frequent label to compare with
+    assert [name for name in board.index if name.startswith("always")] == [
+        name for name in board.index[board["role"] == "majority"] if board.loc[name, "source"] == "pronoun"
+    ]
+    page = (repo / "reports/index.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ("gkd", "gold", "answers"))
