@@ -1,4 +1,4 @@
-"""Errors of pydantic as one line for the user who edits YAML."""
+"""Errors of pydantic as one line for the author of a YAML file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do models predict the same when a row is rewritten with its label kept?"""
+"""Robustness: how often models predict the same when a row is rewritten with its label kept."""
 
 from __future__ import annotations
 

@@ -7,8 +7,10 @@ from torch import Tensor
 
 
 def as_float(tensor: Tensor) -> Tensor:
+    """`tensor` in float32; a float64 tensor stays as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def shape_text(tensor: Tensor) -> str:
+    """The shape of `tensor` for a message: `[3, 4]`."""
     return str(list(tensor.shape))

@@ -6,6 +6,7 @@ import pandas as pd
 
 
 def percent(share: float) -> str:
+    """A share in [0, 1] as a percentage: 65.7 %."""
     return f"{100 * share:.1f} %"
 
 
@@ -33,12 +34,15 @@ def human_duration(seconds: float) -> str:
 
 
 def human_ratio(ratio: float) -> str:
+    """A ratio with one decimal below 20, without above: 7.7, 31."""
     return f"{ratio:.0f}" if ratio >= 20 else f"{ratio:.1f}"
 
 
 def human_milliseconds(milliseconds: float) -> str:
+    """A duration in milliseconds, with one decimal below 10."""
     return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.1f} ms"
 
 
 def p_value(p: float) -> str:
+    """A p value with three decimals, or a bound when it is smaller."""
     return f"p = {p:.3f}" if p >= 0.0005 else "p < 0.001"

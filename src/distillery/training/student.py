@@ -70,8 +70,11 @@ def build_student(spec: StudentConfig, folder: Path, task: Task, seed: int, remo
 
 
 def load_student(spec: StudentConfig, folder: Path, task: Task, dtype: str = "float32") -> LabelModel:
-    """A finished student from its folder. In float32 it predicts what anyone who loads the folder computes, row by row
-    or in batches; half precision is faster, and its roundings depend on the batch."""
+    """Load a finished student from its folder.
+
+    In float32 it predicts what any program that loads the folder computes, row by row or in batches. Half precision is
+    faster, and its roundings depend on the batch.
+    """
     model = load_model(folder, spec.arch, labels=task.names, dtype=dtype)
     tokenizer = load_tokenizer(folder)
     settings = {"prompt": spec.prompt, "few_shot": spec.few_shot, "max_length": spec.max_length}
