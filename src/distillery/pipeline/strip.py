@@ -67,7 +67,8 @@ def stage_modules(notebooks: dict[str, dict[str, Any]], kinds: dict[str, str]) -
     only if a teacher of that kind takes part in it.
     """
     all_kinds = set(kinds.values())
-    stages = {f"inputs-{role}": ({"distillery.pipeline.inputs"}, all_kinds) for role in ("teachers", "students")}
+    inputs = fingerprint.imported("import distillery.pipeline.inputs")
+    stages = {f"inputs-{role}": (inputs, all_kinds) for role in ("teachers", "students")}
     for name, notebook in notebooks.items():
         imported = fingerprint.imported(notebook_code(notebook))
         if name.startswith("02_"):
