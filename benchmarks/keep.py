@@ -2,9 +2,9 @@
 
     PYTHONPATH=src python benchmarks/keep.py distill_step [its arguments]
 
-Writes `benchmarks/results/<name>.txt`: command, commit, machine, threads, date, seconds, then the output as printed
-(library warnings, which go to the other stream, left out). Nothing is written when the benchmark fails. Paths of this
-machine, among the arguments and in the output, are shortened to `FOLDER/` and a name.
+Writes `benchmarks/results/<name>.txt`: command, commit, machine, threads, date, seconds, then the output as printed.
+Left out are library warnings, which go to the other stream, and the progress lines of training. Nothing is written when
+the benchmark fails. Paths of this machine, in arguments and output, are shortened to `FOLDER/` and a name.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ def shortened(text: str) -> str:
     return re.sub(r"(?<![\w:/.~-])/(?:[\w.+-]+/)+([\w.+-]+)", r"FOLDER/\1", text)
 
 
+def without_progress(text: str) -> str:
+    """`text` without the lines in which training reports its progress: they fall inside tables."""
+    return re.sub(r"^.*: step \d+/\d+, loss .*\n?", "", text, flags=re.M)
+
+
 def main(name: str, *arguments: str) -> None:
     root = repository_root()
     script = root / "benchmarks" / f"{name}.py"
@@ -58,7 +63,9 @@ def main(name: str, *arguments: str) -> None:
     ]
     path = script.parent / "results" / f"{name}.txt"
     with atomic_write(path) as new:
-        new.write_text("\n".join([*lines, "", shortened(done.stdout.rstrip())]) + "\n", encoding="utf-8")
+        new.write_text(
+            "\n".join([*lines, "", shortened(without_progress(done.stdout).rstrip())]) + "\n", encoding="utf-8"
+        )
     print(path.read_text(encoding="utf-8"))
 
 

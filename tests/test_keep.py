@@ -40,3 +40,11 @@ def test_a_commit_says_when_what_decides_a_result_has_changed(keep, tmp_path, fi
     assert not keep.commit(tmp_path).endswith("+")
     (tmp_path / file).write_text("2")
     assert keep.commit(tmp_path).endswith("+")
+
+
+def test_the_progress_of_training_is_no_part_of_a_table(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    from keep import without_progress
+
+    printed = "model  seconds\ntraining: step 10/21, loss 0.5848\nstudent 0.4\na step 3 of 4 is no such line\n"
+    assert without_progress(printed) == "model  seconds\nstudent 0.4\na step 3 of 4 is no such line\n"
