@@ -13,11 +13,14 @@ from distillery.errors import UserError
 
 
 def check() -> None:
-    """Validate params.yaml and count what it names."""
+    """Validate params.yaml and its task files, and count what it names."""
     from distillery.config.load import load_params
     from distillery.config.references import unused_settings
+    from distillery.tasks.schema import load_task
 
     params = load_params()
+    for source in params.data.values():
+        load_task(source.task)
     for line in unused_settings(params):
         print(f"warning: params.yaml: {line}", file=sys.stderr)
     print(

@@ -108,11 +108,12 @@ def size_sentence(layers: int, parameters: int, trainable: int, adapter: bool) -
     return size + f"Training moves {trainable:,} of them, {percent(trainable / parameters)}."
 
 
-def equality_sentence(by_hand: float, package: float, name: str) -> str:
+def equality_sentence(by_hand: float, package: float, name: str, unit: str = " nats") -> str:
     """Whether a value computed by hand is the package's, to a relative error of 1e-4."""
+    text = f"By hand {by_hand:.6f}{unit}, `{name}` {package:.6f}{unit}: "
     if np.isclose(by_hand, package, rtol=1e-4, atol=1e-6):
-        return f"By hand {by_hand:.6f} nats, `{name}` {package:.6f} nats: the same number."
-    return f"By hand {by_hand:.6f} nats, `{name}` {package:.6f} nats: **not** the same number, one of them is wrong."
+        return text + "the same number."
+    return text + "**not** the same number, one of them is wrong."
 
 
 def softening_sentence(before: np.ndarray, after: np.ndarray, temperature: float) -> str:
@@ -146,13 +147,17 @@ def progress_sentence(accuracy: pd.Series) -> str:
 
 
 def result_sentence(accuracy: float, majority: float | None, rows: int) -> str:
-    """The student's test accuracy beside the share of the most frequent label, both in [0, 1]; None: no labels."""
+    """The student's test accuracy beside the share of the most frequent label, both in [0, 1]; None: no labels.
+
+    A difference below two standard errors of the accuracy counts as none.
+    """
     if majority is None:
         return f"{percent(accuracy)} of its answers to {rows:,} test questions are accepted."
     text = f"On {rows:,} test rows the student is right on {percent(accuracy)}; the most frequent label alone is right "
-    if accuracy > majority:
-        return text + f"on {percent(majority)}. The student has learned to read the text."
-    return text + f"on {percent(majority)}. The student has learned **nothing** that beats a constant answer."
+    text += f"on {percent(majority)}. "
+    if accuracy > majority + 2 * np.sqrt(accuracy * (1 - accuracy) / rows):
+        return text + "The student has learned to read the text."
+    return text + "The student has learned **nothing** that clearly beats a constant answer."
 
 
 def confidence_sentence(right: np.ndarray, wrong: np.ndarray) -> str:

@@ -80,12 +80,12 @@ def pair_sentence(pairs_right: float, pairs: int, accuracy: float) -> str:
         return "This test set has no contrast pairs."
     by_chance = accuracy**2
     text = (
-        f"The headline student has both rows right on {percent(pairs_right)} of {pairs} pairs. With errors at random "
+        f"The headline student has both rows right on {percent(pairs_right)} of {pairs} pairs. If its errors fell on "
     )
-    text += f"it would be {percent(by_chance)}: "
+    text += f"rows at random, it would be {percent(by_chance)}: "
     if pairs_right < by_chance - CLOSE:
         return text + "it often misses the few words that decide."
-    return text + "it does not overlook the few words that decide more often than other words."
+    return text + "it reads the few words that decide as well as the rest."
 
 
 def robustness_sentence(robustness: pd.DataFrame, headline: str) -> str:
@@ -169,5 +169,5 @@ def disagreement_sentence(kinds: dict[str, int]) -> str:
         return "There is no row on which only one of student and teacher is right."
     text = f"On {teacher} rows only the teacher is right, on {student} only the student: "
     if student >= teacher:
-        return text + "the student loses nothing by being small."
+        return text + "in sum the student loses no row to its size."
     return text + f"that is what the student loses, but it also corrects its teacher on {student}."

@@ -27,7 +27,7 @@ def neighbour_sentence(label: str, masses: dict[str, float]) -> str:
     text = f"On rows that the teacher calls {label}, {first} gets {first_mass:.2f} and {second} {second_mass:.2f}: "
     if first_mass > 1.2 * second_mass:
         return text + f"{label} is closer to {first}, which no hard label holds."
-    return text + "both errors are about as likely, and the soft label adds little."
+    return text + "both errors are about as likely, so the soft label shows no closer one."
 
 
 def gradient_sentence(without: float, with_factor: float, temperature: float) -> str:
@@ -43,8 +43,8 @@ def soft_against_hard_sentence(soft: float, hard: float, error: float) -> str:
     """Accuracies of students on soft and hard labels, and the standard error of one accuracy."""
     gain = soft - hard
     text = f"Soft labels give {percent(soft)}, hard labels {percent(hard)} (standard error {100 * error:.1f} points): "
-    if abs(gain) < error:
-        return text + "the difference is smaller than the error, this test set shows no winner."
+    if abs(gain) < 2 * error:
+        return text + "the difference is smaller than two standard errors, this test set shows no winner."
     return text + f"soft labels are {abs(100 * gain):.1f} points {'better' if gain > 0 else '**worse**'}."
 
 
@@ -146,8 +146,10 @@ def policy_sentence(off_policy: float, on_policy: float) -> str:
     text = f"After training, on each student's own texts: off-policy {off_policy:.3f} nats a token, on-policy "
     text += f"{on_policy:.3f}. "
     if on_policy < off_policy:
-        return text + "On-policy training corrects the texts that the student really writes."
-    return text + "Off-policy training did better here: on-policy needs a student that already writes something useful."
+        text += "On-policy training comes nearer to the teacher on the texts that the student really writes"
+    else:
+        text += "Off-policy training comes nearer here: on-policy needs a student that already writes something useful"
+    return text + "; one run is no evidence of more."
 
 
 def modes_sentence(forward_mass: float, reverse_mass: float) -> str:
@@ -205,11 +207,11 @@ def power_sentence(rows: int, detectable: float, observed: float) -> str:
 
 
 def seeds_sentence(spread: float, gain: float) -> str:
-    """The standard deviation between training seeds, and the gain on one seed."""
-    text = f"Between seeds the accuracy varies with a standard deviation of {100 * spread:.1f} points. "
+    """The standard deviation between training runs, and the gain of one run."""
+    text = f"Between training runs the accuracy varies with a standard deviation of {100 * spread:.1f} points. "
     if abs(gain) > 2 * spread:
-        return text + f"The gain of {100 * gain:+.1f} points is more than twice that."
-    return text + f"A gain of {100 * gain:+.1f} points on one seed may be luck."
+        return text + f"The gain of {100 * gain:+.1f} points is more than the choice of the run explains."
+    return text + f"A gain of {100 * gain:+.1f} points of one run may be luck."
 
 
 def two_tests_sentence(permutation: float, mcnemar: float) -> str:
