@@ -95,7 +95,6 @@ def test_cards_of_every_run(tmp_path):
     test = pd.read_parquet(tmp_path / "data/processed/demo/test.parquet")
     for name in params.students:
         write_file(tmp_path / f"data/inputs/{name}/test.parquet", test)
-        write_file(tmp_path / f"data/inputs/{name}/experiment.json", {"task": json.loads(task.model_dump_json())})
         for seed in params.seeds:
             run = tmp_path / f"runs/{name}-{seed}"
             rows = pd.read_parquet(run / "predictions.parquet").query("split == 'test'")
@@ -112,3 +111,4 @@ def test_cards_of_every_run(tmp_path):
             assert page.endswith("\n") and f"# {name}\n" in page and f"seed {seed}." in page
             assert ModelCard(page).data.base_model == "owner/small" and f"Training took 1 min {1 + seed} s." in page
             assert "tested on demo/test (`data/demo.jsonl`)" in page
+            assert all(f"\n- {label}: {meaning}\n" in page for label, meaning in task.labels.items())

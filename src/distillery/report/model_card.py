@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from distillery import metrics
 from distillery.config.schema import Params, StudentConfig
+from distillery.data.storage import read_task
 from distillery.files import atomic_write
 from distillery.models.label_model import MAX_ANSWER_TOKENS, tokenize_labels
 from distillery.models.load import load_tokenizer
@@ -140,9 +141,10 @@ def write_cards(root: Path, params: Params) -> None:
     missing.
     """
     for name, spec in params.students.items():
-        inputs, source = root / f"data/inputs/{name}", params.test_source(name)
-        task = Task.model_validate(json.loads((inputs / "experiment.json").read_text(encoding="utf-8"))["task"])
-        test = pd.read_parquet(inputs / "test.parquet")
+        source = params.test_source(name)
+        # not that of experiment.json: a classifier trains without the meanings of its labels
+        task = read_task(root / f"data/processed/{source}")
+        test = pd.read_parquet(root / f"data/inputs/{name}/test.parquet")
         for run in (f"{name}-{seed}" for seed in params.seeds):
             folder = root / "runs" / run
             metadata = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
