@@ -49,7 +49,7 @@ def key(monkeypatch):
 
 
 def teacher(url: str, model: str, path: Path, **settings) -> ApiTeacher:
-    base = {"model": model, "base_url": url, "key": KEY, "max_tokens": 1, "timeout": 1.0, "max_attempts": 20}
+    base = {"model": model, "base_url": url, "key": KEY, "max_tokens": 1, "timeout": 30.0, "max_attempts": 20}
     spec = validate_section(ApiConfig, base | settings, "params.yaml")
     opened = ApiTeacher(Endpoint("far", spec, AnswerStore(path / "answers.sqlite")), TASK)
     opened.messages = []
@@ -126,7 +126,7 @@ def test_every_fault_is_survived_and_no_answer_is_requested_twice(server, tmp_pa
     with loopback.Proxy(port, key=SECRET) as proxy:
         expected = teacher(proxy.url, model, tmp_path / "undisturbed").predict_texts(TEXTS)
     with loopback.Proxy(port, share=0.3, seed=1, key=SECRET) as proxy:
-        opened = teacher(proxy.url, model, tmp_path, concurrency=12)
+        opened = teacher(proxy.url, model, tmp_path, concurrency=12, timeout=1.0)
         np.testing.assert_array_equal(opened.predict_texts(TEXTS), expected)
         assert proxy.calls["whole"] == 60 and set(proxy.delivered.values()) == {1}
         assert set(loopback.FAULTS) <= set(proxy.calls), "with this seed every fault comes up"
@@ -173,7 +173,7 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(server, tmp_path):
         assert subprocess.run(command, env=environment, cwd=tiny.ROOT, stdout=subprocess.DEVNULL).returncode == 0
         # an answer that was on its way when the process died was not received: at most one a connection and kill
         assert 60 <= proxy.calls["whole"] <= 60 + 2 * 4
-        opened = teacher(proxy.url, model, tmp_path)
+        opened = teacher(proxy.url, model, tmp_path, timeout=1.0)
         calls = sum(proxy.calls.values())
         p = opened.predict_texts(TEXTS)
         assert sum(proxy.calls.values()) == calls and outcomes(opened)["answered"] == 60
