@@ -25,21 +25,10 @@ PRIVATE |= {"ours", "theirs", "mine", "yours"}
 # Names of variables that say nothing of their content
 VAGUE = {"what", "where", "how", "about", "more", "least", "found", "made", "kept", "seen", "out"}
 
-# Files that exceed a limit today. A file that no longer does has to leave its list.
-LONG_MODULES: set[str] = set()
-LONG_FUNCTIONS: set[str] = set()
-PRIVATE_WORDS: set[str] = set()
-
 
 def name(path: Path) -> str:
     """The path below the repository."""
     return path.relative_to(ROOT).as_posix()
-
-
-def cases(paths: list[Path], exceeding: set[str]) -> list:
-    """One case a file; those in `exceeding` fail for now."""
-    xfail = pytest.mark.xfail(strict=True, reason="has to leave the list in tests/test_style.py once it passes")
-    return [pytest.param(path, id=name(path), marks=[xfail] if name(path) in exceeding else []) for path in paths]
 
 
 def function_lengths(path: Path) -> dict[str, int]:
@@ -95,24 +84,19 @@ def private_words(path: Path) -> set[str]:
     return (used & PRIVATE) | (bound & VAGUE)
 
 
-@pytest.mark.parametrize("path", cases(MODULES, LONG_MODULES))
+@pytest.mark.parametrize("path", MODULES, ids=name)
 def test_no_module_is_longer_than_the_limit(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_MODULE
 
 
-@pytest.mark.parametrize("path", cases(MODULES, LONG_FUNCTIONS))
+@pytest.mark.parametrize("path", MODULES, ids=name)
 def test_no_function_is_longer_than_the_limit(path):
     assert {function: lines for function, lines in function_lengths(path).items() if lines > MAX_FUNCTION} == {}
 
 
-@pytest.mark.parametrize("path", cases(MODULES + NOTEBOOKS, PRIVATE_WORDS))
+@pytest.mark.parametrize("path", MODULES + NOTEBOOKS, ids=name)
 def test_names_and_prose_use_the_words_of_the_field(path):
     assert private_words(path) == set()
-
-
-def test_every_exception_is_a_file():
-    exceptions = LONG_MODULES | LONG_FUNCTIONS | PRIVATE_WORDS
-    assert exceptions <= {name(path) for path in MODULES + NOTEBOOKS}
 
 
 def test_private_words_are_seen_inside_identifiers_comments_and_strings():
@@ -127,20 +111,3 @@ def test_makefile_names_tools_by_their_path():
     recipes = re.findall(r"^\t@?(\w[\w-]*)", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
     assert {"git", "rm"} <= set(recipes)
     assert not set(recipes) & {"python", "dvc", "ruff", "pytest", "jupyter", "nbstripout", "lint-imports", "distillery"}
-
-
-if __name__ == "__main__":  # writes the lists anew
-    exceptions = {
-        "LONG_MODULES": [p for p in MODULES if len(p.read_text(encoding="utf-8").splitlines()) > MAX_MODULE],
-        "LONG_FUNCTIONS": [p for p in MODULES if max([0, *function_lengths(p).values()]) > MAX_FUNCTION],
-        "PRIVATE_WORDS": [p for p in MODULES + NOTEBOOKS if private_words(p)],
-    }
-    text = Path(__file__).read_text(encoding="utf-8")
-    for variable, paths in exceptions.items():
-        content = "".join(f'    "{name(path)}",\n' for path in paths)
-        value = "{\n" + content + "}" if paths else "set()"
-        text = re.sub(
-            rf"(?s)^{variable}: set\[str\] = (set\(\)|\{{.*?\}})", f"{variable}: set[str] = {value}", text, flags=re.M
-        )
-        print(variable, {name(path): sorted(private_words(path)) for path in paths})
-    Path(__file__).write_text(text, encoding="utf-8")
