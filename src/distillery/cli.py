@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from distillery.errors import UserError
+from distillery.files import Paths
 
 
 def check() -> None:
@@ -52,7 +53,7 @@ def leaderboard() -> None:
     from distillery.files import repository_root
     from distillery.report.page import leaderboard_markdown
 
-    path = repository_root() / "reports/leaderboard.csv"
+    path = Paths(repository_root()).reports / "leaderboard.csv"
     if not path.exists():
         raise UserError("reports/leaderboard.csv: not there yet; run `make repro` first")
     print(leaderboard_markdown(pd.read_csv(path)))

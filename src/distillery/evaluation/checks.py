@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from distillery.config.schema import Params, TeacherConfig
+from distillery.config.schema import Params, SplitRef, TeacherConfig
 from distillery.data.near_duplicates import SIMILARITY_SLACK, nearest_texts
 from distillery.data.storage import read_split
 from distillery.evaluation.reading import read_result_file
 from distillery.evaluation.results import TRAINED_ROLES, Check, ModelResult
+from distillery.files import Paths
 
 MAX_LABEL_SHARE = 0.95  # a model that predicts one label for a larger share of the rows does not read the text
 
@@ -44,12 +45,13 @@ def find_leaks(root: Path, params: Params, source: str, test: pd.DataFrame) -> l
     for split_ref, rows in learned.items():
         if rows.empty:
             continue
+        other = SplitRef.parse(split_ref).source
         same = test["text"].isin(rows["text"])
-        if split_ref.split("/")[0] == source:  # ids and groups are names inside one source
+        if other == source:  # ids and groups are names inside one source
             same |= test["id"].isin(rows["id"]) | test["group"].isin(rows["group"])
         texts = test["text"].tolist(), rows["text"].tolist()
         closest = np.maximum(*(nearest_texts(*texts, masked)[0] for masked in (True, False)))
-        limit = params.data[split_ref.split("/")[0]].near_duplicate - SIMILARITY_SLACK
+        limit = params.data[other].near_duplicate - SIMILARITY_SLACK
         exact, near = int(same.sum()), int(((closest >= limit) & ~same.to_numpy()).sum())
         if exact or near:
             models = _learners(params, split_ref)
@@ -71,8 +73,8 @@ def _training_rows(root: Path, params: Params, source: str) -> dict[str, pd.Data
     rows = {}
     for other in [name for name in params.data if params.data[name].task == params.data[source].task]:
         for split in ("train", "pool", "validation"):
-            rows[f"{other}/{split}"] = read_split(root / f"data/processed/{other}", split)
-        augmented = root / f"data/augmented/{other}/rows.parquet"
+            rows[f"{other}/{split}"] = read_split(Paths(root).processed(other), split)
+        augmented = Paths(root).augmented(other) / "rows.parquet"
         if other == params.augment.source and params.augment.per_row and augmented.exists():
             rows[f"{other}/augmented"] = pd.read_parquet(augmented)
     return rows
@@ -120,9 +122,10 @@ def _pretrained_on_source(params: Params, teacher: ModelResult, spec: TeacherCon
 
 
 def _scored_on_training_rows(root: Path, teacher: ModelResult, spec: TeacherConfig, test: pd.DataFrame) -> list[str]:
-    source, split = spec.finetune.on.split("/")
-    rows = read_split(root / f"data/processed/{source}", split)
-    learned = test["text"].isin(rows["text"]) | (test["id"].isin(rows["id"]) if source == teacher.source else False)
+    tuned_on = SplitRef.parse(spec.finetune.on)
+    rows = read_split(Paths(root).processed(tuned_on.source), tuned_on.split)
+    same_source = tuned_on.source == teacher.source  # ids are names inside one source
+    learned = test["text"].isin(rows["text"]) | (test["id"].isin(rows["id"]) if same_source else False)
     if not learned.any():
         return []
     count = f"{int(learned.sum())} of the {len(test):,} test rows"
@@ -130,9 +133,9 @@ def _scored_on_training_rows(root: Path, teacher: ModelResult, spec: TeacherConf
 
 
 def _signals_from_memory(root: Path, teacher: ModelResult, spec: TeacherConfig) -> list[str]:
-    source, split = spec.finetune.on.split("/")
-    signals = read_result_file(root / f"data/teacher/{teacher.key}/signals.parquet", root)
-    signals = signals[(signals["source"] == source) & (signals["split"] == split)]
+    tuned_on = SplitRef.parse(spec.finetune.on)
+    signals = read_result_file(Paths(root).teacher(teacher.key) / "signals.parquet", root)
+    signals = signals[(signals["source"] == tuned_on.source) & (signals["split"] == tuned_on.split)]
     memorised = int((signals["fold"] < 0).sum())
     if not memorised:
         return []
@@ -142,7 +145,7 @@ def _signals_from_memory(root: Path, teacher: ModelResult, spec: TeacherConfig) 
 
 def _memory_scores(root: Path, teacher: ModelResult, spec: TeacherConfig) -> tuple[str | None, bool]:
     """The teacher's accuracies in words (None where one is missing), and whether they show that it saw the test."""
-    metadata = read_result_file(root / f"data/teacher/{teacher.key}/metrics.json", root)
+    metadata = read_result_file(Paths(root).teacher(teacher.key) / "metrics.json", root)
     split, rows = ("validation", "of the validation rows")
     if spec.finetune.folds:
         split, rows = ("train", "of them where a fold left them out")

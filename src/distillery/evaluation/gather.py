@@ -16,6 +16,7 @@ from distillery.errors import UserError
 from distillery.evaluation.checks import run_checks
 from distillery.evaluation.reading import read_result_file
 from distillery.evaluation.results import ModelResult, Results, main_teacher
+from distillery.files import Paths
 
 UNPARSABLE = "no readable answer"
 
@@ -31,8 +32,8 @@ def gather_results(root: Path, params: Params) -> Results:
     """
     tested = {params.test_source(name) for name in params.students}
     sources = [source for source in params.data if source in tested]
-    tasks = {source: read_task(root / f"data/processed/{source}") for source in sources}
-    held_out = {split: {s: read_split(root / f"data/processed/{s}", split) for s in sources} for split in HELD_OUT}
+    tasks = {source: read_task(Paths(root).processed(source)) for source in sources}
+    held_out = {split: {s: read_split(Paths(root).processed(s), split) for s in sources} for split in HELD_OUT}
     tests = held_out["test"]
     # Free answers are right or wrong: a model cannot always give one of them, nor prefer it.
     labelled = [source for source in sources if tasks[source].kind != "qa"]
@@ -40,7 +41,7 @@ def gather_results(root: Path, params: Params) -> Results:
     teachers = _teacher_results(root, params, held_out)
     models = [*students, *(result for result, _ in teachers)]
     models += [_majority_result(root, source, tests) for source in labelled]
-    counts = root / f"data/augmented/{params.augment.source}/counts.json"
+    counts = Paths(root).augmented(params.augment.source) / "counts.json"
     return Results(
         params=params,
         tasks=tasks,
@@ -50,7 +51,7 @@ def gather_results(root: Path, params: Params) -> Results:
         models=models + _untrained_results(root, params, students, tests),
         signals={(result.key, result.source): signals for result, signals in teachers},
         history=_read_histories(root, params),
-        audits={s: read_result_file(root / f"data/processed/{s}/audit.json", root) for s in sources},
+        audits={s: read_result_file(Paths(root).processed(s) / "audit.json", root) for s in sources},
         counts=read_result_file(counts, root) if params.augment.per_row and counts.exists() else None,
         checks=run_checks(root, params, models, tests, labelled),
     )
@@ -113,7 +114,7 @@ def _teacher_results(
     """Each teacher on each source that it labels, and its signals for the test rows, in their order."""
     results, sources = [], list(held_out["test"])
     for teacher in params.teachers:
-        folder = root / f"data/teacher/{teacher}"
+        folder = Paths(root).teacher(teacher)
         path = folder / "signals.parquet"
         for source in [s for s in sources if s in params.teacher_sources(teacher)]:
             rows = read_result_file(path, root).rename(columns={"label": "prediction"})
@@ -141,14 +142,14 @@ def _teacher_results(
 
 def _majority_result(root: Path, source: str, tests: dict[str, pd.DataFrame]) -> ModelResult:
     """The most frequent label of the train rows for every test row; the first of equally frequent ones."""
-    train = read_split(root / f"data/processed/{source}", "train")
+    train = read_split(Paths(root).processed(source), "train")
     label = (train if len(train) else tests[source])["label"].mode()[0]
     name = f"always {label}" if len(tests) == 1 else f"always {label} on {source}"
     return ModelResult(name, source, "majority", source, np.full((1, len(tests[source])), label, dtype=object))
 
 
 def _run_folders(root: Path, params: Params, student: str) -> list[Path]:
-    return [root / f"runs/{student}-{seed}" for seed in params.seeds]
+    return [Paths(root).run(student, seed) for seed in params.seeds]
 
 
 def _align_rows(rows: pd.DataFrame, split: str, expected: pd.DataFrame, path: Path, root: Path) -> pd.DataFrame:

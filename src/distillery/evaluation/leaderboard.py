@@ -14,6 +14,7 @@ from distillery.evaluation.gather import TOKEN_SCORES
 from distillery.evaluation.perturbations import contrast_pairs_right
 from distillery.evaluation.reading import read_result_file
 from distillery.evaluation.results import ROLES, TRAINED_ROLES, ModelResult, Results
+from distillery.files import Paths
 
 AVERAGED_SCORES = ("balanced_accuracy", "macro_specificity", "weighted_f1", "mcc", "answer_bias", "commonest_answer")
 
@@ -211,7 +212,7 @@ def phase_accuracies(root: Path, results: Results) -> pd.DataFrame:
     params, parts = results.params, []
     for name in params.students:
         label = results.validations[params.test_source(name)].set_index("id")["label"]
-        runs = [read_result_file(root / f"runs/{name}-{seed}/phases.parquet", root) for seed in params.seeds]
+        runs = [read_result_file(Paths(root).run(name, seed) / "phases.parquet", root) for seed in params.seeds]
         rows = pd.concat(runs, ignore_index=True)
         rows = rows[rows["split"] == "validation"]
         mean = rows["prediction"].eq(rows["id"].map(label)).groupby(rows["phase"]).mean()

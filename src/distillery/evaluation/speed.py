@@ -14,6 +14,7 @@ import pandas as pd
 from distillery.config.schema import Params
 from distillery.evaluation.results import TRAINED_ROLES, ModelResult, Results
 from distillery.evaluation.robustness import measure_robustness, paraphrase_test_rows
+from distillery.files import Paths
 from distillery.models.label_model import LabelModel
 from distillery.tasks.schema import Task
 from distillery.teachers.base import open_teacher
@@ -151,9 +152,9 @@ def _load_model(root: Path, params: Params, task: Task, result: ModelResult) -> 
     if result.role == "teacher":
         if not params.teachers[result.key].finetune:
             return open_teacher(root, result.key, params, task)
-        return open_teacher(root, result.key, params, task, tuned=root / f"data/teacher/{result.key}/model").model
+        return open_teacher(root, result.key, params, task, tuned=Paths(root).teacher(result.key) / "model").model
     spec = params.students[result.key]
-    return load_student(spec, root / f"runs/{result.key}-{params.seeds[0]}/model", task, spec.dtype)
+    return load_student(spec, Paths(root).run(result.key, params.seeds[0]) / "model", task, spec.dtype)
 
 
 def _shape(params: Params, result: ModelResult) -> str:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillery.config.schema import ModelConfig
 from distillery.errors import UserError
-from distillery.files import raise_if_disk_full, repository_root
+from distillery.files import Paths, raise_if_disk_full, repository_root
 from distillery.models.random_models import build_random_model, read_words_file
 from distillery.models.runtime import configure_runtime
 
@@ -39,7 +39,7 @@ def fetch_model(name: str, spec: ModelConfig, cache: Path | None = None) -> Path
         if not (folder / "config.json").exists():
             raise UserError(f"params.yaml: models.{name}.folder: {spec.folder} holds no config.json")
         return folder
-    cache = cache or repository_root() / ".cache" / "models"
+    cache = cache or Paths(repository_root()).cache / "models"
     identity = json.dumps(spec.model_dump(exclude=None if spec.random else {"random"}), sort_keys=True).encode()
     if spec.random:
         identity += b"".join(read_words_file(name, file).read_bytes() for file in spec.random.words)

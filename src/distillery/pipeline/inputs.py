@@ -22,9 +22,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distillery.config.schema import Params, StudentConfig
+from distillery.config.schema import Params, SplitRef, StudentConfig
 from distillery.errors import UserError
-from distillery.files import atomic_write, file_digest, write_json
+from distillery.files import Paths, atomic_write, file_digest, write_json
 from distillery.tasks.schema import Task
 
 INPUT_COLUMNS = ("split_ref", "id", "text", "label", "group")
@@ -74,7 +74,7 @@ def _file_digests(root: Path, files: set[Path]) -> dict[str, str]:
 def teacher_record(root: Path, params: Params, name: str) -> dict[str, Any]:
     """Everything that decides what teacher `name` learns and predicts."""
     spec, sources = params.teachers[name], params.teacher_sources(name)
-    read = sources if spec.finetune is None else [*sources, spec.finetune.on.split("/")[0]]
+    read = sources if spec.finetune is None else [*sources, SplitRef.parse(spec.finetune.on).source]
     return {
         "teacher": name,
         "spec": spec.model_dump(exclude={"api": API_KEYS_WITHOUT_EFFECT}) | {"data": sources},
@@ -83,7 +83,7 @@ def teacher_record(root: Path, params: Params, name: str) -> dict[str, Any]:
         "answers": _read_json(root, f"build/answers/{name}.json") if spec.answers else None,
         "task": task_of_source(root, sources[0], whole=spec.kind != "classifier"),
         "files": _file_digests(
-            root, {file for source in read for file in (root / f"data/processed/{source}").glob("*.parquet")}
+            root, {file for source in read for file in Paths(root).processed(source).glob("*.parquet")}
         ),
     }
 
@@ -112,7 +112,7 @@ def experiment_record(root: Path, params: Params, name: str) -> dict[str, Any]:
         "teachers": {teacher: _validation_scores(root, name, spec, teacher) for teacher in teachers_of(spec)},
         "openable_teachers": {
             teacher: teacher_record(root, params, teacher)
-            | {"weights": _file_digests(root, set((root / f"data/teacher/{teacher}").rglob("*.safetensors")))}
+            | {"weights": _file_digests(root, set(Paths(root).teacher(teacher).rglob("*.safetensors")))}
             for teacher in sorted(opened)
         },
     }
@@ -155,8 +155,9 @@ class StageTables:
 
     def rows(self, split_ref: str) -> list[Row]:
         """The rows of `source/split`: split_ref, id, text, label, group, rationale, answers."""
-        source, split = split_ref.split("/")
-        path = f"data/augmented/{source}/rows" if split == "augmented" else f"data/processed/{source}/{split}"
+        ref = SplitRef.parse(split_ref)
+        augmented = f"data/augmented/{ref.source}/rows"
+        path = augmented if ref.split == "augmented" else f"data/processed/{ref.source}/{ref.split}"
         return [
             {key: row.get(key) for key in (*INPUT_COLUMNS, "rationale", "answers")} | {"split_ref": split_ref}
             for row in self.read(f"{path}.parquet")
@@ -164,14 +165,16 @@ class StageTables:
 
     def signals(self, teacher: str, split_ref: str) -> dict[str, Row]:
         """The signals of `teacher` for the rows of `source/split`: id -> probabilities, fold, rationale, answer."""
-        source, split = split_ref.split("/")
-        if split == "augmented":
-            rows = [row for row in self.read(f"data/augmented/{source}/signals.parquet") if row["teacher"] == teacher]
+        ref = SplitRef.parse(split_ref)
+        if ref.split == "augmented":
+            table = self.read(f"data/augmented/{ref.source}/signals.parquet")
+            rows = [row for row in table if row["teacher"] == teacher]
         else:
-            rows = [row for row in self.read(f"data/teacher/{teacher}/signals.parquet") if row["split"] == split]
+            rows = [row for row in self.read(f"data/teacher/{teacher}/signals.parquet") if row["split"] == ref.split]
         # a label of None: the answer could not be parsed, so there is nothing to learn from it
         unparsed = {"probabilities": None}
-        return {row["id"]: row | (unparsed if row["label"] is None else {}) for row in rows if row["source"] == source}
+        rows = [row for row in rows if row["source"] == ref.source]
+        return {row["id"]: row | (unparsed if row["label"] is None else {}) for row in rows}
 
 
 def student_rows(tables: StageTables, params: Params, name: str) -> tuple[list[Row], list[str]]:
@@ -261,7 +264,7 @@ def write_student_inputs(root: Path, params: Params) -> None:
     shutil.rmtree(root / "data/inputs", ignore_errors=True)
     tables = StageTables(root)
     for name in params.students:
-        folder, source = root / f"data/inputs/{name}", params.test_source(name)
+        folder, source = Paths(root).inputs(name), params.test_source(name)
         write_json(folder / "experiment.json", experiment_record(root, params, name))
         write_table(folder / "rows.parquet", *student_rows(tables, params, name))
         for split in ("validation", "test"):

@@ -25,7 +25,7 @@ from distillery.config.load import load_params
 from distillery.config.renamed import rename_old_keys
 from distillery.config.schema import Params
 from distillery.errors import UserError
-from distillery.files import atomic_write, read_yaml, repository_root
+from distillery.files import Paths, atomic_write, read_yaml, repository_root
 from distillery.pipeline.environment import set_environment
 
 COPIED_PATHS = ("dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", "notebooks", "src", "tasks")
@@ -70,7 +70,7 @@ def load_recipe(root: Path, name: str, scale: str | None = None) -> dict[str, An
 
 def prepare_recipe(root: Path, name: str, scale: str | None = None) -> Path:
     """The recipe's own folder, brought up to date; results of an earlier run stay. Raises UserError."""
-    folder = root / ".cache" / "recipes" / (f"{name}-{scale}" if scale else name)
+    folder = Paths(root).cache / "recipes" / (f"{name}-{scale}" if scale else name)
     return prepare_folder(root, load_recipe(root, name, scale), folder, name)
 
 

@@ -27,7 +27,7 @@ from sklearn.model_selection import GroupKFold
 from distillery.config.load import load_params, validate_section
 from distillery.config.schema import ModelConfig, Params, PhaseConfig, SearchConfig
 from distillery.errors import UserError
-from distillery.files import atomic_write, repository_root
+from distillery.files import Paths, atomic_write, repository_root
 from distillery.models.fetch import fetch_model
 from distillery.models.predictions import predict_rows
 from distillery.pipeline.run_notebook import single_process
@@ -94,7 +94,7 @@ def load_inputs(root: Path, params: Params) -> SearchInputs:
     spec = params.search
     if spec is None:
         raise UserError("params.yaml: search: there is none; name a student, a phase and what to search")
-    path = root / "data" / "inputs" / spec.student / "rows.parquet"
+    path = Paths(root).inputs(spec.student) / "rows.parquet"
     if not path.exists():
         raise UserError(f"{path.relative_to(root)}: not there yet; run `dvc repro inputs` first")
     rows = pd.read_parquet(path)
@@ -179,7 +179,7 @@ def search_settings(root: Path, params: Params) -> pd.DataFrame:
     Raises UserError when there is no section `search`, when inputs are missing, and when another process searches.
     """
     inputs = load_inputs(root, params)
-    spec, folder = inputs.spec, root / ".cache" / "search"
+    spec, folder = inputs.spec, Paths(root).cache / "search"
     with single_process(folder / f"search-{spec.student}.lock"):
         database = folder / f"{spec.student}-{inputs.key()}.db"
         study = open_study(database)
@@ -210,7 +210,7 @@ def run_search(write: bool = False) -> None:
     trials = search_settings(root, params)
     print(trials.head(10).to_string(index=False))
     records = trials.to_dict("records")
-    with atomic_write(root / ".cache" / "search" / f"{params.search.student}.json") as path:
+    with atomic_write(Paths(root).cache / "search" / f"{params.search.student}.json") as path:
         path.write_text(json.dumps(records, indent=2), encoding="utf-8")
     best = {key: value for key, value in records[0].items() if key not in ("accuracy", "folds")}
     if write:

@@ -27,7 +27,7 @@ from distillery.config.load import load_params
 from distillery.config.references import unused_settings
 from distillery.config.schema import Params
 from distillery.errors import UserError
-from distillery.files import file_digest, repository_root, write_json
+from distillery.files import Paths, file_digest, repository_root, write_json
 from distillery.tasks.schema import load_task
 
 MODULES_OF_KIND = {"api": "distillery.teachers.api"}  # modules that only a teacher of this kind needs
@@ -113,7 +113,7 @@ def write_sources(root: Path, params: Params) -> None:
             record = {"source": source.source, "sha256": file_digest(file)}
         else:
             raise UserError(f"params.yaml: data.{name}.source: {source.source}: no such file")
-        write_json(root / "build" / "sources" / f"{name}.json", record)
+        write_json(Paths(root).build / "sources" / f"{name}.json", record)
 
 
 def write_models(root: Path, params: Params) -> None:
@@ -125,7 +125,7 @@ def write_models(root: Path, params: Params) -> None:
     for name, model in params.models.items():
         local = root / model.folder if model.folder and not model.wheel else None
         record = {"sha256": file_digest(local)} if local else {"pinned": "params.yaml"}
-        write_json(root / "build" / "models" / f"{name}.json", record)
+        write_json(Paths(root).build / "models" / f"{name}.json", record)
 
 
 def write_answers(root: Path, params: Params) -> None:
@@ -137,7 +137,7 @@ def write_answers(root: Path, params: Params) -> None:
                 raise UserError(f"params.yaml: teachers.{name}.answers.files.{i}: {file}: no such file")
         if files:
             record = {file: file_digest(root / file) for file in files}
-            write_json(root / "build" / "answers" / f"{name}.json", record)
+            write_json(Paths(root).build / "answers" / f"{name}.json", record)
 
 
 def run_strip() -> None:
@@ -148,7 +148,7 @@ def run_strip() -> None:
     for source in params.data.values():
         load_task(source.task)
     check_augmentation(params)
-    build = root / "build"
+    build = Paths(root).build
     for name in ("notebooks", "sources", "models", "answers", "code"):
         shutil.rmtree(build / name, ignore_errors=True)
         (build / name).mkdir(parents=True)

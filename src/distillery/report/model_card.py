@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from distillery import metrics
 from distillery.config.schema import Params, StudentConfig
 from distillery.data.storage import read_task
-from distillery.files import atomic_write
+from distillery.files import Paths, atomic_write
 from distillery.models.label_model import MAX_ANSWER_TOKENS, tokenize_labels
 from distillery.models.load import load_tokenizer
 from distillery.report.environment import TEMPLATES
@@ -143,8 +143,8 @@ def write_cards(root: Path, params: Params) -> None:
     for name, spec in params.students.items():
         source = params.test_source(name)
         # not that of experiment.json: a classifier trains without the meanings of its labels
-        task = read_task(root / f"data/processed/{source}")
-        test = pd.read_parquet(root / f"data/inputs/{name}/test.parquet")
+        task = read_task(Paths(root).processed(source))
+        test = pd.read_parquet(Paths(root).inputs(name) / "test.parquet")
         for run in (f"{name}-{seed}" for seed in params.seeds):
             folder = root / "runs" / run
             metadata = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -162,6 +162,6 @@ def write_cards(root: Path, params: Params) -> None:
                 base_model=params.models[spec.model].hub,
                 train_seconds=json.loads(timing.read_text())["train_seconds"] if timing.exists() else None,
             )
-            for path in (root / f"reports/cards/{run}.md", folder / "model" / "README.md"):
+            for path in (Paths(root).reports / f"cards/{run}.md", folder / "model" / "README.md"):
                 with atomic_write(path) as scratch:
                     scratch.write_text(card, encoding="utf-8")

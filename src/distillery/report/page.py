@@ -23,7 +23,7 @@ from distillery.evaluation.leaderboard import (
 from distillery.evaluation.results import ERROR_KINDS, TRAINED_ROLES, Results
 from distillery.evaluation.rows import disagreements
 from distillery.evaluation.speed import LATENCY_ROWS, WARM_UP_ROWS, Measurements
-from distillery.files import atomic_write
+from distillery.files import Paths, atomic_write
 from distillery.report.environment import ENVIRONMENT
 from distillery.report.figures import all_figures
 from distillery.report.sentences import describe_result
@@ -57,7 +57,7 @@ def write_report(root: Path, results: Results, board: pd.DataFrame, measured: Me
     `metrics.json` holds no wall-clock figure and is the same, byte for byte, for the same runs.
     Raises UserError when the disk is full.
     """
-    folder, head, measured = root / "reports", results.headline, measured or Measurements()
+    folder, head, measured = Paths(root).reports, results.headline, measured or Measurements()
     figures = {name: figure_svg(figure) for name, figure in all_figures(results, board).items()}
     timing = {"models": measured.timing, "rows": results.params.evaluate.throughput_rows}
     timing |= {"latency_rows": LATENCY_ROWS, "cores": os.cpu_count(), "threads": torch.get_num_threads()}

@@ -11,6 +11,7 @@ import pandas as pd
 from distillery import metrics
 from distillery.config.schema import Params
 from distillery.data.storage import read_split
+from distillery.files import Paths
 
 
 def teacher_votes(root: Path, params: Params, source: str, split: str = "pool") -> tuple[pd.DataFrame, np.ndarray]:
@@ -19,11 +20,11 @@ def teacher_votes(root: Path, params: Params, source: str, split: str = "pool") 
     Returns the rows (id, text, one column of labels per teacher; None where its answer could not be read) and the
     probabilities [teachers, n, labels].
     """
-    rows = read_split(root / "data" / "processed" / source, split)[["id", "text"]]
+    rows = read_split(Paths(root).processed(source), split)[["id", "text"]]
     signals: dict[str, pd.DataFrame] = {}
     for name in params.teachers:
         if source in params.teacher_sources(name):
-            table = pd.read_parquet(root / "data" / "teacher" / name / "signals.parquet")
+            table = pd.read_parquet(Paths(root).teacher(name) / "signals.parquet")
             signals[name] = table[(table["source"] == source) & (table["split"] == split)].set_index("id")
             rows = rows[rows["id"].isin(signals[name].index)]
     signals = {name: table.loc[rows["id"]] for name, table in signals.items()}

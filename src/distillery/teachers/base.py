@@ -13,6 +13,7 @@ import pandas as pd
 from distillery.config.schema import SPLITS, Params
 from distillery.data.storage import read_split, read_task
 from distillery.errors import UserError
+from distillery.files import Paths
 from distillery.models.fetch import fetch_model
 from distillery.models.label_model import LabelModel
 from distillery.tasks.schema import Task
@@ -66,7 +67,7 @@ def gather_rows(root: Path, params: Params, name: str) -> pd.DataFrame:
     """
     parts = []
     for source in params.teacher_sources(name):
-        folder = root / "data" / "processed" / source
+        folder = Paths(root).processed(source)
         for split in SPLITS:
             rows = read_split(folder, split)
             if split == "pool":
@@ -76,7 +77,7 @@ def gather_rows(root: Path, params: Params, name: str) -> pd.DataFrame:
             parts.append(rows.assign(source=source, split=split)[columns])
     rows = pd.concat([part for part in parts if len(part)], ignore_index=True)
     if params.teachers[name].kind == "answers":
-        task = read_task(root / "data" / "processed" / params.teacher_sources(name)[0])
+        task = read_task(Paths(root).processed(params.teacher_sources(name)[0]))
         rows = rows[open_file_teacher(root, name, params, task).covered(rows)].reset_index(drop=True)
         if rows.empty:
             raise UserError(f"params.yaml: teachers.{name}.answers: no answer is about a row of its sources")
@@ -133,7 +134,7 @@ def open_file_teacher(root: Path, name: str, params: Params, task: Task) -> File
 
 
 def _read_prompting(root: Path, name: str, task: Task) -> dict[str, Any]:
-    path = root / "data" / "teacher" / name / "prompting.json"
+    path = Paths(root).teacher(name) / "prompting.json"
     if not path.exists():
         return {"prompt": None, "prior": None}
     prompting = json.loads(path.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import pandas as pd
 
 from distillery.config.schema import Params, ParaphraseFilter
 from distillery.data.near_duplicates import SIMILARITY_SLACK, nearest_texts
+from distillery.files import Paths
 from distillery.tasks.schema import Perturbations, Task
 from distillery.teachers.base import open_teacher
 from distillery.teachers.directions import directions, numbers, tickers
@@ -121,7 +122,7 @@ def filter_paraphrases(
     candidates.loc[repeated, "reason"] = "written twice"
     remaining = remaining.difference(repeated)
     if spec.keep.same_label and len(remaining):
-        tuned = root / "data" / "teacher" / spec.teacher / "model" if params.teachers[spec.teacher].finetune else None
+        tuned = Paths(root).teacher(spec.teacher) / "model" if params.teachers[spec.teacher].finetune else None
         teacher = open_teacher(root, spec.teacher, params, task, tuned=tuned)
         rows = candidates.loc[remaining].assign(source=spec.source, split="augmented")
         predicted = signal_table(rows, teacher.predict(rows), task.names, -1)["label"].to_numpy(object)
@@ -141,7 +142,7 @@ def label_paraphrases(root: Path, params: Params, task: Task, paraphrases: pd.Da
     for name, spec in params.teachers.items():
         if source not in params.teacher_sources(name) or rows.empty or spec.kind == "answers":
             continue  # answers from a file are for other texts
-        folder = root / "data" / "teacher" / name
+        folder = Paths(root).teacher(name)
         fold = pd.Series(-1, index=rows.index)
         if spec.finetune:
             known = pd.read_parquet(folder / "signals.parquet", columns=["source", "split", "id", "fold"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from distillery.config.schema import ModelConfig, TeacherConfig
 from distillery.errors import UserError
+from distillery.files import Paths
 from distillery.models.fetch import fetch_model
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.layers import count_layers
@@ -84,11 +85,11 @@ def openable_teacher(root: Path, name: str, record: dict[str, Any]) -> OpenableT
     """The teacher `name` as `openable_teachers` in `experiment.json` describes it; models in `data/teacher/<name>/`."""
     spec = TeacherConfig.model_validate(record["spec"])
     origin = ModelConfig.model_validate({k: v for k, v in record["model"].items() if k != "content"})
-    task, folder = Task.model_validate(record["task"]), root / "data" / "teacher" / name
+    task, folder = Task.model_validate(record["task"]), Paths(root).teacher(name)
 
     def open_model(fold: int) -> LabelModel:
         tuned = (folder / "model" if fold < 0 else folder / "folds" / str(fold)) if spec.finetune else None
         return load_teacher_model(name, spec, origin, task, tuned=tuned)
 
     model_folder = folder / "model" if spec.finetune else fetch_model(spec.model, origin)
-    return OpenableTeacher(open_model, record, count_layers(model_folder), root / ".cache" / "signals")
+    return OpenableTeacher(open_model, record, count_layers(model_folder), Paths(root).cache / "signals")

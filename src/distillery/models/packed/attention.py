@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,8 @@ from distillery.models.layers import transformer_body
 from distillery.models.packed.token_tree import TokenTree
 
 # transformers calls an attention function with its module and tensors alone. The layout of the batch reaches it through
-# these two, which hold the batch whose forward pass is running: one at a time in a process.
-_current_tree: TokenTree | None = None
-_current_decoding: DecodingState | None = None
+# this: for each of our attention functions, the batch whose forward pass is running, one at a time in a process.
+_running: dict[str, Any] = {"token_tree": None, "packed_decoding": None}
 
 
 @dataclass
@@ -54,7 +53,7 @@ def tree_attention(
 
     query [1, heads, T, head size], key and value [1, kv heads, T, head size] -> [1, T, heads, head size].
     """
-    tree = _current_tree
+    tree: TokenTree = _running["token_tree"]
     if tree.prefix_kv is None:
         return _attend_with_prefix(tree, query, key, value, scaling), None
     if tree.own_kv is not None:
@@ -141,7 +140,7 @@ def decoding_attention(
     query [1, heads, rows, head size] -> [1, rows, heads, head size]. The prefix's keys and values are not repeated for
     every row, and no cache is copied from step to step.
     """
-    state, layer = _current_decoding, module.layer_idx
+    state, layer = _running["packed_decoding"], module.layer_idx
     (heads, rows, size), kv_heads = query.shape[1:], key.shape[1]
     group = heads // kv_heads
     row, newest = torch.arange(rows, device=query.device), state.lengths - 1
@@ -170,27 +169,24 @@ AttentionInterface.register("packed_decoding", decoding_attention)
 
 
 @contextmanager
-def attend_by_tree(tree: TokenTree, config: Any) -> Iterator[None]:
+def _attend_with(attention: str, batch: TokenTree | DecodingState, config: Any) -> Iterator[None]:
+    """Let the model of `config` use one of our attention functions on `batch`, within the context."""
+    before = config._attn_implementation, _running[attention]
+    config._attn_implementation, _running[attention] = attention, batch
+    try:
+        yield
+    finally:
+        config._attn_implementation, _running[attention] = before
+
+
+def attend_by_tree(tree: TokenTree, config: Any) -> AbstractContextManager[None]:
     """Let the model of `config` attend over `tree`, within the context."""
-    global _current_tree
-    before = config._attn_implementation, _current_tree
-    config._attn_implementation, _current_tree = "token_tree", tree
-    try:
-        yield
-    finally:
-        config._attn_implementation, _current_tree = before
+    return _attend_with("token_tree", tree, config)
 
 
-@contextmanager
-def decode_with(state: DecodingState, config: Any) -> Iterator[None]:
+def decode_with(state: DecodingState, config: Any) -> AbstractContextManager[None]:
     """Let the model of `config` continue the rows of `state`, within the context."""
-    global _current_decoding
-    before = config._attn_implementation, _current_decoding
-    config._attn_implementation, _current_decoding = "packed_decoding", state
-    try:
-        yield
-    finally:
-        config._attn_implementation, _current_decoding = before
+    return _attend_with("packed_decoding", state, config)
 
 
 def supports_token_trees(model: nn.Module) -> bool:
