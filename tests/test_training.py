@@ -923,7 +923,7 @@ def test_the_card_of_a_student_that_writes_answers(tiny_models, tmp_path, arch):
     task = Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
     spec = StudentConfig(model="m", arch=arch, prompt="plain", phases=[phase({"ce": 1.0})])
     student = build_student(spec, tiny_models / f"tiny-{KINDS[arch]}", task, 0)
-    rng = torch.Generator().manual_seed(3)
+    rng = torch.Generator().manual_seed(5)  # no two best tokens within 0.005: rounding changes no answer
     for parameter in student.model.parameters():
         if parameter.dim() > 1:
             parameter.data = torch.randn(parameter.shape, generator=rng) * 0.3
