@@ -98,6 +98,19 @@ def test_agreement_over_samples_gives_probabilities(server, tmp_path):
             assert np.isnan(row).all()
 
 
+def test_an_answer_that_names_a_missing_option_cannot_be_read(server, tmp_path):
+    port, model = server
+    with loopback.Proxy(port) as proxy:
+        opened = teacher(proxy.url, model, tmp_path, samples=4, temperature=1.5)
+        every, two = opened.predict_texts(TEXTS[:20]), opened.predict_texts(TEXTS[:20], n_options=[2] * 20)
+    third = np.nan_to_num(every[:, 2])
+    assert third.max() > 0 and np.nanmax(two[:, 2]) == 0
+    only_third = third == 1
+    np.testing.assert_array_equal(np.isnan(two[:, 0]), np.isnan(every[:, 0]) | only_third)
+    expected = every[:, :2] / every[:, :2].sum(1, keepdims=True)
+    np.testing.assert_allclose(two[~only_third, :2], expected[~only_third], rtol=1e-6)
+
+
 def test_anthropics_client_gets_requests_in_its_own_form(server, tmp_path):
     port, model = server
     with loopback.Proxy(port, share=0.3, faults=("429", "500", "empty"), key=SECRET) as proxy:

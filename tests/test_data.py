@@ -274,7 +274,16 @@ def test_the_public_ways_to_write_a_choice(row, columns):
     lines = frame["text"][0].split("\n")
     assert lines[0] == "x" + (" y" if "s" in row else "")
     assert lines[int(frame["label"][0])].endswith(") yes")
-    assert set(frame) == set(ROW_COLUMNS)
+    assert set(frame) == {*ROW_COLUMNS, "n_options"} and frame["n_options"].tolist() == [2]
+
+
+def test_the_number_of_options_is_that_of_the_row_whatever_its_text_and_source_hold():
+    """A source's own column of this name does not count; neither do the lines of a text."""
+    rows = [
+        {"text": "a\nb\nwhich", "options": ["red", "blue", "green"], "label": 1, "n_options": 9},
+        {"text": "or\nthis", "options": ["red", "blue"], "label": 0, "n_options": 9},
+    ]
+    assert chosen(rows)["n_options"].tolist() == [3, 2]
 
 
 @pytest.mark.parametrize(

@@ -481,31 +481,35 @@ class Clock:
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
     def predictor(self, name: str, seconds: float):
-        def predict(texts):
-            self.calls.append((name, len(texts)))
-            self.now += seconds * len(texts)
+        def predict(rows):
+            self.calls.append((name, len(rows)))
+            self.now += seconds * len(rows)
 
         return predict
+
+
+def timed_rows(n: int) -> pd.DataFrame:
+    return pd.DataFrame({"text": ["text"] * n})
 
 
 def test_throughput_lets_the_models_take_turns(monkeypatch):
     clock = Clock(monkeypatch)
     predictors = {"a": clock.predictor("a", 0.01), "b": clock.predictor("b", 0.04)}
-    speeds = throughput(predictors, ["text"] * 8, rounds=2)
+    speeds = throughput(predictors, timed_rows(8), rounds=2)
     assert clock.calls == [("a", 4), ("b", 4), ("a", 8), ("b", 8), ("a", 8), ("b", 8)]
     assert speeds == {"a": pytest.approx(100), "b": pytest.approx(25)}
 
 
 def test_throughput_stops_when_its_time_is_spent(monkeypatch):
     clock = Clock(monkeypatch)
-    throughput({"a": clock.predictor("a", 0.125)}, ["text"] * 8, rounds=50, budget=12)
+    throughput({"a": clock.predictor("a", 0.125)}, timed_rows(8), rounds=50, budget=12)
     assert clock.calls == [("a", 4)] + 12 * [("a", 8)]  # the warm-up, then rounds that take a second each
 
 
 def test_latency_is_that_of_single_sentences(monkeypatch):
     clock = Clock(monkeypatch)
     predictors = {"a": clock.predictor("a", 0.002), "b": clock.predictor("b", 0.03)}
-    assert latency(predictors, ["text"] * 5) == {"a": pytest.approx((2, 2)), "b": pytest.approx((30, 30))}
+    assert latency(predictors, timed_rows(5)) == {"a": pytest.approx((2, 2)), "b": pytest.approx((30, 30))}
     assert clock.calls == 5 * [("a", 1), ("b", 1)]
 
 
@@ -536,13 +540,13 @@ def test_measurements_of_real_models(tmp_path, real_models, monkeypatch):
     """Students of one shape are measured once; what is timed and rewritten is what the saved models predict."""
     (params, task), timed = real_models, {}
 
-    def fixed_throughput(predictors, texts):
+    def fixed_throughput(predictors, rows):
         timed.update(predictors)
-        assert len(texts) == params.evaluate.throughput_rows
+        assert len(rows) == params.evaluate.throughput_rows
         return {name: 100.0 * (i + 1) for i, name in enumerate(predictors)}
 
     monkeypatch.setattr(speed, "throughput", fixed_throughput)
-    monkeypatch.setattr(speed, "latency", lambda predictors, texts: dict.fromkeys(predictors, (len(texts), 99.0)))
+    monkeypatch.setattr(speed, "latency", lambda predictors, rows: dict.fromkeys(predictors, (len(rows), 99.0)))
     monkeypatch.setattr(speed, "peak_memory", lambda work: (work(), 7.0))
     results = gather_results(tmp_path, params)
     measured = measure_models(tmp_path, results)
@@ -553,9 +557,9 @@ def test_measurements_of_real_models(tmp_path, real_models, monkeypatch):
     }
     students = {name: load_student(params.students[name], tmp_path / f"runs/{name}-0/model", task, "float32")
                 for name in ("tiny-kd", "tiny-gold", "other")}  # fmt: skip
-    texts = results.tests["demo"]["text"].head(5).tolist()
+    rows = results.tests["demo"].head(5)
     for predict, name in zip(timed.values(), ("tiny-kd", "other"), strict=False):
-        np.testing.assert_allclose(predict(texts), students[name].predict(texts), rtol=1e-5)
+        np.testing.assert_allclose(predict(rows), students[name].predict(rows["text"].tolist()), rtol=1e-5)
     table = measured.robustness.set_index(["perturbation", "model"])
     assert set(table.index) == {(p, m) for p in ("names", "other words") for m in ("tiny-kd", "tiny-gold", "big")}
     rows = rewrite_test_rows(results)["names"]

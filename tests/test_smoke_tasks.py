@@ -39,6 +39,11 @@ def test_a_row_of_two_options_is_never_answered_with_the_third(repo):
     assert np.stack(predictions["probabilities"])[:, 2].max() == 0
 
 
+def test_every_table_of_options_holds_their_number(repo):
+    for table in ("processed/pronoun/test", "inputs/gkd/rows"):
+        assert set(pd.read_parquet(repo / f"data/{table}.parquet")["n_options"]) == {2}, table
+
+
 def test_written_answers_are_scored_by_exact_match_and_shared_words(repo):
     predictions = pd.read_parquet(repo / "runs/answers-0/predictions.parquet")
     test = predictions[predictions["split"] == "test"]

@@ -519,7 +519,7 @@ def test_a_prompted_teacher_is_measured_with_its_own_examples_and_calibration(ex
     monkeypatch.setattr(LabelModel, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
     timed = probability_function(teacher)
     for n in (1, 2):  # nothing comes from the cache: it is timed
-        np.testing.assert_allclose(timed(rows["text"].tolist()), wanted, atol=1e-6)
+        np.testing.assert_allclose(timed(rows), wanted, atol=1e-6)
         assert len(calls) == n
 
 

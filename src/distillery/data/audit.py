@@ -16,7 +16,7 @@ from distillery.data.near_duplicates import (
     ngram_vectors,
     similarity_blocks,
 )
-from distillery.tasks.schema import Task
+from distillery.tasks.schema import N_OPTIONS, Task
 
 AUDIT_EXAMPLES = 10  # rows shown per finding of the audit
 
@@ -167,7 +167,7 @@ def length_summary(texts: pd.Series) -> dict[str, dict[str, float]]:
 
 def columns_revealing_label(rows: pd.DataFrame, task: Task) -> list[str]:
     """Extra columns whose value determines the label (an integer code of it, for example)."""
-    extras = [c for c in rows.columns if c not in ROW_COLUMNS]
+    extras = [c for c in rows.columns if c not in (*ROW_COLUMNS, N_OPTIONS)]
     filled = {c: rows[c].fillna("") if rows[c].isna().any() else rows[c] for c in extras}
     return [
         column

@@ -17,7 +17,7 @@ from distillery.config.schema import SourceConfig
 from distillery.data.readers import RawRows, value_kind
 from distillery.errors import UserError
 from distillery.tasks.prompts import with_options
-from distillery.tasks.schema import ANSWER_LABELS, ANSWER_SEPARATOR, Task
+from distillery.tasks.schema import ANSWER_LABELS, ANSWER_SEPARATOR, N_OPTIONS, Task
 
 ROW_COLUMNS = ("id", "text", "label", "rationale", "group")  # of every split; extra columns of the source come after
 
@@ -48,7 +48,7 @@ def _to_name(value: Any) -> str | None:
 
 @dataclass
 class CleanRow:
-    """One checked row. `answers`: accepted answers of a `qa` row, joined to one text."""
+    """One checked row. answers: accepted ones of a `qa` row, joined to one text. n_options: of a `choice` row."""
 
     id: str | None
     text: str
@@ -56,6 +56,7 @@ class CleanRow:
     rationale: str | None
     group: str | None
     answers: str | None
+    n_options: int | None
 
 
 class RowCleaner:
@@ -84,6 +85,8 @@ class RowCleaner:
         self.left_out = [column for column in unmapped if column in ROW_COLUMNS or not column.strip()]
         if task.kind == "qa" and "answers" in unmapped:
             self.left_out.append("answers")  # the name of the column of accepted answers, see `_build_frame`
+        if task.kind == "choice" and N_OPTIONS in unmapped:
+            self.left_out.append(N_OPTIONS)
         self.extra_columns = [column for column in unmapped if column not in self.left_out]
 
     def clean(self, i: int) -> CleanRow:
@@ -111,19 +114,20 @@ class RowCleaner:
                 raise UserError(
                     f"{at}: `{getattr(columns, role)}` must be text or a whole number, not {kind}"
                 ) from None
+        n_options = None
         if self.task.kind == "choice":
-            text, values["label"] = self._shuffle_options(at, text, record, values["label"])
+            text, values["label"], n_options = self._shuffle_options(at, text, record, values["label"])
         if values["label"] not in self.labels and columns.label is not None:
             problem = f"unknown label {values['label']!r:.60}" if values["label"] else f"`{columns.label}` is empty"
             raise UserError(f"{at}: {problem}; allowed: {', '.join(self.task.names)}")
         rationale = normalize_text(record.get(columns.rationale) or "") or None
         label = self.labels.get(values["label"])
-        return CleanRow(values["id"], text, label, rationale, values["group"], answers)
+        return CleanRow(values["id"], text, label, rationale, values["group"], answers, n_options)
 
     def _shuffle_options(
         self, at: str, text: str, record: dict[str, Any], answer: str | None
-    ) -> tuple[str, str | None]:
-        """`text` with its options in a shuffled order, and the label of the right one.
+    ) -> tuple[str, str | None, int]:
+        """`text` with its options in a shuffled order, the label of the right one, and the number of options.
 
         The text and the options alone decide the order. So the position of an option holds no information, and two
         copies of a question read the same. Raises UserError when the options or the answer do not fit the task.
@@ -153,7 +157,7 @@ class RowCleaner:
                 problem = f"unknown answer {answer!r:.60}" if answer else f"`{self.columns.label}` is empty"
                 raise UserError(f"{at}: {problem}; allowed: {', '.join(allowed)}")
             label = names[int(np.flatnonzero(order == allowed.index(answer))[0])]
-        return with_options(self.task, text, [options[n] for n in order]), label
+        return with_options(self.task, text, [options[n] for n in order]), label, len(options)
 
 
 def clean_rows(
@@ -211,10 +215,11 @@ def _drop_duplicates(
 
 
 def _build_frame(cleaner: RowCleaner, rows: list[CleanRow], origin: list[int]) -> pd.DataFrame:
-    raw, qa = cleaner.raw, cleaner.task.kind == "qa"
+    raw, kind = cleaner.raw, cleaner.task.kind
     values = {column: [getattr(row, column) for row in rows] for column in ROW_COLUMNS}
     values |= {c: _parquet_values([raw.rows[i].get(c) for i in origin]) for c in cleaner.extra_columns}
-    values |= {"answers": [row.answers for row in rows]} if qa else {}
+    values |= {"answers": [row.answers for row in rows]} if kind == "qa" else {}
+    values |= {N_OPTIONS: [row.n_options for row in rows]} if kind == "choice" else {}
     frame = pd.DataFrame({column: pd.Series(series, dtype=object) for column, series in values.items()})
     if raw.splits:
         frame[HUB_SPLIT_COLUMN] = [raw.splits[i] for i in origin]

@@ -75,20 +75,20 @@ def rewrite_test_rows(results: Results, paraphrases: pd.DataFrame | None = None)
 
 def measure_robustness(
     results: Results,
-    predictors: dict[str, Callable[[list[str]], np.ndarray]],
+    predictors: dict[str, Callable[[pd.DataFrame], np.ndarray]],
     paraphrases: pd.DataFrame | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """How consistent the models in `predictors` (texts to probabilities [n, K]) are on the rows of
-    :func:`rewrite_test_rows`.
+    """How consistent the models in `predictors` (rows to probabilities [n, K]) are on those of `rewrite_test_rows`.
 
     Returns the tables `robustness` and `examples` of :class:`Measurements`.
     """
     labels = np.array(results.labels[results.headline.source], dtype=object)
     rewritten = rewrite_test_rows(results, paraphrases)
-    texts = list(dict.fromkeys(text for rows in rewritten.values() for text in (*rows["text"], *rows["new"])))
+    variants = [rows.assign(text=rows[column]) for rows in rewritten.values() for column in ("text", "new")]
+    unique = pd.concat(variants).drop_duplicates("text", ignore_index=True) if variants else pd.DataFrame()
     table = []
     for model, predict in predictors.items():
-        prediction = dict(zip(texts, labels[predict(texts).argmax(-1)], strict=True)) if texts else {}
+        prediction = dict(zip(unique["text"], labels[predict(unique).argmax(-1)], strict=True)) if variants else {}
         for name, rows in rewritten.items():
             scores = _consistency(rows, prediction, results.params.evaluate)
             table.append({"perturbation": name, "model": model, "rows": len(rows)} | scores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from distillery.evaluation.results import TRAINED_ROLES, ModelResult, Results
 from distillery.evaluation.robustness import measure_robustness, paraphrase_test_rows
 from distillery.files import Paths
 from distillery.models.label_model import LabelModel
-from distillery.tasks.schema import Task
+from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.teachers.base import open_teacher
 from distillery.teachers.local import LocalTeacher
 from distillery.training.student import load_student
@@ -25,7 +25,7 @@ LATENCY_ROWS = 32  # sentences given to each model one by one
 
 WARM_UP_ROWS = 32  # sentences predicted while the memory of a model is measured
 
-Predictor = Callable[[list[str]], Any]  # texts to predictions
+Predictor = Callable[[pd.DataFrame], Any]  # rows (text; of a `choice` task n_options) to predictions
 
 
 @dataclass(frozen=True)
@@ -44,32 +44,32 @@ class Measurements:
 
 
 def throughput(
-    predictors: dict[str, Predictor], texts: list[str], rounds: int = 5, budget: float = 8.0
+    predictors: dict[str, Predictor], rows: pd.DataFrame, rounds: int = 5, budget: float = 8.0
 ) -> dict[str, float]:
-    """Sentences a second of each predictor on the same texts: name -> median over its rounds.
+    """Sentences a second of each predictor on the same rows: name -> median over its rounds.
 
-    Each is warmed up on a few texts first. Then they take turns, so that other load of the machine slows all of them.
+    Each is warmed up on a few rows first. Then they take turns, so that other load of the machine slows all of them.
     Each has one round; then one that has spent its share of `budget` seconds, or had `rounds`, is left out.
     """
     for predict in predictors.values():
-        predict(texts[:4])
+        predict(rows[:4])
     seconds: dict[str, list[float]] = {name: [] for name in predictors}
     for _ in range(rounds):
         for name, predict in predictors.items():
             if sum(seconds[name]) < budget / len(predictors):
                 start = time.perf_counter()
-                predict(texts)
+                predict(rows)
                 seconds[name].append(time.perf_counter() - start)
-    return {name: len(texts) / float(np.median(values)) for name, values in seconds.items()}
+    return {name: len(rows) / float(np.median(values)) for name, values in seconds.items()}
 
 
-def latency(predictors: dict[str, Predictor], texts: list[str]) -> dict[str, tuple[float, float]]:
-    """Milliseconds for one sentence alone, each predictor in turn on each text: name -> 50th and 95th percentile."""
+def latency(predictors: dict[str, Predictor], rows: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Milliseconds for one sentence alone, each predictor in turn on each row: name -> 50th and 95th percentile."""
     milliseconds: dict[str, list[float]] = {name: [] for name in predictors}
-    for text in texts:
+    for i in range(len(rows)):
         for name, predict in predictors.items():
             start = time.perf_counter()
-            predict([text])
+            predict(rows[i : i + 1])
             milliseconds[name].append(1000 * (time.perf_counter() - start))
     return {name: tuple(float(q) for q in np.quantile(ms, [0.5, 0.95])) for name, ms in milliseconds.items()}
 
@@ -92,17 +92,18 @@ def peak_memory(work: Callable[[], Any]) -> tuple[Any, float | None]:
     return work(), max(0.0, status_mb("VmHWM") - before)
 
 
-def probability_function(model: LabelModel | LocalTeacher) -> Callable[[Sequence[str]], np.ndarray | list[str]]:
-    """Texts to probabilities [n, labels], or to answers for a `qa` task, computed anew each time.
+def probability_function(model: LabelModel | LocalTeacher) -> Callable[[pd.DataFrame], np.ndarray | list[str]]:
+    """Rows to probabilities [n, labels], or to answers for a `qa` task, computed anew each time.
 
     A teacher that is only prompted uses the prompt, solved examples and calibration that it has in the run.
     """
     if model.task.kind == "qa":
-        return model.answer_questions if isinstance(model, LabelModel) else model.model.answer_questions
+        answer = model.answer_questions if isinstance(model, LabelModel) else model.model.answer_questions
+        return lambda rows: answer(rows["text"].tolist())
     if isinstance(model, LabelModel):
-        return model.predict
+        return lambda rows: model.predict(rows["text"].tolist(), n_options=rows.get(N_OPTIONS))
     uncached = replace(model, cache=None)
-    return lambda texts: uncached.predict(pd.DataFrame({"text": list(texts), "group": None}))
+    return lambda rows: uncached.predict(rows.assign(group=None))
 
 
 def measure_models(root: Path, results: Results) -> Measurements:
@@ -114,11 +115,11 @@ def measure_models(root: Path, results: Results) -> Measurements:
     params, source = results.params, results.headline.source
     task = results.tasks[source]
     measured = _models_to_run(results)
-    texts = results.tests[source]["text"].head(params.evaluate.throughput_rows).tolist()
+    rows = results.tests[source].head(params.evaluate.throughput_rows)
 
     def load_and_predict(result: ModelResult) -> LabelModel | LocalTeacher:
         model = _load_model(root, params, task, result)
-        probability_function(model)(texts[:WARM_UP_ROWS])
+        probability_function(model)(rows[:WARM_UP_ROWS])
         return model
 
     first = load_and_predict(measured[0])  # stays loaded: the first use of libraries takes memory, too
@@ -130,7 +131,7 @@ def measure_models(root: Path, results: Results) -> Measurements:
             models[shape], memory[shape] = peak_memory(lambda result=result: load_and_predict(result))
             names[shape] = result.name
     del first
-    timing = _measure_timing(models, memory, texts)
+    timing = _measure_timing(models, memory, rows)
     predictors = {}
     for result in results.compared:
         if result.name in shapes:
@@ -166,11 +167,11 @@ def _shape(params: Params, result: ModelResult) -> str:
 
 
 def _measure_timing(
-    models: dict[str, LabelModel | LocalTeacher], memory: dict[str, float | None], texts: list[str]
+    models: dict[str, LabelModel | LocalTeacher], memory: dict[str, float | None], rows: pd.DataFrame
 ) -> dict[str, dict[str, float]]:
     """Shape -> the columns of `Measurements.timing`."""
     predictors = {shape: probability_function(model) for shape, model in models.items()}
-    rates, delays = throughput(predictors, texts), latency(predictors, texts[:LATENCY_ROWS])
+    rates, delays = throughput(predictors, rows), latency(predictors, rows[:LATENCY_ROWS])
     timing = {}
     for shape, rate in rates.items():
         p50, p95 = delays[shape]

@@ -30,7 +30,7 @@ from distillery.models.scoring import (
     completion_output,
     seq2seq_token_logits,
 )
-from distillery.tasks.prompts import RATIONALE_CUE, chat_turns, count_options, render_answer, render_prompt
+from distillery.tasks.prompts import RATIONALE_CUE, chat_turns, render_answer, render_prompt
 from distillery.tasks.schema import FewShotExample, Task
 
 MAX_ANSWER_TOKENS = 16  # that a free answer may take
@@ -171,12 +171,14 @@ class LabelModel:
         texts: Sequence[str],
         shots: Sequence[Sequence[FewShotExample]] | None = None,
         *,
+        n_options: Sequence[int] | None = None,
         cached: Sequence[Sequence[float] | None] | None = None,
         on_batch: Callable[[list[int], np.ndarray], None] | None = None,
     ) -> np.ndarray:
         """Probabilities over the task's labels [n, labels], float32, each row summing to 1. shots: see :meth:`encode`.
 
         The tokens that all prompts begin with (instruction, solved examples) are computed once, not once a batch.
+        n_options: of each text of a `choice` task, how many labels have an option; the others get probability 0.
 
         cached: probabilities from an earlier run, None where there are none. on_batch: called after every batch with
         the indices and probabilities that were not cached. Batches are cut from all rows, so a run that continues
@@ -184,7 +186,7 @@ class LabelModel:
         """
         if self.task.kind == "qa":
             raise ValueError("predict: a `qa` task has no distribution over labels; use answer_questions")
-        ids = self.encode(texts, shots)
+        ids, limits = self.encode(texts, shots), None if n_options is None else list(n_options)
         probabilities = np.zeros((len(ids), len(self.task.names)), dtype=np.float32)
         wanted = np.array([cached is None or cached[i] is None for i in range(len(ids))], dtype=bool)
         for i in np.flatnonzero(~wanted):
@@ -200,8 +202,9 @@ class LabelModel:
             if not new:
                 continue
             logits = self.forward([ids[i] for i in rows], prefix_kv=prefix_kv).label_logits
-            for row, i in zip(logits, rows, strict=True):
-                row[count_options(self.task, texts[i]) :] = -torch.inf  # an option that the row does not have
+            if limits is not None:
+                for row, i in zip(logits, rows, strict=True):
+                    row[limits[i] :] = -torch.inf
             probabilities[new] = logits.softmax(-1).cpu().numpy()[wanted[rows]]
             if on_batch:
                 on_batch(new, probabilities[new])

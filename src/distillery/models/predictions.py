@@ -10,18 +10,20 @@ import pandas as pd
 
 from distillery import metrics
 from distillery.models.label_model import LabelModel
-from distillery.tasks.schema import ANSWER_LABELS, Task, accepted_answers
+from distillery.tasks.schema import ANSWER_LABELS, N_OPTIONS, Task, accepted_answers
 
 
 def predict_rows(model: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
-    """The predictions of `model` for `rows` (id, text, label): id, label, prediction, probabilities [labels].
+    """The predictions of `model` for `rows` (id, text, label; of a `choice` task n_options).
+
+    Columns: id, label, prediction, probabilities [labels].
 
     Of a `qa` task (rows with accepted `answers`) the table is that of :func:`score_answers`.
     """
     names, texts = model.task.names, rows["text"].tolist()
     if model.task.kind == "qa":
         return score_answers(rows, model.answer_questions(texts))
-    probabilities = model.predict(texts)
+    probabilities = model.predict(texts, n_options=rows.get(N_OPTIONS))
     return pd.DataFrame(
         {
             "id": rows["id"].tolist(),

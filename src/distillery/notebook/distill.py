@@ -22,12 +22,14 @@ class TargetRow:
     """One training row and the distribution that the student shall learn for it.
 
     probabilities: [labels], at T = 1. temperature: of the phase. source: where the distribution comes from.
+    n_options: how many labels have an option, in a list of one as `predict` takes it; None unless of a `choice` task.
     """
 
     text: str
     probabilities: np.ndarray
     temperature: float
     source: str
+    n_options: list[int] | None
 
 
 def choose_target_row(
@@ -41,11 +43,14 @@ def choose_target_row(
         return None
     phase = next((phase for phase in spec.phases if phase.teachers), spec.phases[0])
     chosen = phase_rows(rows, phase.model_copy(update={"loss": {"ce": 1.0}}), task.names, scores)
-    if chosen.logprobs is None:
-        return TargetRow(chosen.texts[0], np.eye(len(task.names))[chosen.targets[0]], 1.0, "gold label")
-    probabilities = chosen.logprobs.double().exp().numpy()
-    i = int(np.argmin(np.abs(probabilities.max(-1) - 0.75)))
-    return TargetRow(chosen.texts[i], probabilities[i], phase.temperature, join_words(phase.teachers))
+    i, source, temperature = 0, "gold label", 1.0
+    probabilities = np.eye(len(task.names))[chosen.targets]
+    if chosen.logprobs is not None:
+        source, temperature = join_words(phase.teachers), phase.temperature
+        probabilities = chosen.logprobs.double().exp().numpy()
+        i = int(np.argmin(np.abs(probabilities.max(-1) - 0.75)))
+    n_options = None if chosen.n_options is None else [chosen.n_options[i]]
+    return TargetRow(chosen.texts[i], probabilities[i], temperature, source, n_options)
 
 
 def phase_table(spec: StudentConfig) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from typing import Any
 from distillery.config.schema import Params, SplitRef, StudentConfig
 from distillery.errors import UserError
 from distillery.files import Paths, atomic_write, file_digest, write_json
-from distillery.tasks.schema import Task
+from distillery.tasks.schema import N_OPTIONS, Task
 
 INPUT_COLUMNS = ("split_ref", "id", "text", "label", "group")
 
@@ -158,9 +158,9 @@ class StageTables:
         ref = SplitRef.parse(split_ref)
         augmented = f"data/augmented/{ref.source}/rows"
         path = augmented if ref.split == "augmented" else f"data/processed/{ref.source}/{ref.split}"
+        columns = (*INPUT_COLUMNS, "rationale", "answers", N_OPTIONS)
         return [
-            {key: row.get(key) for key in (*INPUT_COLUMNS, "rationale", "answers")} | {"split_ref": split_ref}
-            for row in self.read(f"{path}.parquet")
+            {key: row.get(key) for key in columns} | {"split_ref": split_ref} for row in self.read(f"{path}.parquet")
         ]
 
     def signals(self, teacher: str, split_ref: str) -> dict[str, Row]:
@@ -236,12 +236,16 @@ def _agreeing_rationales(row: Row, teachers: list[str], rationales: dict[str, st
 
 
 def write_table(path: Path, rows: list[Row], teachers: list[str] | None = None) -> None:
-    """Write `rows` as parquet; with `teachers` also their signals. Only rows of a `qa` task have `answers`."""
+    """Write `rows` as parquet; with `teachers` also their signals.
+
+    Only rows of a `qa` task have `answers`, only those of a `choice` task `n_options`.
+    """
     import pyarrow as pa
     import pyarrow.parquet
 
     texts = [*INPUT_COLUMNS, *(["answers"] if any(row.get("answers") for row in rows) else [])]
     fields = [pa.field(key, pa.string()) for key in (*texts, *(["rationale"] if teachers is not None else []))]
+    fields += [pa.field(N_OPTIONS, pa.int64())] if any(row.get(N_OPTIONS) for row in rows) else []
     for teacher in teachers or []:
         fields.append(pa.field(f"probabilities_{teacher}", pa.list_(pa.float32())))
         fields.append(pa.field(f"fold_{teacher}", pa.int64()))

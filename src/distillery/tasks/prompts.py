@@ -18,12 +18,6 @@ def with_options(task: Task, text: str, options: Sequence[str]) -> str:
     return "\n".join([text, *lines])
 
 
-def count_options(task: Task, text: str) -> int:
-    """The number of labels, from the first, that can be right for `text`: one for each option; all without options."""
-    options = text.count("\n") if task.kind == "choice" else 0
-    return options or len(task.names)
-
-
 def user_turn(task: Task, text: str) -> str:
     """The user turn that requests the label of `text`."""
     prompt = task.prompt

@@ -31,6 +31,7 @@ ANSWER_LABELS = {"right": "it is one of the accepted answers", "wrong": "it is n
 
 
 ANSWER_SEPARATOR = " | "  # two accepted answers of a question
+N_OPTIONS = "n_options"  # column of the rows of a `choice` task: how many labels, from the first, have an option
 
 
 class TaskPrompt(Section):

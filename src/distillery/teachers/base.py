@@ -16,7 +16,7 @@ from distillery.errors import UserError
 from distillery.files import Paths
 from distillery.models.fetch import fetch_model
 from distillery.models.label_model import LabelModel
-from distillery.tasks.schema import Task
+from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.teachers.cache import STORE_PATH, AnswerStore
 from distillery.teachers.few_shot import GoldExamples
 from distillery.teachers.file import FileTeacher, read_answer_files
@@ -62,8 +62,8 @@ class Teacher(Protocol):
 def gather_rows(root: Path, params: Params, name: str) -> pd.DataFrame:
     """Every row that teacher `name` labels: source, split, id, text, group, and the gold label, which only scores.
 
-    Rows of a `qa` task also have their accepted answers. A teacher of `kind: answers` gets the rows that its files
-    answer. Raises UserError when there is none.
+    Rows of a `qa` task also have their accepted answers, those of a `choice` task n_options. A teacher of
+    `kind: answers` gets the rows that its files answer. Raises UserError when there is none.
     """
     parts = []
     for source in params.teacher_sources(name):
@@ -73,7 +73,7 @@ def gather_rows(root: Path, params: Params, name: str) -> pd.DataFrame:
             if split == "pool":
                 rows = rows.merge(read_split(folder, "pool_labels").drop(columns="rationale"), on="id", validate="1:1")
             columns = ["source", "split", "id", "text", "group", "label"]
-            columns += ["answers"] if read_task(folder).kind == "qa" else []
+            columns += {"qa": ["answers"], "choice": [N_OPTIONS]}.get(read_task(folder).kind, [])
             parts.append(rows.assign(source=source, split=split)[columns])
     rows = pd.concat([part for part in parts if len(part)], ignore_index=True)
     if params.teachers[name].kind == "answers":

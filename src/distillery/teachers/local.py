@@ -84,11 +84,14 @@ class LocalTeacher(PromptedTeacher):
         return self.model.prompt_for(text, self.model.few_shot if solved is None else solved)
 
     def predict_texts(
-        self, texts: Sequence[str], solved: Sequence[Sequence[FewShotExample]] | None = None
+        self,
+        texts: Sequence[str],
+        solved: Sequence[Sequence[FewShotExample]] | None = None,
+        n_options: Sequence[int] | None = None,
     ) -> np.ndarray:
         """:meth:`LabelModel.predict` with a cache: answers in it are not computed again, new ones are added."""
         if self.cache is None:
-            return self.model.predict(texts, shots=solved)
+            return self.model.predict(texts, shots=solved, n_options=n_options)
         names = self.task.names
         answers = [[name, render_answer(self.task, name, self.model.prompt_style)] for name in names]
         prompts = [self.render(text, solved[i] if solved is not None else None) for i, text in enumerate(texts)]
@@ -101,7 +104,7 @@ class LocalTeacher(PromptedTeacher):
 
         stored = self.cache.texts(questions)
         cached = [None if text is None else [json.loads(text)[name] for name in names] for text in stored]
-        return self.model.predict(texts, shots=solved, cached=cached, on_batch=on_batch)
+        return self.model.predict(texts, shots=solved, n_options=n_options, cached=cached, on_batch=on_batch)
 
     def answer(self, rows: pd.DataFrame, max_new_tokens: int) -> list[str]:
         """Free answers to `rows` (text) of a `qa` task, greedily decoded; see :meth:`LabelModel.answer_questions`."""

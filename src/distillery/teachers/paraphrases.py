@@ -12,7 +12,7 @@ import pandas as pd
 from distillery.config.schema import Params, ParaphraseFilter
 from distillery.data.near_duplicates import SIMILARITY_SLACK, nearest_texts
 from distillery.files import Paths
-from distillery.tasks.schema import Perturbations, Task
+from distillery.tasks.schema import N_OPTIONS, Perturbations, Task
 from distillery.teachers.base import open_teacher
 from distillery.teachers.directions import directions, numbers, tickers
 from distillery.teachers.signals import signal_table
@@ -70,11 +70,11 @@ def rejection_reason(
 def generate_paraphrases(root: Path, params: Params, task: Task, gold: pd.DataFrame) -> pd.DataFrame:
     """`augment.per_row` paraphrases of every row of `gold` by the untuned teacher; its answers are cached.
 
-    gold: id, text, label, group. Returns id, text, label, group, source_id, source_text; label and group are those of
-    the row.
+    gold: id, text, label, group; of a `choice` task n_options. Returns these and source_id, source_text; all but id and
+    text are those of the row.
     """
     spec = params.augment
-    columns = ["id", "text", "label", "group", "source_id", "source_text"]
+    columns = ["id", "text", "label", "group", "source_id", "source_text", *gold.columns.intersection([N_OPTIONS])]
     if not spec.per_row:
         return pd.DataFrame(columns=columns, dtype=str)
     teacher = open_teacher(root, spec.teacher, params, task)
@@ -138,7 +138,7 @@ def label_paraphrases(root: Path, params: Params, task: Task, paraphrases: pd.Da
     rationale (None).
     """
     source, signals = params.augment.source, []
-    rows = paraphrases[["id", "text", "group", "source_id"]].assign(source=source, split="augmented")
+    rows = paraphrases.assign(source=source, split="augmented")
     for name, spec in params.teachers.items():
         if source not in params.teacher_sources(name) or rows.empty or spec.kind == "answers":
             continue  # answers from a file are for other texts

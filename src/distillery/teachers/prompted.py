@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from distillery.tasks.schema import FewShotExample
+from distillery.tasks.schema import N_OPTIONS, FewShotExample
 from distillery.teachers.few_shot import GoldExamples
 
 MIN_SHARED_EXAMPLES = 4  # rows with the same solved examples from which it pays to predict them in batches of their own
@@ -38,22 +38,30 @@ class PromptedTeacher(ABC):
 
     @abstractmethod
     def predict_texts(
-        self, texts: Sequence[str], solved: Sequence[Sequence[FewShotExample]] | None = None
+        self,
+        texts: Sequence[str],
+        solved: Sequence[Sequence[FewShotExample]] | None = None,
+        n_options: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """Uncalibrated probabilities [n, labels]. solved: examples for each text; None: those of the task file."""
+        """Uncalibrated probabilities [n, labels].
+
+        solved: examples for each text; None: those of the task file. n_options: of a `choice` task, how many labels
+        have an option.
+        """
 
     @abstractmethod
     def render(self, text: str, solved: Sequence[FewShotExample] | None) -> str:
         """The prompt for `text` as one string. solved: its examples; None: those of the task file."""
 
     def predict(self, rows: pd.DataFrame) -> np.ndarray:
-        """Probabilities over the task's labels [n, labels] for `rows` (text, group); NaN where no label can be read.
+        """Probabilities over the task's labels [n, labels] for `rows` (text, group; of a `choice` task n_options); NaN
+        where no label can be read.
 
         Rows with the same examples share a prefix, so they are predicted together and the prefix is read once.
         """
-        texts = rows["text"].tolist()
+        texts, n_options = rows["text"].tolist(), rows.get(N_OPTIONS)
         if self.examples is None:
-            return divide_by_prior(self.predict_texts(texts, None), self.label_prior)
+            return divide_by_prior(self.predict_texts(texts, None, n_options), self.label_prior)
         chosen = self.examples.choose(texts, rows["group"].tolist())
         counts = Counter(chosen)
         batches: dict[tuple[int, ...] | None, list[int]] = {}  # None: rows whose examples too few others share
@@ -63,7 +71,8 @@ class PromptedTeacher(ABC):
         probabilities = np.zeros((len(rows), len(self.task.names)), dtype=np.float32)
         for indices in batches.values():
             solved = [self.examples.at(chosen[i]) for i in indices]
-            probabilities[indices] = self.predict_texts([texts[i] for i in indices], solved)
+            limits = None if n_options is None else n_options.iloc[indices]
+            probabilities[indices] = self.predict_texts([texts[i] for i in indices], solved, limits)
         return divide_by_prior(probabilities, self.label_prior)
 
     def prompt(self, row: pd.Series) -> str:

@@ -12,7 +12,7 @@ import torch
 from distillery import losses
 from distillery.config.schema import DIVERGENCES, PhaseConfig, PseudoLabelFilter
 from distillery.errors import UserError
-from distillery.tasks.schema import ANSWER_LABELS, Task, accepted_answers
+from distillery.tasks.schema import ANSWER_LABELS, N_OPTIONS, Task, accepted_answers
 
 
 @dataclass
@@ -23,6 +23,7 @@ class TrainingRows:
     rationales [n]: text, or None where there is none. teacher_weights {teacher: [n]}: weight of each teacher in a mix.
     teacher_folds {teacher: [n]}: the fold whose model may score a row. label_prior [labels]: shares of the gold labels.
     answers: of a `qa` task, the texts that targets are indices of. accepted_answers [n]: the right ones, for scores.
+    n_options [n]: of a `choice` task, how many labels have an option.
     """
 
     texts: list[str]
@@ -34,6 +35,7 @@ class TrainingRows:
     label_prior: torch.Tensor | None = None
     answers: list[str] | None = None
     accepted_answers: list[str] | None = None
+    n_options: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -74,6 +76,8 @@ def phase_rows(
         raise UserError(f"phases: no row in {', '.join(phase.data)}")
     index = {label: i for i, label in enumerate(labels)}
     training_rows = TrainingRows(rows["text"].tolist(), np.array([index.get(label, -1) for label in rows["label"]]))
+    if N_OPTIONS in rows:
+        training_rows.n_options = rows[N_OPTIONS].tolist()
     if phase.trains_on_rationales:
         training_rows.rationales = _row_rationales(rows, phase)
     if "label_prior" in phase.loss:

@@ -22,7 +22,7 @@ from distillery.fingerprint import code_digest
 from distillery.models.fast_cpu import restore_full_embedding
 from distillery.models.label_model import LabelModel
 from distillery.models.predictions import predict_splits
-from distillery.tasks.schema import Task
+from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.training.rows import TrainingRows, phase_rows
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
@@ -150,7 +150,8 @@ def train_phases(
 def _validation_rows(validation: pd.DataFrame, task: Task) -> TrainingRows:
     targets = np.array([task.names.index(label) for label in validation["label"]])
     answers = validation["answers"].tolist() if task.kind == "qa" else None
-    return TrainingRows(validation["text"].tolist(), targets, accepted_answers=answers)
+    n_options = validation[N_OPTIONS].tolist() if N_OPTIONS in validation else None
+    return TrainingRows(validation["text"].tolist(), targets, accepted_answers=answers, n_options=n_options)
 
 
 def _save_phase(folder: Path, student: LabelModel, history: pd.DataFrame, predictions: pd.DataFrame) -> None:

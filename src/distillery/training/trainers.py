@@ -19,6 +19,7 @@ from distillery.config.schema import PhaseConfig
 from distillery.models.fast_cpu import train_used_embeddings, use_bit_dropout
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.predictions import predict_rows, score_predictions
+from distillery.tasks.schema import N_OPTIONS
 from distillery.training.completions import PhaseCompletions, StepCounts
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.rows import TrainingRows
@@ -121,6 +122,8 @@ class PhaseTrainerMixin:
         frame = pd.DataFrame({"id": "", "text": rows.texts, "label": [names[i] for i in rows.targets]})
         if rows.accepted_answers is not None:
             frame["answers"] = rows.accepted_answers
+        if rows.n_options is not None:
+            frame[N_OPTIONS] = rows.n_options
         report = score_predictions(predict_rows(self.student, frame), names)
         f1 = report.get("token_f1", report["macro_f1"])  # of free answers
         scores = {"eval_accuracy": report["accuracy"], "eval_macro_f1": f1, "eval_loss": report["log_loss"]}

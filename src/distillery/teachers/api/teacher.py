@@ -60,7 +60,10 @@ class ApiTeacher(PromptedTeacher):
         ]
 
     def predict_texts(
-        self, texts: Sequence[str], solved: Sequence[Sequence[FewShotExample]] | None = None
+        self,
+        texts: Sequence[str],
+        solved: Sequence[Sequence[FewShotExample]] | None = None,
+        n_options: Sequence[int] | None = None,
     ) -> np.ndarray:
         """Probabilities over the task's labels [n, labels], float32; NaN where no answer could be read as a label.
 
@@ -69,6 +72,10 @@ class ApiTeacher(PromptedTeacher):
         answers = self.endpoint.query(self.questions(texts, solved))
         samples = np.stack([self._read(answer) for answer in answers])
         samples = samples.reshape(len(texts), self.endpoint.spec.samples, -1)
+        if n_options is not None:  # an option that a row does not have is no answer to it
+            samples = samples * (np.arange(samples.shape[-1]) < np.asarray(n_options)[:, None, None])
+            with np.errstate(invalid="ignore"):
+                samples = samples / samples.sum(-1, keepdims=True)
         readable = ~np.isnan(samples).any(-1)
         with np.errstate(invalid="ignore"):
             return (np.nan_to_num(samples).sum(1) / readable.sum(1, keepdims=True)).astype(np.float32)
