@@ -116,13 +116,18 @@ def closure(modules: Iterable[str], package: Path = PACKAGE, without: Iterable[s
     return sorted(visited)
 
 
+def _file_fingerprint(path: Path) -> str:
+    """sha256 of the normalized source in the file `path`."""
+    return hashlib.sha256(normalized(path.read_text(encoding="utf-8")).encode()).hexdigest()
+
+
 @cache
 def digest(module: str, package: Path = PACKAGE) -> str:
     """sha256 of the normalized source of `module`. Raises ValueError when there is no such module."""
     path = _module_path(module, package)
     if path is None:
         raise ValueError(f"no module {module} in {package}")
-    return hashlib.sha256(normalized(path.read_text(encoding="utf-8")).encode()).hexdigest()
+    return _file_fingerprint(path)
 
 
 @cache
@@ -135,7 +140,5 @@ def code_digest(*names: str) -> str:
     for name in names:
         folder = PACKAGE.joinpath(*name.split("."))
         files = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
-        for file in files:
-            text = normalized(file.read_text(encoding="utf-8"))
-            lines.append(f"{file.relative_to(PACKAGE).as_posix()} {hashlib.sha256(text.encode()).hexdigest()}\n")
+        lines += [f"{file.relative_to(PACKAGE).as_posix()} {_file_fingerprint(file)}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
