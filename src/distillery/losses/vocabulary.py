@@ -27,16 +27,21 @@ def universal_logit_distance(student_logits: Tensor, teacher_logprobs: Tensor) -
     Source: Boizard et al. 2024, "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss",
         the closed form of the Wasserstein distance, at one step, without the weight lambda.
     """
-    if student_logits.dim() != 2 or teacher_logprobs.dim() != 2 or len(student_logits) != len(teacher_logprobs):
-        raise ValueError(
-            f"student_logits [n, K_s] and teacher_logprobs [n, K_t], "
-            f"not {shape_text(student_logits)} and {shape_text(teacher_logprobs)}"
-        )
+    _check_rows(student_logits, teacher_logprobs)
     logits = as_float(student_logits)
     s = logits.softmax(-1).sort(-1, descending=True).values
     p = teacher_logprobs.to(logits.dtype).softmax(-1).sort(-1, descending=True).values
     width = max(s.shape[1], p.shape[1])
     return (F.pad(s, (0, width - s.shape[1])) - F.pad(p, (0, width - p.shape[1]))).abs().sum(-1)
+
+
+def _check_rows(student_logits: Tensor, teacher_logprobs: Tensor) -> None:
+    """Raise ValueError for other than [n, K_s] and [n, K_t], naming both."""
+    if student_logits.dim() != 2 or teacher_logprobs.dim() != 2 or len(student_logits) != len(teacher_logprobs):
+        raise ValueError(
+            f"student_logits [n, K_s] and teacher_logprobs [n, K_t], "
+            f"not {shape_text(student_logits)} and {shape_text(teacher_logprobs)}"
+        )
 
 
 def shared_vocabulary(student_logits: Tensor, teacher_logprobs: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,11 +57,7 @@ def shared_vocabulary(student_logits: Tensor, teacher_logprobs: Tensor) -> tuple
     Space: vocabulary.
     Raises: ValueError for other than [n, K_s] and [n, K_t], or sizes that padding does not explain, naming both.
     """
-    if student_logits.dim() != 2 or teacher_logprobs.dim() != 2 or len(student_logits) != len(teacher_logprobs):
-        raise ValueError(
-            f"student_logits [n, K_s] and teacher_logprobs [n, K_t], "
-            f"not {shape_text(student_logits)} and {shape_text(teacher_logprobs)}"
-        )
+    _check_rows(student_logits, teacher_logprobs)
     student_size, teacher_size = student_logits.shape[1], teacher_logprobs.shape[1]
     if student_size == teacher_size:
         return student_logits, teacher_logprobs
