@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,11 @@ def layer_indices(layers: list[int] | str, depth: int) -> list[int]:
 
 def count_layers(folder: Path) -> int:
     """The number of layers of the model in `folder` (of its decoder, if it has both)."""
-    config = AutoConfig.from_pretrained(folder)
+    return configured_layers(AutoConfig.from_pretrained(folder))
+
+
+def configured_layers(config: Any) -> int:
+    """As :func:`count_layers`, of a model with this `config` of `transformers`."""
     return getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
 
 

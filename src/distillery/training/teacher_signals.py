@@ -9,6 +9,7 @@ from distillery import losses
 from distillery.config.schema import PhaseConfig
 from distillery.errors import UserError
 from distillery.models.label_model import LabelModel
+from distillery.models.layers import configured_layers
 from distillery.training.completions import MicroBatch, row_completions
 from distillery.training.rows import TrainingRows
 from distillery.training.teacher_models import OpenableTeacher, check_same_tokens
@@ -72,8 +73,7 @@ class TeacherSignals:
         phase, rows, teacher = self.phase, self.rows, self.teachers[name]
         layers: list[int] = []
         if phase.needs_hidden_states:
-            config = self.student.model.config
-            depth = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+            depth = configured_layers(self.student.model.config)
             self.layer_pairs[name] = pair_with_teacher(phase, name, depth, teacher.num_layers)
             self.student_layers, layers = (list(side) for side in zip(*self.layer_pairs[name], strict=True))
         from_data = phase.needs_token_logprobs and phase.on_policy < 1
