@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class MicroBatch:
     completions: list[list[Completion]] | None = None
     sampled: list[Completion] | None = None
 
-    @property
+    @cached_property
     def token_kinds(self) -> list[int]:
         """ANSWER, RATIONALE or SAMPLED for each supervised token, row after row."""
         kinds = []
@@ -54,7 +55,7 @@ class MicroBatch:
                 kinds += [kind] * count_supervised([completion])
         return kinds
 
-    @property
+    @cached_property
     def compared_tokens(self) -> list[int]:
         """[rows]: at how many tokens the student's vocabulary distribution is compared with a teacher's.
 

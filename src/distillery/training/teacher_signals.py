@@ -134,7 +134,7 @@ class TeacherSignals:
     @torch.no_grad()
     def _score_sampled(self, name: str, batch: MicroBatch) -> Tensor:
         """[m, vocabulary] of teacher `name` at the sampled tokens; each row by the model of its fold."""
-        folds = [self.folds[name][i] for i in batch.rows]
+        folds, tokens = [self.folds[name][i] for i in batch.rows], batch.compared_tokens
         parts: list[Tensor] = [torch.empty(0)] * len(batch.rows)
         for fold in sorted(set(folds)):
             if (name, fold) not in self.opened:
@@ -142,7 +142,7 @@ class TeacherSignals:
             model, members = self.opened[name, fold], [j for j, other in enumerate(folds) if other == fold]
             ids = model.encode([self.rows.texts[batch.rows[j]] for j in members])
             output = model.forward(ids, [[batch.sampled[j]] for j in members], label_space=False)
-            lengths = [batch.compared_tokens[j] for j in members]
+            lengths = [tokens[j] for j in members]
             logprobs = output.completion_logits.log_softmax(-1).split(lengths)
             for j, part in zip(members, logprobs, strict=True):
                 parts[j] = part
