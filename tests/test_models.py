@@ -246,6 +246,14 @@ def test_hidden_states_are_those_of_transformers(tiny_models, arch):
                 assert not out.activation_maps[i, :, len(row) :].any()
 
 
+@pytest.mark.parametrize("kind, arch", [("tiny-llama", "causal"), ("tiny-t5", "seq2seq")])
+def test_outputs_that_were_not_requested_are_none(tiny_models, kind, arch):
+    student = label_model(tiny_models / kind, arch, prompt="plain")
+    out = student.forward(student.encode(tiny.texts()[:2]), label_space=False, layers=[1])
+    assert out.hidden_states.shape[:2] == (2, 1)
+    assert out.label_logits is None and out.completion_logits is None and out.completion_nll is None
+
+
 def test_texts_are_generated_the_same_whatever_the_batch(tiny_models, monkeypatch):
     student = label_model(tiny_models / "tiny-llama", "causal")
     for parameter in student.model.parameters():

@@ -154,7 +154,8 @@ class LabelModel:
         with self.autocast():
             if self.arch == "classifier":
                 return classifier_output(self.model, self.tokenizer, ids, layers, activation_maps)
-            if not label_space and not completions:  # one token that is predicted and never fed costs nothing
+            supervised = bool(completions)
+            if not label_space and not supervised:  # one token that is predicted and never fed costs nothing
                 completions = [[([self.tokenizer.eos_token_id], 1)]] * len(ids)
             labels = [(tokens, len(tokens)) for tokens in self.label_token_ids] if label_space else []
             scored = [[*labels, *(completions[i] if completions else [])] for i in range(len(ids))]
@@ -163,7 +164,7 @@ class LabelModel:
                 token_logits = causal_token_logits(self.model, ids, tokens, layers, prefix_kv)
             else:
                 token_logits = seq2seq_token_logits(self.model, self.tokenizer, ids, tokens, layers)
-        return completion_output(token_logits, scored, len(labels) if label_space else None, bool(completions))
+        return completion_output(token_logits, scored, len(labels) if label_space else None, supervised)
 
     @torch.no_grad()
     def predict(
