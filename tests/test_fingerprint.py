@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 
 import pytest
@@ -129,20 +130,22 @@ def test_an_unknown_module_is_named():
         fingerprint.digest("distillery.nothing")
 
 
-def test_a_run_has_another_key_when_its_code_changes_and_the_same_when_its_comments_do(tmp_path, monkeypatch):
-    """:func:`run_key` names checkpoints and cached results: old code's must not be taken for the new code's."""
-    from distillery.training.run import run_key
+@pytest.mark.parametrize("name", ["run.run_key", "teacher_outputs.teacher_outputs_key"])
+def test_a_key_changes_with_the_code_of_its_result_and_not_with_comments(name, tmp_path, monkeypatch):
+    """Keys name checkpoints and cached results: old code's must not be taken for the new code's."""
+    module_name, function = name.split(".")
+    key_of = getattr(importlib.import_module(f"distillery.training.{module_name}"), function)
 
     def key() -> str:
         fingerprint.code_digest.cache_clear()
-        return run_key({"student": "tiny"}, 0)
+        return key_of({"student": "tiny"}, 0)
 
     copy = shutil.copytree(fingerprint.PACKAGE, tmp_path / "distillery", ignore=shutil.ignore_patterns("__pycache__"))
     module, before = copy / "losses/divergences.py", key()
     code = module.read_text(encoding="utf-8")
     try:
         monkeypatch.setattr(fingerprint, "PACKAGE", copy)
-        assert key() == before and run_key({"student": "tiny"}, 1) != before
+        assert key() == before and key_of({"student": "tiny"}, 1) != before
         module.write_text(code + "\n# another remark\n", encoding="utf-8")
         assert key() == before
         module.write_text(code + "\nLIMIT = 1\n", encoding="utf-8")

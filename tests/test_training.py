@@ -39,6 +39,7 @@ from distillery.training.run import last_whole_checkpoint, run_key, train_phase,
 from distillery.training.sampler import LengthGroupedSampler
 from distillery.training.student import build_student, load_student
 from distillery.training.teacher_models import OpenableTeacher
+from distillery.training.teacher_outputs import teacher_outputs_key
 from distillery.training.teacher_signals import TeacherSignals
 from distillery.training.trainers import OnPolicyTrainer, PhaseTrainerMixin, build_trainer, count_optimizer_steps
 
@@ -842,6 +843,18 @@ def test_checkpoints_have_a_key_of_all_that_decides_the_run():
     key = run_key({"a": 1}, frame)
     assert key == run_key({"a": 1}, frame) and re.fullmatch("[0-9a-f]{16}", key)
     assert len({key, run_key({"a": 2}, frame), run_key({"a": 1}, toy(3, 1).to_csv())}) == 3
+
+
+@pytest.mark.parametrize("key", [run_key, teacher_outputs_key])
+def test_a_result_of_other_libraries_or_threads_is_not_used_again(key, monkeypatch):
+    before = key("inputs")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 1000)
+        assert key("inputs") != before
+    with monkeypatch.context() as patch:
+        patch.setattr("distillery.training.keys.version", lambda name: "0.0")
+        assert key("inputs") != before
+    assert key("inputs") == before
 
 
 # ------------------------------------------------------------------------------- the finished folder

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import safetensors.torch
-import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +20,7 @@ from distillery.models.fast_cpu import restore_full_embedding
 from distillery.models.label_model import LabelModel
 from distillery.models.predictions import predict_splits
 from distillery.tasks.schema import N_OPTIONS, Task
+from distillery.training.keys import result_key
 from distillery.training.rows import TrainingRows, phase_rows
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
@@ -90,13 +88,7 @@ def train_phase(
 
 def run_key(*parts: Any) -> str:
     """A name for a run's checkpoints: a hash of `parts` and of the code and libraries that compute the run."""
-    code = code_digest("config", "losses", "metrics", "models", "tasks", "training")
-    digest = hashlib.sha256(code.encode())
-    versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")}
-    digest.update(json.dumps([versions, torch.get_num_threads()]).encode())
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
+    return result_key(code_digest("config", "losses", "metrics", "models", "tasks", "training"), *parts)
 
 
 def train_phases(

@@ -6,7 +6,6 @@ need the same outputs share them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from distillery.files import atomic_write
 from distillery.fingerprint import code_digest
 from distillery.models.label_model import Completion, LabelModel, ModelOutput
 from distillery.models.layers import output_head
+from distillery.training.keys import result_key
 
 MAX_ROWS_PER_BATCH = 16  # when distributions over the whole vocabulary are stored
 
@@ -198,10 +198,6 @@ def _allocate_arrays(
 
 
 def teacher_outputs_key(*parts: object) -> str:
-    """A name for the outputs of a teacher: a hash of `parts` and of the code that computes them."""
-    modules = ("training.completions", "training.teacher_models", "training.teacher_outputs")
-    code = code_digest("losses", "models", "tasks", *modules)
-    digest = hashlib.sha256(code.encode())
-    for part in parts:
-        digest.update(json.dumps(part, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
+    """A name for the outputs of a teacher: a hash of `parts` and of the code and libraries that compute them."""
+    modules = ("training.completions", "training.keys", "training.teacher_models", "training.teacher_outputs")
+    return result_key(code_digest("losses", "models", "tasks", *modules), *parts)

@@ -1,0 +1,25 @@
+"""Names of stored results: a result is used again only where computing it anew would give the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+
+
+def result_key(code: str, *parts: Any) -> str:
+    """A hash of `parts`, of the `code` that computes the result, the libraries' versions and the number of threads.
+
+    code: see :func:`distillery.fingerprint.code_digest`. parts: bytes, or what JSON can hold.
+    """
+    digest = hashlib.sha256(code.encode())
+    versions = {name: version(name) for name in LIBRARIES}
+    digest.update(json.dumps([versions, torch.get_num_threads()]).encode())
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
