@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 import tiny
-from distillery import metrics
+from distillery import losses, metrics
 from distillery.config.schema import FinetuneConfig, PhaseConfig, StudentConfig
 from distillery.errors import UserError
 from distillery.models.fast_cpu import BitDropout
@@ -305,8 +306,9 @@ def test_the_terms_of_micro_batches_add_up_to_those_of_the_step():
     """Without a trainer: outputs and counts in, the weighted terms out."""
     rng = np.random.default_rng(0)
     logits, p = torch.from_numpy(rng.normal(size=(5, 3))), torch.from_numpy(rng.dirichlet(np.ones(3), 5))
-    rows = TrainingRows(list("abcde"), np.array([0, 1, 2, 0, 1]), logprobs=p.log())
-    spec = phase({"ce": 0.3, "kl": 0.7}, temperature=2.0)
+    prior = torch.tensor([2.0, 2.0, 1.0])
+    rows = TrainingRows(list("abcde"), np.array([0, 1, 2, 0, 1]), logprobs=p.log(), label_prior=prior)
+    spec = phase({"ce": 0.3, "kl": 0.7, "label_prior": 0.2}, temperature=2.0)
     student = SimpleNamespace(arch="classifier", model=None)
     loss = PhaseLoss(spec, rows, PhaseCompletions(student, rows, spec), TeacherSignals(spec, rows, {}, student, 0))
     batches = [MicroBatch([0, 3]), MicroBatch([1, 2, 4])]
@@ -316,9 +318,36 @@ def test_the_terms_of_micro_batches_add_up_to_those_of_the_step():
     ce = -logits.log_softmax(-1)[range(5), rows.targets].mean()
     q, t = (logits / 2).log_softmax(-1), p.sqrt() / p.sqrt().sum(-1, keepdim=True)
     kl = 4 * (t * (t.log() - q)).sum(-1).mean()
-    for term, expected in {"ce": ce, "kl": kl}.items():
+    # the penalty is no sum over rows: each micro-batch counts by its share of them
+    penalty = sum(len(b.rows) / 5 * losses.shortcut_penalty(logits[b.rows], prior) for b in batches)
+    for term, expected in {"ce": ce, "kl": kl, "label_prior": penalty}.items():
         assert sum(values[term] for _, values in parts).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert sum(total for total, _ in parts).item() == pytest.approx((0.3 * ce + 0.7 * kl).item(), rel=1e-6)
+    total = 0.3 * ce + 0.7 * kl + 0.2 * penalty
+    assert sum(total for total, _ in parts).item() == pytest.approx(total.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("term", ["kl", "uld"])
+def test_each_row_is_compared_with_its_own_mix_of_teachers_at_every_token(term):
+    """The first row follows teacher `one` alone, the second teacher `two`."""
+    rng = np.random.default_rng(0)
+    logits, one, two = (torch.from_numpy(rng.normal(size=(3, 4))).log_softmax(-1) for _ in range(3))
+    weights = {"one": torch.tensor([2.0, 0.0]).double(), "two": torch.tensor([0.0, 3.0]).double()}
+    rows = TrainingRows(["a", "b"], np.array([0, 1]), teacher_weights=weights)
+    spec = phase({term: 1.0}, teachers=["one", "two"], **({} if term == "uld" else {"space": "vocabulary"}))
+    completions = SimpleNamespace(by_row=[[([5, 6], 0)], [([7], 0)]], offsets=np.array([0, 1, 2]))
+    signals = TeacherSignals.__new__(TeacherSignals)
+    signals.phase, signals.rows = spec, rows
+    signals.outputs = {
+        name: SimpleNamespace(completion_lengths=[2, 1], logprobs=lambda rows, stored=stored: stored)
+        for name, stored in (("one", one), ("two", two))
+    }
+    batch = MicroBatch([0, 1], completions.by_row)
+    loss, _ = PhaseLoss(spec, rows, completions, signals)(
+        ModelOutput(completion_logits=logits), batch, StepCounts.of([batch])
+    )
+    function = losses.kl if term == "kl" else losses.universal_logit_distance
+    expected = function(logits, torch.cat([one[:2], two[2:]])).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_every_supervised_token_has_a_kind_and_a_denominator():
@@ -489,10 +518,11 @@ def test_terms_over_hidden_states_are_those_of_the_paired_layers(tiny_models, tm
         one_step(student, wrong, frame, tmp_path / "wrong", teachers)
 
 
-def test_states_of_another_width_are_projected_and_the_projection_learns_and_goes(tiny_models, tmp_path):
+def narrow_teachers(folder: Path, cache: Path, *names: str) -> dict[str, OpenableTeacher]:
+    """Classifiers with states of half the student's width."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    tokenizer = load_tokenizer(tiny_models / "tiny-bert")
+    tokenizer = load_tokenizer(folder / "tiny-bert")
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16
     )
@@ -501,8 +531,12 @@ def test_states_of_another_width_are_projected_and_the_projection_learns_and_goe
         torch.manual_seed(5)
         return LabelModel(BertForSequenceClassification(config).eval(), tokenizer, SHORT, "classifier")
 
+    return {name: OpenableTeacher(narrow, "narrow", 4, cache) for name in names}
+
+
+def test_states_of_another_width_are_projected_and_the_projection_learns_and_goes(tiny_models, tmp_path):
     student = learner(tiny_models, "classifier", SHORT, scale=3)
-    openable = {name: OpenableTeacher(narrow, "narrow", 4, tmp_path) for name in ("one", "one-1.5")}
+    openable = narrow_teachers(tiny_models, tmp_path, "one", "one-1.5")
     frame = toy(12).assign(fold_one=-1)
     frame = frame.rename(columns={f"{column}_one": f"{column}_one-1.5" for column in ("probabilities", "fold")})
     spec = phase({"hidden": 1.0}, teachers=["one-1.5"], batch_size=6, steps=60, learning_rate=1e-2)
@@ -513,6 +547,37 @@ def test_states_of_another_width_are_projected_and_the_projection_learns_and_goe
     frame = toy(12).assign(fold_one=-1)
     with pytest.raises(UserError, match="^phases: loss.pkd: teacher `one`: student and teacher must be two equal"):
         one_step(student, phase({"pkd": 1.0}), frame, tmp_path / "wrong", openable)
+
+
+def test_a_resumed_phase_continues_with_the_projections_of_its_checkpoint(tiny_models, tmp_path):
+    spec, weights = phase({"hidden": 1.0}, batch_size=4, steps=8, learning_rate=1e-2), []
+    rows, teachers = (
+        phase_rows(toy(12).assign(fold_one=-1), spec, LABELS),
+        narrow_teachers(tiny_models, tmp_path, "one"),
+    )
+    for resumed in (False, True):
+        if resumed:
+            shutil.rmtree(tmp_path / "run/checkpoint-8")
+        student = learner(tiny_models, "classifier", SHORT, scale=3, adapter={"kind": "lora", "r": 2})
+        settings = {"folder": tmp_path / "run", "seed": 0, "checkpoint_every": 4, "teachers": teachers}
+        train_phase(student, rows, spec, **settings)
+        weights.append({name: p.detach() for name, p in student.model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_activation_maps_of_other_tokens_are_refused(tiny_models, tmp_path):
+    def cut(fold: int) -> LabelModel:
+        model = teacher(tiny_models, "classifier", SHORT)
+        model.max_length = 5
+        return model
+
+    student, spec = learner(tiny_models, "classifier", SHORT), phase({"attention": 1.0}, batch_size=6)
+    message = (
+        "^phases: loss.attention: teacher `one`: attention maps compare token by token: the two tokenizers differ$"
+    )
+    with pytest.raises(UserError, match=message):
+        openable = {"one": OpenableTeacher(cut, "cut", 4, tmp_path)}
+        one_step(student, spec, toy(6).assign(fold_one=-1), tmp_path / "run", openable)
 
 
 def test_a_student_does_not_depend_on_whether_teacher_outputs_are_cached(tiny_models, tmp_path):
