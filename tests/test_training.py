@@ -836,7 +836,7 @@ def run(kind: str, folder: str, out: str) -> None:
 def start():
     """Starts :func:`run` in a fresh process that need not import anything any more."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distillery.training", "tiny"])
+    context.set_forkserver_preload(["distillery.training.run", "tiny"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or Python 3.11 preloads nothing, and does not say so
         forkserver.ensure_running()
