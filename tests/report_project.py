@@ -110,7 +110,9 @@ def write_project(
         folder = root / f"data/teacher/{teacher}"
         write_file(folder / "signals.parquet", signals)
         write_file(folder / "metrics.json", {"parameters": 134_500_000, "bytes_on_disk": 269_000_000})
-    write_file(root / "data/augmented/demo/counts.json", {"kept": 40, "label changed": 9})
+    write_file(
+        root / "data/augmented/demo/counts.json", {"candidates": 49, "reasons": {"kept": 40, "label changed": 9}}
+    )
     for name in params.students:
         for seed in params.seeds:
             run = root / f"runs/{name}-{seed}"

@@ -334,7 +334,8 @@ def test_the_page_shows_title_tiles_and_phases(finished):
     for tile in result["tiles"]:
         assert f"<b>{tile['value']}</b><span>{tile['label']}</span>" in html
     assert all(f"<p>{sentence}</p>" in html for sentence in result["sentences"])
-    assert "teacher's words" in html and "label changed" in html
+    assert "teacher's words" in html and "The 49 paraphrases that <code>big</code> wrote" in html
+    assert '<th scope="row">kept</th><td>40</td>' in html and '<th scope="row">label changed</th><td>9</td>' in html
     part = html[html.index("Accuracy after each phase") :]
     assert part.count(">untrained</td>") == part.count(">phase 1</td>") == len(params.students)
 

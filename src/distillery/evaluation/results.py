@@ -70,7 +70,7 @@ class Results:
     signals: dict[tuple[str, str], pd.DataFrame]  # (teacher, source) -> its test signals, in the order of the rows
     history: pd.DataFrame  # model, seed, phase (from 1), step, loss
     audits: dict[str, Any]
-    counts: dict[str, Any] | None  # of the augmentation
+    counts: dict[str, Any] | None  # of the augmentation: candidates, and reasons -> number
     checks: list[Check]
 
     @property
