@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from distillery import metrics
 from distillery.config.schema import StudentConfig
+from distillery.errors import UserError
 from distillery.report.model_card import render_card, write_cards
 from distillery.tasks.schema import load_task
 from report_project import LABELS, experiment, write_file, write_project
@@ -112,3 +113,6 @@ def test_cards_of_every_run(tmp_path):
             assert ModelCard(page).data.base_model == "owner/small" and f"Training took 1 min {1 + seed} s." in page
             assert "tested on demo/test (`data/demo.jsonl`)" in page
             assert all(f"\n- {label}: {meaning}\n" in page for label, meaning in task.labels.items())
+    (tmp_path / "runs/other-1/metrics.json").unlink()
+    with pytest.raises(UserError, match="^runs/other-1/metrics.json: no such file; `dvc repro` makes it$"):
+        write_cards(tmp_path, params)

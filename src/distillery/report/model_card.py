@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from distillery import metrics
 from distillery.config.schema import Params, StudentConfig
 from distillery.data.storage import read_task
+from distillery.evaluation.reading import read_result_file
 from distillery.files import Paths, atomic_write
 from distillery.models.label_model import MAX_ANSWER_TOKENS, tokenize_labels
 from distillery.models.load import load_tokenizer
@@ -144,12 +144,11 @@ def write_cards(root: Path, params: Params) -> None:
         source = params.test_source(name)
         # not that of experiment.json: a classifier trains without the meanings of its labels
         task = read_task(Paths(root).processed(source))
-        test = pd.read_parquet(Paths(root).inputs(name) / "test.parquet")
-        for run in (f"{name}-{seed}" for seed in params.seeds):
-            folder = root / "runs" / run
-            metadata = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        test = read_result_file(Paths(root).inputs(name) / "test.parquet", root)
+        for folder in (Paths(root).run(name, seed) for seed in params.seeds):
+            metadata = read_result_file(folder / "metrics.json", root)
             timing = folder / "timing.json"
-            rows = pd.read_parquet(folder / "predictions.parquet")
+            rows = read_result_file(folder / "predictions.parquet", root)
             rows = rows[rows["split"] == "test"].assign(text=test["text"].to_numpy(), group=test["group"].to_numpy())
             card = render_card(
                 folder / "model",
@@ -160,8 +159,8 @@ def write_cards(root: Path, params: Params) -> None:
                 dataset=source,
                 origin=params.data[source].source,
                 base_model=params.models[spec.model].hub,
-                train_seconds=json.loads(timing.read_text())["train_seconds"] if timing.exists() else None,
+                train_seconds=read_result_file(timing, root)["train_seconds"] if timing.exists() else None,
             )
-            for path in (Paths(root).reports / f"cards/{run}.md", folder / "model" / "README.md"):
+            for path in (Paths(root).reports / f"cards/{folder.name}.md", folder / "model" / "README.md"):
                 with atomic_write(path) as scratch:
                     scratch.write_text(card, encoding="utf-8")
