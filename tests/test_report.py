@@ -15,7 +15,8 @@ import pytest
 
 from distillery.data.storage import read_split
 from distillery.evaluation.rows import disagreements
-from distillery.report.page import MAX_BROWSER_ROWS
+from distillery.evaluation.speed import Measurements
+from distillery.report.page import MAX_BROWSER_ROWS, render_page
 from distillery.report.sentences import Comparison, Facts, describe_result, render_facts, result_facts
 from distillery.report.tables import MIN_BIN_ROWS
 from report_project import LABELS, SPEEDS, WORDS, evaluate, experiment, finished_project, qa_project, write_project
@@ -402,6 +403,15 @@ def test_page_in_a_browser(finished, tmp_path):
     assert result["kinds"] and set(result["kinds"]) == {"both right, down"}
     assert result["more"] == 40 and result["matches"] == 1
     assert result["wide"] <= 0  # a phone scrolls down, never sideways
+
+
+def test_a_small_p_is_shown_as_a_bound(finished):
+    root, _, results, board = finished
+    figures = dict.fromkeys(
+        ("leaderboard", "labels", "cost", "confusion", "reliability", "coverage", "history"), "<svg/>"
+    )
+    html = unescape(render_page(root, results, board.reset_index().assign(p=1e-5), figures, Measurements()))
+    assert 'title="p < 0.001 after correction;' in html and "p 0.000" not in html and "p = 0.000" not in html
 
 
 EVIL = "<script>alert('pwned')</script> & \"quoted\" $x_1$ </script>"
