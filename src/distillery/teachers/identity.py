@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from distillery.config.schema import ModelConfig
+from distillery.files import file_digest
 from distillery.models.fetch import fetch_model
 from distillery.models.label_model import LabelModel
 
@@ -19,7 +20,7 @@ def model_identity(name: str, origin: ModelConfig, model: LabelModel) -> dict[st
     folder, content = fetch_model(name, origin), None
     if origin.folder and not origin.wheel:  # a wheel or a revision fixes the content, a folder does not
         files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".model"))
-        content = [[file.name, hashlib.file_digest(file.open("rb"), "sha256").hexdigest()] for file in files]
+        content = [[file.name, file_digest(file)] for file in files]
     template = model.tokenizer.chat_template or "plain"
     return {
         "model": origin.model_dump() | {"content": content},

@@ -52,9 +52,10 @@ def rejection_reason(
     """
     if not text:
         return "empty"
-    if text_similarity(source, text) > keep.max_similarity:
+    similarity = text_similarity(source, text)
+    if similarity > keep.max_similarity:
         return "copy"
-    if text_similarity(source, text) < keep.min_similarity:
+    if similarity < keep.min_similarity:
         return "off topic"
     if numbers(source) != numbers(text):
         return "numbers changed"
