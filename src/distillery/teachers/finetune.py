@@ -13,7 +13,7 @@ from distillery.errors import UserError
 from distillery.models.label_model import LabelModel
 from distillery.tasks.schema import Task
 from distillery.teachers.local import LocalTeacher
-from distillery.teachers.signals import label_rows
+from distillery.teachers.signals import KEYS, label_rows
 from distillery.training.rows import gold_rows
 from distillery.training.run import run_key, train_phase
 from distillery.training.student import attach_adapters
@@ -79,12 +79,11 @@ def cross_fit(
     Gold rows of no fold lose their signal. gold: rows (source, split, id, text). fold: [len(gold)], see
     :func:`assign_folds`. folder: the model of fold k lies in `folder/k`.
     """
-    keys, spec = ["source", "split", "id"], params.teachers[name]
-    signals = signals.set_index(keys)
-    signals = signals.drop(pd.MultiIndex.from_frame(gold.loc[fold < 0, keys]))
+    spec, signals = params.teachers[name], signals.set_index(KEYS)
+    signals = signals.drop(pd.MultiIndex.from_frame(gold.loc[fold < 0, KEYS]))
     for k in sorted(set(fold[fold >= 0])):
         model = load_teacher_model(name, spec, params.models[spec.model], task, tuned=folder / str(k))
-        held_out = label_rows(LocalTeacher(model), gold[fold == k], k, spec.max_new_tokens).set_index(keys)
+        held_out = label_rows(LocalTeacher(model), gold[fold == k], k, spec.max_new_tokens).set_index(KEYS)
         columns = held_out.columns.drop("probabilities")
         signals.loc[held_out.index, columns] = held_out[columns]
         for key, probabilities in held_out["probabilities"].items():

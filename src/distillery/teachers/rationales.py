@@ -13,8 +13,7 @@ from distillery.config.schema import Params
 from distillery.tasks.parsing import first_sentence
 from distillery.tasks.schema import Task
 from distillery.teachers.base import open_file_teacher, open_teacher
-
-KEYS = ["source", "split", "id"]
+from distillery.teachers.signals import KEYS
 
 
 def add_rationales(

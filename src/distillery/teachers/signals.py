@@ -10,6 +10,7 @@ import pandas as pd
 from distillery.models.predictions import score_answers, score_predictions
 from distillery.teachers.base import Teacher
 
+KEYS = ["source", "split", "id"]  # columns that together name one row
 
 def signal_table(
     rows: pd.DataFrame, probabilities: np.ndarray, names: Sequence[str], fold: np.ndarray | int
@@ -52,10 +53,9 @@ def label_rows(teacher: Teacher, rows: pd.DataFrame, fold: np.ndarray | int, max
 
 def score_signals(rows: pd.DataFrame, signals: pd.DataFrame, names: Sequence[str]) -> dict[str, dict]:
     """Scores of `signals` against the gold labels of `rows` that have one: split -> scores and number unparsable."""
-    keys = ["source", "split", "id"]
-    columns = [*keys, "label", "probabilities", *(column for column in signals if column.startswith("token_"))]
+    columns = [*KEYS, "label", "probabilities", *(column for column in signals if column.startswith("token_"))]
     predicted = signals[columns].rename(columns={"label": "prediction"})
-    scored = rows[[*keys, "label"]].dropna(subset="label").merge(predicted)
+    scored = rows[[*KEYS, "label"]].dropna(subset="label").merge(predicted)
     return {
         split: score_predictions(part, names) | {"unparsable": int(part["prediction"].isna().sum())}
         for split, part in scored.groupby("split", sort=False)
