@@ -63,7 +63,7 @@ def test_a_call_counts_with_what_it_may_use_until_it_is_closed(tmp_path):
     store.close_call(call, "answered", 0.5, (40, 2), (question(1), Answer("yes")))
     assert store.used_tokens("endpoint") == (40, 2) and store.outcomes("endpoint") == {"answered": 1}
     assert store.get([question(1)]) == [Answer("yes")]
-    store.close_call(store.open_call(question(3), "endpoint", 5, 5), "timed out", 1.0, None)
+    store.close_call(store.open_call(question(3), "endpoint", 5, 5), "timed out", 1.0, (5, 5))
     assert store.used_tokens("endpoint") == (45, 7)
 
 

@@ -137,15 +137,13 @@ class AnswerStore:
         call: int,
         outcome: str,
         seconds: float,
-        tokens: tuple[int, int] | None,
+        tokens: tuple[int, int],
         answered: tuple[Question, Answer] | None = None,
     ) -> None:
-        """Record the outcome of a `call`, and store its answer in the same transaction. tokens None: as opened."""
+        """Record the outcome and the (input, output) tokens of a `call`; store its answer in the same transaction."""
+        query = "UPDATE calls SET outcome = ?, seconds = ?, input_tokens = ?, output_tokens = ? WHERE id = ?"
         with self._connection() as connection:
-            connection.execute("UPDATE calls SET outcome = ?, seconds = ? WHERE id = ?", (outcome, seconds, call))
-            if tokens is not None:
-                query = "UPDATE calls SET input_tokens = ?, output_tokens = ? WHERE id = ?"
-                connection.execute(query, (*tokens, call))
+            connection.execute(query, (outcome, seconds, *tokens, call))
             if answered is not None:
                 _insert_answers(connection, [answered])
 

@@ -12,6 +12,7 @@ from distillery.teachers.base import Teacher
 
 KEYS = ["source", "split", "id"]  # columns that together name one row
 
+
 def signal_table(
     rows: pd.DataFrame, probabilities: np.ndarray, names: Sequence[str], fold: np.ndarray | int
 ) -> pd.DataFrame:
