@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import sqlite3
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -26,10 +28,12 @@ from distillery.evaluation.leaderboard import (
     teacher_closeness,
 )
 from distillery.evaluation.results import ModelResult
-from distillery.evaluation.robustness import rewrite_test_rows
+from distillery.evaluation.robustness import paraphrase_test_rows, rewrite_test_rows
 from distillery.evaluation.rows import disagreements, sample_rows
 from distillery.evaluation.speed import latency, measure_models, peak_memory, throughput
 from distillery.models.save import save_model
+from distillery.tasks.schema import Task
+from distillery.teachers.cache import STORE_PATH
 from distillery.training.student import build_student, load_student
 from report_project import (
     LABELS,
@@ -566,3 +570,18 @@ def test_measurements_of_real_models(tmp_path, real_models, monkeypatch):
     for name in ("tiny-kd", "tiny-gold"):
         before, after = (students[name].predict(rows[column].tolist()).argmax(-1) for column in ("text", "new"))
         assert table.loc[("names", name), "consistency"] == (before == after).mean()
+
+
+def test_each_test_row_is_paraphrased_once_however_many_training_paraphrases_there_are(tmp_path, real_models):
+    params, _ = real_models
+    results, tables = gather_results(tmp_path, params), []
+    for per_row in (1, 0, 2):
+        augment = params.augment.model_copy(update={"per_row": per_row})
+        changed = replace(results, params=params.model_copy(update={"augment": augment}))
+        tables.append(paraphrase_test_rows(tmp_path, changed))
+    assert len(tables[0]) == 4 and tables[0]["new"].notna().all()
+    assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
+    with sqlite3.connect(tmp_path / STORE_PATH) as store:
+        assert store.execute("SELECT COUNT(*) FROM answers").fetchone() == (4,)
+    free = replace(results, tasks={"demo": Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})})
+    assert paraphrase_test_rows(tmp_path, free).empty

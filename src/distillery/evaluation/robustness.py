@@ -34,17 +34,18 @@ def paraphrase_test_rows(root: Path, results: Results) -> pd.DataFrame:
     """`evaluate.paraphrased_rows` test rows of the headline's source, and in `new` a paraphrase by `augment.teacher`.
 
     The filters of augmentation drop paraphrases with other numbers, names in capitals or directions. No model checks
-    whether the label still holds: each model at hand is scored here, and would check its own rows.
+    whether the label still holds: each model at hand is scored here, and would check its own rows. Of free answers
+    there are none.
     """
     params, source = results.params, results.headline.source
     test = results.tests[source]
     rows = test.sample(min(params.evaluate.paraphrased_rows, len(test)), random_state=params.evaluate.seed)
-    if rows.empty:
-        return rows.assign(new=pd.Series(dtype=object))
     task = results.tasks[source]
-    paraphrases = generate_paraphrases(root, params, task, rows)
-    paraphrases = paraphrases.drop_duplicates("source_id").set_index("source_id")["text"]
-    rows = rows.assign(new=rows["id"].map(paraphrases))
+    if rows.empty or task.kind == "qa":  # another question has another answer
+        return rows.head(0).assign(new=pd.Series(dtype=object))
+    one_each = params.augment.model_copy(update={"per_row": 1})
+    paraphrases = generate_paraphrases(root, params.model_copy(update={"augment": one_each}), task, rows)
+    rows = rows.assign(new=paraphrases["text"].to_numpy())
     reasons = [
         rejection_reason(a, b, keep=params.augment.keep, perturbations=task.perturbations)
         for a, b in zip(rows["text"], rows["new"], strict=True)
