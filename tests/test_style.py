@@ -111,3 +111,11 @@ def test_makefile_names_tools_by_their_path():
     recipes = re.findall(r"^\t@?(\w[\w-]*)", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
     assert {"git", "rm"} <= set(recipes)
     assert not set(recipes) & {"python", "dvc", "ruff", "pytest", "jupyter", "nbstripout", "lint-imports", "distillery"}
+
+
+def test_make_unit_leaves_out_every_test_that_runs_the_pipeline():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
+    listed = re.search(r"^PIPELINE_TESTS := \$\(addprefix tests/test_,(.*)\)$", makefile, flags=re.M)[1].split()
+    running = [path for path in (ROOT / "tests").glob("test_*.py") if path != Path(__file__)]
+    running = {path.name for path in running if '"dvc"' in path.read_text(encoding="utf-8")}
+    assert running and running <= {f"test_{file}" for file in listed}
