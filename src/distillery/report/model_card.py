@@ -16,7 +16,7 @@ from distillery.files import Paths, atomic_write
 from distillery.models.label_model import MAX_ANSWER_TOKENS, tokenize_labels
 from distillery.models.load import load_tokenizer
 from distillery.report.environment import TEMPLATES
-from distillery.report.wording import human_duration
+from distillery.report.wording import human_duration, percent
 from distillery.tasks.prompts import chat_turns, render_answer, render_prompt
 from distillery.tasks.schema import Task
 
@@ -66,6 +66,7 @@ def render_card(
         test=test,
         intervals=_intervals(predictions, task),
         example=repr(text),
+        percent=percent,
         **_prompt_values(folder, spec, task),
     )
     return str(card).rstrip() + "\n"
