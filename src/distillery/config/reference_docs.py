@@ -19,7 +19,7 @@ SCHEMA_FILE = "docs/params.schema.json"
 REFERENCE_FILE = "docs/parameters.md"
 INTRODUCTION = """# Parameters
 
-Every key of `params.yaml` and of a task file. `distillery schema` writes this page and
+Every key of `params.yaml` and of a task file. `distillery schema --write` writes this page and
 [params.schema.json](params.schema.json) from the classes in `src/distillery/config/schema` and
 `src/distillery/tasks/schema.py`. `distillery check` checks a file against them.
 
