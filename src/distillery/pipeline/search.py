@@ -27,7 +27,7 @@ from sklearn.model_selection import GroupKFold
 from distillery.config.load import load_params, validate_section
 from distillery.config.schema import ModelConfig, Params, PhaseConfig, SearchConfig
 from distillery.errors import UserError
-from distillery.files import Paths, atomic_write, repository_root
+from distillery.files import Paths, atomic_write, repository_root, write_json
 from distillery.models.fetch import fetch_model
 from distillery.models.predictions import predict_rows
 from distillery.pipeline.run_notebook import single_process
@@ -197,7 +197,7 @@ def write_settings(root: Path, params: Params, best: dict[str, Any]) -> None:
     """Put the settings `best` into their phase in params.yaml; everything else in it stays as it is."""
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 4096
-    path = root / "params.yaml"
+    path = Paths(root).params
     content = yaml.load(path.read_text(encoding="utf-8"))
     content["students"][params.search.student]["phases"][params.search.phase - 1].update(best)
     with atomic_write(path) as scratch, scratch.open("w", encoding="utf-8") as file:
@@ -210,8 +210,7 @@ def run_search(write: bool = False) -> None:
     trials = search_settings(root, params)
     print(trials.head(10).to_string(index=False))
     records = trials.to_dict("records")
-    with atomic_write(Paths(root).cache / "search" / f"{params.search.student}.json") as path:
-        path.write_text(json.dumps(records, indent=2), encoding="utf-8")
+    write_json(Paths(root).cache / "search" / f"{params.search.student}.json", records)
     best = {key: value for key, value in records[0].items() if key not in ("accuracy", "folds")}
     if write:
         write_settings(root, params, best)
