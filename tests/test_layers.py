@@ -32,7 +32,7 @@ def test_layer_rules():
 def test_layers_that_do_not_exist_are_named(layers):
     with pytest.raises(UserError) as caught:
         layer_indices(layers, 6)
-    assert str(caught.value) == f"init.layers: {layers} does not fit a model with layers 0 to 5"
+    assert str(caught.value) == f"layers: {layers} does not fit a model with layers 0 to 5"
 
 
 ENCODERS = {

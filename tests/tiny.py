@@ -36,16 +36,17 @@ SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "m
 CAUSAL_KINDS = ("llama", "qwen2", "gpt2", "opt", "bloom")
 
 
-def causal_config(kind: str) -> Any:
-    """The config of a causal model of two layers, of one of `CAUSAL_KINDS`."""
+def causal_config(kind: str, layers: int = 2) -> Any:
+    """The config of a causal model of `layers` layers, of one of `CAUSAL_KINDS`."""
     import transformers
 
+    deep = SHAPE | {"num_hidden_layers": layers}
     shape = {
-        "llama": SHAPE | {"num_key_value_heads": 2, "intermediate_size": 24},
-        "qwen2": SHAPE | {"num_key_value_heads": 1, "intermediate_size": 24},
-        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
-        "opt": SHAPE | {"ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0},
-        "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 4},
+        "llama": deep | {"num_key_value_heads": 2, "intermediate_size": 24},
+        "qwen2": deep | {"num_key_value_heads": 1, "intermediate_size": 24},
+        "gpt2": {"n_embd": 16, "n_layer": layers, "n_head": 4, "n_positions": 64},
+        "opt": deep | {"ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0},
+        "bloom": {"hidden_size": 16, "n_layer": layers, "n_head": 4},
     }[kind]
     return transformers.AutoConfig.for_model(kind, **SMALL, **shape)
 

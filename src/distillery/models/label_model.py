@@ -21,6 +21,7 @@ from distillery.models.encoding import (
 )
 from distillery.models.generation import first_line, first_paragraph, generate_padded, one_line
 from distillery.models.packed.decoding import compute_prefix_kv, decode_completions
+from distillery.models.packed.frozen_layers import FrozenStates
 from distillery.models.packed.token_tree import common_prefix
 from distillery.models.runtime import configure_runtime
 from distillery.models.scoring import (
@@ -28,6 +29,7 @@ from distillery.models.scoring import (
     causal_token_logits,
     classifier_output,
     completion_output,
+    scored_completions,
     seq2seq_token_logits,
 )
 from distillery.tasks.prompts import RATIONALE_CUE, chat_turns, render_answer, render_prompt
@@ -67,6 +69,7 @@ class LabelModel:
         self.prompt_style, self.few_shot, self.max_length = prompt, few_shot, max_length
         self.dtype = getattr(torch, dtype)
         self.batch_size = batch_size
+        self.frozen_states: FrozenStates | None = None
         if arch != "classifier":
             # the answers of a `qa` task are those of the rows at hand: see :meth:`set_answers`
             names = [] if task.kind == "qa" else task.names
@@ -154,17 +157,22 @@ class LabelModel:
         with self.autocast():
             if self.arch == "classifier":
                 return classifier_output(self.model, self.tokenizer, ids, layers, activation_maps)
-            supervised = bool(completions)
-            if not label_space and not supervised:  # one token that is predicted and never fed costs nothing
-                completions = [[([self.tokenizer.eos_token_id], 1)]] * len(ids)
-            labels = [(tokens, len(tokens)) for tokens in self.label_token_ids] if label_space else []
-            scored = [[*labels, *(completions[i] if completions else [])] for i in range(len(ids))]
+            scored = self.scored_completions(len(ids), completions, label_space)
             tokens = [[completion for completion, _ in row] for row in scored]
             if self.arch == "causal":
-                token_logits = causal_token_logits(self.model, ids, tokens, layers, prefix_kv)
+                frozen = self.frozen_states if torch.is_grad_enabled() else None
+                token_logits = causal_token_logits(self.model, ids, tokens, layers, prefix_kv, frozen)
             else:
                 token_logits = seq2seq_token_logits(self.model, self.tokenizer, ids, tokens, layers)
-        return completion_output(token_logits, scored, len(labels) if label_space else None, supervised)
+        n_labels = len(self.label_token_ids) if label_space else None
+        return completion_output(token_logits, scored, n_labels, bool(completions))
+
+    def scored_completions(
+        self, n: int, completions: Sequence[Sequence[Completion]] | None, label_space: bool
+    ) -> list[list[Completion]]:
+        """What :meth:`forward` scores after each of `n` rows, given the same arguments."""
+        labels = self.label_token_ids if label_space else []
+        return scored_completions(n, labels, completions, self.tokenizer.eos_token_id)
 
     @torch.no_grad()
     def predict(

@@ -15,7 +15,7 @@ ENCODER_DECODER_DEPTH_KEYS = ("encoder_layers", "decoder_layers")  # in the conf
 
 
 def layer_indices(layers: list[int] | str, depth: int) -> list[int]:
-    """The kept layers of a model `depth` layers deep: a list as it is, `all`, `first-N`, `last-N` or `every-N`.
+    """The chosen layers of a model `depth` layers deep: a list as it is, `all`, `first-N`, `last-N` or `every-N`.
 
     Raises UserError when a layer does not exist.
     """
@@ -31,7 +31,7 @@ def layer_indices(layers: list[int] | str, depth: int) -> list[int]:
     else:
         indices = list(layers)
     if not indices or min(indices) < 0 or max(indices) >= depth:
-        raise UserError(f"init.layers: {layers} does not fit a model with layers 0 to {depth - 1}")
+        raise UserError(f"layers: {layers} does not fit a model with layers 0 to {depth - 1}")
     return indices
 
 
@@ -51,36 +51,49 @@ def keep_layers(model: PreTrainedModel, layers: list[int] | str) -> None:
     The rule holds for the encoder and for the decoder of a model that has both. Raises UserError when there is no list
     of layers to choose from, or a layer does not exist.
     """
-    config = model.config
-    if not config.is_encoder_decoder:
-        _cut_stack(model, layers, config.num_hidden_layers)
-        config.num_hidden_layers = len(layer_indices(layers, config.num_hidden_layers))
-        return
-    t5 = hasattr(config, "num_decoder_layers")
-    keys = ("num_layers", "num_decoder_layers") if t5 else ENCODER_DECODER_DEPTH_KEYS
-    for part, key in zip((model.get_encoder(), model.get_decoder()), keys, strict=True):
-        depth = getattr(config, key)
+    for (part, depth), key in zip(stack_depths(model), _depth_keys(model.config), strict=True):
         _cut_stack(part, layers, depth)
-        setattr(config, key, len(layer_indices(layers, depth)))
+        setattr(model.config, key, len(layer_indices(layers, depth)))
+
+
+def stack_depths(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
+    """The parts of `model` that have a list of layers (encoder and decoder of a model with both), and its length."""
+    parts = [model.get_encoder(), model.get_decoder()] if model.config.is_encoder_decoder else [model]
+    return [(part, getattr(model.config, key)) for part, key in zip(parts, _depth_keys(model.config), strict=True)]
+
+
+def _depth_keys(config: Any) -> tuple[str, ...]:
+    """The keys of `config` that hold the numbers of layers."""
+    if not config.is_encoder_decoder:
+        return ("num_hidden_layers",)
+    return ("num_layers", "num_decoder_layers") if hasattr(config, "num_decoder_layers") else ENCODER_DECODER_DEPTH_KEYS
 
 
 def _cut_stack(model: nn.Module, layers: list[int] | str, depth: int) -> None:
     """Cut the list of `depth` layers in `model` to the wanted ones. Raises UserError when there is no such list."""
+    parent, attribute = find_layers(model, depth)
+    stack, indices = getattr(parent, attribute), layer_indices(layers, depth)
+    cut = nn.ModuleList(stack[i] for i in indices)
+    setattr(parent, attribute, cut)
+    for new_index, layer in enumerate(cut):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # the slot of this layer in a key/value cache
+                module.layer_idx = new_index
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in indices]
+    _keep_relative_positions(stack[0], cut[0])
+
+
+def find_layers(model: nn.Module, depth: int) -> tuple[nn.Module, str]:
+    """The module that holds the list of `depth` layers in `model`, and the name of the list.
+
+    Raises UserError when there is no such list.
+    """
     for parent in model.modules():
-        for attribute, stack in list(parent.named_children()):
+        for attribute, stack in parent.named_children():
             if isinstance(stack, nn.ModuleList) and len(stack) == depth:
-                indices = layer_indices(layers, depth)
-                cut = nn.ModuleList(stack[i] for i in indices)
-                setattr(parent, attribute, cut)
-                for new_index, layer in enumerate(cut):
-                    for module in layer.modules():
-                        if hasattr(module, "layer_idx"):  # the slot of this layer in a key/value cache
-                            module.layer_idx = new_index
-                if getattr(model.config, "layer_types", None):
-                    model.config.layer_types = [model.config.layer_types[i] for i in indices]
-                _keep_relative_positions(stack[0], cut[0])
-                return
-    raise UserError(f"init.layers: {type(model).__name__} has no list of {depth} layers to choose from")
+                return parent, attribute
+    raise UserError(f"layers: {type(model).__name__} has no list of {depth} layers to choose from")
 
 
 def _keep_relative_positions(old_first: nn.Module, new_first: nn.Module) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillery.models.encoding import Completion
 from distillery.models.layers import output_head
+from distillery.models.packed.frozen_layers import FrozenStates
 from distillery.models.packed.hidden import completion_hidden_states
 
 
@@ -49,6 +50,19 @@ class TokenLogits(NamedTuple):
     prompt_states: Tensor | None
 
 
+def scored_completions(
+    n: int,
+    labels: Sequence[list[int]],
+    completions: Sequence[Sequence[Completion]] | None,
+    end_token: int,
+) -> list[list[Completion]]:
+    """What is scored after each of `n` prompts: the tokens of `labels` first, then the row's `completions`."""
+    if not labels and not completions:  # one token that is predicted and never fed costs nothing
+        completions = [[([end_token], 1)]] * n
+    scored_labels = [(tokens, len(tokens)) for tokens in labels]
+    return [[*scored_labels, *(completions[i] if completions else [])] for i in range(n)]
+
+
 def classifier_output(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -74,9 +88,10 @@ def causal_token_logits(
     completions: Sequence[Sequence[list[int]]],
     layers: Sequence[int],
     prefix_kv: Any,
+    frozen: FrozenStates | None = None,
 ) -> TokenLogits:
     """Logits of a causal model for `completions` [rows][completions][tokens] after the prompts `ids`."""
-    states = completion_hidden_states(model, ids, completions, layers, prefix_kv)
+    states = completion_hidden_states(model, ids, completions, layers, prefix_kv, frozen)
     logits = output_head(model)(states.hidden).float()
     return TokenLogits(logits, *states[1:])
 

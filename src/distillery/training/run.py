@@ -78,6 +78,7 @@ def train_phase(
         if hasattr(student.model, "projections"):  # only the loss used them
             del student.model.projections
         restore_full_embedding(student.model)
+        student.frozen_states = None
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     history = pd.DataFrame(
         logged, columns=list(dict.fromkeys([*HISTORY_COLUMNS, *(k for entry in logged for k in entry)]))

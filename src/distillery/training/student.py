@@ -8,15 +8,23 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from distillery.config.schema import LoraSettings, StudentConfig
 from distillery.models.label_model import LabelModel
+from distillery.models.layers import find_layers, layer_indices, stack_depths
 from distillery.models.load import load_model, load_tokenizer
 from distillery.tasks.schema import Task
 
+LINEAR = (nn.Linear, Conv1D)  # GPT-2's layers are of the second kind
+
 
 def attach_adapters(model: Any, lora: LoraSettings | None, arch: str, seed: int) -> Any:
-    """`model` with LoRA adapters in its linear layers (Hu et al. 2022), or as it is when `lora` is None."""
+    """`model` with LoRA adapters in linear layers (Hu et al. 2022), or as it is when `lora` is None.
+
+    Raises UserError when `lora` names a layer that does not exist.
+    """
     if lora is None:
         return model
     torch.manual_seed(seed)
@@ -24,7 +32,7 @@ def attach_adapters(model: Any, lora: LoraSettings | None, arch: str, seed: int)
         r=lora.r,
         lora_alpha=lora.alpha or 2 * lora.r,
         lora_dropout=lora.dropout,
-        target_modules=lora.targets,
+        target_modules=lora.targets if lora.layers == "all" else _linear_layers(model, lora),
         task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(arch, "SEQ_CLS"),
     )
     model = get_peft_model(model, config)
@@ -33,6 +41,18 @@ def attach_adapters(model: Any, lora: LoraSettings | None, arch: str, seed: int)
             # peft would widen every input to the adapter's float32, for autocast to narrow it again
             module.cast_input_dtype_enabled = False
     return model
+
+
+def _linear_layers(model: Any, lora: LoraSettings) -> list[str]:
+    """The full names of the linear layers that `lora` names, in the layers that it names."""
+    stacks = [getattr(*find_layers(part, depth)) for part, depth in stack_depths(model)]
+    chosen = {id(stack[i]): stack[i] for stack in stacks for i in layer_indices(lora.layers, len(stack))}
+    linear = {id(module) for layer in chosen.values() for module in layer.modules() if isinstance(module, LINEAR)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) in linear and (lora.targets == "all-linear" or name.rpartition(".")[2] in lora.targets)
+    ]
 
 
 def build_student(spec: StudentConfig, folder: Path, task: Task, seed: int, remote_code: bool = False) -> LabelModel:

@@ -18,6 +18,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from distillery.config.schema import PhaseConfig
 from distillery.models.fast_cpu import train_used_embeddings, use_bit_dropout
 from distillery.models.label_model import Completion, LabelModel
+from distillery.models.packed.frozen_layers import compute_frozen_states
 from distillery.models.predictions import predict_rows, score_predictions
 from distillery.tasks.schema import N_OPTIONS
 from distillery.training.completions import PhaseCompletions, StepCounts
@@ -63,6 +64,11 @@ class PhaseTrainerMixin:
         if student.arch == "classifier":  # other models' embeddings are also their output head
             used = {student.tokenizer.pad_token_id, *(token for ids in self.token_ids for token in ids)}
             train_used_embeddings(self.model, used)
+        if student.arch == "causal" and not phase.on_policy and not self.signals.student_layers:
+            label_space = self.phase_loss.requested_outputs["label_space"]
+            scored = student.scored_completions(len(rows), self.completions.by_row, label_space)
+            with student.autocast():
+                student.frozen_states = compute_frozen_states(self.model, self.token_ids, scored)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         entropy = None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distillery.config.schema.base import Fraction, Positive, Section
+from distillery.config.schema.base import LAYERS, Count, Fraction, Positive, Section
 
 if TYPE_CHECKING:
     from distillery.config.schema.students import PhaseConfig
@@ -23,6 +23,9 @@ class LoraSettings(Section):
     """Dropout before the adapters."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the linear layers that get an adapter."""
+    layers: Annotated[list[Count], Field(min_length=1)] | Annotated[str, Field(pattern=LAYERS)] = "all"
+    """Layers that get adapters: a list of indices from 0, `all`, `first-N`, `last-N` or `every-N`. `last-N` trains
+    faster: the layers below are frozen, and their outputs are computed once a row."""
 
 
 class AdapterSettings(LoraSettings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from distillery.models.layers import transformer_body
 from distillery.models.packed.attention import attend_by_tree, supports_token_trees
+from distillery.models.packed.frozen_layers import FrozenStates, continue_from
 from distillery.models.packed.token_tree import TokenTree, pack_token_tree
 
 
@@ -34,17 +36,21 @@ def completion_hidden_states(
     completions: Sequence[Sequence[Sequence[int]]],
     layers: Sequence[int] = (),
     prefix_kv: list[tuple[Tensor, Tensor]] | None = None,
+    frozen: FrozenStates | None = None,
 ) -> CompletionStates:
     """Hidden states of a causal `model` where the tokens of `completions` [rows][completions][tokens] are predicted.
 
     The gather comes before the output head, which then gets one contiguous matrix of the wanted positions.
     layers: of which to return the prompts' states (0 the embeddings). prefix_kv: see :func:`compute_prefix_kv`.
+    frozen: states of the frozen lower layers, from which to go on where it knows all rows; not with `layers`.
     """
     body, device = transformer_body(model), next(model.parameters()).device
     options = {"use_cache": False, "output_hidden_states": bool(layers)}
     tree = pack_token_tree(prompts, completions, prefix_kv).to(device)
     if supports_token_trees(model):
-        with attend_by_tree(tree, body.config):
+        states = frozen.pack(tree, prompts, completions) if frozen and not layers and prefix_kv is None else None
+        lower = nullcontext() if states is None else continue_from(body, frozen.depth, states)
+        with attend_by_tree(tree, body.config), lower:
             outputs = body(input_ids=tree.input_ids, position_ids=tree.position_ids, **options)
         if outputs.last_hidden_state.requires_grad and body.is_activation_checkpointing:
             _attend_by_tree_in_backward(outputs.last_hidden_state, tree, body.config)

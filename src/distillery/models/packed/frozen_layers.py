@@ -1,0 +1,156 @@
+"""Outputs of the frozen lower layers of a causal model, computed once a row while the layers above are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillery.models.encoding import Completion, batches_by_length
+from distillery.models.layers import configured_layers, find_layers, transformer_body
+from distillery.models.packed.attention import attend_by_tree, supports_token_trees
+from distillery.models.packed.token_tree import TokenTree, pack_token_tree
+
+BATCH_SIZE = 32  # rows whose states are computed together
+MAX_BYTES = 2**30  # of all states of a training run
+
+RowKey = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+
+
+@dataclass
+class FrozenStates:
+    """Hidden states below layer `depth` of rows that are trained on again and again.
+
+    states: for each row (its prompt and its completions) [tokens, d], of all tokens that :func:`pack_token_tree` feeds
+    for this row alone, its prompt first.
+    """
+
+    depth: int
+    states: dict[RowKey, Tensor]
+
+    def pack(
+        self, tree: TokenTree, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+    ) -> Tensor | None:
+        """States [1, T, d] of the tokens of `tree`, which was packed from these rows; None when one is not known."""
+        rows = [self.states.get(_row_key(*row)) for row in zip(prompts, completions, strict=True)]
+        if any(row is None for row in rows):
+            return None
+        packed = torch.cat([rows[0][: tree.prefix_length], *(row[tree.prefix_length :] for row in rows)])
+        return nn.functional.pad(packed, (0, 0, 0, tree.input_ids.shape[1] - len(packed)))[None]
+
+
+def _row_key(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> RowKey:
+    return tuple(prompt), tuple(map(tuple, completions))
+
+
+def count_frozen_layers(model: nn.Module) -> int:
+    """How many of the lowest layers of a causal `model` compute the same at every step of its training.
+
+    These are the layers that hold neither a trained weight nor a dropout. 0 when the embeddings are trained.
+    """
+    body = transformer_body(model)
+    if body.get_input_embeddings().weight.requires_grad or getattr(body.config, "attention_dropout", 0):
+        return 0
+    parent, attribute = find_layers(body, configured_layers(body.config))
+    for depth, layer in enumerate(getattr(parent, attribute)):
+        trained = any(weight.requires_grad for weight in layer.parameters())
+        if trained or any(isinstance(module, nn.Dropout) and module.p for module in layer.modules()):
+            return depth
+    return 0  # nothing is trained
+
+
+@contextmanager
+def _only_layers(body: nn.Module, layers: slice) -> Iterator[nn.ModuleList]:
+    """Let `body` consist of some of its layers, within the context."""
+    config = body.config
+    parent, attribute = find_layers(body, configured_layers(config))
+    stack, types = getattr(parent, attribute), getattr(config, "layer_types", None)
+    setattr(parent, attribute, nn.ModuleList(stack[layers]))
+    if types:
+        config.layer_types = types[layers]
+    try:
+        yield getattr(parent, attribute)
+    finally:
+        setattr(parent, attribute, stack)
+        if types:
+            config.layer_types = types
+
+
+@contextmanager
+def continue_from(body: nn.Module, depth: int, states: Tensor) -> Iterator[None]:
+    """Let `body` begin with its layer `depth` and the hidden `states` [1, T, d], within the context."""
+
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        return (states, *args[1:]), kwargs
+
+    with _only_layers(body, slice(depth, None)) as upper:
+        hook = upper[0].register_forward_pre_hook(replace, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@torch.no_grad()
+def compute_frozen_states(
+    model: nn.Module, prompts: Sequence[Sequence[int]], scored: Sequence[Sequence[Completion]]
+) -> FrozenStates | None:
+    """The states of the rows `prompts` [n][tokens] with what is `scored` after them [n][any number].
+
+    Rows are computed in batches of a length, the same ones whatever a training run did before, so that a run that
+    continues from a checkpoint sees the same states to the bit. None when no layer is frozen, when the states need
+    more than :data:`MAX_BYTES`, and when the model computes something else from them than from tokens.
+    """
+    body, device = transformer_body(model), next(model.parameters()).device
+    depth = count_frozen_layers(model) if supports_token_trees(model) else 0
+    completions = [[tokens for tokens, _ in row] for row in scored]
+    n_tokens = sum(len(p) + sum(len(c) - 1 for c in row) for p, row in zip(prompts, completions, strict=True))
+    if not depth or 4 * n_tokens * body.config.hidden_size > MAX_BYTES:
+        return None
+    frozen, training = FrozenStates(depth, {}), model.training
+    model.eval()
+    for number, batch in enumerate(batches_by_length(prompts, BATCH_SIZE)):
+        rows = [prompts[i] for i in batch], [completions[i] for i in batch]
+        tree = pack_token_tree(*rows).to(device)
+        hidden = _run_lower_layers(body, depth, tree)
+        states = _split_rows(hidden[0], tree, *rows)
+        frozen.states |= {_row_key(*row): kept for row, kept in zip(zip(*rows, strict=True), states, strict=True)}
+        if not number and not torch.equal(run_body(body, tree), run_body(body, tree, frozen.depth, hidden)):
+            frozen = None
+            break
+    model.train(training)
+    return frozen
+
+
+def run_body(body: nn.Module, tree: TokenTree, depth: int = 0, states: Tensor | None = None) -> Tensor:
+    """The last hidden states [1, T, d] of the tokens of `tree`; from `states` below layer `depth` where given."""
+    with attend_by_tree(tree, body.config), continue_from(body, depth, states) if depth else nullcontext():
+        return body(input_ids=tree.input_ids, position_ids=tree.position_ids, use_cache=False).last_hidden_state
+
+
+def _run_lower_layers(body: nn.Module, depth: int, tree: TokenTree) -> Tensor:
+    """The states [1, T, d] that the lowest `depth` layers give the next layer."""
+    outputs = []
+    with _only_layers(body, slice(depth)) as lower:
+        hook = lower[-1].register_forward_hook(lambda layer, args, output: outputs.append(output))
+        try:
+            run_body(body, tree)
+        finally:
+            hook.remove()
+    return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+
+
+def _split_rows(
+    hidden: Tensor, tree: TokenTree, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+) -> list[Tensor]:
+    """The states [tokens, d] of each row of `tree`, those of the shared prefix before its own."""
+    prefix, start, rows = hidden[: tree.prefix_length], tree.prefix_length, []
+    for prompt, row_completions in zip(prompts, completions, strict=True):
+        end = start + len(prompt) - tree.prefix_length + sum(len(completion) - 1 for completion in row_completions)
+        rows.append(torch.cat([prefix, hidden[start:end]]))
+        start = end
+    return rows
