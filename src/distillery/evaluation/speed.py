@@ -16,6 +16,7 @@ from distillery.evaluation.results import TRAINED_ROLES, ModelResult, Results
 from distillery.evaluation.robustness import measure_robustness, paraphrase_test_rows
 from distillery.files import Paths
 from distillery.models.label_model import LabelModel
+from distillery.models.precision import resolve_dtype
 from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.teachers.base import open_teacher
 from distillery.teachers.local import LocalTeacher
@@ -155,7 +156,8 @@ def _load_model(root: Path, params: Params, task: Task, result: ModelResult) -> 
             return open_teacher(root, result.key, params, task)
         return open_teacher(root, result.key, params, task, tuned=Paths(root).teacher(result.key) / "model").model
     spec = params.students[result.key]
-    return load_student(spec, Paths(root).run(result.key, params.seeds[0]) / "model", task, spec.dtype)
+    dtype = resolve_dtype(spec.dtype, "prediction")
+    return load_student(spec, Paths(root).run(result.key, params.seeds[0]) / "model", task, dtype)
 
 
 def _shape(params: Params, result: ModelResult) -> str:

@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from distillery.files import atomic_write
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str | None = None) -> None:
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
+) -> None:
     """Write `model` (adapters merged, 4-bit weights dequantized) and its tokenizer as a plain `transformers` folder.
 
     dtype: that of the written weights, their own when not given. Raises UserError when the disk is full.
@@ -23,7 +25,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
             model = _dequantize_adapted(model)
         model = model.merge_and_unload()
     if dtype:
-        model = model.to(getattr(torch, dtype))
+        model = model.to(dtype)
     _write_folder(model, tokenizer, Path(folder))
 
 

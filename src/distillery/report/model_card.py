@@ -63,6 +63,7 @@ def render_card(
         dataset=dataset,
         origin=origin,
         training_time=None if train_seconds is None else human_duration(train_seconds),
+        dtype=metadata.get("dtype"),
         test=test,
         intervals=_intervals(predictions, task),
         example=repr(text),

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from distillery import metrics
+from distillery.config.schema import Params
 from distillery.evaluation.leaderboard import (
     compare_with_published,
     count_comparisons,
@@ -24,6 +25,7 @@ from distillery.evaluation.results import ERROR_KINDS, TRAINED_ROLES, Results
 from distillery.evaluation.rows import disagreements
 from distillery.evaluation.speed import LATENCY_ROWS, WARM_UP_ROWS, Measurements
 from distillery.files import Paths, atomic_write
+from distillery.models.precision import resolve_dtypes
 from distillery.report.environment import ENVIRONMENT
 from distillery.report.figures import all_figures
 from distillery.report.sentences import describe_result
@@ -124,7 +126,7 @@ def render_page(
         counts=results.counts,
         augmented=results.params.augment,
         params=params_file.read_text(encoding="utf-8") if params_file.exists() else "",
-        versions=library_versions(),
+        versions=library_versions() | auto_dtypes(results.params),
         **_browser_rows(results),
     )
 
@@ -162,6 +164,14 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def auto_dtypes(params: Params) -> dict[str, str]:
+    """What `dtype: auto` means on this machine, if `params` has it."""
+    specs = [*params.teachers.values(), *params.students.values()]
+    if all(spec.dtype != "auto" for spec in specs):
+        return {}
+    return {"dtype: auto": ", ".join(f"{use} {dtype}" for use, dtype in resolve_dtypes("auto").items())}
 
 
 def leaderboard_markdown(board: pd.DataFrame) -> str:

@@ -29,10 +29,11 @@ def finetune_teacher(
     part: the name of these rows, for the key and for messages.
     """
     spec = params.teachers[name]
-    teacher = load_teacher_model(name, spec, params.models[spec.model], task)
+    teacher = load_teacher_model(name, spec, params.models[spec.model], task, use="training")
     teacher.model = attach_adapters(teacher.model, spec.finetune.lora, teacher.arch, spec.seed)
     key = run_key(
         spec.model_dump(),
+        str(teacher.dtype),
         params.models[spec.model].model_dump(),
         task.model_dump(),
         part,

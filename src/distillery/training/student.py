@@ -15,6 +15,7 @@ from distillery.config.schema import LoraSettings, StudentConfig
 from distillery.models.label_model import LabelModel
 from distillery.models.layers import find_layers, layer_indices, stack_depths
 from distillery.models.load import load_model, load_tokenizer
+from distillery.models.precision import resolve_dtype
 from distillery.tasks.schema import Task
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's layers are of the second kind
@@ -61,13 +62,13 @@ def build_student(spec: StudentConfig, folder: Path, task: Task, seed: int, remo
     Trained weights are in float32 whatever `spec.dtype` is, which is the precision of the matrix products.
     Raises UserError when the folder holds no such model or a layer does not exist.
     """
-    adapted = spec.adapter.kind != "none"
+    adapted, dtype = spec.adapter.kind != "none", resolve_dtype(spec.dtype, "training")
     model = load_model(
         folder,
         spec.arch,
         labels=task.names,
         layers=spec.init.layers,
-        dtype=spec.dtype if adapted and spec.arch != "classifier" else "float32",
+        dtype=dtype if adapted and spec.arch != "classifier" else "float32",
         seed=seed,
         quantize=spec.adapter.kind == "qlora",
         trust_remote_code=remote_code,
@@ -85,7 +86,7 @@ def build_student(spec: StudentConfig, folder: Path, task: Task, seed: int, remo
         prompt=spec.prompt,
         few_shot=spec.few_shot,
         max_length=spec.max_length,
-        dtype=spec.dtype,
+        dtype=dtype,
     )
 
 

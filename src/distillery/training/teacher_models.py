@@ -14,6 +14,7 @@ from distillery.models.fetch import fetch_model
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.layers import count_layers
 from distillery.models.load import load_model, load_tokenizer
+from distillery.models.precision import Use, resolve_dtype
 from distillery.models.save import merge_adapters
 from distillery.tasks.schema import Task
 
@@ -21,19 +22,29 @@ MAX_PROMPT_TOKENS = 4096  # tokens of a prompt to a teacher that is only prompte
 
 
 def load_teacher_model(
-    name: str, spec: TeacherConfig, origin: ModelConfig, task: Task, *, tuned: Path | None = None
+    name: str,
+    spec: TeacherConfig,
+    origin: ModelConfig,
+    task: Task,
+    *,
+    tuned: Path | None = None,
+    use: Use = "prediction",
 ) -> LabelModel:
-    """The teacher `name` as fetched from `origin`, or, with `tuned`, from that folder (a whole model, or adapters)."""
+    """The teacher `name` as fetched from `origin`, or, with `tuned`, from that folder (a whole model, or adapters).
+
+    use: what it is opened for, which decides what `dtype: auto` means.
+    """
     arch = {"lm": "causal"}.get(spec.kind, spec.kind)
     adapters = tuned is not None and (tuned / "adapter_config.json").exists()
     folder = tuned if tuned and not adapters else fetch_model(spec.model, origin)
     # weights that will be trained stay in float32; others are loaded in the precision of their use
     trained = spec.finetune is not None and spec.finetune.lora is None and tuned is None
+    dtype = resolve_dtype(spec.dtype, use)
     model = load_model(
         folder,
         arch,
         labels=task.names,
-        dtype=spec.dtype if arch != "classifier" and not trained else "float32",
+        dtype=dtype if arch != "classifier" and not trained else "float32",
         seed=spec.seed,
         quantize=spec.quantize == "nf4",
         trust_remote_code=origin.trust_remote_code,
@@ -41,7 +52,7 @@ def load_teacher_model(
     if adapters:
         model = merge_adapters(model, tuned)
     tokenizer = load_tokenizer(folder, origin.trust_remote_code)
-    teacher = LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=spec.dtype)
+    teacher = LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=dtype)
     teacher.batch_size = spec.batch_size
     if arch != "classifier" and spec.finetune is None:
         teacher.max_length = max_prompt_tokens(teacher)
@@ -92,4 +103,5 @@ def openable_teacher(root: Path, name: str, record: dict[str, Any]) -> OpenableT
         return load_teacher_model(name, spec, origin, task, tuned=tuned)
 
     model_folder = folder / "model" if spec.finetune else fetch_model(spec.model, origin)
-    return OpenableTeacher(open_model, record, count_layers(model_folder), Paths(root).cache / "signals")
+    identity = record | {"dtype": resolve_dtype(spec.dtype, "prediction")}
+    return OpenableTeacher(open_model, identity, count_layers(model_folder), Paths(root).cache / "signals")

@@ -152,8 +152,9 @@ class StudentConfig(Section):
     """Solved examples of the task file in the prompt."""
     max_length: Annotated[int, Field(gt=8)] = 256
     """Largest length of text and prompt, in tokens; longer texts are cut."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the computation."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Number format of the computation. `auto`: float32 or bfloat16, whichever is faster on this machine, for training
+    and for prediction; timed once and kept in `.cache/dtype.json`."""
     gradient_checkpointing: bool = False
     """Compute activations again during the backward pass: less memory, more time."""
     checkpoint_every: Annotated[int, Field(gt=0)] = 50

@@ -139,8 +139,9 @@ class TeacherConfig(Section):
     """Largest length of a rationale, in tokens."""
     batch_size: Annotated[int, Field(gt=0)] = 32
     """Rows in one batch of prediction or generation."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the computation."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Number format of the computation. `auto`: float32 or bfloat16, whichever is faster on this machine, for training
+    and for prediction; timed once and kept in `.cache/dtype.json`."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: linear layers in 4 bits, for a teacher that is only prompted."""
     seed: int = 0

@@ -1,0 +1,137 @@
+"""`dtype: auto`: the number format in which this machine trains and predicts faster."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from distillery.files import Paths, repository_root, write_json
+from distillery.models.layers import output_head
+from distillery.models.load import default_device
+from distillery.models.packed.hidden import completion_hidden_states
+
+Use = Literal["training", "prediction"]
+USES: tuple[Use, ...] = ("training", "prediction")
+DTYPES = ("float32", "bfloat16")  # float16 is slow on CPUs, and small gradients vanish in it
+MIN_SPEEDUP = 1.1  # of bfloat16, below which float32 is taken: it has 16 more bits of precision
+ROUNDS = 3
+LAYERS, TOKENS = 4, 48  # of the timed model; tokens of a row
+
+
+def resolve_dtype(dtype: str, use: Use) -> str:
+    """`dtype` as it is, or the one that `auto` means for `use` on this machine.
+
+    The first call on a machine times both number formats, which takes seconds. The choice stays in
+    `.cache/dtype.json`, which no stage depends on: a later run decides the same, and nothing reruns.
+    """
+    return faster_dtypes(Paths(repository_root()).cache / "dtype.json")[use] if dtype == "auto" else dtype
+
+
+def resolve_dtypes(dtype: str) -> dict[Use, str]:
+    """:func:`resolve_dtype` for training and for prediction."""
+    return {use: resolve_dtype(dtype, use) for use in USES}
+
+
+def describe_dtypes(dtype: str, uses: Sequence[Use] = USES) -> str:
+    """A sentence on the number formats that `dtype` means for `uses` on this machine."""
+    formats = " and ".join(f"{use} in {resolve_dtype(dtype, use)}" for use in uses)
+    reason = "; `dtype: auto` takes what is faster on this machine" if dtype == "auto" else ""
+    return f"Products: {formats}{reason}."
+
+
+def faster_dtypes(path: Path) -> dict[Use, str]:
+    """For training and prediction the faster number format on this machine, from the file `path` if it is there."""
+    records = json.loads(path.read_text()) if path.exists() else {}
+    machine = json.dumps([_cpu_model(), torch.get_num_threads(), default_device().type, version("torch")])
+    if machine not in records:
+        seconds = time_dtypes()
+        records[machine] = {"dtypes": {use: choose_dtype(times) for use, times in seconds.items()}, "seconds": seconds}
+        write_json(path, records)
+    return records[machine]["dtypes"]
+
+
+def choose_dtype(seconds: dict[str, float]) -> str:
+    """bfloat16 if it is at least :data:`MIN_SPEEDUP` times as fast as float32, else float32."""
+    return "bfloat16" if seconds["float32"] >= MIN_SPEEDUP * seconds["bfloat16"] else "float32"
+
+
+def _cpu_model() -> str:
+    """The name of the processor and a hash of what it can do, which a virtual machine may restrict."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    name, flags = (
+        next((x for x in lines if x.startswith(key)), "").partition(":")[2] for key in ("model name", "flags")
+    )
+    return f"{name.strip() or platform.processor()} {hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+def time_dtypes() -> dict[Use, dict[str, float]]:
+    """Seconds of a training step (8 rows, adapters) and of a prediction (32 rows) in each of :data:`DTYPES`.
+
+    A small language model of SmolLM2's width does what a run does with a large one; a bare matrix product would
+    mislead, since half of a step are other operations. The formats take turns; each one's fastest round counts.
+    The state of the random generator stays as it was.
+    """
+    with torch.random.fork_rng():
+        models = {dtype: _build_model(dtype) for dtype in DTYPES}
+    uses: dict[Use, Callable[[nn.Module, str], None]] = {"training": _train, "prediction": _predict}
+    seconds = {use: dict.fromkeys(DTYPES, float("inf")) for use in uses}
+    for use, run in uses.items():
+        for round_number in range(ROUNDS + 1):
+            for dtype, model in models.items():
+                start = time.perf_counter()
+                run(model, dtype)
+                if round_number:  # the first round compiles kernels
+                    seconds[use][dtype] = min(seconds[use][dtype], time.perf_counter() - start)
+    return seconds
+
+
+def _build_model(dtype: str) -> nn.Module:
+    """A random language model with SmolLM2's layers and adapters, its frozen weights in `dtype`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=8192,
+    )
+    model = LlamaForCausalLM(config).to(default_device(), getattr(torch, dtype))
+    return get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+
+def _score(model: nn.Module, dtype: str, rows: int) -> torch.Tensor:
+    """Logits at the answers of `rows` rows, as a run computes them."""
+    prompts = [[row, *range(rows, rows + TOKENS)] for row in range(rows)]
+    with torch.autocast(default_device().type, getattr(torch, dtype), enabled=dtype != "float32"):
+        states = completion_hidden_states(model, prompts, [[[1, 2]]] * rows)
+        return output_head(model)(states.hidden).float()
+
+
+def _train(model: nn.Module, dtype: str) -> None:
+    _score(model, dtype, 8).logsumexp(-1).sum().backward()
+    model.zero_grad()
+    _synchronize()
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, dtype: str) -> None:
+    _score(model, dtype, 32)
+    _synchronize()
+
+
+def _synchronize() -> None:
+    if default_device().type == "cuda":
+        torch.cuda.synchronize()
