@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 from distillery.errors import UserError
-from distillery.files import Paths
 
 
 def check() -> None:
@@ -50,7 +49,7 @@ def leaderboard() -> None:
     """Print the leaderboard of the last run as a Markdown table."""
     import pandas as pd
 
-    from distillery.files import repository_root
+    from distillery.files import Paths, repository_root
     from distillery.report.page import leaderboard_markdown
 
     path = Paths(repository_root()).reports / "leaderboard.csv"
