@@ -30,7 +30,7 @@ help: ## what can be made
 repro: $(VENV)/.installed ## run every stage that is out of date, up to reports/index.html
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "error: this folder is no git repository, and DVC needs one; run: git init" >&2; exit 1; }
 	@$(BIN)/python -m distillery check
-	@$(BIN)/dvc repro
+	@start=$$(date +%s); $(BIN)/dvc repro && $(BIN)/python -m distillery times --since $$start
 	@$(MAKE) --no-print-directory report
 
 test: lint ## every check: style, imports, types, clean notebooks, tests

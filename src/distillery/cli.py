@@ -106,6 +106,14 @@ def search(write: bool) -> None:
     run_search(write)
 
 
+def times(since: float) -> None:
+    """Print how long each stage took when it last ran here."""
+    from distillery.files import repository_root
+    from distillery.pipeline.stage_times import summarize_stage_times
+
+    print(summarize_stage_times(repository_root(), since) or "no stage had to run")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs; `command` holds the function to call."""
     top = argparse.ArgumentParser(prog="distillery", description="Distil large language models into small ones.")
@@ -132,6 +140,9 @@ def parser() -> argparse.ArgumentParser:
     running_recipe = verb(recipe)
     running_recipe.add_argument("name", help="a file of recipes/ without folder and ending")
     running_recipe.add_argument("--scale", help="an overlay of the recipe: small stand-ins for its models and data")
+    verb(times).add_argument(
+        "--since", type=float, default=0.0, help="only stages that ended later; seconds since 1970"
+    )
     verb(search).add_argument("--write", action="store_true", help="put the best settings into params.yaml")
     return top
 

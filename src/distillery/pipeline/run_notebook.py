@@ -26,6 +26,7 @@ from distillery.config.schema import Params
 from distillery.errors import UserError
 from distillery.files import atomic_write, raise_if_disk_full, repository_root
 from distillery.pipeline.environment import set_environment
+from distillery.pipeline.stage_times import timed_stage
 
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 
@@ -240,4 +241,5 @@ def run_stage(name: str, selectors: Sequence[Sequence[str]] = ()) -> None:
         end_with_dvc()
     with single_process(Path(".cache/running") / f"{stem}.lock"):
         output.unlink(missing_ok=True)
-        execute_notebook(notebook, output, values, Path(".cache/failed") / output.name)
+        with timed_stage(Path(), stem):
+            execute_notebook(notebook, output, values, Path(".cache/failed") / output.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +190,24 @@ class ProgressPrinter(TrainerCallback):
 
     def __init__(self, title: str):
         self.title = title
+        self.start: tuple[float, int] | None = None  # when the first step began, and how many came before it
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.start is None:
+            self.start = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs and state.global_step % max(LOG_EVERY, state.max_steps // 80 * 10) == 0:
-            print(f"{self.title}: step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}", flush=True)
+            start, first = self.start or (time.monotonic(), state.global_step - 1)
+            left = (time.monotonic() - start) / (state.global_step - first) * (state.max_steps - state.global_step)
+            estimate = f", {time_left(left)}" if left else ""
+            line = f"{self.title}: step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}{estimate}"
+            print(line, flush=True)
+
+
+def time_left(seconds: float) -> str:
+    """An estimate in words: about 40 s left, about 3 min left."""
+    return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
 
 
 def count_optimizer_steps(rows: int, phase: PhaseConfig) -> int:
