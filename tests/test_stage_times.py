@@ -1,4 +1,4 @@
-"""How long stages took: said before they run again, and summed up."""
+"""How long stages took: printed before they run again, and summed up."""
 
 from __future__ import annotations
 

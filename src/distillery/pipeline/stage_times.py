@@ -1,4 +1,4 @@
-"""How long each stage took on this machine: said before it runs again, and summed up at the end of a run."""
+"""How long each stage took on this machine: printed before it runs again, and summed up at the end of a run."""
 
 from __future__ import annotations
 

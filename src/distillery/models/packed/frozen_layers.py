@@ -118,7 +118,9 @@ def compute_frozen_states(
         tree = pack_token_tree(*rows).to(device)
         hidden = _run_lower_layers(body, depth, tree)
         states = _split_rows(hidden[0], tree, *rows)
-        frozen.states |= {_row_key(*row): kept for row, kept in zip(zip(*rows, strict=True), states, strict=True)}
+        frozen.states |= {
+            _row_key(*row): row_states for row, row_states in zip(zip(*rows, strict=True), states, strict=True)
+        }
         if not number and not torch.equal(run_body(body, tree), run_body(body, tree, frozen.depth, hidden)):
             frozen = None
             break
