@@ -116,6 +116,14 @@ def output_head(model: nn.Module) -> nn.Module:
     return base.get_output_embeddings()
 
 
+def head_layers(model: PreTrainedModel) -> list[str]:
+    """The names of the linear layers above the body of a classifier; the last one gives the label logits."""
+    body = f"{model.base_model_prefix}."
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.startswith(body)
+    ]
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters; a 4-bit weight counts as the numbers it stands for."""
     total = trainable = 0

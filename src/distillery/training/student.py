@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from distillery.config.schema import LoraSettings, StudentConfig
 from distillery.models.label_model import LabelModel
-from distillery.models.layers import find_layers, layer_indices, stack_depths
+from distillery.models.layers import find_layers, head_layers, layer_indices, stack_depths
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.precision import resolve_dtype
 from distillery.tasks.schema import Task
@@ -35,6 +35,7 @@ def attach_adapters(model: Any, lora: LoraSettings | None, arch: str, seed: int)
         lora_dropout=lora.dropout,
         target_modules=lora.targets if lora.layers == "all" else _linear_layers(model, lora),
         task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(arch, "SEQ_CLS"),
+        exclude_modules=_trained_whole(model) if arch == "classifier" else None,
     )
     model = get_peft_model(model, config)
     for module in model.modules():
@@ -54,6 +55,11 @@ def _linear_layers(model: Any, lora: LoraSettings) -> list[str]:
         for name, module in model.named_modules()
         if id(module) in linear and (lora.targets == "all-linear" or name.rpartition(".")[2] in lora.targets)
     ]
+
+
+def _trained_whole(model: Any) -> list[str]:
+    """The layers of a classifier's head that peft trains whole, by their names: it fails on one with an adapter."""
+    return [name for name in head_layers(model) if name.endswith(("classifier", "score"))]
 
 
 def build_student(spec: StudentConfig, folder: Path, task: Task, seed: int, remote_code: bool = False) -> LabelModel:
