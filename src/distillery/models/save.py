@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from distillery.files import atomic_write
 
@@ -21,19 +22,26 @@ def save_model(
     dtype: that of the written weights, their own when not given. Raises UserError when the disk is full.
     """
     if hasattr(model, "merge_and_unload"):
-        if getattr(model.get_base_model(), "is_loaded_in_4bit", False):
-            model = _dequantize_adapted(model)
-        model = model.merge_and_unload()
+        in_4_bits = getattr(model.get_base_model(), "is_loaded_in_4bit", False)
+        model = _merge_dequantized(model) if in_4_bits else model.merge_and_unload()
     if dtype:
         model = model.to(dtype)
     _write_folder(model, tokenizer, Path(folder))
 
 
-def _dequantize_adapted(model: PeftModel) -> PeftModel:
-    """The adapters of `model` on its dequantized weights: merged into 4 bits they would be rounded away."""
+def _merge_dequantized(model: PeftModel) -> nn.Module:
+    """`model` dequantized, with its adapters merged after that: merged into 4 bits they would be rounded away."""
     with tempfile.TemporaryDirectory() as adapters:
         model.save_pretrained(adapters)
-        return PeftModel.from_pretrained(model.unload().dequantize(), adapters)
+        base = model.unload()
+        convolutions = [name for name, module in base.named_modules() if getattr(module, "source_cls", None) is Conv1D]
+        merged = PeftModel.from_pretrained(base.dequantize(), adapters).merge_and_unload()
+    for name in convolutions:  # of GPT-2: dequantized they are linear layers, whose weights lie transposed
+        linear = merged.get_submodule(name)
+        layer = Conv1D(linear.out_features, linear.in_features)
+        layer.weight, layer.bias = nn.Parameter(linear.weight.T.contiguous()), linear.bias
+        merged.set_submodule(name, layer)
+    return merged
 
 
 def _write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -1,0 +1,126 @@
+"""A saved model predicts as it did before it was saved, whatever its architecture and its adapters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import tiny
+from distillery.config.schema import ModelConfig, StudentConfig, TeacherConfig
+from distillery.models.label_model import LabelModel
+from distillery.models.save import save_model, save_trained_weights
+from distillery.tasks.schema import load_task
+from distillery.training.student import attach_adapters, build_student, load_student
+from distillery.training.teacher_models import load_teacher_model
+
+TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
+ARCHS = {
+    "classifier": ("bert", "roberta", "distilbert", "albert", "mpnet", "electra", "deberta-v2"),
+    "causal": (*tiny.CAUSAL_KINDS, "mistral", "gemma", "phi", "gpt_neox"),
+    "seq2seq": ("t5", "bart"),
+}
+WORDS = {"classifier": "bert", "causal": "llama", "seq2seq": "t5"}  # the tokenizer of each
+# what params.yaml lets each be trained with
+ADAPTERS = {"classifier": ("none", "lora"), "causal": ("none", "lora", "qlora"), "seq2seq": ("none", "lora")}
+CASES = [(arch, kind, adapter) for arch, kinds in ARCHS.items() for kind in kinds for adapter in ADAPTERS[arch]]
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 514,
+}
+SHAPES = {  # of the kinds that name their sizes in another way
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 514},
+    "albert": SHAPE | {"embedding_size": 16},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 514},
+    "opt": SHAPE | {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "gemma": SHAPE | {"head_dim": 8, "num_key_value_heads": 1},
+    "qwen2": SHAPE | {"num_key_value_heads": 2},
+    "mistral": SHAPE | {"num_key_value_heads": 2},
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    "bart": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
+    | {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder for each kind of model, with random weights that are large enough for predictions to differ."""
+    corpus, base = tiny.texts(), tmp_path_factory.mktemp("kinds")
+    for arch, kinds in ARCHS.items():
+        tokenizer = tiny.word_tokenizer(corpus, WORDS[arch])
+        special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        for kind in kinds:
+            sizes = SHAPES.get(kind, SHAPE) | {"vocab_size": len(tokenizer)}
+            config = transformers.AutoConfig.for_model(kind, **sizes, **special)
+            auto = {
+                "classifier": transformers.AutoModel,
+                "causal": transformers.AutoModelForCausalLM,
+                "seq2seq": transformers.AutoModelForSeq2SeqLM,
+            }[arch]
+            torch.manual_seed(0)
+            model = auto.from_config(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(6 if parameter.dim() > 1 else 1)
+            model.save_pretrained(base / kind)
+            tokenizer.save_pretrained(base / kind)
+    return base
+
+
+def train(model: LabelModel) -> None:
+    """A few steps of gradient descent, so that no trained weight is what it was drawn or read as."""
+    texts = tiny.texts()[:6]
+    ids, targets = model.encode(texts), torch.tensor([i % 3 for i in range(6)])
+    optimizer = torch.optim.Adam([p for p in model.model.parameters() if p.requires_grad], lr=0.02)
+    model.model.train()
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model.forward(ids).label_logits, targets)
+        loss.backward()
+        optimizer.step()
+    model.model.eval()
+
+
+@pytest.mark.parametrize("arch, kind, adapter", CASES)
+def test_a_student_predicts_the_same_after_it_was_saved(folders, tmp_path, arch, kind, adapter):
+    spec = StudentConfig(model=kind, arch=arch, adapter={"kind": adapter, "r": 4}, phases=[], prompt="plain")
+    student = build_student(spec, folders / kind, TASK, seed=0)
+    texts = tiny.texts()[:8]
+    before = student.predict(texts)
+    train(student)
+    trained = student.predict(texts)
+    assert np.abs(trained - before).max() > 0.02
+    save_model(student.model, student.tokenizer, tmp_path / "model")
+    reopened = load_student(spec, tmp_path / "model", TASK)
+    assert np.abs(reopened.predict(texts) - trained).max() < (1e-6 if adapter == "none" else 1e-4)
+    names = {name for name, _ in reopened.model.named_parameters()}
+    original = load_student(spec, folders / kind, TASK)
+    assert names == {name for name, _ in original.model.named_parameters()}  # of the same classes, layer by layer
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["none", "lora"])
+@pytest.mark.parametrize("arch, kind", [(arch, kind) for arch, kinds in ARCHS.items() for kind in kinds])
+def test_a_tuned_teacher_predicts_the_same_after_it_was_saved(folders, tmp_path, arch, kind, lora):
+    spec = TeacherConfig(
+        kind={"causal": "lm"}.get(arch, arch),
+        model=kind,
+        prompt="plain",
+        finetune={"on": "finance/train", "steps": 4, "learning_rate": 0.02, "lora": lora},
+    )
+    origin = ModelConfig(folder=str(folders / kind))
+    teacher = load_teacher_model(kind, spec, origin, TASK)
+    teacher.model = attach_adapters(teacher.model, spec.finetune.lora, arch, spec.seed)
+    train(teacher)
+    texts = tiny.texts()[:8]
+    trained = teacher.predict(texts)
+    save_trained_weights(teacher.model, teacher.tokenizer, tmp_path / "fold")  # that of a fold: adapters alone
+    save_model(teacher.model, teacher.tokenizer, tmp_path / "model")
+    for name in ("fold", "model"):
+        reopened = load_teacher_model(kind, spec, origin, TASK, tuned=tmp_path / name)
+        assert np.abs(reopened.predict(texts) - trained).max() < (1e-4 if lora else 1e-6), name
