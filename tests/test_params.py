@@ -153,7 +153,8 @@ MISTAKES = [
         {"kind": "answers", "answers": {"files": ["a.csv"], "columns": {}}},
         "teachers.llm.answers.columns: needs exactly one of `label` or `answer`",
     ),
-    ("teachers.encoder.finetune", DELETE, "teachers.encoder: a classifier needs `finetune`, its head starts untrained"),
+    ("models.llm.labels", {"LABEL_0": "a", "LABEL_1": "b"}, "models.llm.labels: are for a classifier, and no"),
+    ("models.encoder.labels", {"LABEL_0": "a"}, "models.encoder.labels: needs at least 2"),
     # augment
     ("augment.source", "x", "augment.source: unknown source `x`; known: news, bare, other"),
     ("augment.teacher", "x", "augment.teacher: unknown teacher `x`; known: llm, encoder"),

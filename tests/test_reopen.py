@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+import kinds
 import tiny
 from distillery.config.schema import ModelConfig, StudentConfig, TeacherConfig
 from distillery.models.label_model import LabelModel
@@ -16,60 +17,24 @@ from distillery.training.student import attach_adapters, build_student, load_stu
 from distillery.training.teacher_models import load_teacher_model
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
-ARCHS = {
-    "classifier": ("bert", "roberta", "distilbert", "albert", "mpnet", "electra", "deberta-v2"),
-    "causal": (*tiny.CAUSAL_KINDS, "mistral", "gemma", "phi", "gpt_neox"),
-    "seq2seq": ("t5", "bart"),
-}
-WORDS = {"classifier": "bert", "causal": "llama", "seq2seq": "t5"}  # the tokenizer of each
 # what params.yaml lets each be trained with
 ADAPTERS = {"classifier": ("none", "lora"), "causal": ("none", "lora", "qlora"), "seq2seq": ("none", "lora")}
-CASES = [(arch, kind, adapter) for arch, kinds in ARCHS.items() for kind in kinds for adapter in ADAPTERS[arch]]
-
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 514,
-}
-SHAPES = {  # of the kinds that name their sizes in another way
-    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 514},
-    "albert": SHAPE | {"embedding_size": 16},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 514},
-    "opt": SHAPE | {"ffn_dim": 48, "word_embed_proj_dim": 16},
-    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "gemma": SHAPE | {"head_dim": 8, "num_key_value_heads": 1},
-    "qwen2": SHAPE | {"num_key_value_heads": 2},
-    "mistral": SHAPE | {"num_key_value_heads": 2},
-    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
-    "bart": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
-    | {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 0},
-}
+CASES = [(arch, kind, adapter) for arch, names in kinds.ARCHS.items() for kind in names for adapter in ADAPTERS[arch]]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A folder for each kind of model, with random weights that are large enough for predictions to differ."""
+    """A folder for each kind of model."""
     corpus, base = tiny.texts(), tmp_path_factory.mktemp("kinds")
-    for arch, kinds in ARCHS.items():
-        tokenizer = tiny.word_tokenizer(corpus, WORDS[arch])
-        special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-        for kind in kinds:
-            sizes = SHAPES.get(kind, SHAPE) | {"vocab_size": len(tokenizer)}
-            config = transformers.AutoConfig.for_model(kind, **sizes, **special)
-            auto = {
-                "classifier": transformers.AutoModel,
-                "causal": transformers.AutoModelForCausalLM,
-                "seq2seq": transformers.AutoModelForSeq2SeqLM,
-            }[arch]
-            torch.manual_seed(0)
-            model = auto.from_config(config)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.mul_(6 if parameter.dim() > 1 else 1)
-            model.save_pretrained(base / kind)
-            tokenizer.save_pretrained(base / kind)
+    autos = {
+        "classifier": transformers.AutoModel,
+        "causal": transformers.AutoModelForCausalLM,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    }
+    for arch, names in kinds.ARCHS.items():
+        tokenizer = tiny.word_tokenizer(corpus, kinds.WORDS[arch])
+        for kind in names:
+            kinds.build(kind, tokenizer, autos[arch], base / kind)
     return base
 
 
@@ -105,7 +70,7 @@ def test_a_student_predicts_the_same_after_it_was_saved(folders, tmp_path, arch,
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["none", "lora"])
-@pytest.mark.parametrize("arch, kind", [(arch, kind) for arch, kinds in ARCHS.items() for kind in kinds])
+@pytest.mark.parametrize("arch, kind", [(arch, kind) for arch, names in kinds.ARCHS.items() for kind in names])
 def test_a_tuned_teacher_predicts_the_same_after_it_was_saved(folders, tmp_path, arch, kind, lora):
     spec = TeacherConfig(
         kind={"causal": "lm"}.get(arch, arch),

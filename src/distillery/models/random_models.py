@@ -16,19 +16,10 @@ from transformers import (
 )
 
 from distillery.config.schema import ModelConfig, RandomModelConfig
-from distillery.errors import UserError
-from distillery.files import repository_root
+from distillery.models.folders import read_words_file
 
 ENCODERS = ("bert", "albert")  # of the types that can be built
 MAX_TOKENS = 512  # that a model built here reads
-
-
-def read_words_file(name: str, file: str) -> Path:
-    """The path of `file`, whose words model `name` is to know. Raises UserError when it does not exist."""
-    path = repository_root() / file
-    if not path.is_file():
-        raise UserError(f"params.yaml: models.{name}.random.words: {file}: no such file")
-    return path
 
 
 def build_random_model(name: str, model_config: ModelConfig, scratch: Path) -> Path:

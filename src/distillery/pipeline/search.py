@@ -121,7 +121,7 @@ def score_fold(
         raise UserError("params.yaml: search.phase: only for losses of labels and their probabilities")
     task = Task.model_validate(experiment["task"])
     origin = ModelConfig.model_validate({key: value for key, value in experiment["model"].items() if key != "content"})
-    student = build_student(spec, fetch_model(spec.model, origin), task, search.seed, origin.trust_remote_code)
+    student = build_student(spec, fetch_model(spec.model, origin), task, search.seed, origin)
     teacher_accuracy = {name: scores["accuracy"] for name, scores in experiment["teachers"].items()}
     train_phase(
         student,

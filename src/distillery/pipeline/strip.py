@@ -28,6 +28,7 @@ from distillery.config.references import unused_settings
 from distillery.config.schema import Params
 from distillery.errors import UserError
 from distillery.files import Paths, file_digest, repository_root, write_json
+from distillery.pipeline.model_checks import check_models
 from distillery.tasks.schema import load_task
 
 MODULES_OF_KIND = {"api": "distillery.teachers.api"}  # modules that only a teacher of this kind needs
@@ -148,6 +149,7 @@ def run_strip() -> None:
     for source in params.data.values():
         load_task(source.task)
     check_augmentation(params)
+    check_models(params)
     build = Paths(root).build
     for name in ("notebooks", "sources", "models", "answers", "code"):
         shutil.rmtree(build / name, ignore_errors=True)

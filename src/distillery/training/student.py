@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from distillery.config.schema import LoraSettings, StudentConfig
+from distillery.config.schema import LoraSettings, ModelConfig, StudentConfig
 from distillery.models.label_model import LabelModel
 from distillery.models.layers import find_layers, head_layers, layer_indices, stack_depths
 from distillery.models.load import load_model, load_tokenizer
@@ -62,17 +62,22 @@ def _trained_whole(model: Any) -> list[str]:
     return [name for name in head_layers(model) if name.endswith(("classifier", "score"))]
 
 
-def build_student(spec: StudentConfig, folder: Path, task: Task, seed: int, remote_code: bool = False) -> LabelModel:
+def build_student(
+    spec: StudentConfig, folder: Path, task: Task, seed: int, origin: ModelConfig | None = None
+) -> LabelModel:
     """The student before its first step: the layers `spec.init` names of the model in `folder`, and its adapter.
 
+    origin: the section of that model in params.yaml: the labels of its head, and whether its own code runs.
     Trained weights are in float32 whatever `spec.dtype` is, which is the precision of the matrix products.
     Raises UserError when the folder holds no such model or a layer does not exist.
     """
     adapted, dtype = spec.adapter.kind != "none", resolve_dtype(spec.dtype, "training")
+    remote_code = origin is not None and origin.trust_remote_code
     model = load_model(
         folder,
         spec.arch,
         labels=task.names,
+        label_map=origin.labels if origin else None,
         layers=spec.init.layers,
         dtype=dtype if adapted and spec.arch != "classifier" else "float32",
         seed=seed,

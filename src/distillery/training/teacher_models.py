@@ -11,6 +11,7 @@ from distillery.config.schema import ModelConfig, TeacherConfig
 from distillery.errors import UserError
 from distillery.files import Paths
 from distillery.models.fetch import fetch_model
+from distillery.models.heads import read_head
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.layers import count_layers
 from distillery.models.load import load_model, load_tokenizer
@@ -33,10 +34,12 @@ def load_teacher_model(
     """The teacher `name` as fetched from `origin`, or, with `tuned`, from that folder (a whole model, or adapters).
 
     use: what it is opened for, which decides what `dtype: auto` means.
+    Raises UserError when it is a classifier without `finetune` whose model has no head for the labels.
     """
     arch = {"lm": "causal"}.get(spec.kind, spec.kind)
     adapters = tuned is not None and (tuned / "adapter_config.json").exists()
     folder = tuned if tuned and not adapters else fetch_model(spec.model, origin)
+    label_map = origin.labels if folder != tuned else None
     # weights that will be trained stay in float32; others are loaded in the precision of their use
     trained = spec.finetune is not None and spec.finetune.lora is None and tuned is None
     dtype = resolve_dtype(spec.dtype, use)
@@ -44,11 +47,14 @@ def load_teacher_model(
         folder,
         arch,
         labels=task.names,
+        label_map=label_map,
         dtype=dtype if arch != "classifier" and not trained else "float32",
         seed=spec.seed,
         quantize=spec.quantize == "nf4",
         trust_remote_code=origin.trust_remote_code,
     )
+    if arch == "classifier" and spec.finetune is None:
+        read_head(folder, task.names, label_map).require(name, spec.model, task.names)
     if adapters:
         model = merge_adapters(model, tuned)
     tokenizer = load_tokenizer(folder, origin.trust_remote_code)

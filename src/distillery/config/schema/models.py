@@ -43,6 +43,9 @@ class ModelConfig(Section):
     """A local folder, or with `wheel` a folder inside it."""
     random: RandomModelConfig | None = None
     """A small model with random weights."""
+    labels: Annotated[dict[str, str], Field(min_length=2)] | None = None
+    """The task's label for each label of the classification head that the model brings, such as `{LABEL_0: negative,
+    LABEL_1: positive}`. When not given, labels match by name; capitals and spaces count nothing."""
     trust_remote_code: bool = False
     """Whether to run code that comes with a hub model."""
 

@@ -1,0 +1,39 @@
+"""Checks of the models that params.yaml names, as far as their files are on this machine already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from distillery.config.schema import Params
+from distillery.errors import UserError
+from distillery.models.folders import model_folder
+from distillery.models.heads import check_label_map, read_head
+from distillery.tasks.schema import load_task
+
+
+def check_models(params: Params) -> None:
+    """Check the heads of classifiers against their tasks.
+
+    A model that has yet to be fetched is checked when it is loaded. Raises UserError with one line that names the key.
+    """
+    for teacher, model, labels in _classifiers(params):
+        spec = params.models[model]
+        folder = model_folder(model, spec)
+        try:
+            if spec.labels:
+                check_label_map(spec.labels, labels)
+            head = read_head(folder, labels, spec.labels) if (folder / "config.json").is_file() else None
+        except ValueError as error:
+            raise UserError(f"params.yaml: models.{model}: {error}") from None
+        if head and teacher and params.teachers[teacher].finetune is None:
+            head.require(teacher, model, labels)
+
+
+def _classifiers(params: Params) -> Iterator[tuple[str | None, str, list[str]]]:
+    """The teacher's name (None of a student), model and labels of every classifier."""
+    for name, spec in params.teachers.items():
+        if spec.kind == "classifier":
+            yield name, spec.model, load_task(params.data[params.teacher_sources(name)[0]].task).names
+    for name, spec in params.students.items():
+        if spec.arch == "classifier":
+            yield None, spec.model, load_task(params.data[params.test_source(name)].task).names
