@@ -13,6 +13,7 @@ from distillery.config.schema import SourceConfig
 TYPES = {  # the architectures behind the hub ids that the recipes name
     "meta-llama/Llama-2-7b-hf": "llama",
     "meta-llama/Llama-2-13b-hf": "llama",
+    "Orkhan/llama-2-7b-absa": "llama",
     "bigscience/bloom-1b1": "bloom",
     "ProsusAI/finbert": "bert",
     "google-bert/bert-base-uncased": "bert",

@@ -101,7 +101,8 @@ class AnswerFilesConfig(Section):
 
 
 class TeacherConfig(Section):
-    """A model that gives signals for rows: labels, probabilities, rationales. Without `finetune` it is only prompted.
+    """A model that gives signals for rows: labels, probabilities, rationales. Without `finetune` a language model is
+    only prompted, and a classifier predicts with the head that its model brings for these labels.
 
     `prompts`, `examples_from` and `calibrate` are for teachers that are only prompted.
     """
@@ -118,7 +119,7 @@ class TeacherConfig(Section):
     data: list[Name] | None = None
     """The sources it labels; all when not given."""
     finetune: FinetuneConfig | None = None
-    """Fine-tuning on gold rows before it labels."""
+    """Fine-tuning on gold rows before it labels; a classifier needs it if its model brings no head for the labels."""
     prompt: Literal["chat", "plain"] = "chat"
     """Form of the prompt: the tokenizer's chat template, or the turns as plain text."""
     prompts: list[str] = []
