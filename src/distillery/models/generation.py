@@ -1,4 +1,4 @@
-"""Generate completions of padded prompts, and clean generated texts."""
+"""Generate completions of prompts by the method that fits the model, and clean generated texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,53 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from distillery.models.forward_methods import ForwardMethods
+from distillery.models.packed.decoding import decode_completions, next_tokens
+from distillery.models.scoring import plain_token_logits
 from distillery.tasks.prompts import PLAIN_SEPARATOR
+
+# what a model's own generation_config may ask for beside the likeliest tokens, or tokens drawn by their probability
+PLAIN_DECODING = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "top_p": 1.0}
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    prefix_kv: Any,
+    methods: ForwardMethods,
+    *,
+    pad_token_id: int,
+    end_token_ids: set[int],
+    max_new_tokens: int,
+    temperature: float,
+) -> list[list[int]]:
+    """The tokens that `model` generates after each prompt, up to and with one of `end_token_ids`.
+
+    prefix_kv: of the tokens that all prompts begin with; see :func:`compute_prefix_kv`. Greedy when `temperature` is 0.
+    """
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    settings["end_token_ids"] = end_token_ids
+    if prefix_kv:
+        return decode_completions(model, prompts, prefix_kv, direct_head=methods.direct_head, **settings)
+    if methods.generation == "plain":
+        return [generate_plainly(model, prompt, **settings) for prompt in prompts]
+    return generate_padded(model, prompts, pad_token_id=pad_token_id, **settings)
+
+
+def generate_plainly(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    *,
+    end_token_ids: set[int],
+    max_new_tokens: int,
+    temperature: float,
+) -> list[int]:
+    """As :func:`generate_padded` for one prompt, by a whole forward pass for each token: slow, and right by design."""
+    tokens: list[int] = []
+    while len(tokens) < max_new_tokens and end_token_ids.isdisjoint(tokens[-1:]):
+        logits = plain_token_logits(model, [[*prompt, *tokens]], [[[0]]], ()).logits
+        tokens.append(int(next_tokens(logits, temperature)))
+    return tokens
 
 
 def generate_padded(
@@ -22,10 +68,10 @@ def generate_padded(
 ) -> list[list[int]]:
     """The tokens that `model` generates after each prompt, up to and with one of `end_token_ids`.
 
-    For models that take no token trees: ALiBi models and encoder-decoders. Greedy when `temperature` is 0.
+    For models that take no token trees, such as ALiBi models and encoder-decoders. Greedy when `temperature` is 0.
     """
     seq2seq, width = model.config.is_encoder_decoder, max(map(len, prompts))
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_id}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_id} | PLAIN_DECODING
     settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     rows, masks = [], []
     for prompt in prompts:

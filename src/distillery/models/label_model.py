@@ -19,8 +19,10 @@ from distillery.models.encoding import (
     tokenize_labels,
     truncate_prompt,
 )
-from distillery.models.generation import first_line, first_paragraph, generate_padded, one_line
-from distillery.models.packed.decoding import compute_prefix_kv, decode_completions
+from distillery.models.forward_check import check_forward
+from distillery.models.forward_methods import ForwardMethods
+from distillery.models.generation import first_line, first_paragraph, generate_batch, one_line
+from distillery.models.packed.decoding import compute_prefix_kv
 from distillery.models.packed.frozen_layers import FrozenStates
 from distillery.models.packed.token_tree import common_prefix
 from distillery.models.runtime import configure_runtime
@@ -70,6 +72,7 @@ class LabelModel:
         self.dtype = getattr(torch, dtype)
         self.batch_size = batch_size
         self.frozen_states: FrozenStates | None = None
+        self._methods, self._longest_row = ForwardMethods(), 0  # tokens of the longest text that was encoded
         if arch != "classifier":
             # the answers of a `qa` task are those of the rows at hand: see :meth:`set_answers`
             names = [] if task.kind == "qa" else task.names
@@ -102,7 +105,15 @@ class LabelModel:
                 for text, examples in zip(texts, solved, strict=True)
             ]
         check_token_ids(ids, self.tokenizer, self.model)
+        self._longest_row = max([self._longest_row, *map(len, ids)])
         return ids
+
+    def forward_methods(self, ids: Sequence[Sequence[int]], new_tokens: int) -> ForwardMethods:
+        """How a causal model computes rows `ids` with `new_tokens` more; see :func:`check_forward`."""
+        length = max([self._longest_row, *map(len, ids)]) + new_tokens
+        if self.arch == "causal" and length > self._methods.length:
+            self._methods = check_forward(self.model, length, autocast=self.autocast, **self._end_tokens())
+        return self._methods
 
     def prompt_for(self, text: str, solved: Sequence[FewShotExample] | int) -> str:
         """The prompt of a generative model for `text`, with the examples `solved`, or so many of the task file's."""
@@ -154,25 +165,20 @@ class LabelModel:
         the output of layer j, as `transformers` counts them). activation_maps: of these layers, for encoders.
         prefix_kv: keys and values of the tokens that all rows begin with; see :func:`compute_prefix_kv`.
         """
-        with self.autocast():
-            if self.arch == "classifier":
+        if self.arch == "classifier":
+            with self.autocast():
                 return classifier_output(self.model, self.tokenizer, ids, layers, activation_maps)
-            scored = self.scored_completions(len(ids), completions, label_space)
-            tokens = [[completion for completion, _ in row] for row in scored]
+        labels = self.label_token_ids if label_space else []
+        scored = scored_completions(len(ids), labels, completions, self.tokenizer.eos_token_id)
+        tokens = [[completion for completion, _ in row] for row in scored]
+        methods = self.forward_methods(ids, max(len(completion) for row in tokens for completion in row))
+        with self.autocast():
             if self.arch == "causal":
                 frozen = self.frozen_states if torch.is_grad_enabled() else None
-                token_logits = causal_token_logits(self.model, ids, tokens, layers, prefix_kv, frozen)
+                token_logits = causal_token_logits(self.model, ids, tokens, layers, prefix_kv, methods, frozen)
             else:
                 token_logits = seq2seq_token_logits(self.model, self.tokenizer, ids, tokens, layers)
-        n_labels = len(self.label_token_ids) if label_space else None
-        return completion_output(token_logits, scored, n_labels, bool(completions))
-
-    def scored_completions(
-        self, n: int, completions: Sequence[Sequence[Completion]] | None, label_space: bool
-    ) -> list[list[Completion]]:
-        """What :meth:`forward` scores after each of `n` rows, given the same arguments."""
-        labels = self.label_token_ids if label_space else []
-        return scored_completions(n, labels, completions, self.tokenizer.eos_token_id)
+        return completion_output(token_logits, scored, len(labels) if label_space else None, bool(completions))
 
     @torch.no_grad()
     def predict(
@@ -204,8 +210,9 @@ class LabelModel:
             return probabilities
         training = self.model.training
         self.model.eval()
+        methods = self.forward_methods(ids, MAX_ANSWER_TOKENS)
         with self.autocast():
-            prefix_kv = self._prefix_kv(ids) if len(ids) > 1 else None
+            prefix_kv = self._prefix_kv(ids, methods.scoring) if len(ids) > 1 else None
         for rows in batches_by_length(ids, self.batch_size):
             new = [i for i in rows if wanted[i]]
             if not new:
@@ -220,9 +227,10 @@ class LabelModel:
         self.model.train(training)
         return probabilities
 
-    def _prefix_kv(self, ids: Sequence[Sequence[int]]) -> Any:
-        """Keys and values of the tokens that all rows `ids` begin with; None where they cannot be shared."""
-        return compute_prefix_kv(self.model, ids[0][: common_prefix(ids)]) if ids and self.arch == "causal" else None
+    def _prefix_kv(self, ids: Sequence[Sequence[int]], method: str) -> Any:
+        """Keys and values of the tokens that all rows `ids` begin with; None where `method` cannot share them."""
+        shared = bool(ids) and self.arch == "causal" and method == "packed"
+        return compute_prefix_kv(self.model, ids[0][: common_prefix(ids)]) if shared else None
 
     def answer_questions(
         self,
@@ -320,16 +328,17 @@ class LabelModel:
         training = self.model.training
         self.model.eval()
         completions: list[list[int]] = [[] for _ in ids]
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature} | self._end_tokens()
         # weights that are being trained lie in float32 whatever the precision of the products
         wide = any(weight.dtype == torch.float32 for weight in self.model.parameters())
+        methods = self.forward_methods(ids, max_new_tokens)
         with torch.random.fork_rng(), self.autocast() if wide else nullcontext():
-            prefix_kv = self._prefix_kv(ids)
+            prefix_kv = self._prefix_kv(ids, methods.generation)
             for k, rows in enumerate(batches_by_length(ids, batch_size)):
                 if wanted is not None and not any(wanted[i] for i in rows):
                     continue
                 torch.manual_seed(1_000_003 * seed + k * batch_size)
-                generated = self._generate([ids[i] for i in rows], prefix_kv, **settings)
+                generated = generate_batch(self.model, [ids[i] for i in rows], prefix_kv, methods, **settings)
                 for i, tokens in zip(rows, generated, strict=True):
                     completions[i] = tokens
                 if on_batch:
@@ -337,14 +346,8 @@ class LabelModel:
         self.model.train(training)
         return completions
 
-    def _generate(self, prompts: Sequence[Sequence[int]], prefix_kv: Any, **settings: Any) -> list[list[int]]:
-        """One batch of :meth:`generate_tokens`."""
-        settings["end_token_ids"] = self.end_token_ids()
-        if prefix_kv:
-            return decode_completions(self.model, prompts, prefix_kv, **settings)
-        return generate_padded(self.model, prompts, pad_token_id=self.tokenizer.pad_token_id, **settings)
-
-    def end_token_ids(self) -> set[int]:
-        """The tokens that end a generated text."""
+    def _end_tokens(self) -> dict[str, Any]:
+        """The tokens that fill up and that end a generated text, as arguments of :func:`generate_batch`."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        return {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+        ends = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+        return {"pad_token_id": self.tokenizer.pad_token_id, "end_token_ids": ends}

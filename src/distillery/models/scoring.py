@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillery.models.encoding import Completion
-from distillery.models.layers import output_head
+from distillery.models.forward_methods import ForwardMethods
+from distillery.models.head import output_logits
 from distillery.models.packed.frozen_layers import FrozenStates
-from distillery.models.packed.hidden import completion_hidden_states
+from distillery.models.packed.hidden import completion_hidden_states, layer_states
 
 
 @dataclass
@@ -85,15 +86,57 @@ def classifier_output(
 def causal_token_logits(
     model: PreTrainedModel,
     ids: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[list[int]]],
+    completions: Sequence[Sequence[Sequence[int]]],
     layers: Sequence[int],
     prefix_kv: Any,
+    methods: ForwardMethods,
     frozen: FrozenStates | None = None,
 ) -> TokenLogits:
-    """Logits of a causal model for `completions` [rows][completions][tokens] after the prompts `ids`."""
-    states = completion_hidden_states(model, ids, completions, layers, prefix_kv, frozen)
-    logits = output_head(model)(states.hidden).float()
-    return TokenLogits(logits, *states[1:])
+    """Logits of a causal model for `completions` [rows][completions][tokens] after the prompts `ids`.
+
+    methods: how to compute them; see :func:`distillery.models.forward_check.check_forward`.
+    frozen: states of the frozen lower layers; see :func:`completion_hidden_states`.
+    """
+    if methods.scoring == "plain":
+        return plain_token_logits(model, ids, completions, layers)
+    packed = methods.scoring == "packed"
+    states = completion_hidden_states(model, ids, completions, layers, prefix_kv, packed=packed, frozen=frozen)
+    return TokenLogits(output_logits(model, states.hidden, methods.direct_head).float(), *states[1:])
+
+
+def plain_token_logits(
+    model: PreTrainedModel,
+    ids: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[Sequence[int]]],
+    layers: Sequence[int],
+) -> TokenLogits:
+    """As :func:`causal_token_logits`, by the model's own forward pass of one row at a time: slow, and right by design.
+
+    Completions of a row that are fed the same tokens (all that are one token long) share a pass.
+    """
+    logits: list[Tensor] = []
+    prompt_states: list[Tensor] = []
+    for prompt, row in zip(ids, completions, strict=True):
+        passes: dict[tuple[int, ...], Any] = {}
+        for completion in row:
+            fed = tuple(completion[:-1])
+            if fed not in passes:
+                inputs = torch.tensor([[*prompt, *fed]], device=model.device)
+                passes[fed] = model(input_ids=inputs, use_cache=False, output_hidden_states=bool(layers))
+            logits.append(passes[fed].logits[0, len(prompt) - 1 :].clone())  # not a view of the whole prompt's
+        if layers:
+            states = layer_states(next(iter(passes.values())), layers)
+            prompt_states.append(torch.stack([x[0, len(prompt) - 1] for x in states]))
+    flat = [completion for row in completions for completion in row]
+    repeats = torch.tensor([len(completion) for completion in flat], device=model.device)
+    target_ids = torch.tensor([token for completion in flat for token in completion], device=model.device)
+    return TokenLogits(
+        torch.cat(logits).float(),
+        torch.arange(len(target_ids), device=model.device),
+        target_ids,
+        torch.arange(len(flat), device=model.device).repeat_interleave(repeats),
+        torch.stack(prompt_states) if layers else None,
+    )
 
 
 def seq2seq_token_logits(

@@ -21,6 +21,7 @@ from distillery.models.fast_cpu import train_used_embeddings, use_bit_dropout
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.packed.frozen_layers import compute_frozen_states
 from distillery.models.predictions import predict_rows, score_predictions
+from distillery.models.scoring import scored_completions
 from distillery.tasks.schema import N_OPTIONS
 from distillery.training.completions import PhaseCompletions, StepCounts
 from distillery.training.phase_loss import PhaseLoss
@@ -66,8 +67,16 @@ class PhaseTrainerMixin:
             used = {student.tokenizer.pad_token_id, *(token for ids in self.token_ids for token in ids)}
             train_used_embeddings(self.model, used)
         if student.arch == "causal" and not phase.on_policy and not self.signals.student_layers:
-            label_space = self.phase_loss.requested_outputs["label_space"]
-            scored = student.scored_completions(len(rows), self.completions.by_row, label_space)
+            self._compute_frozen_states()
+
+    def _compute_frozen_states(self) -> None:
+        """Compute once what the student's frozen lower layers, if it has any, give for all rows of the phase."""
+        student, label_space = self.student, self.phase_loss.requested_outputs["label_space"]
+        labels = student.label_token_ids if label_space else []
+        end_token = student.tokenizer.eos_token_id
+        scored = scored_completions(len(self.rows), labels, self.completions.by_row, end_token)
+        longest = max(len(tokens) for row in scored for tokens, _ in row)
+        if student.forward_methods(self.token_ids, longest).scoring == "packed":
             with student.autocast():
                 student.frozen_states = compute_frozen_states(self.model, self.token_ids, scored)
 

@@ -40,6 +40,19 @@ class DecodingState:
         self.lengths = self.lengths[rows]
 
 
+def _check_plain_attention(
+    length: int, sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **_: Any
+) -> None:
+    """Raise ValueError for an attention over `length` tokens that is more than a softmax over all ancestors.
+
+    The names are those under which `transformers` passes them: a window of tokens, a cap on scores, attention sinks.
+    """
+    if sliding_window is not None and length > sliding_window:
+        raise ValueError(f"a layer sees {sliding_window} tokens, a row has {length}")
+    if softcap is not None or s_aux is not None:
+        raise ValueError("its attention caps scores" if s_aux is None else "its attention has sinks")
+
+
 def tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -47,13 +60,16 @@ def tree_attention(
     value: Tensor,
     attention_mask: Any,
     scaling: float | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a :class:`TokenTree`: each token attends to the prefix and to its ancestors in its own row.
 
     query [1, heads, T, head size], key and value [1, kv heads, T, head size] -> [1, T, heads, head size].
+    Raises ValueError for a layer that attends in another way.
     """
     tree: TokenTree = _running["token_tree"]
+    _check_plain_attention(tree.row_length, **options)
+    tree.attended += 1
     if tree.prefix_kv is None:
         return _attend_with_prefix(tree, query, key, value, scaling), None
     if tree.own_kv is not None:
@@ -133,12 +149,12 @@ def decoding_attention(
     value: Tensor,
     attention_mask: Any,
     scaling: float | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each row's newest token to the prefix and to the row's own tokens; see :class:`DecodingState`.
 
     query [1, heads, rows, head size] -> [1, rows, heads, head size]. The prefix's keys and values are not repeated for
-    every row, and no cache is copied from step to step.
+    every row, and no cache is copied from step to step. Raises ValueError for a layer that attends in another way.
     """
     state, layer = _running["packed_decoding"], module.layer_idx
     (heads, rows, size), kv_heads = query.shape[1:], key.shape[1]
@@ -146,10 +162,12 @@ def decoding_attention(
     row, newest = torch.arange(rows, device=query.device), state.lengths - 1
     state.keys[layer][row, :, newest] = key[0].transpose(0, 1).to(state.keys[layer].dtype)
     state.values[layer][row, :, newest] = value[0].transpose(0, 1).to(state.values[layer].dtype)
-    width = min(-(-int(state.lengths.max()) // 16) * 16, state.keys[layer].shape[2])
+    longest = int(state.lengths.max())
+    width = min(-(-longest // 16) * 16, state.keys[layer].shape[2])
     own_k, own_v = state.keys[layer][:, :, :width], state.values[layer][:, :, :width]
     prefix_k, prefix_v = state.prefix_kv[layer]
     prefix = prefix_k.shape[1]
+    _check_plain_attention(prefix + longest, **options)
     q = query[0].unflatten(0, (kv_heads, group))
     prefix_scores = q.flatten(1, 2) @ prefix_k.to(q.dtype).transpose(-1, -2)
     prefix_scores = prefix_scores.unflatten(1, (group, rows)).permute(2, 0, 1, 3)

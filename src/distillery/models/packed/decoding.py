@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distillery.models.layers import output_head, transformer_body
+from distillery.models.head import output_logits
+from distillery.models.layers import transformer_body
 from distillery.models.packed.attention import DecodingState, attend_by_tree, decode_with, supports_token_trees
 from distillery.models.packed.token_tree import pack_token_tree
 
@@ -21,53 +22,58 @@ def decode_completions(
     max_new_tokens: int,
     temperature: float,
     end_token_ids: set[int],
+    direct_head: bool = True,
 ) -> list[list[int]]:
     """The tokens that a causal `model` generates after each prompt, up to and with one of `end_token_ids`.
 
     prefix_kv: see :func:`compute_prefix_kv`; all prompts begin with its P tokens. Greedy when `temperature` is 0, else
-    drawn from torch's random state.
+    drawn from torch's random state. direct_head: see :func:`output_logits`.
     """
     body, device = transformer_body(model), next(model.parameters()).device
-    logits, state = _prefill(model, prompts, prefix_kv, max_new_tokens)
+    hidden, state = _prefill(model, prompts, prefix_kv, max_new_tokens)
+    logits = output_logits(model, hidden, direct_head)
     positions = torch.tensor([len(prompt) for prompt in prompts], device=device)
     completions: list[list[int]] = [[] for _ in prompts]
     unfinished = list(range(len(prompts)))
-    with decode_with(state, body.config):
-        for step in range(max_new_tokens):
-            if temperature:
-                tokens = torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
-            else:
-                tokens = logits.argmax(-1)
-            for i, token in zip(unfinished, tokens.tolist(), strict=True):
-                completions[i].append(token)
-            going = [k for k, token in enumerate(tokens.tolist()) if token not in end_token_ids]
-            if not going or step + 1 == max_new_tokens:
-                break
-            if len(going) < len(unfinished):
-                rows = torch.tensor(going, device=device)
-                unfinished, tokens, positions = [unfinished[k] for k in going], tokens[rows], positions[rows]
-                state.select(rows)
-            state.lengths = state.lengths + 1
+    for step in range(max_new_tokens):
+        tokens = next_tokens(logits, temperature)
+        for i, token in zip(unfinished, tokens.tolist(), strict=True):
+            completions[i].append(token)
+        going = [k for k, token in enumerate(tokens.tolist()) if token not in end_token_ids]
+        if not going or step + 1 == max_new_tokens:
+            break
+        if len(going) < len(unfinished):
+            rows = torch.tensor(going, device=device)
+            unfinished, tokens, positions = [unfinished[k] for k in going], tokens[rows], positions[rows]
+            state.select(rows)
+        state.lengths = state.lengths + 1
+        with decode_with(state, body.config):
             outputs = body(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
-            logits, positions = output_head(model)(outputs.last_hidden_state[0]), positions + 1
+        logits, positions = output_logits(model, outputs.last_hidden_state[0], direct_head), positions + 1
     return completions
+
+
+def next_tokens(logits: Tensor, temperature: float) -> Tensor:
+    """A token [rows] for each row of `logits` [rows, vocabulary]: the likeliest when `temperature` is 0, else drawn."""
+    if temperature:
+        return torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
+    return logits.argmax(-1)
 
 
 def _prefill(
     model: nn.Module, prompts: Sequence[Sequence[int]], prefix_kv: list[tuple[Tensor, Tensor]], max_new_tokens: int
 ) -> tuple[Tensor, DecodingState]:
-    """Logits [rows, vocabulary] of the first token after each prompt, and the state to go on from."""
+    """Hidden states [rows, d] where the first token after each prompt is predicted, and the state to go on from."""
     body, device = transformer_body(model), next(model.parameters()).device
     tree = pack_token_tree(prompts, [[[0]]] * len(prompts), prefix_kv).to(device)  # token 0 is a placeholder, never fed
     tree.own_kv = {}
     with attend_by_tree(tree, body.config):
         hidden = body(input_ids=tree.input_ids, position_ids=tree.position_ids, use_cache=False).last_hidden_state[0]
-    logits = output_head(model)(hidden[tree.logit_positions])
     own_kv = [tree.own_kv[layer] for layer in range(len(tree.own_kv))]
     keys, values = ([nn.functional.pad(kv[k], (0, 0, 0, max_new_tokens)) for kv in own_kv] for k in (0, 1))
     prefix_length = prefix_kv[0][0].shape[1]
     lengths = torch.tensor([len(prompt) - prefix_length for prompt in prompts], device=device)
-    return logits, DecodingState(prefix_kv, keys, values, lengths)
+    return hidden[tree.logit_positions], DecodingState(prefix_kv, keys, values, lengths)
 
 
 def compute_prefix_kv(model: nn.Module, tokens: Sequence[int]) -> list[tuple[Tensor, Tensor]] | None:

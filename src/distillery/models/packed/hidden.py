@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distillery.models.layers import transformer_body
+from distillery.errors import UserError
+from distillery.models.layers import configured_layers, transformer_body
 from distillery.models.packed.attention import attend_by_tree, supports_token_trees
 from distillery.models.packed.frozen_layers import FrozenStates, continue_from
 from distillery.models.packed.token_tree import TokenTree, pack_token_tree
@@ -36,22 +37,29 @@ def completion_hidden_states(
     completions: Sequence[Sequence[Sequence[int]]],
     layers: Sequence[int] = (),
     prefix_kv: list[tuple[Tensor, Tensor]] | None = None,
+    *,
+    packed: bool = True,
     frozen: FrozenStates | None = None,
 ) -> CompletionStates:
     """Hidden states of a causal `model` where the tokens of `completions` [rows][completions][tokens] are predicted.
 
     The gather comes before the output head, which then gets one contiguous matrix of the wanted positions.
     layers: of which to return the prompts' states (0 the embeddings). prefix_kv: see :func:`compute_prefix_kv`.
-    frozen: states of the frozen lower layers, from which to go on where it knows all rows; not with `layers`.
+    packed: whether rows are token trees, where the model takes them; else a padded batch.
+    frozen: states of the frozen lower layers, from which trees go on where it knows all rows; not with `layers`.
+    Raises ValueError where a layer mixes tokens in another way than trees know.
     """
     body, device = transformer_body(model), next(model.parameters()).device
     options = {"use_cache": False, "output_hidden_states": bool(layers)}
     tree = pack_token_tree(prompts, completions, prefix_kv).to(device)
-    if supports_token_trees(model):
+    if packed and supports_token_trees(model):
         states = frozen.pack(tree, prompts, completions) if frozen and not layers and prefix_kv is None else None
         lower = nullcontext() if states is None else continue_from(body, frozen.depth, states)
         with attend_by_tree(tree, body.config), lower:
             outputs = body(input_ids=tree.input_ids, position_ids=tree.position_ids, **options)
+        depth = configured_layers(body.config) - (0 if states is None else frozen.depth)
+        if tree.attended < depth:
+            raise ValueError(f"only {tree.attended} of its {depth} layers are attention")
         if outputs.last_hidden_state.requires_grad and body.is_activation_checkpointing:
             _attend_by_tree_in_backward(outputs.last_hidden_state, tree, body.config)
         positions = tree.logit_positions
@@ -62,10 +70,21 @@ def completion_hidden_states(
     if layers:
         tokens_per_row = [sum(map(len, row)) for row in completions]
         first = positions[torch.tensor([0, *tokens_per_row[:-1]], device=device).cumsum(0)]
-        prompt_states = torch.stack([outputs.hidden_states[j].flatten(0, 1)[first] for j in layers], 1)
+        prompt_states = torch.stack([x.flatten(0, 1)[first] for x in layer_states(outputs, layers)], 1)
     distinct, index = torch.unique(positions, return_inverse=True)
     hidden = outputs.last_hidden_state.flatten(0, 1)[distinct]
     return CompletionStates(hidden, index, tree.target_ids, tree.completion_index, prompt_states)
+
+
+def layer_states(outputs: Any, layers: Sequence[int]) -> list[Tensor]:
+    """The hidden states [rows, tokens, d] of `layers` in a model's `outputs`.
+
+    Raises UserError where a layer has several states a token (Gemma 3n).
+    """
+    states = [outputs.hidden_states[j] for j in layers]
+    if any(x.dim() != 3 for x in states):
+        raise UserError("phases: loss: this model has several hidden states a token; use terms without hidden states")
+    return states
 
 
 def _attend_by_tree_in_backward(hidden: Tensor, tree: TokenTree, config: Any) -> None:
@@ -82,7 +101,7 @@ def _attend_by_tree_in_backward(hidden: Tensor, tree: TokenTree, config: Any) ->
 def _pad_rows(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]], device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """For models that take no trees: each completion after its prompt as a padded row of its own.
+    """Without trees: each completion after its prompt as a padded row of its own.
 
     Returns the model's inputs, and the positions in the flattened batch where completion tokens are predicted.
     """

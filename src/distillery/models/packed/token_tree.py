@@ -24,8 +24,10 @@ class TokenTree:
     logit_positions: [n], where in the sequence each token is predicted.
     target_ids: [n], the predicted tokens.
     completion_index: [n], which completion each belongs to, counted through the rows in order.
+    row_length: tokens of the longest row with a completion.
     prefix_kv: keys and values of the prefix computed before, [kv heads, P, head size] a layer.
     own_kv: a dict that receives each layer's keys and values of the own tokens, [R, kv heads, W, head size].
+    attended: how many layers have attended over the tree.
     """
 
     prefix_length: int
@@ -37,9 +39,11 @@ class TokenTree:
     logit_positions: Tensor
     target_ids: Tensor
     completion_index: Tensor
+    row_length: int
     prefix_kv: list[tuple[Tensor, Tensor]] | None = None
     own_kv: dict[int, tuple[Tensor, Tensor]] | None = None
     _attention_mask: Tensor | None = None
+    attended: int = 0
 
     def to(self, device: torch.device) -> TokenTree:
         """The same tree with its tensors on `device`; `prefix_kv` stays where it is."""
@@ -125,6 +129,7 @@ def pack_token_tree(
         torch.tensor(logit_positions),
         torch.tensor(target_ids),
         torch.tensor(completion_index),
+        max(positions, default=0) + 1,
         prefix_kv,
     )
 

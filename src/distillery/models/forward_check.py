@@ -1,0 +1,175 @@
+"""Choose how the rows of a causal model are computed: by the fastest method that equals its plain forward pass.
+
+Token trees know attention with positions and nothing else. State-space and convolution layers, sliding windows,
+attention sinks and whatever the next architecture brings would give other probabilities without an error. So each
+method is compared with the forward pass of `transformers` before it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillery.models.forward_methods import ForwardMethods
+from distillery.models.generation import generate_batch
+from distillery.models.head import head_is_direct
+from distillery.models.layers import transformer_body
+from distillery.models.packed.attention import supports_token_trees
+from distillery.models.packed.decoding import compute_prefix_kv
+from distillery.models.scoring import TokenLogits, causal_token_logits, plain_token_logits
+
+PREFIX = 4  # tokens that all compared rows begin with
+SHORT_ROWS = (8, 5)  # tokens of the compared rows beside the long one
+NEW_TOKENS = 2  # that each method generates after a row
+MIN_LENGTH = 64  # tokens of the long row; powers of two from here on, so that few lengths are compared
+POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")  # keys of a config
+
+_checked: dict[tuple[str, ...], ForwardMethods] = {}  # of this process
+
+
+def check_forward(
+    model: nn.Module,
+    length: int,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    pad_token_id: int,
+    end_token_ids: set[int],
+) -> ForwardMethods:
+    """The fastest methods whose results for rows of up to `length` tokens are those of `model`'s plain forward pass.
+
+    Compares log-probabilities over the vocabulary at short rows and at one of `length` tokens, and greedy tokens: once
+    a process for models of equal config and precision, and again for longer rows. A method that differs beyond rounding
+    is not used, and a line says so. Random state, gradients and modes of `model` stay as they are.
+
+    autocast: the context in which the model runs. pad_token_id, end_token_ids: see :func:`generate_padded`.
+    """
+    config, weights = transformer_body(model).config, next(model.parameters())
+    device = weights.device.type
+    with autocast():
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.dtype
+    key = (config.to_json_string(), str(weights.dtype), str(dtype), device)
+    known = _checked.get(key)
+    if known is not None and length <= known.length:
+        return known
+    with _undisturbed(model), autocast():
+        torch.set_autocast_cache_enabled(False)  # weights that were narrowed without gradients would serve the training
+        compared = _ComparedRows(model, _compared_length(config, length), dtype, pad_token_id, end_token_ids)
+        methods = compared.choose_methods(length)
+    if compared.differences:
+        print(
+            f"{config.model_type}: rows are scored {methods.scoring} and continued {methods.generation}; "
+            f"{'; '.join(compared.differences)}",
+            flush=True,
+        )
+    _checked[key] = methods
+    return methods
+
+
+def _compared_length(config: Any, length: int) -> int:
+    """The next power of two from `length` on, or the model's highest length where that is less."""
+    limits = [getattr(config, key, None) for key in POSITION_LIMITS]
+    return min([max(MIN_LENGTH, 2 ** math.ceil(math.log2(length))), *(limit for limit in limits if limit)])
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, of which nothing stays: neither drawn random numbers nor a mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    cache_enabled = torch.is_autocast_cache_enabled()
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cache_enabled)
+        for module, training in modes:
+            module.training = training
+
+
+class _ComparedRows:
+    """Rows of drawn tokens, two short ones and one of `length` tokens, with their plain log-probabilities.
+
+    differences: a phrase for each method that cannot be used.
+    """
+
+    def __init__(self, model: nn.Module, length: int, dtype: torch.dtype, pad_token_id: int, end_token_ids: set[int]):
+        self.model, self.length = model, length
+        self.end_tokens: dict[str, Any] = {"pad_token_id": pad_token_id, "end_token_ids": end_token_ids}
+        self.differences: list[str] = []
+        size = model.get_input_embeddings().weight.shape[0]
+        # special tokens stand at the ends of a vocabulary
+        tokens = torch.randint(size // 8, size // 2, (2 * length,), generator=torch.Generator().manual_seed(0)).tolist()
+        prefix, starts = tokens[:PREFIX], (PREFIX, length // 2)
+        self.prompts = [prefix + tokens[i : i + n - PREFIX] for i, n in zip(starts, SHORT_ROWS, strict=True)]
+        self.prompts.append(prefix + tokens[length : 2 * length - PREFIX - 1])
+        self.completions = [[tokens[-1:], tokens[-3:]], [tokens[-1:]], [tokens[-2:]]]
+        self.direct_head = head_is_direct(model, self.prompts[0])
+        self.reference = _log_probabilities(plain_token_logits(model, self.prompts, self.completions, ()))
+        self.prefix_kv: Any = None
+        # rounding errors of many operations add up; the known faults are larger by far
+        self.tolerance = torch.finfo(dtype).eps ** 0.75 * float(self.reference.abs().max())
+
+    def choose_methods(self, length: int) -> ForwardMethods:
+        """The methods to use for rows of up to `length` tokens."""
+        candidates = ["packed", "padded"] if supports_token_trees(self.model) else ["padded"]
+        scoring = self._first_equal(candidates, self._scoring_error)
+        if scoring != "packed":
+            candidates = ["padded"]  # generation by trees packs the prompts, too
+        generation = self._first_equal(candidates, self._generation_error)
+        return ForwardMethods(scoring, generation, self.direct_head, max(length, self.length))
+
+    def _first_equal(self, candidates: Sequence[str], error: Callable[[str], float]) -> str:
+        for method in candidates:
+            try:
+                difference = error(method)
+            except Exception as problem:  # whatever an architecture raises at rows that it cannot take
+                reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+                self.differences.append(f"not {method}: {reason}")
+                continue
+            if difference <= self.tolerance:
+                return method
+            self.differences.append(f"not {method}: {difference:.2g} nats from its plain forward pass")
+        return "plain"
+
+    def _scoring_error(self, method: str) -> float:
+        """The difference of log-probabilities by `method` from the plain ones, in nats."""
+        methods = ForwardMethods(scoring=method, direct_head=self.direct_head)
+        tokens = causal_token_logits(self.model, self.prompts, self.completions, (), None, methods)
+        error = _difference(_log_probabilities(tokens), self.reference)
+        if method == "packed" and error <= self.tolerance:  # then also with the prefix computed before
+            n, self.prefix_kv = len(SHORT_ROWS), compute_prefix_kv(self.model, self.prompts[0][:PREFIX])
+            rows = self.prompts[:n], self.completions[:n]
+            values = _log_probabilities(causal_token_logits(self.model, *rows, (), self.prefix_kv, methods))
+            error = max(error, _difference(values, self.reference[: len(values)]))
+        return error
+
+    def _generation_error(self, method: str) -> float:
+        """How far below the likeliest token those are that `method` generates greedily, in nats; the largest."""
+        methods = ForwardMethods(generation=method, direct_head=self.direct_head)
+        rows, prefix_kv = (
+            (self.prompts[: len(SHORT_ROWS)], self.prefix_kv) if method == "packed" else (self.prompts, None)
+        )
+        prompts = [prompt[: self.length - NEW_TOKENS] for prompt in rows]
+        settings = {"max_new_tokens": NEW_TOKENS, "temperature": 0.0} | self.end_tokens
+        generated = generate_batch(self.model, prompts, prefix_kv, methods, **settings)
+        tokens = plain_token_logits(self.model, prompts, [[row] for row in generated], ())
+        values = _log_probabilities(tokens)
+        return float((values.max(-1).values - values[range(len(values)), tokens.target_ids]).max())
+
+
+def _log_probabilities(tokens: TokenLogits) -> Tensor:
+    """[n, vocabulary] at the n tokens of completions."""
+    return tokens.logits.log_softmax(-1)[tokens.index]
+
+
+def _difference(values: Tensor, reference: Tensor) -> float:
+    """The root mean square over the vocabulary of values - reference [n, vocabulary], at the worst of the n tokens.
+
+    The largest difference at any token of the vocabulary would be mostly rounding: in bfloat16 half a nat.
+    """
+    return float((values - reference).nan_to_num(nan=torch.inf).square().mean(-1).sqrt().max())
