@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from distillery.config.load import load_params
 from distillery.config.schema import SPLITS, ColumnNames, SourceConfig, SplitShares
 from distillery.data.audit import split_leaks
-from distillery.data.cleaning import ROW_COLUMNS, clean_rows, normalize_text
+from distillery.data.cleaning import ROW_COLUMNS, clean_rows
 from distillery.data.near_duplicates import (
     SIMILARITY_SLACK,
     cluster_near_duplicates,
@@ -29,7 +29,8 @@ from distillery.data.near_duplicates import (
     ngram_vectors,
 )
 from distillery.data.prepare import PreparedSource, prepare_source
-from distillery.data.readers import RawRows, read_source
+from distillery.data.readers import read_source
+from distillery.data.records import RawRows, normalize_text
 from distillery.data.splitting import split_groups
 from distillery.data.storage import read_split, read_task, write_source
 from distillery.errors import UserError
@@ -409,8 +410,13 @@ WRONG_ROWS = [  # rows, what the line says after the file
     (change(4, label=2), ", line 5: unknown label '2'; allowed: up, down"),
     (change(4, label=None), ", line 5: `label` is empty; allowed: up, down"),
     (change(4, label=...), ", line 5: `label` is empty; allowed: up, down"),
-    (change(4, label=["up"]), ", line 5: `label` must be text or a whole number, not a list (['up'])"),
-    (change(4, label=True), ", line 5: `label` must be text or a whole number, not true/false (True)"),
+    (
+        change(4, label=["up", "down"]),
+        ", line 5: `label` must be one label, not a list (['up', 'down']); allowed: ",
+    ),
+    (change(4, label={"up": 1}), ", line 5: `label` must be one label, not an object ({'up': 1}); allowed: up, down"),
+    (change(4, label=[]), ", line 5: `label` is empty; allowed: up, down"),
+    (change(4, label=True), ", line 5: unknown label 'true'; allowed: up, down"),
     (change(0, text=""), ", line 1: `text` is empty; every row needs a text"),
     (change(0, text=" \u200b\n"), ", line 1: `text` is empty; every row needs a text"),
     (change(0, text=None), ", line 1: `text` is empty; every row needs a text"),

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from distillery.config.schema import SPLITS
-from distillery.data.cleaning import ROW_COLUMNS, normalize_text
+from distillery.data.cleaning import ROW_COLUMNS
 from distillery.data.near_duplicates import (
     SIMILARITY_SLACK,
     near_duplicate_pairs,
@@ -16,6 +16,7 @@ from distillery.data.near_duplicates import (
     ngram_vectors,
     similarity_blocks,
 )
+from distillery.data.records import normalize_text
 from distillery.tasks.schema import N_OPTIONS, Task
 
 AUDIT_EXAMPLES = 10  # rows shown per finding of the audit

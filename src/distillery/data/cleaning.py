@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from distillery.config.schema import SourceConfig
-from distillery.data.readers import RawRows, value_kind
+from distillery.data.labels import LabelReader, value_text, whole_number_text
+from distillery.data.records import RawRows, normalize_text, value_kind
 from distillery.errors import UserError
 from distillery.tasks.prompts import with_options
 from distillery.tasks.schema import ANSWER_LABELS, ANSWER_SEPARATOR, N_OPTIONS, Task
@@ -28,22 +28,18 @@ HUB_SPLIT_COLUMN = "split of the hub"  # a column between reading and splitting
 DuplicateGroup = tuple[int, str]  # a row, and the group of a dropped duplicate: the row belongs to that group too
 
 
-def normalize_text(text: str) -> str:
-    """`text` in Unicode NFC, with every run of white space folded into one space and none at the ends."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
 def _visible(text: str) -> bool:
     return any(character.isprintable() and character != " " for character in text)
 
 
 def _to_name(value: Any) -> str | None:
-    """A label, id or group as text: an integer becomes its digits, an empty text None. TypeError for other types."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
+    """An id, group or answer as text: a whole number becomes its digits, an empty text None. TypeError for others."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
         raise TypeError
-    return normalize_text(str(value)) or None
+    name = value_text(value)
+    if isinstance(value, float) and not (name is None or value.is_integer()):
+        raise TypeError
+    return name
 
 
 @dataclass
@@ -62,12 +58,13 @@ class CleanRow:
 class RowCleaner:
     """Turns the records of `raw` into rows of the task.
 
-    Raises UserError when a column of `spec.columns` is missing from the file.
+    Raises UserError when a column of `spec.columns` is missing from the file, or a label of `columns.values` from the
+    task.
     """
 
     def __init__(self, raw: RawRows, spec: SourceConfig, task: Task):
         self.raw, self.task, self.columns = raw, task, spec.columns
-        self.labels = {normalize_text(label): label for label in task.names}
+        self.labels = LabelReader(task.names, self._named_values())
         file_columns = list(dict.fromkeys(column for record in raw.rows for column in record))
         roles = ("text", "options", "label", "id", "group", "rationale")
         mapped = {role: getattr(self.columns, role) for role in roles if role != "options" or task.kind == "choice"}
@@ -99,34 +96,63 @@ class RowCleaner:
         text = normalize_text(" ".join(record.get(column) or "" for column in self.text_columns))
         if not _visible(text):
             raise UserError(f"{at}: `{'`, `'.join(self.text_columns)}` is empty; every row needs a text")
-        label, answers = record.get(columns.label), None
-        if self.raw.labels and type(label) is int and 0 <= label < len(self.raw.labels):
-            label = self.raw.labels[label]
-        if self.task.kind == "qa" and columns.label is not None:
-            answers = _join_answers(at, columns.label, label)
-            label, _ = ANSWER_LABELS  # these are the accepted answers
-        values = {"label": label, "id": record.get(columns.id), "group": record.get(columns.group)}
-        for role, value in values.items():
-            try:
-                values[role] = _to_name(value)
-            except TypeError:
-                kind = f"{value_kind(value)} ({value!r:.60})"
-                raise UserError(
-                    f"{at}: `{getattr(columns, role)}` must be text or a whole number, not {kind}"
-                ) from None
-        n_options = None
+        answers, n_options = None, None
+        names = {role: self._name(at, role, record) for role in ("id", "group")}
         if self.task.kind == "choice":
-            text, values["label"], n_options = self._shuffle_options(at, text, record, values["label"])
-        if values["label"] not in self.labels and columns.label is not None:
-            problem = f"unknown label {values['label']!r:.60}" if values["label"] else f"`{columns.label}` is empty"
-            raise UserError(f"{at}: {problem}; allowed: {', '.join(self.task.names)}")
+            text, label, n_options = self._shuffle_options(at, text, record)
+        elif self.task.kind == "qa" and columns.label is not None:
+            answers = _join_answers(at, columns.label, record.get(columns.label))
+            label, _ = ANSWER_LABELS  # these are the accepted answers
+        else:
+            label = self._read_label(at, record)
         rationale = normalize_text(record.get(columns.rationale) or "") or None
-        label = self.labels.get(values["label"])
-        return CleanRow(values["id"], text, label, rationale, values["group"], answers, n_options)
+        return CleanRow(names["id"], text, label, rationale, names["group"], answers, n_options)
 
-    def _shuffle_options(
-        self, at: str, text: str, record: dict[str, Any], answer: str | None
-    ) -> tuple[str, str | None, int]:
+    def _named_values(self) -> dict[Any, str] | None:
+        """`columns.values`, each of whose labels is one of the task."""
+        values = self.columns.values
+        for value, label in (values or {}).items():
+            if self.task.kind != "classification":
+                raise UserError(f"{self.raw.name}: `columns.values` is for a task of `kind: classification`")
+            if label not in self.task.names:
+                allowed = ", ".join(self.task.names)
+                raise UserError(f"{self.raw.name}: columns.values.{value}: unknown label {label!r}; allowed: {allowed}")
+        return values
+
+    def _name(self, at: str, role: str, record: dict[str, Any]) -> str | None:
+        """The id or the group of a record."""
+        column = getattr(self.columns, role)
+        try:
+            return _to_name(record.get(column))
+        except TypeError:
+            value = record[column]
+            kind = f"{value_kind(value)} ({value!r:.60})"
+            raise UserError(f"{at}: `{column}` must be text or a whole number, not {kind}") from None
+
+    def _label_value(self, record: dict[str, Any]) -> Any:
+        """What the label column holds, with the name that a hub data set has for its integer."""
+        value = record.get(self.columns.label)
+        if self.raw.labels and type(value) is int and 0 <= value < len(self.raw.labels):
+            return self.raw.labels[value]
+        return value
+
+    def _read_label(self, at: str, record: dict[str, Any]) -> str | None:
+        """The label of a row; None only where the source has no labels."""
+        column, value = self.columns.label, self._label_value(record)
+        if column is None:
+            return None
+        try:
+            label, text = self.labels.read(value), value_text(value)
+        except TypeError:
+            problem = f"`{column}` must be one label, not {value_kind(value)} ({value!r:.60})"
+            raise UserError(f"{at}: {problem}; allowed: {', '.join(self.task.names)}") from None
+        if label is None:
+            problem = f"unknown label {text!r:.60}" if text else f"`{column}` is empty"
+            proposal = self.labels.proposal(map(self._label_value, self.raw.rows)) if text else ""
+            raise UserError(f"{at}: {problem}; allowed: {', '.join(self.task.names)}{proposal}")
+        return label
+
+    def _shuffle_options(self, at: str, text: str, record: dict[str, Any]) -> tuple[str, str | None, int]:
         """`text` with its options in a shuffled order, the label of the right one, and the number of options.
 
         The text and the options alone decide the order. So the position of an option holds no information, and two
@@ -153,11 +179,22 @@ class RowCleaner:
         label = None
         if self.columns.label is not None:
             allowed = [chr(65 + n) if first == "A" else str(first + n) for n in range(len(options))]
+            answer = self._answer(at, record)
             if answer not in allowed:
                 problem = f"unknown answer {answer!r:.60}" if answer else f"`{self.columns.label}` is empty"
                 raise UserError(f"{at}: {problem}; allowed: {', '.join(allowed)}")
             label = names[int(np.flatnonzero(order == allowed.index(answer))[0])]
         return with_options(self.task, text, [options[n] for n in order]), label, len(options)
+
+    def _answer(self, at: str, record: dict[str, Any]) -> str | None:
+        """The number or letter of the right option."""
+        value = self._label_value(record)
+        try:
+            answer = whole_number_text(value_text(value) or "") or None
+        except TypeError:
+            kind = f"{value_kind(value)} ({value!r:.60})"
+            raise UserError(f"{at}: `{self.columns.label}` must be one answer, not {kind}") from None
+        return answer.upper() if answer and self.columns.first == "A" else answer
 
 
 def clean_rows(
@@ -176,6 +213,8 @@ def clean_rows(
         "blank": raw.blank,
         "duplicates": len(raw.rows) - len(frame),
         "columns_left_out": cleaner.left_out,
+        "mapped_labels": cleaner.labels.mapped_values(),
+        "decisions": cleaner.labels.decisions(),
     }
     return frame, duplicate_groups, counts
 

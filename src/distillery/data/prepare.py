@@ -62,6 +62,8 @@ def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> Pre
         "near_duplicate": spec.near_duplicate,
         "dropped": dropped | filtered,
         "columns_left_out": counts["columns_left_out"],
+        "mapped_labels": counts["mapped_labels"],
+        "decisions": counts["decisions"],
         "rows_read": counts["read"],
     } | audit_source(rows, split, cluster, file_groups, task, spec.near_duplicate)
     return PreparedSource(rows, split, cluster, task, audit)

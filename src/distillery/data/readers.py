@@ -9,34 +9,16 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distillery.config.schema import SourceConfig
+from distillery.data.records import RawRows, value_kind
 from distillery.errors import UserError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-
-
-@dataclass(frozen=True)
-class RawRows:
-    """The records of a source, unchanged, and the line or row of each."""
-
-    name: str  # the source as the user wrote it
-    unit: str  # "line" or "row"
-    rows: list[dict[str, Any]]
-    numbers: list[int]  # line or row of each record, from 1
-    blank: int = 0  # empty lines, which are skipped
-    labels: list[str] | None = None  # the names of integer labels, where a hub data set has them
-    splits: list[str] | None = None  # of each record, where the splits of a hub data set are used
-
-    def at(self, i: int) -> str:
-        """Where record `i` stands, for messages."""
-        return f"{self.name}, {self.unit} {self.numbers[i]}"
 
 
 def read_source(spec: SourceConfig, base: Path) -> RawRows:
@@ -192,9 +174,3 @@ def _read_hub(spec: SourceConfig) -> RawRows:
     if hub_splits:
         splits = [split for split, part in zip(hub_splits, parts, strict=True) for _ in range(len(part))]
     return RawRows(source, "row", rows, list(range(1, len(rows) + 1)), labels=labels, splits=splits)
-
-
-def value_kind(value: Any) -> str:
-    """The type of `value` in plain words, for messages."""
-    names = {bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
-    return "nothing" if value is None else names.get(type(value), type(value).__name__)

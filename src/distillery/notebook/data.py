@@ -183,6 +183,11 @@ def reading_sentence(read: int, duplicates: int, left: int) -> str:
     )
 
 
+def decision_list(decisions: Sequence[str]) -> str:
+    """What reading the source decided without a key of params.yaml, one line each."""
+    return "\n".join(f"- {decision}" for decision in decisions) or "- The file was read as it stands."
+
+
 def balance_sentence(counts: dict[str, int]) -> str:
     """What a constant answer would score. counts: rows of each label."""
     label, total = max(counts, key=counts.get), sum(counts.values())

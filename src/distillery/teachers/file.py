@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from distillery.config.schema import AnswerFilesConfig
-from distillery.data.cleaning import normalize_text
 from distillery.data.readers import read_rows
+from distillery.data.records import normalize_text
 from distillery.errors import UserError
 from distillery.tasks.parsing import first_sentence, parse_explained_label, parse_label
 from distillery.tasks.schema import Task

@@ -49,6 +49,8 @@ class ColumnNames(Section):
     """The text. Several columns are joined by a space."""
     label: str | None = "label"
     """The label, or the accepted answers of a `qa` task. null: the rows have none, and all go to the pool."""
+    values: Annotated[dict[str | int | float | bool, str], Field(min_length=1)] | None = None
+    """Labels of the task by what the file has in their place, such as `{0: down, 1: up}`."""
     options: str | Annotated[list[str], Field(min_length=2)] = "options"
     """The options of a `choice` task: one column with a list, or one column for each option."""
     first: Literal[0, 1, "A"] = 0
@@ -59,6 +61,13 @@ class ColumnNames(Section):
     """Rows with the same value always go to the same split; optional."""
     rationale: str = "rationale"
     """An explanation of the label; optional."""
+
+    @model_validator(mode="after")
+    def _keys_of_values_alike(self):
+        is_text = {isinstance(key, str) for key in self.values or {}}
+        if len(is_text) > 1:  # DVC sorts the keys
+            raise ValueError("the keys of `values` must be all numbers or all text: write the numbers in quotes, too")
+        return self
 
 
 class RowFilter(Section):
