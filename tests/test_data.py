@@ -112,7 +112,7 @@ UNREADABLE = [  # file, content, the line
     (
         "a.xlsx",
         b"x",
-        "a.xlsx: cannot read `.xlsx`; allowed: .jsonl, .csv, .tsv, .parquet, or hub:owner/name[@revision]",
+        "a.xlsx: cannot read `.xlsx`; allowed: .jsonl, .json, .csv, .tsv, .parquet, each also in .gz or .zip, or hub:",
     ),
     ("a", b"x", "a: cannot read `a name without suffix`; allowed: .jsonl"),
     ("a.jsonl", b"", "a.jsonl: empty, there are no rows in it"),
@@ -127,15 +127,15 @@ UNREADABLE = [  # file, content, the line
     ("a.jsonl", b"3\n", 'a.jsonl, line 1: must be a JSON object like {"text": …}, not a number'),
     ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not valid JSON: a number too long or brackets too deep"),
     ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl, line 1: half of a surrogate pair"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "a.jsonl, line 2: byte 0xe9 at offset 27 is not UTF-8;"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\xcf\xf0\xe8\xe2"}\n', "a.jsonl, line 2: byte 0xcf at offset 24 is not"),
     ("a.csv", b"\xef\xbb\xbftext,label\ncaf\xe9,up\n", "a.csv, line 2: byte 0xe9 at offset 17 is not UTF-8;"),
-    ("a.csv", "text,label\n".encode("utf-16"), "a.csv, line 1: byte 0xff at offset 0 is not UTF-8;"),
+    ("a.csv", "text,label\n".encode("utf-16"), "a.csv: empty, there are no rows in it"),
     ("a.csv", CSV + b"a,up\nb,up,c\n", "a.csv, line 3: 3 fields, but the header has 2"),
     ("a.csv", CSV + b'"a\nb",up\nc\n', "a.csv, line 4: 1 fields, but the header has 2"),
     (
         "a.csv",
         CSV + b'a,up\n"b,up\nc,up\n',
-        "a.csv, line 3: not a valid table: unexpected end of data (is a quote left open?)",
+        "a.csv, line 3: not a valid table: unexpected end of data (is a quote left open? `quotes: none` reads",
     ),
     ("a.csv", b"text,label,text\na,up,b\n", "a.csv, line 1: the column `text` is there twice"),
     ("a.tsv", b"text\tlabel\na,up\n", "a.tsv, line 2: 1 fields, but the header has 2"),
@@ -417,10 +417,10 @@ WRONG_ROWS = [  # rows, what the line says after the file
     (change(4, label={"up": 1}), ", line 5: `label` must be one label, not an object ({'up': 1}); allowed: up, down"),
     (change(4, label=[]), ", line 5: `label` is empty; allowed: up, down"),
     (change(4, label=True), ", line 5: unknown label 'true'; allowed: up, down"),
-    (change(0, text=""), ", line 1: `text` is empty; every row needs a text"),
-    (change(0, text=" \u200b\n"), ", line 1: `text` is empty; every row needs a text"),
-    (change(0, text=None), ", line 1: `text` is empty; every row needs a text"),
-    (change(0, text=...), ", line 1: `text` is empty; every row needs a text"),
+    (change(0, text="")[:10], ", line 1: `text` is empty; every row needs a text, and 1 of 10 have none (max_empty: "),
+    (change(0, text=" \u200b\n")[:10], ", line 1: `text` is empty; every row needs a text"),
+    (change(0, text=None)[:10], ", line 1: `text` is empty; every row needs a text"),
+    (change(0, text=...)[:10], ", line 1: `text` is empty; every row needs a text"),
     (change(0, text=12.5), ", line 1: `text` must be text, not a number (12.5)"),
     (change(0, text={"en": "a"}), ", line 1: `text` must be text, not an object ({'en': 'a'})"),
     (change(3, rationale=7), ", line 4: `rationale` must be text, not a number (7)"),
@@ -478,7 +478,7 @@ def test_duplicates_are_dropped_and_counted_and_missing_ids_are_numbered(tmp_pat
     copied = {"text": f"  {rows[0]['text'].replace(' ', '  ')}\n", "label": rows[0]["label"]}
     other_label = {"text": rows[0]["text"], "label": "down"}
     prepared = prepare(tmp_path, [*rows, copied, "", other_label])
-    assert prepared.audit["dropped"] == {"blank": 1, "duplicates": 1, "over_limit": 0}
+    assert prepared.audit["dropped"] == {"blank": 1, "not_kept": 0, "empty": 0, "duplicates": 1, "over_limit": 0}
     assert list(prepared.rows["id"]) == [*(f"r{i:06d}" for i in range(1, 25)), "r000027"]  # the number of the line
     assert prepared.rows["group"].iloc[-1] == prepared.rows["group"].iloc[0]
     assert prepared.audit["label_conflicts"]["pairs"] == prepared.audit["label_conflicts"]["identical_texts"] == 1

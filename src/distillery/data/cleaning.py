@@ -15,6 +15,7 @@ import pandas as pd
 from distillery.config.schema import SourceConfig
 from distillery.data.labels import LabelReader, value_text, whole_number_text
 from distillery.data.records import RawRows, normalize_text, value_kind
+from distillery.data.selection import DuplicateGroup, select_records
 from distillery.errors import UserError
 from distillery.tasks.prompts import with_options
 from distillery.tasks.schema import ANSWER_LABELS, ANSWER_SEPARATOR, N_OPTIONS, Task
@@ -23,9 +24,6 @@ ROW_COLUMNS = ("id", "text", "label", "rationale", "group")  # of every split; e
 
 
 HUB_SPLIT_COLUMN = "split of the hub"  # a column between reading and splitting
-
-
-DuplicateGroup = tuple[int, str]  # a row, and the group of a dropped duplicate: the row belongs to that group too
 
 
 def _visible(text: str) -> bool:
@@ -70,32 +68,33 @@ class RowCleaner:
         mapped = {role: getattr(self.columns, role) for role in roles if role != "options" or task.kind == "choice"}
         mapped = {role: [name] if isinstance(name, str) else name or [] for role, name in mapped.items()}
         for role, names in mapped.items():
+            required = role in ("text", "options", "label") or role in self.columns.model_fields_set
             for column in names:
-                required = role in ("text", "options", "label") or role in self.columns.model_fields_set
                 if column not in file_columns and required:
-                    shown = ", ".join(f"`{c}`" for c in file_columns)
-                    raise UserError(f"{raw.name}: no column `{column}` for the {role}; there are: {shown}")
+                    raise UserError(_missing_column_message(raw, column, role, file_columns, self.labels))
+        by_name = [role for role in ("id", "group", "rationale") if role in file_columns and mapped[role] == [role]]
+        self.columns_by_name = [role for role in by_name if role not in self.columns.model_fields_set]
         self.text_columns, self.option_columns = mapped["text"], mapped.get("options", [])
         self.has_ids = self.columns.id in file_columns
         unmapped = [column for column in file_columns if not any(column in names for names in mapped.values())]
         # A second column with the name `label`, beside the one in use, would bring labels into the pool.
         self.left_out = [column for column in unmapped if column in ROW_COLUMNS or not column.strip()]
-        if task.kind == "qa" and "answers" in unmapped:
-            self.left_out.append("answers")  # the name of the column of accepted answers, see `_build_frame`
-        if task.kind == "choice" and N_OPTIONS in unmapped:
-            self.left_out.append(N_OPTIONS)
+        # names of the columns that rows of a `qa` and of a `choice` task have
+        self.left_out += [column for column in ("answers", N_OPTIONS) if column in unmapped]
         self.extra_columns = [column for column in unmapped if column not in self.left_out]
 
-    def clean(self, i: int) -> CleanRow:
-        """Row `i`. Raises UserError naming the line or row, the column, and what is allowed."""
+    def clean(self, i: int) -> CleanRow | None:
+        """Row `i`; None where its text is empty. Raises UserError naming the line or row, the column, and what is
+        allowed.
+        """
         record, at, columns = self.raw.rows[i], self.raw.at(i), self.columns
-        for column in (*self.text_columns, columns.rationale):
+        for column in (*self.text_columns, *filter(None, [columns.rationale])):
             value = record.get(column)
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{at}: `{column}` must be text, not {value_kind(value)} ({value!r:.60})")
         text = normalize_text(" ".join(record.get(column) or "" for column in self.text_columns))
         if not _visible(text):
-            raise UserError(f"{at}: `{'`, `'.join(self.text_columns)}` is empty; every row needs a text")
+            return None
         answers, n_options = None, None
         names = {role: self._name(at, role, record) for role in ("id", "group")}
         if self.task.kind == "choice":
@@ -197,6 +196,17 @@ class RowCleaner:
         return answer.upper() if answer and self.columns.first == "A" else answer
 
 
+def _missing_column_message(raw: RawRows, column: str, role: str, file_columns: list[str], labels: LabelReader) -> str:
+    """One line on a column that the file does not have, and what to write if its first row is no header."""
+    message = f"{raw.name}: no column `{column}` for the {role}; there are: {', '.join(f'`{c}`' for c in file_columns)}"
+    label = next((n for n, cell in enumerate(file_columns, 1) if labels.find(cell)), None)
+    if label is None or len(file_columns) < 2:
+        return message
+    text = max((n for n in range(1, len(file_columns) + 1) if n != label), key=lambda n: len(file_columns[n - 1]))
+    columns = f"{{text: column{text}, label: column{label}}}"
+    return f"{message}. If the file has no header, write header: false, columns: {columns}"
+
+
 def clean_rows(
     raw: RawRows, spec: SourceConfig, task: Task
 ) -> tuple[pd.DataFrame, list[DuplicateGroup], dict[str, Any]]:
@@ -205,26 +215,51 @@ def clean_rows(
     Returns the frame (id, text, label, rationale, group or None, extra columns), the groups of dropped duplicates, and
     the counts of what was left out. Raises UserError naming the line or row and what is allowed.
     """
+    n_read = len(raw.rows)
+    raw, decisions = select_records(raw, spec)
     cleaner = RowCleaner(raw, spec, task)
-    rows, origin, duplicate_groups = _drop_duplicates(cleaner, map(cleaner.clean, range(len(raw.rows))))
+    cleaned = [(i, cleaner.clean(i)) for i in range(len(raw.rows))]
+    empty = [i for i, row in cleaned if row is None]
+    _check_empty(cleaner, empty, spec.max_empty)
+    rows, origin, duplicate_groups = _drop_duplicates(cleaner, [(i, row) for i, row in cleaned if row is not None])
     frame = _build_frame(cleaner, rows, origin)
+    if cleaner.columns_by_name:
+        shown = ", ".join(f"`{column}`" for column in cleaner.columns_by_name)
+        switch = ", ".join(f"{column}: null" for column in cleaner.columns_by_name)
+        decisions.append(f"Columns taken for their names: {shown}; columns: {{{switch}}} takes none.")
+    if empty:
+        decisions.append(f"{len(empty)} rows with an empty text were left out, the first is {raw.at(empty[0])}.")
     counts = {
-        "read": len(raw.rows),
+        "read": n_read,
         "blank": raw.blank,
-        "duplicates": len(raw.rows) - len(frame),
+        "not_kept": n_read - len(raw.rows),
+        "empty": len(empty),
+        "duplicates": len(raw.rows) - len(empty) - len(frame),
         "columns_left_out": cleaner.left_out,
         "mapped_labels": cleaner.labels.mapped_values(),
-        "decisions": cleaner.labels.decisions(),
+        "decisions": [*raw.decisions, *decisions, *cleaner.labels.decisions()],
     }
     return frame, duplicate_groups, counts
 
 
+def _check_empty(cleaner: RowCleaner, empty: list[int], max_share: float) -> None:
+    """Raise UserError when more than `max_share` of the rows have an empty text. empty: the positions of these."""
+    raw = cleaner.raw
+    if len(empty) > max_share * len(raw.rows):
+        shown = "`, `".join(cleaner.text_columns)
+        raise UserError(
+            f"{raw.at(empty[0])}: `{shown}` is empty; every row needs a text, and {len(empty)} of {len(raw.rows)} have "
+            f"none (max_empty: {max_share:g} leaves out that share at most)"
+        )
+
+
 def _drop_duplicates(
-    cleaner: RowCleaner, rows: Iterable[CleanRow]
+    cleaner: RowCleaner, rows: Iterable[tuple[int, CleanRow]]
 ) -> tuple[list[CleanRow], list[int], list[DuplicateGroup]]:
     """The first row of every text and label, its position in the file, and the groups of the others.
 
-    Every row that stays has an id afterwards. Raises UserError for an id that is empty or stands there twice.
+    rows: each with its position in the file. Every row that stays has an id afterwards. Raises UserError for an id that
+    is empty or stands there twice.
     """
     raw = cleaner.raw
     unique: list[CleanRow] = []
@@ -232,7 +267,7 @@ def _drop_duplicates(
     duplicate_groups: list[DuplicateGroup] = []
     first_row: dict[tuple[str, str | None], int] = {}
     number_of_id: dict[str, int] = {}
-    for i, row in enumerate(rows):
+    for i, row in rows:
         content = (row.text, row.answers or row.label)
         if content in first_row:
             if row.group:
@@ -240,12 +275,16 @@ def _drop_duplicates(
             continue
         if not cleaner.has_ids:
             row.id = f"r{raw.numbers[i]:06d}"
+        column = cleaner.columns.id
+        by_name = " (a column taken for its name; columns: {id: null} takes none)"
+        hint = by_name if "id" in cleaner.columns_by_name else ""
         if row.id is None:
-            column = cleaner.columns.id
-            raise UserError(f"{raw.at(i)}: `{column}` is empty; every row needs an id of its own (or none has one)")
+            raise UserError(
+                f"{raw.at(i)}: `{column}` is empty; every row needs an id of its own (or none has one){hint}"
+            )
         if row.id in number_of_id:
             first = f"{raw.unit} {number_of_id[row.id]}"
-            raise UserError(f"{raw.at(i)}: the id {row.id!r:.60} is already that of {first}")
+            raise UserError(f"{raw.at(i)}: the id {row.id!r:.60} is already that of {first}{hint}")
         number_of_id[row.id] = raw.numbers[i]
         first_row[content] = len(unique)
         unique.append(row)
@@ -287,35 +326,3 @@ def _parquet_values(values: list[Any]) -> list[Any]:
     if kinds <= {int} and all(value is None or -(2**63) <= value < 2**63 for value in values):
         return values
     return [None if v is None else json.dumps(v, ensure_ascii=False, sort_keys=True, default=str) for v in values]
-
-
-def take_rows(
-    rows: pd.DataFrame, duplicate_groups: list[DuplicateGroup], index: np.ndarray
-) -> tuple[pd.DataFrame, list[DuplicateGroup]]:
-    """The rows at the positions `index` (ascending), renumbered, and the groups of their dropped duplicates."""
-    new_position = {int(old): new for new, old in enumerate(index)}
-    taken = [(new_position[i], group) for i, group in duplicate_groups if i in new_position]
-    return rows.iloc[index].reset_index(drop=True), taken
-
-
-def filter_rows(
-    raw: RawRows, rows: pd.DataFrame, duplicate_groups: list[DuplicateGroup], spec: SourceConfig
-) -> tuple[pd.DataFrame, list[DuplicateGroup], dict[str, int]]:
-    """The rows that pass `spec.filter`, and how many rows each step drops. Raises UserError when none are left."""
-    row_filter, counts = spec.filter, {}
-    if row_filter is None:
-        return rows, duplicate_groups, counts
-    passes = pd.Series(True, index=rows.index)
-    if row_filter.languages:
-        if row_filter.language not in rows:
-            raise UserError(f"{raw.name}: no column `{row_filter.language}` to filter languages by")
-        passes &= rows[row_filter.language].isin(row_filter.languages)
-        counts["other_language"] = int((~passes).sum())
-    if row_filter.keywords:
-        pattern = re.compile("|".join(rf"\b{re.escape(word.casefold())}\b" for word in row_filter.keywords))
-        n_keywords = rows["text"].map(lambda text: len(set(pattern.findall(text.casefold()))))
-        counts["without_keyword"] = int((passes & (n_keywords < row_filter.min_keywords)).sum())
-        passes &= n_keywords >= row_filter.min_keywords
-    if not passes.any():
-        raise UserError(f"{raw.name}: the filter leaves no row: {counts}")
-    return *take_rows(rows, duplicate_groups, np.flatnonzero(passes)), counts

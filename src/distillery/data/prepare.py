@@ -11,9 +11,10 @@ import pandas as pd
 
 from distillery.config.schema import SPLITS, SourceConfig
 from distillery.data.audit import audit_source
-from distillery.data.cleaning import HUB_SPLIT_COLUMN, DuplicateGroup, clean_rows, filter_rows, take_rows
+from distillery.data.cleaning import HUB_SPLIT_COLUMN, clean_rows
 from distillery.data.near_duplicates import cluster_near_duplicates, name_groups
 from distillery.data.readers import read_source
+from distillery.data.selection import DuplicateGroup, filter_rows, take_rows
 from distillery.data.splitting import split_groups
 from distillery.errors import UserError
 from distillery.tasks.schema import Task
@@ -53,8 +54,11 @@ def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> Pre
     try:
         split = _assign_splits(rows, hub_split, spec, task)
     except UserError as error:
-        raise UserError(f"{raw.name}: {error}") from None
-    dropped = {"blank": counts["blank"], "duplicates": counts["duplicates"], "over_limit": n_filtered - len(rows)}
+        by_name = "group" not in spec.columns.model_fields_set and file_groups.notna().any()
+        hint = " (the column `group` was taken for its name; columns: {group: null} takes none)" if by_name else ""
+        raise UserError(f"{raw.name}: {error}{hint}") from None
+    dropped = {key: counts[key] for key in ("blank", "not_kept", "empty", "duplicates")}
+    dropped["over_limit"] = n_filtered - len(rows)
     audit = {
         "name": name,
         "source": spec.source,

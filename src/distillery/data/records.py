@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How a file is written, where `params.yaml` names it; None: as the file shows it. Fields as in `SourceConfig`."""
+
+    encoding: str | None = None
+    delimiter: str | None = None
+    quotes: str | None = None
+    header: bool = True
 
 
 @dataclass(frozen=True)
@@ -18,10 +29,17 @@ class RawRows:
     blank: int = 0  # empty lines, which are skipped
     labels: list[str] | None = None  # the names of integer labels, where a hub data set has them
     splits: list[str] | None = None  # of each record, where the splits of a hub data set are used
+    decisions: list[str] = field(default_factory=list)  # sentences on what reading decided without a key
 
     def at(self, i: int) -> str:
         """Where record `i` stands, for messages."""
         return f"{self.name}, {self.unit} {self.numbers[i]}"
+
+    def take(self, index: Sequence[int]) -> RawRows:
+        """The records at the positions `index`."""
+        splits = None if self.splits is None else [self.splits[i] for i in index]
+        rows, numbers = [self.rows[i] for i in index], [self.numbers[i] for i in index]
+        return replace(self, rows=rows, numbers=numbers, splits=splits)
 
 
 def normalize_text(text: str) -> str:

@@ -54,6 +54,9 @@ class Section(BaseModel):
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 
+SOURCE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+
+
 WHEEL = r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$"
 
 
@@ -75,6 +78,7 @@ TRIMMED_TEXT = r"^\S(.*\S)?$"
 PATTERNS = {
     TRIMMED_TEXT: "text without white space around it",
     NAME: "a name of letters, digits, `_`, `.` and `-` that starts with a letter or digit",
+    SOURCE_NAME: "a name of letters, digits, `_` and `-`, without a dot, which DVC reads as a key inside a key",
     WHEEL: "name==version",
     SHA256: "64 digits of 0-9 and a-f",
     URL: "http://… or https://…, without a user name or password",
@@ -84,6 +88,9 @@ PATTERNS = {
 
 
 Name = Annotated[str, Field(pattern=NAME)]
+
+
+SourceName = Annotated[str, Field(pattern=SOURCE_NAME)]
 
 
 PinnedWheel = Annotated[str, Field(pattern=WHEEL)]

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from distillery.config.schema.base import Fraction, Name, Section
+
+
+def _known_encoding(encoding: str) -> str:
+    try:
+        "".encode(encoding)
+    except LookupError:
+        raise ValueError("must be an encoding that Python knows, such as utf-8, cp1252, cp1251 or utf-16") from None
+    return encoding
 
 
 class SplitShares(Section):
@@ -55,12 +63,12 @@ class ColumnNames(Section):
     """The options of a `choice` task: one column with a list, or one column for each option."""
     first: Literal[0, 1, "A"] = 0
     """The value in the column `label` that stands for the first option."""
-    id: str = "id"
-    """A unique name of the row; optional."""
-    group: str = "group"
-    """Rows with the same value always go to the same split; optional."""
-    rationale: str = "rationale"
-    """An explanation of the label; optional."""
+    id: str | None = "id"
+    """A unique name of the row; optional. null: no column, even where one is called `id`."""
+    group: str | None = "group"
+    """Rows with the same value always go to the same split; optional. null: no column."""
+    rationale: str | None = "rationale"
+    """An explanation of the label; optional. null: no column."""
 
     @model_validator(mode="after")
     def _keys_of_values_alike(self):
@@ -71,8 +79,10 @@ class ColumnNames(Section):
 
 
 class RowFilter(Section):
-    """Which rows of a corpus to use, by language, then by keywords. See also `pseudo_labels` of a phase."""
+    """Which rows of a corpus to use, by columns, by language, by keywords. See also `pseudo_labels` of a phase."""
 
+    keep: dict[str, Annotated[list[str | int | float | bool], Field(min_length=1)]] = {}
+    """Values to keep by column, such as `{answer: [accept]}`; rows with another value are not checked either."""
     languages: Annotated[list[str], Field(min_length=1)] | None = None
     """Languages to keep; all when not given."""
     language: str = "language"
@@ -87,7 +97,7 @@ class SourceConfig(Section):
     """One named data set with its task and its splits."""
 
     source: str
-    """A .jsonl, .csv, .tsv or .parquet file, or `hub:owner/name[@revision]`."""
+    """A .jsonl, .json, .csv, .tsv or .parquet file, also in .gz or .zip, or `hub:owner/name[@revision]`."""
     task: Name
     """What is predicted: the file `tasks/<task>.yaml`."""
     split: SplitShares | None = None
@@ -96,6 +106,17 @@ class SourceConfig(Section):
     """The hub's own splits, instead of `split`."""
     columns: ColumnNames = ColumnNames()
     """Names of the columns of the data file."""
+    encoding: Annotated[str, AfterValidator(_known_encoding)] | None = None
+    """Encoding of the file, such as `cp1252`; when not given, UTF-8 or what its bytes show."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """The character between two cells of a table; when not given, the one that fits the header and every row."""
+    quotes: Literal["doubled", "backslash", "none"] | None = None
+    """A quote inside a quoted cell is `doubled` or follows a `backslash`; `none`: quotes are plain characters. When not
+    given, the first that fits."""
+    header: bool = True
+    """The first row of a table names the columns; false: they are called `column1`, `column2`, …"""
+    max_empty: Fraction = 0.05
+    """Largest share of the rows whose text is empty. They are left out and counted; above it they are an error."""
     hub_config: str | None = None
     """Configuration of the hub data set."""
     hub_split: str = "train"

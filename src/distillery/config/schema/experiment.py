@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from distillery.config.schema.augment import AugmentConfig
-from distillery.config.schema.base import Name, Section, SplitRef
+from distillery.config.schema.base import Name, Section, SourceName, SplitRef
 from distillery.config.schema.data import SourceConfig
 from distillery.config.schema.evaluate import EvaluateConfig, RecipeConfig, SearchConfig
 from distillery.config.schema.models import ModelConfig
@@ -20,7 +20,7 @@ class Params(Section):
 
     seeds: Annotated[list[int], Field(min_length=1)]
     """Random seeds: each student is trained once with each of them."""
-    data: Annotated[dict[Name, SourceConfig], Field(min_length=1)]
+    data: Annotated[dict[SourceName, SourceConfig], Field(min_length=1)]
     """Data sets by name."""
     models: Annotated[dict[Name, ModelConfig], Field(min_length=1)]
     """Models by name, for teachers and students to start from."""
