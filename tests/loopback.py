@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +23,11 @@ FAULTS = ("429", "500", "reset", "hang", "truncated", "empty")
 HANG = 30.0  # seconds; longer than any client here waits
 
 
-def build_speaker(folder: Path, words: list[str]) -> Path:
+# Keys of a request that `transformers serve` refuses.
+NOT_SERVED = {"logprobs", "top_logprobs", "response_format", "reasoning_effort"}
+
+
+def build_speaker(folder: Path, words: list[str], chat_template: str | None = None) -> Path:
     """A tiny chat model that mostly answers one of `words`, as a folder for `transformers serve`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,6 +52,7 @@ def build_speaker(folder: Path, words: list[str]) -> Path:
     with torch.no_grad():
         model.lm_head.weight[tokenizer.convert_tokens_to_ids(words)] *= 12
     model.save_pretrained(folder)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -87,10 +92,22 @@ class Proxy:
     """Stands before the server on `port` and breaks a share of the calls, the same ones for the same `seed`.
 
     key: the only API key that it accepts, if any. `calls`: number of calls by outcome. `delivered`: number of whole
-    answers by request. `/v1/messages` (Anthropic's form) is translated for the server and back.
+    answers by request. `requests`: the bodies of all. `/v1/messages` (Anthropic's form) is translated for the server
+    and back. alter: what the client gets instead of an answer of the server: (request, answer) -> (status, answer).
+    Keys of `NOT_SERVED` do not reach the server.
     """
 
-    def __init__(self, port: int, *, share: float = 0.0, faults=FAULTS, seed: int = 0, key: str = ""):
+    def __init__(
+        self,
+        port: int,
+        *,
+        share: float = 0.0,
+        faults=FAULTS,
+        seed: int = 0,
+        key: str = "",
+        alter: Callable[[dict[str, Any], dict[str, Any]], tuple[int, Any]] = lambda _, answer: (200, answer),
+    ):
+        self.alter, self.requests = alter, []
         self.upstream, self.share, self.faults, self.key = port, share, faults, key
         self.random, self.lock = random.Random(seed), threading.Lock()
         self.calls: Counter[str] = Counter()
@@ -149,12 +166,17 @@ class Proxy:
             self.closing.wait(HANG)
             return None
         anthropic = request.path.endswith("/messages")
-        status, answer = self._forward("/v1/chat/completions", to_openai(body) if anthropic else body)
+        with self.lock:
+            self.requests.append(json.loads(body))
+        status, answer = self._forward(
+            "/v1/chat/completions", to_openai(body) if anthropic else without_unserved_keys(body)
+        )
+        if status == 200:
+            answer = to_anthropic(answer) if anthropic else answer
+            status, answer = self.alter(json.loads(body), answer)
         if status != 200:
             self._count(f"server returned {status}")
             return self._send(request, status, answer)
-        if anthropic:
-            answer = to_anthropic(answer)
         if fault == "empty":
             self._count(fault)
             if anthropic:
@@ -198,6 +220,11 @@ class Proxy:
             request.wfile.write(text)
         except OSError:  # the client was killed
             request.close_connection = True
+
+
+def without_unserved_keys(body: bytes) -> bytes:
+    """A request without the keys of `NOT_SERVED`."""
+    return json.dumps({key: value for key, value in json.loads(body).items() if key not in NOT_SERVED}).encode()
 
 
 def to_openai(body: bytes) -> bytes:

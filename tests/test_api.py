@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,8 +28,9 @@ from distillery.tasks.parsing import parse_label
 from distillery.tasks.schema import Task, load_task
 from distillery.teachers.api.budget import max_call_tokens
 from distillery.teachers.api.client import MAX_EMPTY_ANSWERS, Endpoint
-from distillery.teachers.api.teacher import ApiTeacher, first_token_probabilities
-from distillery.teachers.api.transport import retry_after_seconds
+from distillery.teachers.api.failures import retry_after_seconds
+from distillery.teachers.api.probabilities import label_probabilities
+from distillery.teachers.api.teacher import ApiTeacher
 from distillery.teachers.cache import Answer, AnswerStore
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
@@ -266,6 +269,90 @@ def test_a_stage_queries_an_endpoint_once_and_writes_the_key_nowhere(server, tmp
     assert not leaks, leaks
 
 
+# ------------------------------------------------------------------------------- contents
+
+
+def content(text: str | None, **message: Any) -> Callable[[dict, dict], tuple[int, dict]]:
+    """The answer of the server with another text, in which ANSWER stands for its own, and further keys."""
+
+    def alter(_: dict[str, Any], answer: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        original = answer["choices"][0]["message"]
+        original |= {"content": text and text.replace("ANSWER", original["content"])} | message
+        return 200, answer
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>\nIt may be neutral.\n</think>\n\nANSWER",
+        "It may be neutral.\n</think>\n\nANSWER",
+        '{"label": "ANSWER"}',
+        '```json\n{"label": "ANSWER"}\n```',
+        "**ANSWER**",
+    ],
+)
+@pytest.mark.parametrize("labels", ["text", "structured"])
+def test_a_label_is_read_whatever_stands_around_it(server, tmp_path, labels, text):
+    port, model = server
+    with loopback.Proxy(port) as proxy:
+        expected = teacher(proxy.url, model, tmp_path / "plain", labels=labels).predict_texts(TEXTS[:8])
+    assert not np.isnan(expected).all()
+    with loopback.Proxy(port, alter=content(text)) as proxy:
+        opened = teacher(proxy.url, model, tmp_path, labels=labels)
+        np.testing.assert_array_equal(opened.predict_texts(TEXTS[:8]), expected)
+        assert proxy.calls == {"whole": 8}
+
+
+def test_reasoning_is_no_part_of_a_rationale(server, tmp_path):
+    port, model = server
+    conversations = [[{"role": "user", "content": text}] for text in TEXTS[:3]]
+    with loopback.Proxy(port, alter=content("<think>Hm.</think>\n\nIt rose by 3 %.")) as proxy:
+        texts = teacher(proxy.url, model, tmp_path).generate(conversations, max_new_tokens=4)
+    assert texts == ["It rose by 3 %."] * 3
+
+
+REASONING_ONLY = {
+    "null": content(None, reasoning_content="Profit rose, so it may be positive."),
+    "vLLM": content("", reasoning="Profit rose, so it may be positive."),
+    "cut off": content("<think>\nProfit rose, so it may be positive."),
+    "parts": content(None, content=[{"type": "thinking", "thinking": "Profit rose, so it may be positive."}]),
+}
+
+
+@pytest.mark.parametrize("labels", ["text", "logprobs"])
+@pytest.mark.parametrize("alter", REASONING_ONLY.values(), ids=REASONING_ONLY)
+def test_nothing_but_reasoning_stops_at_the_first_answer_with_the_way_out(server, tmp_path, alter, labels):
+    port, model = server
+    line = r"^params.yaml: teachers.far.api: the model spent its answer on reasoning .*may be positive\.'\): turn the "
+    line += r"reasoning off by `chat_template_kwargs: \{enable_thinking: false\}` .*, or raise `max_tokens` \(1\)$"
+    with loopback.Proxy(port, alter=alter) as proxy:
+        opened = teacher(proxy.url, model, tmp_path, labels=labels, concurrency=1)
+        with pytest.raises(UserError, match=line):
+            opened.predict_texts(TEXTS[:8])
+        assert proxy.calls == {"whole": 1} and outcomes(opened) == {"answered": 1}
+        assert opened.endpoint.budget.used[0] > 0 and opened.endpoint.budget.reserved == [0, 0]
+        with pytest.raises(UserError, match=line):  # nothing is paid for twice
+            teacher(proxy.url, model, tmp_path, labels=labels, concurrency=1).predict_texts(TEXTS[:8])
+        assert proxy.calls == {"whole": 1}
+
+
+def test_one_answer_that_is_cut_off_does_not_stop_the_others(server, tmp_path):
+    port, model = server
+
+    def alter(request: dict[str, Any], answer: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        cut_off = TEXTS[2] in request["messages"][-1]["content"]
+        return content("<think>\nHm." if cut_off else "<think>\nHm.</think>positive")(request, answer)
+
+    with loopback.Proxy(port, alter=alter) as proxy:
+        opened = teacher(proxy.url, model, tmp_path, concurrency=1)
+        p = opened.predict_texts(TEXTS[:8])
+        assert np.isnan(p[:, 0]).tolist() == [i == 2 for i in range(8)] and proxy.calls == {"whole": 8}
+        np.testing.assert_array_equal(teacher(proxy.url, model, tmp_path).predict_texts(TEXTS[:8]), p)
+        assert proxy.calls == {"whole": 8}
+
+
 # ------------------------------------------------------------------------------- refusals
 
 
@@ -377,7 +464,7 @@ def test_the_keys_of_paid_answers_stay_the_same(tmp_path, labels, digest):
     ],
 )
 def test_probabilities_from_the_first_token(alternatives, expected):
-    probabilities = first_token_probabilities(alternatives, TASK)
+    probabilities = label_probabilities([[None, alternatives]], TASK)
     if expected is None:
         assert np.isnan(probabilities).all()
     else:
@@ -388,6 +475,8 @@ def test_a_structured_answer_can_only_be_a_label(tmp_path):
     opened = teacher("http://127.0.0.1:1", "m", tmp_path, labels="structured")
     (question,) = opened.questions(["Profit rose."])
     assert question.model_identity["schema"]["properties"]["label"]["enum"] == TASK.names
-    for text, label in (('{"label": "negative"}', "negative"), ("negative", None), ('{"label": 3}', None), ("{", None)):
+    answers = [('{"label": "negative"}', "negative"), ('```json\n{"label": "negative"}\n```', "negative")]
+    answers += [("Negative.", "negative"), ('{"label": 3}', None), ("{", None)]
+    for text, label in answers:
         row = opened._read(Answer(text))
         assert np.isnan(row).all() if label is None else TASK.names[row.argmax()] == label

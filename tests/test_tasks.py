@@ -219,6 +219,52 @@ def test_an_answer_is_read_strictly_or_not_at_all(text, label):
     assert parse_label(task, text) == label
 
 
+@pytest.mark.parametrize(
+    "text, label",
+    [
+        ("<think>\nSales rose.\n</think>\n\nup", "up"),
+        ("<think>\n\n</think>\n\ndown", "down"),
+        ("Sales rose. It may be down.\n</think>\nup", "up"),  # the template has put the first tag into the prompt
+        ("<THINK>up?</THINK><think>down?</think>up", "up"),
+        ("<thinking>down</thinking>\nup. Sales rose.", "up"),
+        ("[THINK]down[/THINK]up", "up"),
+        ("<think>\nup", None),  # cut off
+        ("up\n</think>\n<think>down", None),
+        ("<think>up</think>", None),
+        ('{"label": "up"}', "up"),
+        ('{"Label": "up", "confidence": 0.9}', "up"),
+        ('{"sentiment": "Down"}', "down"),
+        ('{"reason": "up", "score": 1}', None),
+        ('{"label": ["up", "down"]}', None),
+        ('{"label": null}', None),
+        ('{"answer": "up"', None),
+        ('["up"]', "up"),
+        ("{" * 100_000, None),
+        ('```json\n{"label": "up"}\n```', "up"),
+        ('```JSON\n{"label": "up"}', "up"),
+        ('Here it is:\n\n```json\n{\n  "label": "down"\n}\n```\nSales fell.', "down"),
+        ("```\nup\n```", "up"),
+        ("```up```", "up"),
+        ('<think>{"label": "down"}</think>\n```json\n{"label": "up"}\n```', "up"),
+        ('```json\n{"label": "up"}\n```\n```json\n{"label": "down"}\n```', None),
+        ('down\n```json\n{"label": "up"}\n```', None),
+    ],
+)
+def test_reasoning_fences_and_json_around_a_label_are_read_past(text, label):
+    task = Task(kind="classification", labels={"up": "", "down": ""})
+    assert parse_label(task, text) == label
+
+
+def test_numbers_and_truth_values_in_json_are_labels_too():
+    task = Task(kind="classification", labels={"1": "", "10": "", "true": ""})
+    assert [parse_label(task, f'{{"label": {value}}}') for value in ("1", "10", "true", "2")] == [
+        "1",
+        "10",
+        "true",
+        None,
+    ]
+
+
 def test_what_follows_a_label_is_its_explanation_and_words_stand_for_labels():
     task = Task(kind="classification", labels={"up": "", "down": ""}, verbalizer={"up": "1", "down": "2"})
     assert parse_explained_label(task, "2\n\nSales fell.\nBadly.") == ("down", "Sales fell.\nBadly.")

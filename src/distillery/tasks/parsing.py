@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from distillery.tasks.schema import Task
@@ -9,16 +10,32 @@ from distillery.tasks.schema import Task
 # quotes, brackets, emphasis and a full stop are not part of a label
 SURROUNDING_CHARACTERS = " \t\r\n\"'`*_.,:;!()[]{}<>“”‘’«»"
 LABEL_END = re.compile(r"[.:](?=\s|$)| [-–—] |\n")  # between a label and its explanation
+# The tags between which open reasoning models write their reasoning. Many chat templates put the first tag into the
+# prompt, so an answer may hold the last one alone.
+REASONING_TAGS = "think|thinking|thought|reasoning"
+REASONING_END = re.compile(rf"</(?:{REASONING_TAGS})>|\[/THINK\]", re.IGNORECASE)
+REASONING_START = re.compile(rf"\s*(?:<(?:{REASONING_TAGS})>|\[THINK\])", re.IGNORECASE)
+FENCED_BLOCK = re.compile(r"```\w*\s*(.*?)\s*(?:```|\Z)", re.DOTALL)
+
+
+def without_reasoning(text: str) -> str:
+    """The answer after the reasoning `<think>…</think>`; all of `text` when it holds none.
+
+    Empty when the reasoning does not end: its author was cut off before the answer.
+    """
+    ends = list(REASONING_END.finditer(text))
+    answer = text[ends[-1].end() :] if ends else text
+    return "" if REASONING_START.match(answer) else answer.strip()
 
 
 def parse_explained_label(task: Task, text: str) -> tuple[str | None, str]:
     """The label that the answer `text` gives, or None when there is any doubt; and the explanation after it.
 
     A label's word must come first, in any case, alone on its line or followed by a full stop, a colon or a dash. The
-    last words of the prompt's template ("Sentiment:") may stand before it. There is doubt when another line holds
-    another label.
+    last words of the prompt's template ("Sentiment:") may stand before it, and reasoning between tags. There is doubt
+    when another line holds another label.
     """
-    text = text.strip()
+    text = without_reasoning(text)
     cue = _trim(task.prompt.template.splitlines()[-1].rpartition("}")[2])
     start = text.lstrip(SURROUNDING_CHARACTERS)
     if cue and start.casefold().startswith(cue.casefold()):
@@ -32,8 +49,32 @@ def parse_explained_label(task: Task, text: str) -> tuple[str | None, str]:
 
 
 def parse_label(task: Task, text: str) -> str | None:
-    """The label that the answer `text` gives, or None when there is any doubt. See :func:`parse_explained_label`."""
-    return parse_explained_label(task, text)[0]
+    """The label that the answer `text` gives, or None when there is any doubt.
+
+    The answer may be JSON, a label or an object with one, and it may lie in a fenced block; else see
+    :func:`parse_explained_label`.
+    """
+    text = without_reasoning(text)
+    candidates = {parse_explained_label(task, _label_in_json(part))[0] for part in (text, *FENCED_BLOCK.findall(text))}
+    candidates.discard(None)
+    return candidates.pop() if len(candidates) == 1 else None
+
+
+def _label_in_json(text: str) -> str:
+    """The value of the key `label`, or the only value, of the JSON object `text`; `text` when it is no JSON object.
+
+    Empty when the object has several values and no key `label`.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if not isinstance(content, dict):
+        return text
+    named = [value for key, value in content.items() if key.casefold() == "label"] or list(content.values())
+    if len(named) != 1:
+        return ""
+    return named[0] if isinstance(named[0], str) else json.dumps(named[0])
 
 
 def first_sentence(text: str) -> str:

@@ -147,6 +147,13 @@ class AnswerStore:
             if answered is not None:
                 _insert_answers(connection, [answered])
 
+    def texts(self, model_identity: dict[str, Any]) -> Iterator[str]:
+        """The texts of all answers to questions with this `model_identity`."""
+        query = "SELECT answer FROM answers WHERE model_identity = ?"
+        with self._connection() as connection:
+            for (text,) in connection.execute(query, (canonical_json(model_identity),)):
+                yield text
+
     def used_tokens(self, endpoint: str) -> tuple[int, int]:
         """(input, output) tokens of all calls to `endpoint`."""
         query = "SELECT COALESCE(SUM(input_tokens), 0), COALESCE(SUM(output_tokens), 0) FROM calls WHERE endpoint = ?"

@@ -10,11 +10,13 @@ from typing import Any
 from distillery.config.schema import ApiConfig
 from distillery.errors import UserError
 from distillery.teachers.api.budget import Budget, max_call_tokens
+from distillery.teachers.api.failures import RetryableError, one_line
 from distillery.teachers.api.pacing import Pacer
-from distillery.teachers.api.transport import RetryableError, Transport
+from distillery.teachers.api.transport import Transport
+from distillery.teachers.api.watch import AnswerWatch
 from distillery.teachers.cache import Answer, AnswerStore, Question, canonical_json
 
-EMPTY = "an empty answer"
+EMPTY, REFUSED_ROW = "an empty answer", "row refused"
 MAX_EMPTY_ANSWERS = 3  # an answer that is empty this many times is accepted as empty
 BYTES_PER_TOKEN = 4  # of English text; only the estimate uses it, the ceiling counts a token per byte
 
@@ -33,6 +35,7 @@ class Endpoint:
         self.identity = canonical_json({"client": spec.client, "base_url": self.base_url, "model": spec.model})
         self.budget = Budget(name, spec, store.used_tokens(self.identity))
         self.pacer = Pacer(spec.requests_per_minute)
+        self.watch = AnswerWatch(name, spec, store)
 
     def estimate(self, questions: Sequence[Question]) -> dict[str, Any]:
         """What :meth:`query` will take: answers wanted, answers in the store, and for the rest the calls, input tokens
@@ -62,8 +65,12 @@ class Endpoint:
 
         `concurrency` requests run at a time, at most `requests_per_minute`. A request whose failure may pass is sent
         again, `max_attempts` times in all, after a random, growing pause or the one that the server requests.
-        Raises UserError when a ceiling could be passed, and when the endpoint refuses or does not answer a request.
+        Raises UserError when a ceiling could be passed, when the endpoint refuses or does not answer a request, and
+        when its answers, also those in the store, are of no use (:class:`AnswerWatch`).
         """
+        for question, answer in zip(questions, self.store.get(questions), strict=True):
+            if answer is not None:
+                self.watch.check(question, answer)
         if missing := self._missing(questions):
             plan = self.estimate(questions)
             self.log(f"{self.name}: " + ", ".join(f"{k}: {v:,}" for k, v in plan.items() if v is not None))
@@ -91,7 +98,8 @@ class Endpoint:
             if not self.pacer.wait_for_turn():
                 return
             try:
-                self._call(question, accept_empty=empty >= MAX_EMPTY_ANSWERS - 1)
+                answer = self._call(question, accept_empty=empty >= MAX_EMPTY_ANSWERS - 1)
+                self.watch.check(question, answer)
                 return
             except RetryableError as failure:
                 empty += failure.outcome == EMPTY
@@ -106,28 +114,41 @@ class Endpoint:
                 self.pacer.stop.set()  # before another thread makes the same mistake
                 raise
 
-    def _call(self, question: Question, accept_empty: bool) -> None:
-        """One call: reserved and recorded before it is made, settled and recorded after it, whatever its outcome."""
+    def _without_logprobs(self, answer: Answer) -> str:
+        """The message when `answer` has no log-probabilities although they were requested."""
+        return (
+            f"params.yaml: teachers.{self.name}.api.labels: {self.base_url} returned no log-probabilities (`logprobs: "
+            f"null`) with the answer {one_line(answer.text)!r}; turn them on at the server, or use `labels: text`"
+        )
+
+    def _call(self, question: Question, accept_empty: bool) -> Answer:
+        """The answer of one call, reserved and recorded before it is made, settled and recorded after it, whatever its
+        outcome."""
         reserved = max_call_tokens(question)
         self.budget.reserve(reserved)
         used = reserved  # unless the answer or the failure shows the true number
         try:
             call = self.store.open_call(question, self.identity, *reserved)
             started = time.perf_counter()
-            outcome, answered = "failed", None
+            outcome, answer, answered = "failed", None, None
             try:
                 answer = self.transport.send(question)
                 input_tokens, output_tokens = answer.metadata.get("usage") or reserved
                 used = int(input_tokens), int(output_tokens)
-                if not answer.text and not accept_empty:
+                explained = answer.metadata.get("refused") or answer.metadata.get("reasoning")
+                if not explained and question.model_identity.get("logprobs") and "steps" not in answer.metadata:
+                    raise UserError(self._without_logprobs(answer))
+                if not answer.text and not explained and not accept_empty:
                     raise RetryableError(EMPTY)
-                outcome, answered = "answered", (question, answer)
+                outcome = REFUSED_ROW if answer.metadata.get("refused") else "answered"
+                answered = question, answer
+                return answer
             except RetryableError as failure:
                 outcome = failure.outcome
                 used = (0, 0) if failure.free else used
                 raise
             except UserError:
-                outcome, used = "refused", (0, 0)
+                outcome, used = "refused", used if answer else (0, 0)
                 raise
             finally:
                 self.store.close_call(call, outcome, time.perf_counter() - started, used, answered)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ import numpy as np
 import pandas as pd
 
 from distillery.errors import UserError
-from distillery.tasks.parsing import parse_label
+from distillery.tasks.parsing import parse_label, without_reasoning
 from distillery.tasks.prompts import chat_turns
 from distillery.tasks.schema import FewShotExample, Task
 from distillery.teachers.api.client import Endpoint
+from distillery.teachers.api.probabilities import label_probabilities
 from distillery.teachers.cache import Answer, Question
 from distillery.teachers.prompted import PromptedTeacher
-
-MIN_LABEL_MASS = 0.5  # total probability that the labels must have among a token's alternatives
 
 
 @dataclass
@@ -82,15 +80,11 @@ class ApiTeacher(PromptedTeacher):
 
     def _read(self, answer: Answer) -> np.ndarray:
         """Probabilities [labels] from one answer; NaN when it cannot be read."""
-        mode, text = self.endpoint.spec.labels, answer.text
-        if mode == "logprobs":
-            return first_token_probabilities(answer.metadata.get("logprobs", []), self.task)
-        if mode == "structured":
-            try:
-                text = json.loads(text)["label"]
-            except (ValueError, LookupError, TypeError):
-                text = ""
-        label = parse_label(self.task, str(text))
+        if self.endpoint.spec.labels == "logprobs":
+            # answers of older versions have the alternatives of the first token alone
+            steps = answer.metadata.get("steps", [[None, answer.metadata.get("logprobs", [])]])
+            return label_probabilities(steps, self.task, answer.metadata.get("finish"))
+        label = parse_label(self.task, answer.text)
         return np.array([float(name == label) if label else math.nan for name in self.task.names])
 
     def answer(self, rows: pd.DataFrame, max_new_tokens: int) -> list[str]:
@@ -112,26 +106,10 @@ class ApiTeacher(PromptedTeacher):
         """
         identity = self._identity | {"temperature": temperature, "max_tokens": max_new_tokens}
         answers = self.endpoint.query([Question(identity, turns, sample) for turns in conversations])
-        return [" ".join(answer.text.split()) for answer in answers]
+        return [" ".join(without_reasoning(answer.text).split()) for answer in answers]
 
 
 def label_schema(task: Task) -> dict[str, Any]:
     """The JSON schema of an answer that can only be a label."""
     label = {"type": "string", "enum": task.words}
     return {"type": "object", "properties": {"label": label}, "required": ["label"], "additionalProperties": False}
-
-
-def first_token_probabilities(alternatives: Sequence[Sequence[Any]], task: Task) -> np.ndarray:
-    """Label probabilities [labels] from the alternatives (token, log-probability) of an answer's first token.
-
-    A token counts for the one label that begins with it, and for none if two labels do. NaN when the labels have less
-    than half of the probability. Labels that share a first token need a `verbalizer`.
-    """
-    words = [word.casefold() for word in task.words]
-    mass = np.zeros(len(words))
-    for token, logprob in alternatives:
-        prefix = token.strip().casefold()
-        matches = [i for i, word in enumerate(words) if prefix and word.startswith(prefix)]
-        if len(matches) == 1:
-            mass[matches[0]] += math.exp(logprob)
-    return mass / mass.sum() if mass.sum() >= MIN_LABEL_MASS else np.full(len(words), math.nan)

@@ -1,4 +1,4 @@
-"""One request to an endpoint, in the form of its vendor, and what its failures mean.
+"""One request to an endpoint, in the form of its vendor.
 
 `client: openai` serves OpenAI and all compatible endpoints (vLLM, llama.cpp, `transformers serve`), `client: anthropic`
 serves Anthropic, each through its vendor's own package. The retries of these packages are off: every call is counted
@@ -9,29 +9,26 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from distillery.config.schema import ApiConfig
 from distillery.errors import UserError
+from distillery.teachers.api.failures import (
+    REFUSED_ROW,
+    ROW_STATUSES,
+    RetryableError,
+    error_message,
+    may_pass,
+    one_line,
+    retry_after_seconds,
+)
+from distillery.teachers.api.responses import read_completion, read_message
 from distillery.teachers.cache import Answer, Question, canonical_json
 
 DEFAULT_URLS = {"openai": "https://api.openai.com/v1", "anthropic": "https://api.anthropic.com"}
 DEFAULT_KEY_VARIABLES = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 UNREADABLE = "an answer that cannot be read"
 TOP_LOGPROBS = 20  # the most alternatives per token that endpoints return
-
-
-class RetryableError(Exception):
-    """A failure that may pass.
-
-    outcome: for the record. retry_after: seconds that the server requested. free: whether no tokens were used.
-    """
-
-    def __init__(self, outcome: str, retry_after: float | None = None, free: bool = False):
-        super().__init__(outcome)
-        self.outcome, self.retry_after, self.free = outcome, retry_after, free
 
 
 class Transport:
@@ -64,8 +61,11 @@ class Transport:
         return text.replace(self.secret, "***") if self.secret else text
 
     def send(self, question: Question) -> Answer:
-        """The answer of one call; `usage` in its metadata: (input, output) tokens, where the endpoint counts them.
+        """The answer of one call.
 
+        Its metadata, where the endpoint gives them: `finish`, `model`, `usage` (input and output tokens), `steps` (see
+        :func:`distillery.teachers.api.probabilities.label_probabilities`), `reasoning` (its start, of an answer that is
+        nothing else) and `refused` (the server's words, of a row that the endpoint refuses).
         Raises RetryableError when the failure may pass, else UserError; neither message holds the API key.
         """
         errors = self.errors
@@ -77,31 +77,41 @@ class Transport:
             cause = error.__cause__ or error
             raise RetryableError(f"connection lost ({type(cause).__name__})") from None
         except errors.APIStatusError as error:
-            raise self._status_failure(error) from None
+            answer = self._read_status(error)
         except (errors.APIResponseValidationError, ValueError):
             raise RetryableError(UNREADABLE) from None
         if self.secret and self.secret in answer.text + canonical_json(answer.metadata):
             answer = Answer(self.redact(answer.text), json.loads(self.redact(canonical_json(answer.metadata))))
         return answer
 
-    def _status_failure(self, error: Any) -> RetryableError | UserError:
-        """The exception for an HTTP status other than 200."""
-        status = error.status_code
-        body = error.body if isinstance(error.body, dict) else {}
-        detail = body.get("error") if isinstance(body.get("error"), dict) else body
-        message = detail.get("message") or detail.get("detail") or error.response.text[:200]
-        message = self.redact(" ".join(str(message).split()))[:200]
-        quota_spent = "insufficient_quota" in (detail.get("code"), detail.get("type"))
-        if not quota_spent and (status in (408, 409, 425, 429) or status >= 500):
-            retry_after = retry_after_seconds(error.response.headers.get("retry-after"))
-            return RetryableError(f"HTTP {status}", retry_after, free=True)
+    def _read_status(self, error: Any) -> Answer:
+        """See :meth:`_read_failure`, for an HTTP status other than 200."""
+        try:
+            body = error.response.json()
+        except ValueError:
+            body = error.response.text
+        return self._read_failure(error.status_code, body, error.response.headers.get("retry-after"))
+
+    def _read_failure(self, status: int, body: Any, retry_after: str | None = None) -> Answer:
+        """The answer `refused` when only this row is refused; else raises RetryableError or UserError.
+
+        status: of HTTP. body: the decoded response; in one with status 200 an error may have a status as its code.
+        """
+        words, codes = error_message(body)
+        reported = body["error"].get("code") if isinstance(body, dict) and isinstance(body.get("error"), dict) else None
+        decisive = reported if status == 200 and isinstance(reported, int) else status
+        message = f"HTTP {status} from {self.base_url}: {one_line(self.redact(words or codes))}"
+        if decisive in (200, *ROW_STATUSES) and REFUSED_ROW.search(f"{words} {codes}"):
+            return Answer("", {"refused": message, "usage": [0, 0]})
+        if "insufficient_quota" not in codes and may_pass(decisive):
+            raise RetryableError(f"HTTP {decisive}", retry_after_seconds(retry_after), free=True)
         section = f"teachers.{self.name}.api"
         reason = {
             401: f"{section}.key: the endpoint does not accept the key",
             403: f"{section}.key: the key may not do this",
             404: f"{section}.model: the endpoint has no `{self.spec.model}` (or base_url is wrong)",
-        }.get(status, section)
-        return UserError(f"params.yaml: {reason}: HTTP {status} from {self.base_url}: {message}")
+        }.get(decisive, section)
+        raise UserError(f"params.yaml: {reason}: {message}")
 
     def _send_openai(self, question: Question) -> Answer:
         settings, spec = question.model_identity, self.spec
@@ -116,14 +126,12 @@ class Transport:
             extra["response_format"] = {"type": "json_schema", "json_schema": schema}
         response = self.client.chat.completions.create(model=spec.model, messages=question.prompt, **extra)
         try:  # the package does not validate responses
-            choice = response.choices[0]
-            metadata: dict[str, Any] = {"finish": choice.finish_reason, "model": response.model}
-            if response.usage:
-                metadata["usage"] = [response.usage.prompt_tokens, response.usage.completion_tokens]
-            if settings.get("logprobs"):
-                alternatives = choice.logprobs.content[0].top_logprobs
-                metadata["logprobs"] = [[token.token, token.logprob] for token in alternatives]
-            return Answer((choice.message.content or "").strip(), metadata)
+            body = response.to_dict(warnings=False)
+            if body.get("error") or body.get("object") == "error":
+                return self._read_failure(200, body)
+            if body["choices"][0].get("error"):  # of a router, whose provider failed
+                return self._read_failure(200, body["choices"][0])
+            return read_completion(body)
         except (AttributeError, LookupError, TypeError):
             raise RetryableError(UNREADABLE) from None
 
@@ -140,23 +148,6 @@ class Transport:
             model=self.spec.model, messages=turns, max_tokens=settings["max_tokens"], **extra
         )
         try:
-            text = "".join(block.text for block in response.content if block.type == "text")
-            metadata = {"finish": response.stop_reason, "model": response.model}
-            metadata["usage"] = [response.usage.input_tokens, response.usage.output_tokens]
-            return Answer(text.strip(), metadata)
+            return read_message(response.to_dict(warnings=False))
         except (AttributeError, LookupError, TypeError):
             raise RetryableError(UNREADABLE) from None
-
-
-def retry_after_seconds(header: str | None) -> float | None:
-    """Seconds that a Retry-After header requests (RFC 9110, 10.2.3: a number, or a date); None without one."""
-    if not header:
-        return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return None
