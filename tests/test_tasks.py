@@ -83,6 +83,33 @@ def test_chat_rendering_ends_where_the_answer_starts(load):
     )
 
 
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('Only user and assistant roles!') }}{% endif %}",
+        "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}",  # left out without a word
+    ],
+)
+def test_a_template_without_a_system_role_gets_its_text_in_the_first_user_turn(load, beginning):
+    tokenizer, task = tiny.word_tokenizer(["Judge Good or bad we drew Mood"], "llama"), load(MOOD)
+    tokenizer.chat_template = beginning + tokenizer.chat_template
+    rendered = render_prompt(chat_turns(task, "we drew", 1), tokenizer)
+    assert rendered.startswith(
+        "<|im_start|>user\nJudge.\n\nGood or bad? we won Mood:<|im_end|>\n<|im_start|>assistant\n+"
+    )
+    assert rendered.count("Judge.") == 1 and "system" not in rendered
+
+
+def test_a_template_that_refuses_the_conversation_ends_in_one_line(load):
+    tokenizer = tiny.word_tokenizer(["we drew"], "llama")
+    tokenizer.chat_template = "{{ raise_exception('One turn of the user only!') }}"
+    with pytest.raises(
+        UserError, match=r"the chat template refuses the prompt \(One turn of the user only!\); set `prom"
+    ):
+        render_prompt(chat_turns(load(MOOD), "we drew"), tokenizer)
+
+
 def test_chat_rendering_needs_a_chat_template(load):
     tokenizer = tiny.word_tokenizer(["we drew"], "bert")
     with pytest.raises(UserError, match="no chat template; set `prompt: plain`"):

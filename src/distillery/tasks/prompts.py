@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 from distillery.errors import UserError
 from distillery.tasks.schema import FewShotExample, Task
 
@@ -42,19 +44,45 @@ def chat_turns(task: Task, text: str, few_shot: int | Sequence[FewShotExample] =
     return [*turns, {"role": "user", "content": user_turn(task, text)}]
 
 
+def without_system_turn(turns: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """`turns` with the text of the system turn, if there is one, before that of the first user turn."""
+    if not turns or turns[0]["role"] != "system":
+        return list(turns)
+    system, first, *rest = turns
+    return [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
 def render_prompt(messages: list[dict[str, str]], tokenizer: Any, style: str = "chat") -> str:
     """The text of the prompt, up to the start of the answer.
 
-    style: `chat` uses the tokenizer's chat template (UserError when it has none), `plain` joins the turns.
+    style: `chat` uses the tokenizer's chat template, `plain` joins the turns. A template that refuses a system turn, or
+    leaves it out, gets its text in the first user turn. Raises UserError when there is no template, or when it refuses
+    the conversation even so.
     """
     if style == "chat":
         if not tokenizer.chat_template:
             raise UserError(f"{tokenizer.name_or_path}: no chat template; set `prompt: plain`")
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        system = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
+        try:
+            text = _apply_chat_template(messages, tokenizer)
+            if system in text:
+                return text
+        except TemplateError:
+            pass
+        try:
+            return _apply_chat_template(without_system_turn(messages), tokenizer)
+        except TemplateError as error:
+            raise UserError(
+                f"{tokenizer.name_or_path}: the chat template refuses the prompt ({error}); set `prompt: plain`"
+            ) from None
     text = ""
     for turn in messages:
         text += turn["content"] + (PLAIN_SEPARATOR if turn["role"] != "user" else " ")
     return text.rstrip(" ")
+
+
+def _apply_chat_template(messages: list[dict[str, str]], tokenizer: Any) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def render_answer(task: Task, label: str, style: str = "chat") -> str:
