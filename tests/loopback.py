@@ -25,6 +25,13 @@ HANG = 30.0  # seconds; longer than any client here waits
 
 # Keys of a request that `transformers serve` refuses.
 NOT_SERVED = {"logprobs", "top_logprobs", "response_format", "reasoning_effort"}
+# A chat template like Gemma's, without a system role, and like Qwen's, with reasoning that can be turned off.
+STRICT_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if enable_thinking is not defined or enable_thinking %}positive negative positive negative{% endif %}"
+)
 
 
 def build_speaker(folder: Path, words: list[str], chat_template: str | None = None) -> Path:
@@ -93,8 +100,8 @@ class Proxy:
 
     key: the only API key that it accepts, if any. `calls`: number of calls by outcome. `delivered`: number of whole
     answers by request. `requests`: the bodies of all. `/v1/messages` (Anthropic's form) is translated for the server
-    and back. alter: what the client gets instead of an answer of the server: (request, answer) -> (status, answer).
-    Keys of `NOT_SERVED` do not reach the server.
+    and back. alter: what the client gets instead of the server's answer: (request, status, answer) -> (status,
+    answer). Keys of `NOT_SERVED` do not reach the server.
     """
 
     def __init__(
@@ -105,7 +112,7 @@ class Proxy:
         faults=FAULTS,
         seed: int = 0,
         key: str = "",
-        alter: Callable[[dict[str, Any], dict[str, Any]], tuple[int, Any]] = lambda _, answer: (200, answer),
+        alter: Callable[[dict[str, Any], int, Any], tuple[int, Any]] = lambda _, status, answer: (status, answer),
     ):
         self.alter, self.requests = alter, []
         self.upstream, self.share, self.faults, self.key = port, share, faults, key
@@ -171,9 +178,9 @@ class Proxy:
         status, answer = self._forward(
             "/v1/chat/completions", to_openai(body) if anthropic else without_unserved_keys(body)
         )
-        if status == 200:
-            answer = to_anthropic(answer) if anthropic else answer
-            status, answer = self.alter(json.loads(body), answer)
+        if status == 200 and anthropic:
+            answer = to_anthropic(answer)
+        status, answer = self.alter(json.loads(body), status, answer)
         if status != 200:
             self._count(f"server returned {status}")
             return self._send(request, status, answer)

@@ -46,6 +46,15 @@ def server(tmp_path_factory):
         yield port, str(folder)
 
 
+@pytest.fixture(scope="module")
+def reasoning_server(tmp_path_factory):
+    """(port, model folder) of a server whose chat template takes no system turn, and reasoning that can be off."""
+    folder = tmp_path_factory.mktemp("served") / "reasoner"
+    loopback.build_speaker(folder, TASK.words, chat_template=loopback.STRICT_TEMPLATE)
+    with loopback.served(folder) as port:
+        yield port, str(folder)
+
+
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv(KEY, SECRET)
@@ -272,13 +281,13 @@ def test_a_stage_queries_an_endpoint_once_and_writes_the_key_nowhere(server, tmp
 # ------------------------------------------------------------------------------- contents
 
 
-def content(text: str | None, **message: Any) -> Callable[[dict, dict], tuple[int, dict]]:
+def content(text: str | None, **message: Any) -> Callable[[dict, int, dict], tuple[int, dict]]:
     """The answer of the server with another text, in which ANSWER stands for its own, and further keys."""
 
-    def alter(_: dict[str, Any], answer: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def alter(_: dict[str, Any], status: int, answer: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         original = answer["choices"][0]["message"]
         original |= {"content": text and text.replace("ANSWER", original["content"])} | message
-        return 200, answer
+        return status, answer
 
     return alter
 
@@ -341,9 +350,9 @@ def test_nothing_but_reasoning_stops_at_the_first_answer_with_the_way_out(server
 def test_one_answer_that_is_cut_off_does_not_stop_the_others(server, tmp_path):
     port, model = server
 
-    def alter(request: dict[str, Any], answer: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def alter(request: dict[str, Any], status: int, answer: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         cut_off = TEXTS[2] in request["messages"][-1]["content"]
-        return content("<think>\nHm." if cut_off else "<think>\nHm.</think>positive")(request, answer)
+        return content("<think>\nHm." if cut_off else "<think>\nHm.</think>positive")(request, status, answer)
 
     with loopback.Proxy(port, alter=alter) as proxy:
         opened = teacher(proxy.url, model, tmp_path, concurrency=1)
@@ -351,6 +360,75 @@ def test_one_answer_that_is_cut_off_does_not_stop_the_others(server, tmp_path):
         assert np.isnan(p[:, 0]).tolist() == [i == 2 for i in range(8)] and proxy.calls == {"whole": 8}
         np.testing.assert_array_equal(teacher(proxy.url, model, tmp_path).predict_texts(TEXTS[:8]), p)
         assert proxy.calls == {"whole": 8}
+
+
+# ------------------------------------------------------------------------------- further keys of a request
+
+
+def strict_template(request: dict[str, Any], status: int, answer: Any) -> tuple[int, Any]:
+    """The words with which vLLM passes on that a chat template refuses the system turn; this server answers 500."""
+    if status == 500 and request["messages"][0]["role"] == "system":
+        return 400, {"object": "error", "message": "System role not supported", "type": "BadRequestError", "code": 400}
+    return status, answer
+
+
+def test_a_server_without_a_system_role_gets_its_text_in_the_first_user_turn(reasoning_server, tmp_path):
+    port, model = reasoning_server
+    with loopback.Proxy(port, alter=strict_template) as proxy:
+        opened = teacher(proxy.url, model, tmp_path, concurrency=1)
+        opened.predict_texts(TEXTS[:3])
+        assert proxy.calls == {"server returned 400": 1, "whole": 3}
+    refused, *merged = proxy.requests
+    assert [turn["role"] for turn in refused["messages"]] == ["system", "user"]
+    (turn,) = merged[0]["messages"]
+    assert turn["content"] == "\n\n".join(turn["content"] for turn in refused["messages"])
+    assert outcomes(opened) == {"answered": 3}
+
+
+def test_further_keys_reach_the_server_and_are_part_of_the_cache_key(reasoning_server, tmp_path):
+    port, model = reasoning_server
+    sent = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low", "seed": 3}
+    extra = {key: value for key, value in sent.items() if key != "seed"} | {"extra_body": {"seed": 3}}
+    with loopback.Proxy(port, alter=strict_template) as proxy:
+        plain, opened = (teacher(proxy.url, model, tmp_path, concurrency=1, **keys) for keys in ({}, extra))
+        plain.predict_texts(TEXTS[:4])
+        opened.predict_texts(TEXTS[:4])
+        opened.generate([[{"role": "user", "content": "Why?"}]], max_new_tokens=2)
+        teacher(proxy.url, model, tmp_path, **extra).predict_texts(TEXTS[:4])
+        assert proxy.calls == {"server returned 400": 2, "whole": 9}
+    keys = [{key: request[key] for key in sent if key in request} for request in proxy.requests]
+    assert keys == [{}] * 5 + [sent] * 6
+    # the template of this server writes four tokens more when reasoning is on
+    tokens = [[a.metadata["usage"][0] for a in t.endpoint.query(t.questions(TEXTS[:4]))] for t in (plain, opened)]
+    assert np.subtract(*tokens).tolist() == [4] * 4
+
+
+def test_further_keys_reach_anthropic_and_keep_the_temperature(server, tmp_path):
+    port, model = server
+    thinking = {"thinking": {"type": "disabled"}}
+    with loopback.Proxy(port) as proxy:
+        teacher(proxy.url, model, tmp_path, client="anthropic", extra_body=thinking).predict_texts(TEXTS[:1])
+    (request,) = proxy.requests
+    assert request["thinking"] == thinking["thinking"] and request["temperature"] == 0
+
+
+def test_the_value_of_the_key_is_refused_among_further_keys(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY, "plain words")
+    with pytest.raises(UserError) as raised:
+        teacher("http://127.0.0.1:1", "m", tmp_path, extra_body={"user": ["my plain words"]})
+    line = f"params.yaml: teachers.far.api: extra_body or a key beside it holds the value of {KEY}"
+    assert str(raised.value) == line
+
+
+def test_what_only_looks_like_a_secret_is_sent(tmp_path):
+    values = {
+        "max_thinking_tokens": 0,
+        "stop": ["task-oriented-answers"],
+        "lora": "a" * 64,
+        "top_k": 1,
+        "add_eos_token": "x",
+    }
+    assert teacher("http://127.0.0.1:1", "m", tmp_path, extra_body=values).questions(TEXTS[:1])
 
 
 # ------------------------------------------------------------------------------- refusals

@@ -160,6 +160,38 @@ MISTAKES = [
         {"kind": "api", "api": {"model": "m", "client": "anthropic", "labels": "logprobs"}},
         "teachers.llm.api: `labels: logprobs` is not for `client: anthropic`",
     ),
+    *(
+        ("teachers.llm", {"kind": "api", "api": {"model": "m"} | keys}, f"teachers.llm.api{line}")
+        for keys, line in [
+            ({"extra_body": {"messages": []}}, ": `extra_body` cannot set `messages`\n"),
+            ({"extra_body": {"n": 4}}, ": `extra_body` cannot set `n`: use `samples` of this section\n"),
+            (
+                {"extra_body": {"max_completion_tokens": 4}},
+                ": `extra_body` cannot set `max_completion_tokens`: use `max_to",
+            ),
+            ({"extra_body": ["a"]}, ".extra_body: must be a section of keys and values\n"),
+            ({"reasoning_effort": 0}, ".reasoning_effort: must be text, not 0\n"),
+            ({"client": "anthropic", "reasoning_effort": "low"}, ": `reasoning_effort` is not for `client: anthropic`"),
+            (
+                {"client": "anthropic", "chat_template_kwargs": {"a": 1}},
+                ": `chat_template_kwargs` is not for `client: a",
+            ),
+            *(
+                (keys, f": `{path}` looks like a key or a password, which no file may hold: put it into an environment")
+                for keys, path in [
+                    ({"extra_body": {"headers": {"Authorization": "x"}}}, "extra_body.headers.Authorization"),
+                    ({"extra_body": {"a": [0, {"X-Api-Key": "x"}]}}, "extra_body.a.1.X-Api-Key"),
+                    ({"extra_body": {"client_secret": "x"}}, "extra_body.client_secret"),
+                    ({"extra_body": {"token": "x"}}, "extra_body.token"),
+                    ({"extra_body": {"a": "Bearer abc"}}, "extra_body.a"),
+                    ({"extra_body": {"a": "sk-proj-abcdefgh1234"}}, "extra_body.a"),
+                    ({"extra_body": {"a": ["hf_abcdefgh1234"]}}, "extra_body.a.0"),
+                    ({"chat_template_kwargs": {"a": "AIzaSyD-abcdefgh1234"}}, "chat_template_kwargs.a"),
+                    ({"reasoning_effort": "sk-abcdefgh1234"}, "reasoning_effort"),
+                ]
+            ),
+        ]
+    ),
     (
         "teachers.llm",
         {"kind": "answers", "answers": {"files": ["a.csv"], "columns": {}}},

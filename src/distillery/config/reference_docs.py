@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -26,7 +26,8 @@ Every key of `params.yaml` and of a task file. `distillery schema --write` write
 The column `default` shows which keys are required; a key with an empty default may be left out. A `name` has letters,
 digits, `_`, `.` and `-`, and starts with a letter or digit.
 """
-BASIC_TYPES = {str: "text", float: "number", int: "integer", bool: "boolean", Any: "any value", NoneType: "null"}
+BASIC_TYPES = {str: "text", float: "number", int: "integer", bool: "boolean", NoneType: "null"}
+BASIC_TYPES |= {Any: "any value", JsonValue: "any value"}
 
 
 def schema_json() -> str:

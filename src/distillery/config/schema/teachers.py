@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
-from distillery.config.schema.base import URL, VARIABLE, Count, Name, Positive, Section
+from distillery.config.schema.base import TRIMMED_TEXT, URL, VARIABLE, Count, Name, Positive, Section
 from distillery.config.schema.training import FinetuneConfig
 
 
@@ -17,6 +18,39 @@ class ApiPrice(Section):
     """Price of prompt tokens."""
     output: Annotated[float, Field(ge=0)]
     """Price of generated tokens."""
+
+
+# Keys of a request that have a key of their own here, or that would change the form of the response.
+OWN_REQUEST_KEYS = {"max_completion_tokens": "max_tokens", "top_logprobs": "labels", "n": "samples"}
+OWN_REQUEST_KEYS |= {key: key for key in ("model", "temperature", "max_tokens", "reasoning_effort")}
+OWN_REQUEST_KEYS |= {"logprobs": "labels", "chat_template_kwargs": "chat_template_kwargs"}
+FIXED_REQUEST_KEYS = ("messages", "stream")
+# Names and beginnings of secrets, so that one that was put here by mistake is not written to a file.
+SECRET_KEY = re.compile(
+    r"(proxy.?)?authorization|(x.)?api.?key|((access|auth|bearer|api|hf).)?token|.*(secret|password).*", re.IGNORECASE
+)
+SECRET_VALUE = re.compile(
+    r"\s*(?i:bearer|basic)\s+\S|.*\b(sk|pk|rk|csk|hf|gsk|xai|nvapi|ghp|ghs|glpat|pplx)[-_][A-Za-z0-9_-]{8}"
+    r"|.*\b(github_pat_|AIza[\w-]{16}|A[KS]IA[A-Z0-9]{12}|eyJ[\w-]{16})",
+    re.DOTALL,
+)
+
+
+def path_of_secret(value: JsonValue, path: str) -> str | None:
+    """The path of the first secret in `value`, which lies at `path`: what looks like a key or a password."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            below = f"{path}.{key}"
+            if SECRET_KEY.fullmatch(key) and isinstance(inner, str):
+                return below
+            if (secret := path_of_secret(inner, below)) is not None:
+                return secret
+    elif isinstance(value, list):
+        secrets = (path_of_secret(inner, f"{path}.{i}") for i, inner in enumerate(value))
+        return next((secret for secret in secrets if secret is not None), None)
+    elif isinstance(value, str) and SECRET_VALUE.match(value):
+        return path
+    return None
 
 
 class ApiConfig(Section):
@@ -38,7 +72,15 @@ class ApiConfig(Section):
     temperature: Annotated[float, Field(ge=0)] | None = 0.0
     """Sampling temperature; null sends none."""
     max_tokens: Annotated[int, Field(gt=0)] = 16
-    """Largest length of an answer, in tokens."""
+    """Largest length of an answer, in tokens; the reasoning of a model counts."""
+    reasoning_effort: Annotated[str, Field(pattern=TRIMMED_TEXT)] | None = None
+    """How much a model of `client: openai` reasons before it answers, such as `none`, `minimal` or `low`; as the
+    endpoint chooses when not given."""
+    chat_template_kwargs: dict[str, JsonValue] = {}
+    """Arguments for the chat template of the model, at servers of open models: `{enable_thinking: false}` turns the
+    reasoning of many of them off."""
+    extra_body: dict[str, JsonValue] = {}
+    """Further keys of every request, as the endpoint's manual names them. Never a key or a password."""
     concurrency: Annotated[int, Field(gt=0, le=256)] = 8
     """Largest number of requests at the same time."""
     requests_per_minute: Positive | None = None
@@ -63,6 +105,31 @@ class ApiConfig(Section):
         if self.labels == "logprobs" and self.client == "anthropic":
             raise ValueError("`labels: logprobs` is not for `client: anthropic`, which returns none")
         return self
+
+    @model_validator(mode="after")
+    def _extra_keys_fit(self):
+        if self.client == "anthropic":
+            for key in ("reasoning_effort", "chat_template_kwargs"):
+                if getattr(self, key):
+                    raise ValueError(f"`{key}` is not for `client: anthropic`: use `extra_body`")
+        for key in self.extra_body:
+            if key in FIXED_REQUEST_KEYS:
+                raise ValueError(f"`extra_body` cannot set `{key}`")
+            if own := OWN_REQUEST_KEYS.get(key):
+                raise ValueError(f"`extra_body` cannot set `{key}`: use `{own}` of this section")
+        for key in ("reasoning_effort", "chat_template_kwargs", "extra_body"):
+            if (path := path_of_secret(getattr(self, key), key)) is not None:
+                raise ValueError(
+                    f"`{path}` looks like a key or a password, which no file may hold: put it into an environment "
+                    "variable, and the name of that variable into `key`"
+                )
+        return self
+
+    @property
+    def extra_request_keys(self) -> dict[str, JsonValue]:
+        """The keys of a request that decide its answer beside those that all endpoints know."""
+        extra = {"reasoning_effort": self.reasoning_effort, "chat_template_kwargs": self.chat_template_kwargs}
+        return {key: value for key, value in extra.items() if value} | self.extra_body
 
 
 class AnswerColumns(Section):

@@ -33,7 +33,9 @@ class ApiTeacher(PromptedTeacher):
     @property
     def _identity(self) -> dict[str, Any]:
         spec = self.endpoint.spec
-        return {"client": spec.client, "base_url": self.endpoint.base_url, "model": spec.model}
+        identity = {"client": spec.client, "base_url": self.endpoint.base_url, "model": spec.model}
+        extra = spec.extra_request_keys  # left out when there are none: answers of older versions have no such key
+        return identity | {"extra_body": extra} if extra else identity
 
     def _turns(self, text: str, solved: Sequence[FewShotExample] | None) -> list[dict[str, str]]:
         return chat_turns(self.task, text, self.few_shot if solved is None else solved)

@@ -13,7 +13,9 @@ from typing import Any
 
 from distillery.config.schema import ApiConfig
 from distillery.errors import UserError
+from distillery.tasks.prompts import without_system_turn
 from distillery.teachers.api.failures import (
+    NO_SYSTEM_ROLE,
     REFUSED_ROW,
     ROW_STATUSES,
     RetryableError,
@@ -44,6 +46,10 @@ class Transport:
         self.secret = os.environ.get(variable, "") if variable else ""
         if variable and not self.secret:
             raise UserError(f"params.yaml: teachers.{name}.api.key: set {variable} in the environment")
+        if self.secret and self.secret in canonical_json(spec.extra_request_keys):
+            raise UserError(
+                f"params.yaml: teachers.{name}.api: extra_body or a key beside it holds the value of {variable}"
+            )
         # the packages insist on a key, and would send the one in the environment to an endpoint that wants none
         settings = {"api_key": self.secret or "none", "base_url": self.base_url, "timeout": spec.timeout}
         if spec.client == "openai":
@@ -55,6 +61,7 @@ class Transport:
 
             self.client = package.Anthropic(**settings, max_retries=0)
         self.errors = package
+        self.merges_system = False  # whether the text of the system turn goes into the first user turn
 
     def redact(self, text: str) -> str:
         """`text` without the API key."""
@@ -77,12 +84,20 @@ class Transport:
             cause = error.__cause__ or error
             raise RetryableError(f"connection lost ({type(cause).__name__})") from None
         except errors.APIStatusError as error:
+            if self._refuses_system_turn(question, error):
+                self.merges_system = True  # of this request and of all later ones
+                return self.send(question)
             answer = self._read_status(error)
         except (errors.APIResponseValidationError, ValueError):
             raise RetryableError(UNREADABLE) from None
         if self.secret and self.secret in answer.text + canonical_json(answer.metadata):
             answer = Answer(self.redact(answer.text), json.loads(self.redact(canonical_json(answer.metadata))))
         return answer
+
+    def _refuses_system_turn(self, question: Question, error: Any) -> bool:
+        """Whether the endpoint failed because the chat template of its model takes no system turn."""
+        has_system = self.spec.client == "openai" and question.prompt[0]["role"] == "system"
+        return has_system and not self.merges_system and bool(NO_SYSTEM_ROLE.search(error.response.text))
 
     def _read_status(self, error: Any) -> Answer:
         """See :meth:`_read_failure`, for an HTTP status other than 200."""
@@ -124,7 +139,10 @@ class Transport:
         if settings.get("schema"):
             schema = {"name": "answer", "strict": True, "schema": settings["schema"]}
             extra["response_format"] = {"type": "json_schema", "json_schema": schema}
-        response = self.client.chat.completions.create(model=spec.model, messages=question.prompt, **extra)
+        if settings.get("extra_body"):
+            extra["extra_body"] = settings["extra_body"]
+        turns = without_system_turn(question.prompt) if self.merges_system else question.prompt
+        response = self.client.chat.completions.create(model=spec.model, messages=turns, **extra)
         try:  # the package does not validate responses
             body = response.to_dict(warnings=False)
             if body.get("error") or body.get("object") == "error":
@@ -139,8 +157,9 @@ class Transport:
         settings = question.model_identity
         system = [turn["content"] for turn in question.prompt if turn["role"] == "system"]
         extra: dict[str, Any] = {"system": "\n\n".join(system)} if system else {}
+        extra["extra_body"] = settings.get("extra_body", {})
         if settings["temperature"] is not None:  # the package has no argument for it: newer models take no temperature
-            extra["extra_body"] = {"temperature": settings["temperature"]}
+            extra["extra_body"] = {"temperature": settings["temperature"]} | extra["extra_body"]
         if settings.get("schema"):
             extra["output_config"] = {"format": {"type": "json_schema", "schema": settings["schema"]}}
         turns = [turn for turn in question.prompt if turn["role"] != "system"]
