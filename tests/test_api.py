@@ -28,7 +28,7 @@ from distillery.tasks.parsing import parse_label
 from distillery.tasks.schema import Task, load_task
 from distillery.teachers.api.budget import max_call_tokens
 from distillery.teachers.api.client import MAX_EMPTY_ANSWERS, Endpoint
-from distillery.teachers.api.failures import retry_after_seconds
+from distillery.teachers.api.failures import error_message, retry_after_seconds
 from distillery.teachers.api.probabilities import label_probabilities
 from distillery.teachers.api.teacher import ApiTeacher
 from distillery.teachers.cache import Answer, AnswerStore
@@ -468,6 +468,221 @@ def test_a_key_of_the_vendor_goes_to_the_vendor_only(tmp_path, monkeypatch):
     assert home.transport.client.api_key == "sk-real" and str(home.transport.client.base_url).startswith(
         "https://api.openai.com/"
     )
+
+
+# ------------------------------------------------------------------------------- rows that the endpoint refuses
+
+ROW_REFUSALS = [  # (status, body) as endpoints send them
+    (
+        400,
+        {
+            "error": {
+                "message": "The response was filtered due to the prompt triggering Azure OpenAI's content management "
+                "policy. Please modify your prompt and retry.",
+                "type": None,
+                "param": "prompt",
+                "code": "content_filter",
+                "status": 400,
+            }
+        },
+    ),
+    (
+        400,
+        {
+            "error": {
+                "message": "This model's maximum context length is 8192 tokens. However, your messages resulted in "
+                "9001 tokens. Please reduce the length of the messages.",
+                "type": "invalid_request_error",
+                "param": "messages",
+                "code": "context_length_exceeded",
+            }
+        },
+    ),
+    (  # vLLM
+        400,
+        {
+            "object": "error",
+            "message": "The decoder prompt (length 9001) is longer than the maximum model length of 8192.",
+            "type": "BadRequestError",
+            "code": 400,
+        },
+    ),
+    (  # llama.cpp
+        400,
+        {
+            "error": {
+                "code": 400,
+                "message": "request (9001 tokens) exceeds the available context size (8192 tokens), try increasing it",
+                "type": "exceed_context_size_error",
+            }
+        },
+    ),
+    (  # TGI
+        422,
+        {
+            "error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 8192. Given: 9001",
+            "error_type": "validation",
+        },
+    ),
+    (
+        400,
+        {"error": {"type": "invalid_request_error", "message": "prompt is too long: 200001 tokens > 200000 maximum"}},
+    ),
+    (400, {"error": {"code": "data_inspection_failed", "message": "Input data may contain inappropriate content."}}),
+    (403, {"error": {"code": 403, "message": "Your chosen model requires moderation and your input was flagged"}}),
+    (413, {"error": {"message": "Request Entity Too Large"}}),
+    (200, {"error": {"code": "content_filter", "message": "blocked by the content filter"}}),
+]
+
+
+def text_of(request: dict[str, Any]) -> str:
+    return request["messages"][-1]["content"]
+
+
+def test_a_row_that_the_endpoint_refuses_is_named_and_never_sent_again(server, tmp_path):
+    port, model = server
+    rows = pd.DataFrame({"id": [f"row-{i}" for i in range(30)], "text": TEXTS[:30], "group": None})
+    refusals = dict(zip(TEXTS[0:30:3], ROW_REFUSALS, strict=True))
+
+    def alter(request: dict[str, Any], status: int, answer: Any) -> tuple[int, Any]:
+        return next((refusal for text, refusal in refusals.items() if text in text_of(request)), (status, answer))
+
+    with loopback.Proxy(port) as proxy:
+        expected = teacher(proxy.url, model, tmp_path / "plain").predict(rows)
+    with loopback.Proxy(port, alter=alter) as proxy:
+        opened = teacher(proxy.url, model, tmp_path)
+        p = opened.predict(rows)
+        assert len(proxy.requests) == 30 and outcomes(opened) == {"answered": 20, "row refused": 10}
+        again = teacher(proxy.url, model, tmp_path)
+        np.testing.assert_array_equal(again.predict(rows), p)
+        assert len(proxy.requests) == 30
+    assert np.isnan(p[::3]).all()
+    others = [i for i in range(30) if i % 3]
+    np.testing.assert_array_equal(p[others], expected[others])
+    for one in (opened, again):  # a later run names them too
+        named = [line for line in one.messages if "is refused" in line]
+        assert [line.partition(" is refused")[0] for line in named] == [f"far: row `row-{i}`" for i in range(0, 30, 3)]
+        for line, (status, body) in zip(named, ROW_REFUSALS, strict=True):
+            words, _ = error_message(body)
+            assert f"stays without a label: HTTP {status} from http://127" in line and words[:150] in line
+    answers = opened.endpoint.query(opened.questions([TEXTS[i] for i in others]))
+    assert opened.endpoint.budget.used[0] == sum(answer.metadata["usage"][0] for answer in answers)  # the rest is free
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"finish_reason": "content_filter"}, "the answer ended with `content_filter`"),
+        ({"message": {"refusal": "I cannot help with that."}}, "I cannot help with that."),
+    ],
+)
+def test_a_row_that_the_model_refuses_is_paid_for_once(server, tmp_path, change, words):
+    port, model = server
+
+    def alter(_: dict[str, Any], status: int, answer: Any) -> tuple[int, Any]:
+        message = {"role": "assistant", "content": None} | change.get("message", {})
+        answer["choices"][0] |= change | {"message": message}
+        return status, answer
+
+    with loopback.Proxy(port, alter=alter) as proxy:
+        opened = teacher(proxy.url, model, tmp_path)
+        assert np.isnan(opened.predict_texts(TEXTS[:2])).all() and proxy.calls == {"whole": 2}
+        assert outcomes(opened) == {"row refused": 2} and opened.endpoint.budget.used[0] > 0
+    assert (
+        f"…{text_of(proxy.requests[0])[-60:]!r} is refused" in "".join(opened.messages) and words in opened.messages[-1]
+    )
+
+
+@pytest.mark.parametrize(
+    "labels, status, body, line",
+    [
+        (
+            "text",
+            400,
+            {"error": {"message": "Unknown parameter: 'seed'."}},
+            "HTTP 400 from http://.*: Unknown parameter: 'se",
+        ),
+        ("text", 422, {"detail": [{"msg": "extra field"}]}, "HTTP 422 from http://.*extra field"),
+        ("text", 400, "no JSON here", "HTTP 400 from http://.*: no JSON here"),
+        ("text", 200, {"error": {"message": "No model is loaded."}}, "HTTP 200 from http://.*: No model is loaded\\."),
+        ("text", 200, {"error": "No model is loaded."}, "HTTP 200 from http://.*: No model is loaded\\."),
+        ("text", 200, {"object": "error", "message": "No model."}, "HTTP 200 from http://.*: No model\\."),
+        (
+            "text",
+            200,
+            {"error": {"code": 401, "message": "No key."}},
+            ".key: the endpoint does not accept .*: No key\\.",
+        ),
+        (
+            "logprobs",
+            200,
+            None,
+            "labels: http://.* returned no log-probabilities \\(`logprobs: null`\\) with the answer '",
+        ),
+    ],
+)
+def test_what_another_attempt_cannot_mend_stops_at_once_with_the_servers_words(
+    server, tmp_path, labels, status, body, line
+):
+    port, model = server
+    with loopback.Proxy(port, alter=lambda _, __, answer: (status, body or answer)) as proxy:
+        opened = teacher(proxy.url, model, tmp_path, labels=labels, concurrency=1)
+        with pytest.raises(UserError, match=rf"^params.yaml: teachers.far.api.*{line}") as raised:
+            opened.predict_texts(TEXTS[:4])
+        assert len(proxy.requests) == 1 and outcomes(opened) == {"refused": 1} and "\n" not in str(raised.value)
+        assert (sum(opened.endpoint.budget.used) > 0) == (labels == "logprobs")  # an answer came, and is paid
+
+
+def test_an_error_that_may_pass_is_tried_again_whatever_the_status(server, tmp_path):
+    port, model = server
+    bodies = [{"error": {"code": 429, "message": "slow down"}}]
+    bodies += [{"choices": [{"error": {"code": 502, "message": "the provider failed"}, "finish_reason": "error"}]}]
+
+    def alter(_: dict[str, Any], status: int, answer: Any) -> tuple[int, Any]:
+        return status, bodies.pop() if bodies else answer
+
+    with loopback.Proxy(port, alter=alter) as proxy:
+        opened = teacher(proxy.url, model, tmp_path, concurrency=1)
+        opened.predict_texts(TEXTS[:1])
+    assert outcomes(opened) == {"HTTP 429": 1, "HTTP 502": 1, "answered": 1}
+
+
+# ------------------------------------------------------------------------------- answers of no use
+
+
+def test_the_run_stops_after_unreadable_answers_in_a_row_and_loses_none(server, tmp_path):
+    port, model = server
+
+    def alter(request: dict[str, Any], status: int, answer: Any) -> tuple[int, Any]:
+        position = next(i for i, text in enumerate(TEXTS) if text in text_of(request))
+        return content("positive" if position < 3 else f"I think {position}")(request, status, answer)
+
+    line = r"^params.yaml: teachers.far.api.max_unreadable: 5 answers in a row cannot be read as a label, the last: "
+    with loopback.Proxy(port, alter=alter) as proxy:
+        opened = teacher(proxy.url, model, tmp_path, concurrency=1, max_unreadable=5)
+        with pytest.raises(
+            UserError, match=line + r"'I think 7', cut off at `max_tokens` \(1\); all answers are stored;"
+        ):
+            opened.predict_texts(TEXTS[:40])
+        assert proxy.calls == {"whole": 8} and outcomes(opened) == {"answered": 8}
+        with pytest.raises(UserError, match=line):  # before another one is paid
+            teacher(proxy.url, model, tmp_path, concurrency=1, max_unreadable=5).predict_texts(TEXTS[:40])
+        assert proxy.calls == {"whole": 8}
+        p = teacher(proxy.url, model, tmp_path, max_unreadable=None).predict_texts(TEXTS[:40])
+        assert proxy.calls == {"whole": 40} and np.isnan(p[:, 0]).sum() == 37
+        teacher(proxy.url, model, tmp_path, max_unreadable=5).predict_texts(TEXTS[:40])  # all are there
+
+
+def test_unreadable_answers_between_others_do_not_stop_the_run(server, tmp_path):
+    port, model = server
+
+    def alter(request: dict[str, Any], status: int, answer: Any) -> tuple[int, Any]:
+        position = next(i for i, text in enumerate(TEXTS) if text in text_of(request))
+        return content("I think" if position % 3 else "positive")(request, status, answer)
+
+    with loopback.Proxy(port, alter=alter) as proxy:
+        opened = teacher(proxy.url, model, tmp_path, concurrency=1, max_unreadable=3)
+        assert np.isnan(opened.predict_texts(TEXTS[:30])[:, 0]).sum() == 20
 
 
 # ------------------------------------------------------------------------------- ceilings

@@ -31,7 +31,7 @@ INPUT_COLUMNS = ("split_ref", "id", "text", "label", "group")
 
 # of an endpoint: its key, pace and limits of cost decide nothing of its answers
 API_KEYS_WITHOUT_EFFECT = {
-    *("key", "concurrency", "requests_per_minute", "timeout", "max_attempts"),
+    *("key", "concurrency", "requests_per_minute", "timeout", "max_attempts", "max_unreadable"),
     *("price", "max_cost", "max_total_tokens"),
 }
 

@@ -56,11 +56,15 @@ def canonical_json(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """A request to a model. model_identity: JSON values of all that decides the answer but `prompt` and `sample`."""
+    """A request to a model. model_identity: JSON values of all that decides the answer but `prompt` and `sample`.
+
+    row_id: of the row that it is about, for messages only.
+    """
 
     model_identity: dict[str, Any]
     prompt: Any
     sample: int = 0
+    row_id: str = ""
 
     @property
     def key(self) -> str:

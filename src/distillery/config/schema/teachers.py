@@ -89,6 +89,8 @@ class ApiConfig(Section):
     """Seconds to wait for an answer."""
     max_attempts: Annotated[int, Field(gt=0)] = 8
     """Requests for one answer before the run stops."""
+    max_unreadable: Annotated[int, Field(gt=0)] | None = 20
+    """Answers in a row that cannot be read as a label, or are refused, before the run stops; null: no limit."""
     price: ApiPrice | None = None
     """Price of the tokens."""
     max_cost: Positive | None = None

@@ -13,7 +13,7 @@ from distillery.teachers.api.budget import Budget, max_call_tokens
 from distillery.teachers.api.failures import RetryableError, one_line
 from distillery.teachers.api.pacing import Pacer
 from distillery.teachers.api.transport import Transport
-from distillery.teachers.api.watch import AnswerWatch
+from distillery.teachers.api.watch import AnswerWatch, row_name
 from distillery.teachers.cache import Answer, AnswerStore, Question, canonical_json
 
 EMPTY, REFUSED_ROW = "an empty answer", "row refused"
@@ -60,22 +60,28 @@ class Endpoint:
         answers = self.store.get(questions)
         return {q.key: q for q, answer in zip(questions, answers, strict=True) if answer is None}
 
-    def query(self, questions: Sequence[Question]) -> list[Answer]:
+    def query(self, questions: Sequence[Question], is_readable: Callable[[Answer], bool] | None = None) -> list[Answer]:
         """The answer to each question, from the store or from the endpoint; each is stored on arrival.
+
+        is_readable: whether an answer is of use; None: all are. A row that the endpoint refuses, because of its text or
+        its length, has an empty answer, is named in the log, and is not sent again.
 
         `concurrency` requests run at a time, at most `requests_per_minute`. A request whose failure may pass is sent
         again, `max_attempts` times in all, after a random, growing pause or the one that the server requests.
         Raises UserError when a ceiling could be passed, when the endpoint refuses or does not answer a request, and
         when its answers, also those in the store, are of no use (:class:`AnswerWatch`).
         """
-        for question, answer in zip(questions, self.store.get(questions), strict=True):
-            if answer is not None:
-                self.watch.check(question, answer)
-        if missing := self._missing(questions):
+        missing = self._missing(questions)
+        self.watch.start(questions, is_readable, complete=not missing)
+        if missing:
             plan = self.estimate(questions)
             self.log(f"{self.name}: " + ", ".join(f"{k}: {v:,}" for k, v in plan.items() if v is not None))
             self._fetch(missing.values())
-        return self.store.get(questions)
+        answers = self.store.get(questions)
+        for question, answer in {q.key: (q, a) for q, a in zip(questions, answers, strict=True)}.values():
+            if words := answer.metadata.get("refused"):
+                self.log(f"{self.name}: row {row_name(question)} is refused and stays without a label: {words}")
+        return answers
 
     def _fetch(self, questions: Iterable[Question]) -> None:
         self.pacer.stop.clear()

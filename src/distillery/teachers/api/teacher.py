@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class ApiTeacher(PromptedTeacher):
     endpoint: Endpoint
     task: Task
     few_shot: int = 0
+    row_ids: dict[str, str] = field(default_factory=dict)  # of texts, for messages
 
     model = None  # it is not on this machine
 
@@ -54,10 +55,15 @@ class ApiTeacher(PromptedTeacher):
         if spec.labels == "structured":
             identity["schema"] = label_schema(self.task)
         return [
-            Question(identity, self._turns(text, solved[i] if solved is not None else None), sample)
+            Question(identity, self._turns(text, solved[i] if solved else None), sample, self.row_ids.get(text, ""))
             for i, text in enumerate(texts)
             for sample in range(spec.samples)
         ]
+
+    def predict(self, rows: pd.DataFrame) -> np.ndarray:
+        """See :meth:`PromptedTeacher.predict`; messages name rows by their id."""
+        self.row_ids |= dict(zip(rows["text"], rows["id"], strict=True))
+        return super().predict(rows)
 
     def predict_texts(
         self,
@@ -69,7 +75,7 @@ class ApiTeacher(PromptedTeacher):
 
         From the endpoint's log-probabilities (`labels: logprobs`), else the share of the samples that gave each label.
         """
-        answers = self.endpoint.query(self.questions(texts, solved))
+        answers = self.endpoint.query(self.questions(texts, solved), self._is_readable)
         samples = np.stack([self._read(answer) for answer in answers])
         samples = samples.reshape(len(texts), self.endpoint.spec.samples, -1)
         if n_options is not None:  # an option that a row does not have is no answer to it
@@ -79,6 +85,9 @@ class ApiTeacher(PromptedTeacher):
         readable = ~np.isnan(samples).any(-1)
         with np.errstate(invalid="ignore"):
             return (np.nan_to_num(samples).sum(1) / readable.sum(1, keepdims=True)).astype(np.float32)
+
+    def _is_readable(self, answer: Answer) -> bool:
+        return not np.isnan(self._read(answer)).any()
 
     def _read(self, answer: Answer) -> np.ndarray:
         """Probabilities [labels] from one answer; NaN when it cannot be read."""
