@@ -63,6 +63,16 @@ def test_a_recipe_has_a_folder_of_its_own(repository):
     assert (small / "src/distillery/config/load.py").stat().st_mtime_ns == kept
 
 
+def key_order(section, path=""):
+    """The keys of every section of a file, in their order."""
+    if isinstance(section, list):
+        return {key: keys for i, item in enumerate(section) for key, keys in key_order(item, f"{path}.{i}").items()}
+    if not isinstance(section, dict):
+        return {}
+    below = [key_order(value, f"{path}.{key}") for key, value in section.items()]
+    return {path: list(section)} | {key: keys for part in below for key, keys in part.items()}
+
+
 def test_old_keys_of_a_recipe_and_of_its_scale_are_read(repository, capsys):
     path = repository / "recipes" / "other.yaml"
     old = path.read_text().replace("{phases: {1: {steps: 1}}}", "{phases: {1: {take: {agree: true}}}}")
@@ -124,11 +134,15 @@ def test_an_unknown_recipe_or_scale_ends_in_one_line(repository, arguments, line
 def test_every_recipe_is_a_whole_experiment_at_every_scale(name, tmp_path):
     raw = read_yaml(tiny.ROOT / "recipes" / f"{name}.yaml")
     for scale in [None, *(raw.get("scale") or {})]:
-        folder = prepare_folder(tiny.ROOT, load_recipe(tiny.ROOT, name, scale), tmp_path / str(scale), name)
+        recipe = load_recipe(tiny.ROOT, name, scale)
+        folder = prepare_folder(tiny.ROOT, recipe, tmp_path / str(scale), name)
+        assert key_order(read_yaml(folder / "params.yaml")) == key_order(recipe)
         loaded = load_params(folder / "params.yaml")
         claims = loaded.recipe.published if loaded.recipe else []
         models = {claim.model for claim in claims if not claim.model.endswith("(not run here)")}
-        assert models <= {*loaded.students, *loaded.teachers, *(f"{s}, untrained" for s in loaded.students)}
+        # an untrained model has the name of the first student that starts from it
+        starts = {(spec.model, str(spec.init)): student for student, spec in reversed(loaded.students.items())}
+        assert models <= {*loaded.students, *loaded.teachers, *(f"{student}, untrained" for student in starts.values())}
     if "scale" in raw:  # a published system: where it is from, what it needs, and what small means
         assert loaded.recipe.source and loaded.recipe.needs and loaded.recipe.differences
 

@@ -85,8 +85,10 @@ def prepare_folder(root: Path, raw: dict[str, Any], folder: Path, name: str) -> 
             (folder / shared).parent.mkdir(exist_ok=True)
             (root / shared).mkdir(parents=True, exist_ok=True)
             (folder / shared).symlink_to(root / shared)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.sort_base_mapping_type_on_output = False  # an untrained model is named after the first student
     with atomic_write(folder / "params.yaml") as path, path.open("w", encoding="utf-8") as file:
-        YAML(typ="safe", pure=True).dump(raw, file)
+        yaml.dump(raw, file)
     try:
         load_params(folder / "params.yaml")
     except UserError as mistake:
