@@ -9,7 +9,8 @@ import sys
 import pytest
 
 import tiny
-from distillery.config.load import load_params
+from distillery.config.load import load_params, validate_section
+from distillery.config.schema import DIVERGENCES, Params
 from distillery.files import read_yaml, repository_root
 from distillery.pipeline import recipe
 from distillery.pipeline.recipe import load_recipe, merge_overlay, prepare_folder, prepare_recipe, run_recipe
@@ -145,6 +146,19 @@ def test_every_recipe_is_a_whole_experiment_at_every_scale(name, tmp_path):
         assert models <= {*loaded.students, *loaded.teachers, *(f"{student}, untrained" for student in starts.values())}
     if "scale" in raw:  # a published system: where it is from, what it needs, and what small means
         assert loaded.recipe.source and loaded.recipe.needs and loaded.recipe.differences
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_weighs_its_divergences_as_its_source_does(name):
+    """Without a factor T^2 that the source does not write; a recipe that has the factor says so in its phase."""
+    with_factor = {"pkd-albert"}  # plain distillation as Hinton et al. (2015) write it
+    for scale in [None, *(read_yaml(tiny.ROOT / "recipes" / f"{name}.yaml").get("scale") or {})]:
+        params = validate_section(Params, load_recipe(tiny.ROOT, name, scale), name)
+        phases = [phase for student in params.students.values() for phase in student.phases]
+        softened = [phase for phase in phases if phase.temperature != 1 and not set(DIVERGENCES).isdisjoint(phase.loss)]
+        if params.recipe:
+            assert all(phase.scale_by_t2 == (name in with_factor) for phase in softened)
+            assert all("scale_by_t2" in phase.model_fields_set for phase in softened)
 
 
 @pytest.mark.parametrize(
