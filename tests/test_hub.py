@@ -18,6 +18,7 @@ def served_repos(model: dict[str, bytes]) -> dict[str, hub.Repo]:
     config |= {"auto_map": own_classes, "model_type": "strange"}
     code = {"code.py": b"raise SystemExit('ran')"}
     weights = {"pytorch_model.bin": b"pickle"}
+    pickled = {k: v for k, v in model.items() if not k.endswith(".safetensors")} | weights
     tables = {}
     for part in ("train", "validation", "test"):
         rows = [{"sentence": f"{word} in the {part}", "label": i % 3} for i, word in enumerate(WORDS)]
@@ -29,7 +30,7 @@ def served_repos(model: dict[str, bytes]) -> dict[str, hub.Repo]:
         "me/private": hub.Repo(model, fault="private"),
         "me/truncated": hub.Repo(model, fault="truncated"),
         "me/altered": hub.Repo(model, fault="altered"),
-        "me/pickled": hub.Repo({k: v for k, v in model.items() if not k.endswith(".safetensors")} | weights),
+        "me/pickled": hub.Repo(pickled, others=(hub.Repo(model | weights, branches=("refs/pr/8",)),)),
         "me/strange": hub.Repo(model | code | {"config.json": json.dumps(config).encode()}),
         "datasets/me/table": hub.Repo(tables),
         "datasets/me/gated": hub.Repo(tables, fault="gated"),
@@ -64,6 +65,7 @@ def fetched(tiny_models, tmp_path_factory):
         "truncated": model_job("truncated"),
         "altered": model_job("altered"),
         "pickled": model_job("pickled"),
+        "converted": model_job("pickled", "refs/pr/8", arch="classifier"),
         "remote code": model_job("strange", arch="classifier"),
         "table": data_job("table@main"),
         "own splits": data_job("table@main", hub_splits=hub_splits),
@@ -88,8 +90,8 @@ def test_a_pinned_model_is_fetched_as_safetensors_without_code(fetched):
         line for line in requests if line.endswith((".bin", ".py")) and "/datasets/" not in line
     ]  # not requested
     assert (
-        len(list((home / "models").iterdir())) == 4
-    )  # by commit, tag and token, and the one with own code; no refused one
+        len(list((home / "models").iterdir())) == 5
+    )  # by commit, tag, token and pull request, and the one with own code; no refused one
 
 
 REFUSED = {
@@ -114,9 +116,16 @@ def test_a_token_opens_a_private_model(fetched):
     assert "model.safetensors" in fetched[0]["private, with a token"]["files"]
 
 
+def test_weights_that_a_pull_request_converts_are_fetched_by_its_revision(fetched):
+    converted = fetched[0]["converted"]
+    assert converted["class"] == "BertForSequenceClassification"
+    assert "model.safetensors" in converted["files"] and "pytorch_model.bin" not in converted["files"]
+
+
 def test_pickled_weights_and_code_of_others_are_refused(fetched):
     assert fetched[0]["pickled"]["error"] == (
-        "params.yaml: models.m: no safetensors weights; pickled weights are not loaded"
+        "params.yaml: models.m: no safetensors weights, and pickled weights are not loaded; "
+        "name a `revision` of me/pickled that holds converted weights, often an open pull request: refs/pr/N"
     )
     assert "trust_remote_code" in fetched[0]["remote code"]["error"]
     assert "\n" not in fetched[0]["remote code"]["error"]

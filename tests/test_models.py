@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -55,6 +55,41 @@ def test_a_head_is_drawn_from_the_seed_and_kept_when_it_fits(tiny_models, tmp_pa
     again = load_model(tmp_path / "head", "classifier", labels=TASK.names, seed=9)
     assert torch.equal(again.classifier.weight, first.classifier.weight)
     assert again.config.id2label == dict(enumerate(TASK.names))
+
+
+SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"  # one piece
+NO_PACKAGE = "pip install '.[tokenizers]' in the project's folder"
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("sentencepiece")), reason="the extra `tokenizers` is installed")
+@pytest.mark.parametrize(
+    ("model_type", "tokenizer_class", "files", "reason"),
+    [
+        ("llama", "LlamaTokenizer", {"tokenizer.model": SENTENCEPIECE}, "sentencepiece and protobuf"),
+        ("t5", "T5Tokenizer", {"spiece.model": SENTENCEPIECE}, "sentencepiece and protobuf"),
+        ("albert", None, {"spiece.model": SENTENCEPIECE}, "sentencepiece and protobuf"),
+        ("llama", "PreTrainedTokenizerFast", {"tokenizer.model": b"IQ== 0\nIg== 1\n"}, "tiktoken"),
+        ("marian", "MarianTokenizer", {"source.model": SENTENCEPIECE}, "sentencepiece and protobuf"),
+        ("llama", "LlamaTokenizer", {}, None),
+        ("qwen2", "Qwen2Tokenizer", {}, None),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_built_names_the_model_and_the_package(
+    model_type, tokenizer_class, files, reason, tmp_path
+):
+    """The line of transformers names tiktoken for any file; without a file it makes a tokenizer of three tokens."""
+    folder = tmp_path / "large-0123"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if tokenizer_class:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        load_tokenizer(folder)
+    missing = f"{next(iter(files), None)} needs {reason}: {NO_PACKAGE}"
+    expected = missing if reason else "the folder holds no vocabulary"
+    assert str(raised.value) == f"large-0123: no tokenizer can be read: {expected}"
 
 
 def test_a_folder_that_cannot_be_loaded_is_named(tmp_path, tiny_models):

@@ -165,7 +165,8 @@ def _fetch_from_hub(name: str, spec: ModelConfig, scratch: Path) -> Path:
         if file.exists() and not _matches_etag(file, record.read_text().splitlines()[1]):
             raise UserError(f"{failure}: {file.name} differs from its checksum; nothing kept")
     shutil.rmtree(folder / ".cache", ignore_errors=True)
-    return _check_folder(name, folder)
+    way_out = f"name a `revision` of {spec.hub} that holds converted weights, often an open pull request: refs/pr/N"
+    return _check_folder(name, folder, way_out)
 
 
 def _matches_etag(file: Path, etag: str) -> bool:
@@ -179,10 +180,11 @@ def _matches_etag(file: Path, etag: str) -> bool:
     return len(etag) != 40 or hashlib.sha1(head + file.read_bytes()).hexdigest() == etag
 
 
-def _check_folder(name: str, folder: Path) -> Path:
-    """`folder`. Raises UserError when it lacks config.json or safetensors weights."""
+def _check_folder(name: str, folder: Path, way_out: str = "") -> Path:
+    """`folder`. Raises UserError when it lacks config.json or safetensors weights; then `way_out` is part of it."""
     if not (folder / "config.json").exists():
         raise UserError(f"params.yaml: models.{name}: no config.json in what was fetched")
     if not list(folder.glob("*.safetensors")):
-        raise UserError(f"params.yaml: models.{name}: no safetensors weights; pickled weights are not loaded")
+        reason = "no safetensors weights, and pickled weights are not loaded"
+        raise UserError(f"params.yaml: models.{name}: {reason}{way_out and '; '}{way_out}")
     return folder

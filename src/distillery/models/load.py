@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,34 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     configure_runtime()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder.name}: no tokenizer can be read: {str(error).splitlines()[0]}") from None
+    except (ImportError, OSError, ValueError) as error:
+        reason = _missing_packages(folder) or str(error).strip().splitlines()[0]
+        raise UserError(f"{folder.name}: no tokenizer can be read: {reason}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one of these alone from no file at all
+        raise UserError(f"{folder.name}: no tokenizer can be read: the folder holds no vocabulary")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def _missing_packages(folder: Path) -> str | None:
+    """The packages that the tokenizer in `folder` needs and that are not installed, in words; None if there is none."""
+    for file in sorted(folder.glob("*.model")):
+        with open(file, "rb") as opened:
+            is_sentencepiece = opened.read(1) == b"\n"  # the first field of its message; a file of tiktoken is text
+        missing = [
+            name for name in (("sentencepiece", "protobuf") if is_sentencepiece else ("tiktoken",)) if not _has(name)
+        ]
+        if missing:
+            return f"{file.name} needs {' and '.join(missing)}: pip install '.[tokenizers]' in the project's folder"
+    return None
+
+
+def _has(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def load_model(
