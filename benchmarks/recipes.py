@@ -35,7 +35,7 @@ TABLE, PAGE = "benchmarks/recipes.csv", "recipes/README.md"
 START, END = "<!-- runs -->", "<!-- /runs -->"
 COLUMNS = (
     *("recipe", "scale", "seconds", "memory_gb", "exit", "model", "score", "published", "this run", "low", "high"),
-    *("note", "differences", "threads", "commit"),
+    *("split", "note", "differences", "threads", "commit"),
 )
 
 
@@ -59,9 +59,9 @@ def watched(command: list[str], **how: object) -> tuple[int, float, float]:
 
 
 def figures(rows: pd.DataFrame, column: str) -> str:
-    """`model score figure (interval)` of each model's first score with a figure in `column`; speed comes last."""
+    """`model score figure (interval)` of each model's first score that has one in `column`; speed comes last."""
     out, slow = [], rows["score"].str.contains("second|latency", na=False)
-    for row in pd.concat([rows[~slow], rows[slow]]).drop_duplicates("model").dropna(subset=[column]).to_dict("records"):
+    for row in pd.concat([rows[~slow], rows[slow]]).dropna(subset=[column]).drop_duplicates("model").to_dict("records"):
         said = f"{row[column]:.3f}"
         if column == "this run" and pd.notna(row["low"]):
             said += f" ({row['low']:.3f} to {row['high']:.3f})"
@@ -131,8 +131,10 @@ def main(names: list[str]) -> None:
             status, seconds, memory = watched(command, cwd=root, stdout=log, stderr=subprocess.STDOUT)
         about = {"recipe": name, "scale": scale, "seconds": round(seconds), "memory_gb": round(memory, 2)}
         about |= {"exit": status, "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))}
-        said = experiment.get("recipe") or {}
-        about |= {"differences": json.dumps(said.get("differences", []), ensure_ascii=False), "commit": code}
+        scales = read_yaml(root / f"recipes/{name}.yaml").get("scale", {})
+        own = (scales[scale] if scale else experiment).get("recipe", {}).get("differences", {})
+        texts = [text for text in own.values() if text]
+        about |= {"differences": json.dumps(texts, ensure_ascii=False), "commit": code}
         rows = told(folder).assign(**about) if status == 0 else pd.DataFrame([about])
         keep(root, rows)
         print(f"{asked}: exit {status}, {seconds:.0f} s, {memory:.2f} GB", flush=True)

@@ -148,6 +148,32 @@ def test_every_recipe_is_a_whole_experiment_at_every_scale(name, tmp_path):
         assert loaded.recipe.source and loaded.recipe.needs and loaded.recipe.differences
 
 
+ORIGINS = ("hub", "revision", "wheel", "random", "hub_splits", "hub_config", "api")
+
+
+def settings_at(settings, path):
+    """The values at the dotted `path` below `settings`; `*` in it is any name or position."""
+    values = [settings]
+    for step in path.split("."):
+        sections = [dict(enumerate(value)) if isinstance(value, list) else value for value in values]
+        children = [{str(key): child for key, child in s.items()} for s in sections if isinstance(s, dict)]
+        values = [child for of_one in children for key, child in of_one.items() if step in ("*", key)]
+    return values
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_guess_and_difference_names_a_setting_of_the_recipe(name):
+    for scale in [None, *(read_yaml(tiny.ROOT / "recipes" / f"{name}.yaml").get("scale") or {})]:
+        params = validate_section(Params, load_recipe(tiny.ROOT, name, scale), name)
+        settings = params.model_dump()
+        for notes in (params.recipe.guesses, params.recipe.differences) if params.recipe else ():
+            assert [setting for setting in notes if not settings_at(settings, setting)] == []
+            # nor does one speak of an origin that the models and data of this scale do not have
+            origins = [path for path in notes if path.rpartition(".")[2] in ORIGINS]
+            assert [path for path in origins if not any(settings_at(settings, path))] == []
+            assert all(notes.values())
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_weighs_its_divergences_as_its_source_does(name):
     """Without a factor T^2 that the source does not write; a recipe that has the factor says so in its phase."""

@@ -147,5 +147,5 @@ def run_recipe_command(name: str, scale: str | None = None) -> None:
 
         print(pd.read_csv(folder / PUBLISHED_TABLE).to_string(index=False, na_rep="", float_format="{:.4f}".format))
     recipe = load_params(folder / "params.yaml").recipe
-    for line in recipe.differences if recipe else []:
-        print(f"differs from the source: {line}")
+    for setting, text in recipe.differences.items() if recipe else ():
+        print(f"differs from the source: {setting}: {text}")

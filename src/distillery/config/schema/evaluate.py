@@ -71,6 +71,8 @@ class PublishedScores(Section):
     """The student or teacher that stands for it."""
     scores: Annotated[dict[str, float], Field(min_length=1)]
     """The published figures by metric."""
+    split: Literal["validation", "test"] | None = None
+    """The source's split that they are of; none where it does not say."""
     note: str = ""
     """Anything a reader must know to compare them."""
 
@@ -82,9 +84,10 @@ class RecipeConfig(Section):
     """The published system."""
     published: list[PublishedScores] = []
     """Its figures."""
-    guesses: list[str] = []
-    """Settings of this file on which the source is silent or contradicts itself."""
-    differences: list[str] = []
-    """Settings of this file that are not as in the source."""
+    guesses: dict[str, str] = {}
+    """By setting of this file (`students.*.phases.*.epochs`; `*` is any name or position): what the source leaves open
+    or contradicts, and what was chosen."""
+    differences: dict[str, str] = {}
+    """By setting of this file, as in `guesses`: what the source has there, and what this file has."""
     needs: str = ""
     """Hardware and time to expect."""
