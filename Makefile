@@ -22,7 +22,7 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro recipe test lint unit coverage pipeline lessons lab report lock clean git
+.PHONY: help repro recipe test lint unit coverage pipeline lessons study lab report lock clean git
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ recipe: $(VENV)/.installed ## run a published system in a folder of its own: mak
 
 lessons: $(VENV)/.installed ## run the lessons in notebooks/lessons, minutes on a CPU, into reports/lessons
 	@$(BIN)/python -m distillery lesson
+
+study: $(VENV)/.installed ## show the results of a study, into reports/studies: make study NAME=phrasebank
+	@$(BIN)/python -m distillery study $(if $(NAME),'$(NAME)',$(error name a study: make study NAME=phrasebank))
 
 lab: $(VENV)/.installed ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks

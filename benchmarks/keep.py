@@ -26,7 +26,16 @@ def commit(root: Path) -> str:
     """The commit of the code, with a `+` when it has been changed since."""
     git = ["git", "-C", str(root)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    code = ["src", "benchmarks/*.py", "benchmarks/*.yaml", "recipes/*.yaml", "notebooks", "tasks", "dvc.yaml"]
+    code = [
+        "src",
+        "benchmarks/*.py",
+        "studies/*.py",
+        "studies/*.yaml",
+        "recipes/*.yaml",
+        "notebooks",
+        "tasks",
+        "dvc.yaml",
+    ]
     changed = subprocess.run([*git, "status", "--porcelain", *code], capture_output=True).stdout
     return head + ("+" if changed else "")
 

@@ -27,7 +27,18 @@ def test_folders_of_the_machine_are_left_out(keep, printed, kept):
     assert keep.shortened(printed) == kept
 
 
-@pytest.mark.parametrize("file", ["src/a.py", "recipes/a.yaml", "notebooks/a.ipynb", "tasks/a.yaml", "dvc.yaml"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "src/a.py",
+        "studies/a/a.py",
+        "studies/a/a.yaml",
+        "recipes/a.yaml",
+        "notebooks/a.ipynb",
+        "tasks/a.yaml",
+        "dvc.yaml",
+    ],
+)
 def test_a_commit_says_when_what_decides_a_result_has_changed(keep, tmp_path, file):
     def git(*arguments):
         identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]

@@ -1,10 +1,13 @@
-"""The public benchmark's script on made-up sentences in PhraseBank's file format."""
+"""The PhraseBank study on artificial sentences in the benchmark's file format, with tiny models."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -13,203 +16,329 @@ import pytest
 from ruamel.yaml import YAML
 
 import tiny
-from distillery.config.load import validate_section
 from distillery.config.schema import StudentConfig
 from distillery.data.near_duplicates import nearest_texts
 from distillery.errors import UserError
 from distillery.files import read_yaml
+from studies.phrasebank import data, results, sentences, study, training
+from studies.phrasebank.settings import read_settings
 
-FILE = tiny.ROOT / "benchmarks" / "phrasebank.py"
+FOLDER = tiny.ROOT / "studies/phrasebank"
 LOST = "\N{REPLACEMENT CHARACTER}"
 WORDS = {"positive": "rose", "neutral": "was at par with", "negative": "fell from"}
 
 
-@pytest.fixture(scope="module")
-def bank():
-    sys.path.insert(0, str(FILE.parent))  # as when it is run
-    spec = importlib.util.spec_from_file_location("phrasebank", FILE)
-    module = sys.modules["phrasebank"] = importlib.util.module_from_spec(spec)  # pydantic looks there
-    spec.loader.exec_module(module)
-    return module
-
-
-def sentences() -> list[tuple[str, str]]:
-    """200 made-up sentences with umlauts; the last 40 are twins of others, but for their numbers."""
-    rng, out = np.random.default_rng(0), []
+def benchmark_rows() -> list[tuple[str, str]]:
+    """200 artificial sentences with umlauts; the last 40 are near-duplicates of others, with other numbers."""
+    rng, rows = np.random.default_rng(0), []
     for i in range(160):
         label = list(WORDS)[i % 3]
         syllables = ["".join(rng.choice(list("bdfgklmnrstvaeiouäö"), 6)) for _ in range(4)]
-        out.append(
+        rows.append(
             (f"{syllables[0]} of {syllables[1]} Oyj {WORDS[label]} EUR {i}.5 mn {' @ '.join(syllables[2:])} .", label)
         )
-    return out + [(re.sub(r"\d+", "7", text), label) for text, label in out[::4]]
+    return rows + [(re.sub(r"\d+", "7", text), label) for text, label in rows[::4]]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """50-agree and all-agree as published: latin-1, `sentence@label`; all-agree is every second row."""
     folder = tmp_path_factory.mktemp("fpb")
-    for name, rows in (("50Agree", sentences()), ("AllAgree", sentences()[::2])):
+    for name, rows in (("50Agree", benchmark_rows()), ("AllAgree", benchmark_rows()[::2])):
         lines = "".join(f"{text}@{label}\r\n" for text, label in rows)
         (folder / f"Sentences_{name}.txt").write_bytes(lines.encode("latin-1"))
     return folder
 
 
-def test_both_encodings_and_the_lost_letters_are_read(bank, files, tmp_path):
-    rows = bank.phrasebank(files)
-    assert list(zip(rows["text"], rows["label"], strict=True)) == sentences()
+def test_both_encodings_and_the_lost_letters_are_read(files, tmp_path):
+    rows = data.read_phrasebank(files)
+    assert list(zip(rows["text"], rows["label"], strict=True)) == benchmark_rows()
     assert rows["allagree"].tolist() == [i % 2 == 0 for i in range(len(rows))]
+    assert rows["group"].nunique() == 160 and rows["group"][0] == rows["group"][160]
 
-    # the re-saved file: UTF-8, some letters lost; it goes before, and all-agree's rows are still found in it
+    # the re-saved file: UTF-8, some letters lost; it is preferred, and all-agree's rows are still matched with it
     (tmp_path / "derived").mkdir()
-    lost = [(text.replace("ä", LOST), label) for text, label in sentences()]
+    lost = [(text.replace("ä", LOST), label) for text, label in benchmark_rows()]
     lines = "".join(f"{text}@{label}\n" for text, label in lost)
     (tmp_path / "derived/Sentences_50Agree.repaired.utf8.txt").write_text(lines, encoding="utf-8")
     for name in ("50Agree", "AllAgree"):
         (tmp_path / f"Sentences_{name}.txt").write_bytes((files / f"Sentences_{name}.txt").read_bytes())
-    repaired = bank.phrasebank(tmp_path)
+    repaired = data.read_phrasebank(tmp_path)
     assert repaired["text"].tolist() == [text for text, _ in lost] and LOST in "".join(repaired["text"])
     assert repaired["allagree"].tolist() == rows["allagree"].tolist()
 
 
-def test_files_that_are_not_the_benchmark_end_in_one_line(bank, files, tmp_path):
-    with pytest.raises(UserError, match=r"^--data .*: no derived/.*txt or Sentences_50Agree.txt there$"):
-        bank.phrasebank(tmp_path)
+def test_files_that_are_not_the_benchmark_end_in_one_line(files, tmp_path):
+    with pytest.raises(UserError, match=r"^/.*: no derived/.*txt or Sentences_50Agree.txt there; `data` must be"):
+        data.read_phrasebank(tmp_path)
+    with pytest.raises(UserError, match=r"^/.*: no \.csv with a column `Headlines` there; `headlines` must be"):
+        data.read_headlines(tmp_path)
     (tmp_path / "Sentences_50Agree.txt").write_bytes((files / "Sentences_50Agree.txt").read_bytes())
-    for line, why in (
-        ("No label here .", "must be `sentence@label` with one of negative, neutral, positive"),
-        ("@positive", "must be `sentence@label` with one of negative, neutral, positive"),
-        ("Nowhere in the other file .@positive", "not in Sentences_50Agree.txt"),
+    for line, reason in (
+        ("No label here .", "line 2: must be `sentence@label` with one of negative, neutral, positive"),
+        ("@positive", "line 2: must be `sentence@label` with one of negative, neutral, positive"),
+        ("Nowhere in the other file .@positive", "sentence 2: not in Sentences_50Agree.txt"),
     ):
-        first = "@".join(sentences()[0])
+        first = "@".join(benchmark_rows()[0])
         (tmp_path / "Sentences_AllAgree.txt").write_text(f"{first}\n{line}\n", encoding="latin-1")
         with pytest.raises(UserError) as caught:
-            bank.phrasebank(tmp_path)
-        assert str(caught.value) == f"Sentences_AllAgree.txt, line 2: {why}"
+            data.read_phrasebank(tmp_path)
+        assert str(caught.value) == f"Sentences_AllAgree.txt, {reason}"
 
 
 @pytest.fixture(scope="module")
 def headlines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("headlines")
-    twin = sentences()[1][0].replace("1.5", "9.9")
+    near_duplicate = benchmark_rows()[1][0].replace("1.5", "9.9")
     rows = [f"Harbour firm number {n} sells its {n} ferries to rival" for n in range(12)]
     lines = [
         "Headlines,Description",
         *(f'"{row}",short' for row in rows),
-        f'"Company news\n\n{twin}",',
+        f'"Company news\n\n{near_duplicate}",',
         f'"{rows[0]}",',
     ]
     (folder / "a.csv").write_bytes("\n".join(lines).encode("cp1252"))
     return folder
 
 
-def settings(folder, tiny_models):
-    """The script's own settings with a tiny model, short phases, and one more student that goes on from another."""
-    text = YAML(typ="safe", pure=True).load((tiny.ROOT / "benchmarks/phrasebank.yaml").read_text(encoding="utf-8"))
-    text["headlines"] = 8
-    text["models"] = {name: {"folder": str(tiny_models / "tiny-bert")} for name in text["models"]}
-    for spec in itertools.chain(*(text[part].values() for part in ("starts", "teachers", "students"))):
+def tiny_settings(folder, tiny_models, **pools):
+    """The file of the study's settings with tiny models and short phases; its content."""
+    tree = read_yaml(FOLDER / "params.yaml")
+    tree["pools"] |= {"headlines": 8} | pools
+    tree["transfer_runs"] = []
+    tree["models"] = {name: {"folder": str(tiny_models / "tiny-bert")} for name in tree["models"]}
+    for spec in itertools.chain(*(tree[section].values() for section in ("teachers", "students", "transfer"))):
         for phase in spec["phases"]:
             phase.pop("epochs", None)
             phase["steps"] = 1
-    with open(folder / "settings.yaml", "w") as file:
-        YAML(typ="safe", pure=True).dump(text, file)
-    return folder / "settings.yaml", text
+    with open(folder / "params.yaml", "w") as file:
+        YAML(typ="safe", pure=True).dump(tree, file)
+    return folder / "params.yaml", tree
 
 
-def test_every_seed_draws_a_split_without_twins_across_it(bank, files, headlines, tiny_models, tmp_path):
-    path, _ = settings(tmp_path, tiny_models)
-    chosen = validate_section(bank.Settings, read_yaml(path), path.name)
-    rows, pool = bank.phrasebank(files), bank.read_headlines(headlines)
-    assert len(pool) == 13  # each once, without the section's name; too short ones left out
-    seen = []
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", "bert", "`minilm-l6-kd`: `models` has no `bert`; it has: minilm-l6, mpnet"),
+        ("control", "gold", "`minilm-l6-kd`: `students` has no `gold`; it has: minilm-l6-gold, "),
+        ("teachers", ["bert"], "`minilm-l6-kd`: `teachers` has no `bert`; it has: mpnet-folds"),
+    ],
+)
+def test_a_name_that_the_settings_lack_ends_in_one_line(tiny_models, tmp_path, key, value, message):
+    path, tree = tiny_settings(tmp_path, tiny_models)
+    student = tree["students"]["minilm-l6-kd"]
+    (student["phases"][0] if key == "teachers" else student)[key] = value
+    with open(path, "w") as file:
+        YAML(typ="safe", pure=True).dump(tree, file)
+    with pytest.raises(UserError) as caught:
+        read_settings(path)
+    assert str(caught.value).startswith("params.yaml: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_seed_has_a_split_without_near_duplicates_across_it(files, headlines, tiny_models, tmp_path):
+    settings = read_settings(tiny_settings(tmp_path, tiny_models)[0])
+    phrasebank, texts_of_news = data.read_phrasebank(files), data.read_headlines(headlines)
+    assert len(texts_of_news) == 13  # each once, without the section's name; too short ones left out
+    tests = []
     for seed in (0, 1):
-        drawn = bank.draw(rows, pool, chosen, seed, tmp_path)
-        texts = {where: part["text"].tolist() for where, part in drawn.groupby("split_ref")}
-        assert [len(texts[f"50agree/{part}"]) for part in ("train", "validation", "test")] == pytest.approx(
-            [0.75 * len(rows), 0.10 * len(rows), 0.15 * len(rows)], abs=12
+        rows = data.study_rows(phrasebank, texts_of_news, settings, seed)
+        texts = {split_ref: part["text"].tolist() for split_ref, part in rows.groupby("split_ref")}
+        assert [len(texts[f"50agree/{split}"]) for split in ("train", "validation", "test")] == pytest.approx(
+            [0.75 * len(phrasebank), 0.10 * len(phrasebank), 0.15 * len(phrasebank)], abs=12
         )
-        for part in ("validation", "test"):
-            for other in set(texts) - {"50agree/test", f"50agree/{part}"}:
-                assert nearest_texts(texts[f"50agree/{part}"], texts[other])[0].max() < 0.85
-        assert len(texts["headlines/pool"]) == 8 and len(texts["own/pool"]) > 2000 and "spliced/pool" in texts
-        seen.append(texts["50agree/test"])
-    assert seen[0] != seen[1]
+        for split in ("validation", "test"):
+            for other in set(texts) - {"50agree/test", f"50agree/{split}"}:
+                assert nearest_texts(texts[f"50agree/{split}"], texts[other])[0].max() < 0.85
+        assert len(texts["headlines/pool"]) == 8 and len(texts["finance/pool"]) > 2000 and "spliced/pool" in texts
+        pool = rows[rows["split_ref"].str.endswith("/pool")]
+        assert pool["label"].isna().all() and not pool["allagree"].any() and rows["id"].is_unique
+        tests.append(texts["50agree/test"])
+    assert tests[0] != tests[1]
 
 
-def test_spliced_sentences_join_two_at_the_same_word(bank):
+def test_spliced_sentences_join_two_at_the_same_word():
     texts = [
         f"The {kind} of Company {i} {moved} to EUR {i}.1 mn from EUR {i + 7} mn in the same quarter of {1990 + i} ."
         for i, (kind, moved) in enumerate(itertools.product(["operating profit", "net sales"], ["rose", "fell"] * 4))
     ]
-    made = bank.splice(texts, 3, 0)
-    assert made == bank.splice(texts, 3, 0) != bank.splice(texts, 3, 1)
-    assert len(made) == len(set(made)) > 15 and not set(made) & set(texts)
-    for text in made:
-        cuts = [m.end() for m in bank.CUT.finditer(text)]
-        heads = [cut for cut in cuts if any(a.startswith(text[:cut]) for a in texts)]
+    spliced = data.splice(texts, 3, 0)
+    assert spliced == data.splice(texts, 3, 0) != data.splice(texts, 3, 1)
+    assert len(spliced) == len(set(spliced)) > 15 and not set(spliced) & set(texts)
+    for text in spliced:
+        cuts = [match.end() for match in data.CUT.finditer(text)]
+        heads = [cut for cut in cuts if any(original.startswith(text[:cut]) for original in texts)]
         word = {cut: text[:cut].rsplit(" ", 1)[1] for cut in heads}
-        assert any(any(b.endswith(f"{word[cut]}{text[cut:]}") for b in texts) for cut in heads), text
-    assert bank.splice(texts, 0, 0) == [] == bank.splice([], 3, 0)
+        assert any(any(other.endswith(f"{word[cut]}{text[cut:]}") for other in texts) for cut in heads), text
+    assert data.splice(texts, 0, 0) == [] == data.splice([], 3, 0)
 
 
-def test_a_run_writes_its_tables_and_a_second_one_trains_nothing(
-    bank, files, headlines, tiny_models, tmp_path, monkeypatch, capsys
+def test_a_second_run_trains_nothing_and_gives_the_same_tables(
+    files, headlines, tiny_models, tmp_path, monkeypatch, capsys
 ):
-    path, text = settings(tmp_path, tiny_models)
-    (tmp_path / "phrasebank.md").write_text("# Title\n\n<!-- table -->\nstale\n<!-- end -->\n\nProse.\n")
-    arguments = ["--data", files, "--headlines", headlines, "--settings", path, "--cache", tmp_path / "cache"]
-    arguments = [str(a) for a in [*arguments, "--out", tmp_path, "--seeds"]]
-    bank.main([*arguments, "2"])
-    table = pd.read_csv(tmp_path / "phrasebank.csv")
-    assert tuple(table.columns) == bank.COLUMNS
-    taught = {
-        who for spec in text["students"].values() for phase in spec["phases"] for who in phase.get("teachers", [])
+    path, tree = tiny_settings(tmp_path, tiny_models, finance=False)  # 2,020 texts
+    settings = read_settings(path)
+    rows, texts_of_news = data.read_phrasebank(files), data.read_headlines(headlines)
+
+    def run(seeds):
+        evaluated = study.run_study(settings, rows, texts_of_news, seeds, tmp_path / "cache")
+        gains = results.gain_table(evaluated, settings.students)
+        results.write_results(results.result_table(evaluated), gains, tmp_path)
+        return [(tmp_path / f"{name}.csv").read_bytes() for name in ("results", "gains")]
+
+    first = run(2)
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert table.columns.tolist() == pd.read_csv(FOLDER / "results.csv").columns.tolist()
+    assert pd.read_csv(tmp_path / "gains.csv").columns.tolist() == pd.read_csv(FOLDER / "gains.csv").columns.tolist()
+    roles = dict(zip(table["model"], table["role"], strict=True))
+    assert roles == {
+        "majority label": "majority",
+        "minilm-l6, untrained": "untrained",
+        "minilm-l6-finance": "transfer",
+        "mpnet-folds": "teacher",
+        "minilm-l6-kd": "student",
+        "minilm-l6-gold": "control",
+        "minilm-l6-gold-long": "control",
     }
-    ours = table[table["role"] != "published"]
-    assert set(ours["model"]) == {
-        *("commonest label", "minilm-l6, untrained", "minilm-l6-finance, no PhraseBank row"),
-        *taught,
-        *text["students"],
-    }
-    assert set(ours["subset"]) == {"50agree", "allagree"}
-    assert (ours.set_index("model").loc[[*taught, *text["students"]], "seeds"] == 2).all()
-    assert ((ours["accuracy_low"] <= ours["accuracy_mean"]) & (ours["accuracy_mean"] <= ours["accuracy_high"])).all()
-    assert (ours.set_index("model").loc[list(text["students"]), "minutes"] > 0).all()
-    md = (tmp_path / "phrasebank.md").read_text(encoding="utf-8")
-    assert md.startswith("# Title") and md.endswith("Prose.\n") and "stale" not in md and "| commonest label |" in md
+    trained = table.set_index("model").loc[[*tree["teachers"], *tree["students"]]]
+    assert set(table["subset"]) == {"50agree", "allagree"} and (trained["seeds"] == 2).all()
+    assert ((table["accuracy_low"] <= table["accuracy"]) & (table["accuracy"] <= table["accuracy_high"])).all()
+    assert (trained["minutes"] >= 0).all() and (trained["million_parameters"] > 0).all()
+    assert not list((tmp_path / "cache").glob("*/phases"))
+    assert "seed 1, minilm-l6-kd: training" in capsys.readouterr().out
 
-    written = (tmp_path / "phrasebank.csv").read_bytes()
-    monkeypatch.setattr(bank, "train_phase", None)  # all that is left is reading
-    bank.main([*arguments, "2"])
-    assert (tmp_path / "phrasebank.csv").read_bytes() == written
-    with pytest.raises(TypeError):  # a third seed needs new parts
-        bank.main([*arguments, "3"])
+    monkeypatch.setattr(training, "train_phases", None)  # all that is left is reading
+    assert run(2) == first
+    with pytest.raises(TypeError):  # a third seed needs training
+        run(3)
 
 
-def test_the_board_counts_right_answers_seed_by_seed(bank):
-    board, names = bank.Board(), bank.task().names
-    cost = {"minutes": 2.0, "parameters": 5_000_000, "commit": "abc"}
-    gold = pd.DataFrame(
+def test_the_command_trains_and_leaves_the_committed_copy_alone(files, tiny_models, tmp_path):
+    """With `data`, the executed notebook shows rows that must not be published."""
+    for name in ("studies", "tasks", "data/corpora"):
+        shutil.copytree(tiny.ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("dvc.yaml", "benchmarks/keep.py"):
+        shutil.copy(tiny.ROOT / name, tmp_path / name)
+    tiny_settings(tmp_path / "studies/phrasebank", tiny_models, finance=False, headlines=0)
+    command = ["study", "phrasebank", "-p", "data", str(files), "-p", "train", "true", "-p", "seeds", "1"]
+    environment = os.environ | {"PYTHONPATH": str(tiny.ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-m", "distillery", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "seed 0, minilm-l6-kd: training" in done.stdout
+    assert not (tmp_path / "reports").exists()
+    cells = json.loads((tmp_path / ".cache/studies/phrasebank.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = json.dumps([cell.get("outputs") for cell in cells], ensure_ascii=False)
+    assert "No held-out row has a near-duplicate" in text and "spliced/pool" in text
+    table = pd.read_csv(tmp_path / "studies/phrasebank/results.csv")
+    assert "tiny-kd" not in set(table["model"]) and set(table["seeds"]) == {1}
+
+
+def test_a_killed_training_continues_and_has_no_minutes(files, tiny_models, tmp_path, monkeypatch):
+    settings = read_settings(tiny_settings(tmp_path, tiny_models)[0])
+    rows = data.split_phrasebank(data.read_phrasebank(files), settings, 0)
+    splits = {split: rows[rows["split_ref"] == f"50agree/{split}"] for split in ("validation", "test")}
+    spec = settings.students["minilm-l6-gold"]
+    spec = spec.model_copy(update={"phases": [spec.phases[0]] * 2})
+    arguments = (spec, settings.models["minilm-l6"], rows, splits)
+    whole, cost = training.train(*arguments, seed=0, cache=tmp_path / "whole", title="whole")
+    assert cost.minutes is not None and set(whole["split"]) == {"untrained", "validation", "test"}
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "predict_splits", fail)
+        training.train(*arguments, seed=0, cache=tmp_path / "killed", title="killed")
+    monkeypatch.setattr("distillery.training.run.train_phase", None)  # its phases are finished
+    continued, cost = training.train(*arguments, seed=0, cache=tmp_path / "killed", title="killed")
+    assert cost.minutes is None
+    assert np.array_equal(np.stack(whole["probabilities"]), np.stack(continued["probabilities"]))
+
+
+def test_a_missing_run_of_the_main_experiment_ends_in_one_line(files):
+    with pytest.raises(UserError, match=r"^transfer_runs: no finished student in runs/none-0; run `make repro` or"):
+        training.predict_with_run("none-0", data.read_phrasebank(files))
+
+
+def test_tables_average_over_seeds_and_pair_gains():
+    names = data.sentiment_task().names
+    rows = pd.DataFrame(
         {"label": names * 4, "group": [str(i) for i in range(12)], "allagree": [True] * 6 + [False] * 6}
     )
-    right = np.eye(3)[[names.index(label) for label in gold["label"]]]
-    board.add("m", "student", 0, gold, right, cost)
+    right = np.eye(3)[[names.index(label) for label in rows["label"]]]
     wrong = np.roll(right, 1, axis=1)
     half = np.where(np.arange(12)[:, None] < 6, right, wrong)
-    board.add("m", "student", 1, gold, half, cost)
-    table = board.table().set_index(["subset", "model"])
-    assert table.loc[("50agree", "m"), "accuracy_mean"] == 0.75 and table.loc[("allagree", "m"), "accuracy_mean"] == 1
-    assert table.loc[("50agree", "m"), "accuracy_low"] < 0.75 < table.loc[("50agree", "m"), "accuracy_high"]
-    assert table.loc[("50agree", "m"), ["seeds", "minutes", "params_m", "commit"]].tolist() == [2, 2.0, 5.0, "abc"]
-    for seed in (0, 1):
-        board.add("c", "control", seed, gold, wrong, cost)
-        board.add("longer", "control", seed, gold, right, cost)
-    student = StudentConfig(model="x", arch="classifier", phases=[], control="c")
-    longer = StudentConfig(model="x", arch="classifier", phases=[])
-    lines = board.differences({"m": student, "longer": longer})
-    assert len(lines) == 8 and "| 50agree | m | longer | 2 | accuracy | -0.2500 |" in lines[4]
-    assert (
-        "| 50agree | m | c | 2 | accuracy | +0.7500 |" in lines[0]
-        and "| allagree | m | c | 2 | accuracy | +1.0000 | +1" in lines[2]
-    )
+    cost = training.Cost(5_000_000, 2.0, "abc")
+    interrupted = training.Cost(5_000_000, None, "abc")
+    evaluated = [
+        results.EvaluatedModel(name, role, seed, study.with_predictions(rows, p), cost_of_seed)
+        for name, role, seed, p, cost_of_seed in (
+            ("kd", "student", 0, right, cost),
+            ("kd", "student", 1, half, interrupted),
+            ("gold", "control", 0, wrong, cost),
+            ("gold", "control", 1, wrong, cost),
+            ("longer", "control", 0, right, cost),
+            ("longer", "control", 1, right, cost),
+        )
+    ]
+    table = results.result_table(evaluated).set_index(["subset", "model"])
+    assert table.loc[("50agree", "kd"), "accuracy"] == 0.75 and table.loc[("allagree", "kd"), "accuracy"] == 1
+    assert table.loc[("50agree", "kd"), "accuracy_low"] < 0.75 < table.loc[("50agree", "kd"), "accuracy_high"]
+    columns = ["seeds", "minutes", "million_parameters", "commit"]
+    assert table.loc[("50agree", "kd"), columns].tolist() == [2, 2.0, 5.0, "abc"]
+    student = StudentConfig(model="x", arch="classifier", phases=[], control="gold")
+    control = StudentConfig(model="x", arch="classifier", phases=[])
+    gains = results.gain_table(evaluated, {"kd": student, "gold": control, "longer": control})
+    assert len(gains) == 8
+    gains = gains.set_index(["subset", "control", "score"])
+    assert gains.loc[("50agree", "longer", "accuracy"), "difference"] == -0.25
+    assert gains.loc[("50agree", "gold", "accuracy"), "difference"] == 0.75
+    assert gains.loc[("allagree", "gold", "accuracy"), ["difference", "low", "high"]].tolist() == [1, 1, 1]
+
+
+ROW = pd.Series(
+    {"subset": "50agree", "model": "m", "million_parameters": 10.0}
+    | {"accuracy": 0.8, "accuracy_low": 0.75, "accuracy_high": 0.85}
+)
+BETTER, WORSE = (pd.Series(dict(ROW) | {"accuracy": accuracy}) for accuracy in (0.9, 0.6))
+GAIN = pd.Series({"subset": "50agree", "student": "s", "control": "c", "difference": 0.02, "low": 0.01, "high": 0.03})
+LOSS = pd.Series(dict(GAIN) | {"difference": -0.02, "low": -0.03, "high": -0.01})
+UNSURE = pd.Series(dict(GAIN) | {"low": -0.01})
+TEST_ROWS = pd.DataFrame({"split_ref": ["50agree/test", "spliced/pool"]})
+CASES = [  # function, facts and a part of their sentence, other facts and a part of the opposite one
+    (sentences.teacher_sentence, (ROW, BETTER), "10.0 points are lost", (ROW, WORSE), "**as good** as its teacher"),
+    (sentences.gain_sentence, (GAIN,), "+2.0 points (+1.0 to +3.0): better", (LOSS,), "**worse**"),
+    (sentences.gain_sentence, (GAIN,), "better", (UNSURE,), "**no evidence**"),
+    (sentences.published_sentence, (ROW, BETTER), "**above** the interval", (ROW, WORSE), "below the interval"),
+    (sentences.published_sentence, (ROW, ROW), "no difference can be seen", (ROW, WORSE), "below the interval"),
+    (sentences.transfer_sentence, (ROW, WORSE, BETTER), "10.0 points more", (ROW, BETTER, BETTER), "**nothing**"),
+    (sentences.transfer_sentence, (ROW, WORSE, BETTER), "points more", (ROW, WORSE, WORSE), "replaces its own labels"),
+    (sentences.split_sentence, (TEST_ROWS, 0), "No held-out row", (TEST_ROWS, 2), "**2 held-out rows**"),
+]
+
+
+@pytest.mark.parametrize(("function", "facts", "part", "other_facts", "opposite"), CASES)
+def test_other_facts_give_the_opposite_sentence(function, facts, part, other_facts, opposite):
+    assert part in function(*facts) and opposite in function(*other_facts)
+    assert part not in function(*other_facts) and opposite not in function(*facts)
+
+
+def test_every_sentence_has_its_opposite_tested():
+    functions = {name for name in vars(sentences) if name.endswith("_sentence")}
+    assert functions == {case[0].__name__ for case in CASES}
+
+
+def test_the_committed_tables_belong_together():
+    """The gains are differences of the results; published models are of the same subsets and columns."""
+    table, gains, published = (pd.read_csv(FOLDER / f"{name}.csv") for name in ("results", "gains", "published"))
+    models = table.set_index(["subset", "model"])
+    for gain in gains.itertuples():
+        student, control = (models.loc[(gain.subset, name), gain.score] for name in (gain.student, gain.control))
+        assert student - control == pytest.approx(gain.difference, abs=6e-5)
+    assert set(published.columns) <= set(table.columns) and set(published["role"]) == {"published"}
+    settings = read_settings(FOLDER / "params.yaml")
+    trained = {*settings.teachers, *settings.students, *settings.transfer}
+    assert trained | {"majority label", "minilm-l6, untrained", "tiny-kd"} == set(table["model"])

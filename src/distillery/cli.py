@@ -91,6 +91,13 @@ def lesson(name: str | None) -> None:
     run_lessons(name)
 
 
+def study(name: str, parameters: Sequence[Sequence[str]]) -> None:
+    """Execute the notebook of a study."""
+    from distillery.pipeline.studies import run_study
+
+    run_study(name, parameters)
+
+
 def recipe(name: str, scale: str | None) -> None:
     """Run a published system in a folder of its own."""
     from distillery.pipeline.recipe import run_recipe_command
@@ -139,6 +146,11 @@ def parser() -> argparse.ArgumentParser:
         "-p", dest="selectors", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a selector"
     )
     verb(lesson).add_argument("name", nargs="?", help="a file of notebooks/lessons/ without folder and ending")
+    running_study = verb(study)
+    running_study.add_argument("name", help="a folder of studies/")
+    running_study.add_argument(
+        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter"
+    )
     running_recipe = verb(recipe)
     running_recipe.add_argument("name", help="a file of recipes/ without folder and ending")
     running_recipe.add_argument("--scale", help="an overlay of the recipe: small stand-ins for its models and data")

@@ -42,13 +42,31 @@ def notebook_parameters(notebook: Path) -> dict[str, Any]:
     return defaults
 
 
+def convert_parameters(notebook: str, defaults: dict[str, Any], pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The `-p` pairs, converted to the types of the notebook's defaults.
+
+    Raises UserError for a name that the notebook lacks, and for a value of another type.
+    """
+    values = {}
+    for key, text in pairs:
+        if key not in defaults:
+            raise UserError(f"-p {key}: {notebook} has no such parameter; it has: {', '.join(defaults) or 'none'}")
+        kind = type(defaults[key])
+        try:
+            values[key] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            expected = "true or false" if kind is bool else kind.__name__
+            raise UserError(f"-p {key}: must be {expected}, not {text!r}") from None
+    return values
+
+
 def parse_selectors(
     notebook: str, defaults: dict[str, Any], selectors: Sequence[Sequence[str]], params: Params
 ) -> dict[str, Any]:
-    """The `-p` pairs, converted to the types of the notebook's defaults.
+    """The values of a stage's selectors, see :func:`convert_parameters`.
 
-    Raises UserError for a name that the notebook lacks, for a name without a value, and for a value that params.yaml
-    does not hold: papermill would run the notebook with its default instead.
+    Raises UserError for a name without a value, and for a value that params.yaml does not hold: papermill would run the
+    notebook with its default instead.
     """
     known = {
         "source": list(params.data),
@@ -56,14 +74,8 @@ def parse_selectors(
         "student": list(params.students),
         "seed": params.seeds,
     }
-    values = {}
+    values = convert_parameters(notebook, defaults, selectors)
     for key, text in selectors:
-        if key not in defaults:
-            raise UserError(f"-p {key}: {notebook} has no such parameter; it has: {', '.join(defaults) or 'none'}")
-        try:
-            values[key] = type(defaults[key])(text)
-        except ValueError:
-            raise UserError(f"-p {key}: must be {type(defaults[key]).__name__}, not {text!r}") from None
         if key in known and values[key] not in known[key]:
             allowed = ", ".join(map(str, known[key]))
             raise UserError(f"-p {key}: params.yaml has no {key} {text!r}; it has: {allowed or 'none'}")

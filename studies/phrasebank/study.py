@@ -1,0 +1,100 @@
+"""The whole study: every student of every seed, with its teachers, and the models that saw no PhraseBank row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.keep import commit
+from distillery import metrics
+from studies.phrasebank.data import ROOT, SUBSETS, is_far, read_corpus, sentiment_task, study_rows
+from studies.phrasebank.results import EvaluatedModel
+from studies.phrasebank.settings import StudySettings
+from studies.phrasebank.training import Cost, cross_fit, predict_with_run, stack_probabilities, train
+
+CACHE = ROOT / ".cache" / "phrasebank"
+
+
+def with_predictions(rows: pd.DataFrame, p: np.ndarray) -> pd.DataFrame:
+    """`rows` (label, group, allagree) with the labels that the probabilities p [len(rows), labels] predict."""
+    prediction = np.array(sentiment_task().names, dtype=object)[p.argmax(-1)]
+    return rows[["label", "group", "allagree"]].assign(prediction=prediction)
+
+
+def print_scores(title: str, rows: pd.DataFrame, p: np.ndarray) -> None:
+    """Print accuracy and macro-F1 of the probabilities p for `rows`, by which settings are chosen: no test rows."""
+    predicted, parts = with_predictions(rows, p), []
+    for subset, part in zip(SUBSETS, (predicted, predicted[predicted["allagree"]]), strict=True):
+        scores = metrics.mean_scores(part["label"], part["prediction"], sentiment_task().names)
+        parts.append(f"{subset} {scores['accuracy']:.4f} / {scores['macro_f1']:.4f}")
+    print(f"{title}: {', '.join(parts)}", flush=True)
+
+
+def evaluate_student(
+    name: str, settings: StudySettings, rows: pd.DataFrame, seed: int, cache: Path
+) -> Iterator[EvaluatedModel]:
+    """Train student `name` of a seed, and its teachers. rows: see :func:`study_rows`."""
+    spec = settings.students[name]
+    splits = {split: rows[rows["split_ref"] == f"50agree/{split}"] for split in ("train", "validation", "test")}
+    test, frame = splits["test"], rows
+    for teacher in dict.fromkeys(teacher for phase in spec.phases for teacher in phase.teachers):
+        p, cost = cross_fit(teacher, settings, rows, seed, cache)
+        for split in ("train", "validation"):
+            print_scores(f"seed {seed}, {teacher}, {split}", splits[split], p[splits[split].index])
+        yield EvaluatedModel(teacher, "teacher", seed, with_predictions(test, p[test.index]), cost)
+        frame = frame.assign(**{f"probabilities_{teacher}": list(p)})
+    unanimous = frame[(frame["split_ref"] == "50agree/train") & frame["allagree"]]
+    frame = pd.concat([frame, unanimous.assign(split_ref="allagree/train")], ignore_index=True)
+    held_out = {split: splits[split] for split in ("validation", "test")}
+    title, model = f"seed {seed}, {name}", settings.models[spec.model]
+    predictions, cost = train(spec, model, frame, held_out, seed=seed, cache=cache, title=title)
+    print_scores(f"{title}, validation", splits["validation"], stack_probabilities(predictions, "validation"))
+    role = "student" if any(phase.teachers for phase in spec.phases) else "control"
+    before, after = (with_predictions(test, stack_probabilities(predictions, split)) for split in ("untrained", "test"))
+    no_training = Cost(cost.parameters, 0.0, cost.commit)
+    yield EvaluatedModel(f"{spec.model}, untrained", "untrained", seed, before, no_training)
+    yield EvaluatedModel(name, role, seed, after, cost)
+
+
+def evaluate_majority(rows: pd.DataFrame, seed: int) -> EvaluatedModel:
+    """The most frequent label of the training rows as the prediction of every test row."""
+    labels, test = sentiment_task().names, rows[rows["split_ref"] == "50agree/test"]
+    majority = rows["label"][rows["split_ref"] == "50agree/train"].mode()[0]
+    p = np.eye(len(labels))[[labels.index(majority)] * len(test)]
+    return EvaluatedModel("majority label", "majority", seed, with_predictions(test, p), Cost(None, 0.0, commit(ROOT)))
+
+
+def evaluate_transfer(settings: StudySettings, phrasebank: pd.DataFrame, cache: Path) -> Iterator[EvaluatedModel]:
+    """Models that saw no PhraseBank row, on all rows of :func:`read_phrasebank`."""
+    test = phrasebank.assign(id=[f"row-{i}" for i in range(len(phrasebank))])
+    corpus = read_corpus()
+    far = is_far(corpus["text"].tolist(), phrasebank["text"].tolist())
+    for name, spec in settings.transfer.items():
+        print(f"{name}: {far.sum()} of {len(far)} rows of the corpus, the others are near-duplicates", flush=True)
+        rows, splits = corpus[far].assign(split_ref="finance/train"), {"validation": test.head(1), "test": test}
+        model = settings.models[spec.model]
+        predictions, cost = train(spec, model, rows, splits, seed=0, cache=cache, title=name)
+        predicted = with_predictions(test, stack_probabilities(predictions, "test"))
+        yield EvaluatedModel(name, "transfer", 0, predicted, cost)
+    for run in settings.transfer_runs:
+        name, _, seed = run.rpartition("-")
+        predictions, cost = predict_with_run(run, test)
+        predicted = with_predictions(test, stack_probabilities(predictions, "test"))
+        yield EvaluatedModel(name, "transfer", int(seed), predicted, cost)
+
+
+def run_study(
+    settings: StudySettings, phrasebank: pd.DataFrame, headlines: Sequence[str], seeds: int, cache: Path = CACHE
+) -> list[EvaluatedModel]:
+    """Train and evaluate every model with the seeds 0 to `seeds` - 1. A finished model is read from `cache`."""
+    evaluated = list(evaluate_transfer(settings, phrasebank, cache))
+    for seed in range(seeds):
+        rows = study_rows(phrasebank, headlines, settings, seed)
+        evaluated.append(evaluate_majority(rows, seed))
+        for name in settings.students:
+            evaluated += evaluate_student(name, settings, rows, seed, cache)
+    # several students may have one teacher, or start from one model
+    return list({(model.name, model.seed): model for model in evaluated}.values())

@@ -1,0 +1,128 @@
+"""Train students and cross-fitted teachers; what is finished lies in a cache, and a killed run continues."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.keep import commit
+from distillery.config.load import load_params
+from distillery.config.schema import ModelConfig, StudentConfig
+from distillery.errors import UserError
+from distillery.files import atomic_write, write_json
+from distillery.models.fetch import fetch_model
+from distillery.models.layers import count_parameters
+from distillery.models.predictions import predict_splits
+from distillery.teachers.finetune import assign_folds
+from distillery.training.run import run_key, train_phases
+from distillery.training.student import build_student, load_student
+from studies.phrasebank.data import ROOT, sentiment_task
+from studies.phrasebank.settings import StudySettings
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs. parameters: of all its parts. minutes: processor time of its training and of the
+    predictions before and between its phases; None when that was interrupted. commit: of the code that trained it."""
+
+    parameters: int | None
+    minutes: float | None
+    commit: str
+
+
+def stack_probabilities(predictions: pd.DataFrame, split: str) -> np.ndarray:
+    """The probabilities of the rows of `split`, in their order [n, labels]."""
+    return np.stack(predictions["probabilities"][predictions["split"] == split].to_list())
+
+
+def train(
+    spec: StudentConfig,
+    model: ModelConfig,
+    rows: pd.DataFrame,
+    splits: dict[str, pd.DataFrame],
+    *,
+    seed: int,
+    cache: Path,
+    title: str,
+) -> tuple[pd.DataFrame, Cost]:
+    """The predictions of a student for the rows of each of `splits`, and its cost; read from `cache` if they are there.
+
+    rows: as of :func:`distillery.training.rows.phase_rows`. splits: name -> rows (id, text, label), `validation` and
+    `test` among them.
+    Returns the table of :func:`predict_splits`; the split `untrained` is `test` before the first phase.
+    """
+    contents = [part.to_json(orient="records", double_precision=15) for part in (rows, *splits.values())]
+    settings = spec.model_dump(exclude={"control", "checkpoint_every", "folds"})
+    folder = cache / run_key(settings, model.model_dump(), seed, list(splits), *contents)
+    if not (folder / "cost.json").exists():  # written last
+        print(f"{title}: training", flush=True)
+        interrupted, started = folder.exists(), time.process_time()
+        student = build_student(spec, fetch_model(spec.model, model), sentiment_task(), seed)
+        _, predictions = train_phases(
+            student,
+            rows,
+            spec,
+            folder=folder / "phases",
+            seed=seed,
+            validation=splits["validation"],
+            test=splits["test"],
+            checkpoint_every=spec.checkpoint_every,
+        )
+        minutes = None if interrupted else (time.process_time() - started) / 60
+        untrained = predictions[(predictions["phase"] == 0) & (predictions["split"] == "test")]
+        predictions = pd.concat([untrained.assign(split="untrained"), predict_splits(student, splits)])
+        with atomic_write(folder / "predictions.parquet") as path:
+            predictions.drop(columns="phase").to_parquet(path, index=False)
+        parameters = count_parameters(student.model)[0]
+        write_json(folder / "cost.json", vars(Cost(parameters, minutes, commit(ROOT))))
+        shutil.rmtree(folder / "phases")
+    cost = Cost(**json.loads((folder / "cost.json").read_text(encoding="utf-8")))
+    return pd.read_parquet(folder / "predictions.parquet"), cost
+
+
+def cross_fit(
+    name: str, settings: StudySettings, rows: pd.DataFrame, seed: int, cache: Path
+) -> tuple[np.ndarray, Cost]:
+    """The probabilities of teacher `name` for all `rows` of a seed [len(rows), labels], and its cost.
+
+    The teacher is the mean of its folds' models, each tuned on the training rows of the other folds. A training row is
+    labelled by the one model that has not seen it.
+    """
+    spec = settings.teachers[name]
+    train_rows = rows[rows["split_ref"] == "50agree/train"]
+    fold = pd.Series(-1, index=rows.index)
+    fold[train_rows.index] = assign_folds(train_rows, spec.folds, seed)
+    splits = {ref.removeprefix("50agree/"): part for ref, part in rows.groupby("split_ref") if ref != "50agree/train"}
+    probabilities, costs = np.zeros((len(rows), len(sentiment_task().names))), []
+    for k in range(spec.folds):
+        all_splits = {"held out": rows[fold == k]} | splits
+        model, title = settings.models[spec.model], f"seed {seed}, {name} without fold {k}"
+        predictions, cost = train(spec, model, rows[fold != k], all_splits, seed=seed, cache=cache, title=title)
+        for split, part in all_splits.items():
+            share = 1 if split == "held out" else spec.folds
+            probabilities[part.index] += stack_probabilities(predictions, split) / share
+        costs.append(cost)
+    minutes = None if any(cost.minutes is None for cost in costs) else sum(cost.minutes for cost in costs)
+    commits = " ".join(dict.fromkeys(cost.commit for cost in costs))
+    return probabilities, Cost(sum(cost.parameters for cost in costs), minutes, commits)
+
+
+def predict_with_run(run: str, rows: pd.DataFrame) -> tuple[pd.DataFrame, Cost]:
+    """The predictions of the main experiment's finished student in `runs/<run>` for `rows` (as split `test`), its cost.
+
+    Raises UserError when there is no such student.
+    """
+    students, folder = load_params(ROOT / "params.yaml").students, ROOT / "runs" / run
+    name = run.rpartition("-")[0]
+    if name not in students or not (folder / "timing.json").exists():
+        raise UserError(f"transfer_runs: no finished student in runs/{run}; run `make repro` or remove it there")
+    student = load_student(students[name], folder / "model", sentiment_task())
+    seconds = json.loads((folder / "timing.json").read_text(encoding="utf-8"))["train_seconds"]
+    cost = Cost(count_parameters(student.model)[0], seconds / 60, commit(ROOT))
+    return predict_splits(student, {"test": rows}), cost
