@@ -12,13 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillery.errors import UserError
-from distillery.models.encoding import (
-    Completion,
-    batches_by_length,
-    check_token_ids,
-    tokenize_labels,
-    truncate_prompt,
-)
+from distillery.models.encoding import Completion, batches_by_length, check_token_ids, tokenize_labels, truncate_prompt
 from distillery.models.forward_check import check_forward
 from distillery.models.forward_methods import ForwardMethods
 from distillery.models.generation import first_line, first_paragraph, generate_batch, one_line
