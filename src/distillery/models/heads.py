@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distillery.errors import UserError
 
@@ -44,7 +45,7 @@ def read_head(folder: Path, labels: Sequence[str], label_map: Mapping[str, str] 
     labels match by their names; capitals and spaces count nothing. Raises ValueError when `label_map` does not name
     each label of the head and each label of the task once, and OSError or ValueError when the folder has no config.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     names = None
     if "SequenceClassification" in str(config.get("architectures")):
         named = config.get("id2label") or {i: f"LABEL_{i}" for i in range(2)}  # what transformers takes then
@@ -61,6 +62,14 @@ def read_head(folder: Path, labels: Sequence[str], label_map: Mapping[str, str] 
         raise ValueError(f"`labels` must name each label of the model's head once: {', '.join(names)}")
     model_label = {label: name for name, label in label_map.items()}
     return OwnHead(names, [names.index(model_label[label]) for label in labels])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of the model in `folder`. Raises ValueError when it is not valid JSON, and OSError without one."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its config.json is not valid JSON: {error}") from None
 
 
 def check_label_map(label_map: Mapping[str, str], labels: Sequence[str]) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from distillery.config.schema import Params
+from distillery.config.schema import Params, StudentConfig
 from distillery.errors import UserError
 from distillery.models.folders import model_folder
-from distillery.models.heads import check_label_map, read_head
+from distillery.models.heads import check_label_map, read_config, read_head
 from distillery.tasks.schema import load_task
+
+POSITION_KEYS = ("max_position_embeddings", "n_positions")  # of a config; not every model keeps to them
+RESERVED_POSITIONS = 8  # that may be no token's: RoBERTa keeps two
 
 
 def check_models(params: Params) -> None:
-    """Check the heads of classifiers against their tasks.
+    """Check the heads of classifiers against their tasks, and `max_length` of students against their models.
 
     A model that has yet to be fetched is checked when it is loaded. Raises UserError with one line that names the key.
     """
@@ -27,6 +30,23 @@ def check_models(params: Params) -> None:
             raise UserError(f"params.yaml: models.{model}: {error}") from None
         if head and teacher and params.teachers[teacher].finetune is None:
             head.require(teacher, model, labels)
+    for name, student in params.students.items():
+        _check_length(f"params.yaml: students.{name}.max_length", student, params)
+
+
+def _check_length(place: str, student: StudentConfig, params: Params) -> None:
+    folder = model_folder(student.model, params.models[student.model])
+    if not (folder / "config.json").is_file():
+        return
+    try:
+        sizes = read_config(folder)
+    except ValueError as error:
+        raise UserError(f"params.yaml: models.{student.model}: {error}") from None
+    declared = [sizes[key] for key in POSITION_KEYS if isinstance(sizes.get(key), int)]
+    if declared and student.max_length > min(declared) - RESERVED_POSITIONS:
+        from distillery.models.positions import max_positions_in, require_positions  # which load torch: seconds
+
+        require_positions(place, student.max_length, max_positions_in(folder))
 
 
 def _classifiers(params: Params) -> Iterator[tuple[str | None, str, list[str]]]:

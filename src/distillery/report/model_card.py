@@ -126,7 +126,7 @@ def _prompt_values(folder: Path, spec: StudentConfig, task: Task) -> dict[str, A
     mark = "\x00"
     tokenizer = load_tokenizer(folder)
     before, _, after = render_prompt(chat_turns(task, mark, spec.few_shot), tokenizer, spec.prompt).partition(mark)
-    values = {"before": repr(before), "after": repr(after)}
+    values = {"before": repr(before), "after": repr(after), "max_length": spec.max_length}
     values["special_tokens"] = spec.prompt == "plain" or spec.arch == "seq2seq"
     if task.kind == "qa":
         return values | {"max_new_tokens": MAX_ANSWER_TOKENS}

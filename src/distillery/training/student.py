@@ -15,6 +15,7 @@ from distillery.config.schema import LoraSettings, ModelConfig, StudentConfig
 from distillery.models.label_model import LabelModel
 from distillery.models.layers import find_layers, head_layers, layer_indices, stack_depths
 from distillery.models.load import load_model, load_tokenizer
+from distillery.models.positions import max_positions, require_positions
 from distillery.models.precision import resolve_dtype
 from distillery.tasks.schema import Task
 
@@ -69,7 +70,7 @@ def build_student(
 
     origin: the section of that model in params.yaml: the labels of its head, and whether its own code runs.
     Trained weights are in float32 whatever `spec.dtype` is, which is the precision of the matrix products.
-    Raises UserError when the folder holds no such model or a layer does not exist.
+    Raises UserError when the folder holds no such model, a layer does not exist or the model reads no text so long.
     """
     adapted, dtype = spec.adapter.kind != "none", resolve_dtype(spec.dtype, "training")
     remote_code = origin is not None and origin.trust_remote_code
@@ -89,9 +90,12 @@ def build_student(
         model.get_input_embeddings().requires_grad_(False)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return LabelModel(
+    tokenizer = load_tokenizer(folder, remote_code)
+    if spec.arch == "classifier":
+        tokenizer.model_max_length = spec.max_length  # where plain transformers code cuts a text, too
+    student = LabelModel(
         model,
-        load_tokenizer(folder, remote_code),
+        tokenizer,
         task,
         spec.arch,
         prompt=spec.prompt,
@@ -99,6 +103,10 @@ def build_student(
         max_length=spec.max_length,
         dtype=dtype,
     )
+    longest_answer = max(map(len, student.label_token_ids), default=0) + 1 if spec.arch != "classifier" else 0
+    place = f"params.yaml: max_length of a student of `{spec.model}`"
+    require_positions(place, spec.max_length, max_positions(model), longest_answer)
+    return student
 
 
 def load_student(spec: StudentConfig, folder: Path, task: Task, dtype: str = "float32") -> LabelModel:

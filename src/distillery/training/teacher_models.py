@@ -15,6 +15,7 @@ from distillery.models.heads import read_head
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.layers import count_layers
 from distillery.models.load import load_model, load_tokenizer
+from distillery.models.positions import max_positions
 from distillery.models.precision import Use, resolve_dtype
 from distillery.models.save import merge_adapters
 from distillery.tasks.schema import Task
@@ -60,6 +61,7 @@ def load_teacher_model(
     tokenizer = load_tokenizer(folder, origin.trust_remote_code)
     teacher = LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=dtype)
     teacher.batch_size = spec.batch_size
+    teacher.max_length = min(teacher.max_length, max_positions(model) or teacher.max_length)
     if arch != "classifier" and spec.finetune is None:
         teacher.max_length = max_prompt_tokens(teacher)
     return teacher
