@@ -321,6 +321,21 @@ CASES = [
         pattern("params.yaml: models.tiny-llama.folder: models/tiny-llama holds no config.json"),
     ),
     Case(
+        "longer texts than the model reads",
+        setting("students/tiny-kd/max_length", 1024),
+        STRIP,
+        pattern("params.yaml: students.tiny-kd.max_length: 1024 tokens are too many: the model reads 512 at most"),
+    ),
+    Case(
+        "a classifier that is to teach as it is, of a model without a head",
+        setting("teachers/encoder", {"kind": "classifier", "model": "tiny-bert"}),
+        STRIP,
+        pattern(
+            "params.yaml: teachers.encoder: its model has no head for the labels positive, neutral, negative: "
+            "it has none; give `finetune`"
+        ),
+    ),
+    Case(
         "a model that the hub does not have",
         setting("models/tiny-llama", HUB),
         TEACH,
