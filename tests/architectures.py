@@ -110,6 +110,12 @@ def random_model(name: str, vocab_size: int) -> Any:
     return model
 
 
+def drawn_rows(vocab_size: int, *lengths: int) -> list[list[int]]:
+    """Rows of drawn tokens, no special ones, of which the first three are the same."""
+    drawn = torch.randint(4, vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(3)).tolist()
+    return [drawn[:3] + drawn[sum(lengths[:i]) + 3 : sum(lengths[: i + 1])] for i in range(len(lengths))]
+
+
 def plain_log_probabilities(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
     """[tokens, vocabulary] where the tokens of `completion` are predicted: one row, one forward pass, no mask."""
     logits = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0]

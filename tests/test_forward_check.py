@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import tiny
-from architectures import ARCHITECTURES, END, WINDOW, plain_greedy, plain_log_probabilities, random_model
+from architectures import ARCHITECTURES, END, WINDOW, drawn_rows, plain_greedy, plain_log_probabilities, random_model
 from distillery.config.schema import LoraSettings
 from distillery.errors import UserError
 from distillery.models import forward_check
@@ -31,13 +31,7 @@ def nothing_checked_before(monkeypatch):
     monkeypatch.setattr(forward_check, "_checked", {})
 
 
-def rows(*lengths: int) -> list[list[int]]:
-    """Rows of drawn tokens that begin with the same three; the last is longer than a sliding window."""
-    drawn = torch.randint(4, len(TOKENIZER), (sum(lengths),), generator=torch.Generator().manual_seed(3)).tolist()
-    return [drawn[:3] + drawn[sum(lengths[:i]) + 3 : sum(lengths[: i + 1])] for i in range(len(lengths))]
-
-
-ROWS = rows(5, 7, 4, WINDOW + 20)
+ROWS = drawn_rows(len(TOKENIZER), 5, 7, 4, WINDOW + 20)
 
 
 @cache
@@ -151,7 +145,7 @@ def test_half_precision_hides_no_other_architecture(name):
 
 def test_a_sliding_window_counts_where_rows_are_longer(monkeypatch, capsys):
     monkeypatch.setitem(ARCHITECTURES, "wide", ("mistral", ARCHITECTURES["mistral"][1] | {"sliding_window": 100}))
-    model, long = fresh("wide"), rows(9, 120)
+    model, long = fresh("wide"), drawn_rows(len(TOKENIZER), 9, 120)
     assert model.forward_methods(ROWS, 8).scoring == "packed" and capsys.readouterr().out == ""
     with torch.no_grad():
         expected = torch.stack([label_scores(model.model, row) for row in long])
@@ -177,12 +171,12 @@ def test_models_of_one_config_are_checked_once_a_process(monkeypatch):
             model.forward(ROWS[:1])
         model.generate_tokens(ROWS, max_new_tokens=2)
     assert compared == [64]
-    fresh("llama").forward_methods(rows(60), 8)
-    fresh("qwen2").forward_methods(rows(200), 8)
+    fresh("llama").forward_methods(drawn_rows(len(TOKENIZER), 60), 8)
+    fresh("qwen2").forward_methods(drawn_rows(len(TOKENIZER), 200), 8)
     assert compared == [64, 128, 256]
     model = fresh("llama")
     model.model.config.max_position_embeddings = 100
-    model.forward_methods(rows(90), 8)
+    model.forward_methods(drawn_rows(len(TOKENIZER), 90), 8)
     assert compared[-1] == 100  # no more tokens than the model has positions
 
 

@@ -13,10 +13,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillery.models.forward_methods import ForwardMethods
-from distillery.models.generation import generate_batch
+from distillery.models.generation import end_tokens, generate_batch
 from distillery.models.head import head_is_direct
 from distillery.models.layers import transformer_body
 from distillery.models.packed.attention import supports_token_trees
@@ -33,12 +34,10 @@ _checked: dict[tuple[str, ...], ForwardMethods] = {}  # of this process
 
 
 def check_forward(
-    model: nn.Module,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     length: int,
-    *,
     autocast: Callable[[], AbstractContextManager[Any]],
-    pad_token_id: int,
-    end_token_ids: set[int],
 ) -> ForwardMethods:
     """The fastest methods whose results for rows of up to `length` tokens are those of `model`'s plain forward pass.
 
@@ -46,7 +45,7 @@ def check_forward(
     a process for models of equal config and precision, and again for longer rows. A method that differs beyond rounding
     is not used, and a line says so. Random state, gradients and modes of `model` stay as they are.
 
-    autocast: the context in which the model runs. pad_token_id, end_token_ids: see :func:`generate_padded`.
+    autocast: gives the context in which the model runs.
     """
     config, weights = transformer_body(model).config, next(model.parameters())
     device = weights.device.type
@@ -58,7 +57,7 @@ def check_forward(
         return known
     with _undisturbed(model), autocast():
         torch.set_autocast_cache_enabled(False)  # weights that were narrowed without gradients would serve the training
-        compared = _ComparedRows(model, _compared_length(config, length), dtype, pad_token_id, end_token_ids)
+        compared = _ComparedRows(model, _compared_length(config, length), dtype, end_tokens(model, tokenizer))
         methods = compared.choose_methods(length)
     if compared.differences:
         print(
@@ -77,7 +76,7 @@ def _compared_length(config: Any, length: int) -> int:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients, of which nothing stays: neither drawn random numbers nor a mode."""
     modes = [(module, module.training) for module in model.modules()]
     cache_enabled = torch.is_autocast_cache_enabled()
@@ -97,9 +96,8 @@ class _ComparedRows:
     differences: a phrase for each method that cannot be used.
     """
 
-    def __init__(self, model: nn.Module, length: int, dtype: torch.dtype, pad_token_id: int, end_token_ids: set[int]):
-        self.model, self.length = model, length
-        self.end_tokens: dict[str, Any] = {"pad_token_id": pad_token_id, "end_token_ids": end_token_ids}
+    def __init__(self, model: PreTrainedModel, length: int, dtype: torch.dtype, ends: dict[str, Any]):
+        self.model, self.length, self.end_tokens = model, length, ends
         self.differences: list[str] = []
         size = model.get_input_embeddings().weight.shape[0]
         # special tokens stand at the ends of a vocabulary
@@ -149,17 +147,18 @@ class _ComparedRows:
         return error
 
     def _generation_error(self, method: str) -> float:
-        """How far below the likeliest token those are that `method` generates greedily, in nats; the largest."""
-        methods = ForwardMethods(generation=method, direct_head=self.direct_head)
-        rows, prefix_kv = (
-            (self.prompts[: len(SHORT_ROWS)], self.prefix_kv) if method == "packed" else (self.prompts, None)
-        )
+        """The difference of log-probabilities at the tokens that `method` generates from the plain ones, in nats."""
+        packed, steps = method == "packed", []
+        rows = self.prompts[: len(SHORT_ROWS)] if packed else self.prompts
         prompts = [prompt[: self.length - NEW_TOKENS] for prompt in rows]
-        settings = {"max_new_tokens": NEW_TOKENS, "temperature": 0.0} | self.end_tokens
-        generated = generate_batch(self.model, prompts, prefix_kv, methods, **settings)
-        tokens = plain_token_logits(self.model, prompts, [[row] for row in generated], ())
-        values = _log_probabilities(tokens)
-        return float((values.max(-1).values - values[range(len(values)), tokens.target_ids]).max())
+        settings = {"max_new_tokens": NEW_TOKENS, "temperature": 0.0, "step_logits": steps} | self.end_tokens
+        if packed:  # each step then has the logits of every row
+            settings["end_token_ids"] = set()
+        methods = ForwardMethods(generation=method, direct_head=self.direct_head)
+        generated = generate_batch(self.model, prompts, self.prefix_kv if packed else None, methods, **settings)
+        values = torch.stack([steps[k][i] for i, row in enumerate(generated) for k in range(len(row))])
+        reference = plain_token_logits(self.model, prompts, [[row] for row in generated], ())
+        return _difference(values.float().log_softmax(-1), _log_probabilities(reference))
 
 
 def _log_probabilities(tokens: TokenLogits) -> Tensor:

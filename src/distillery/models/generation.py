@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillery.models.forward_methods import ForwardMethods
 from distillery.models.packed.decoding import decode_completions, next_tokens
@@ -27,18 +28,21 @@ def generate_batch(
     end_token_ids: set[int],
     max_new_tokens: int,
     temperature: float,
+    step_logits: list[Tensor] | None = None,
 ) -> list[list[int]]:
     """The tokens that `model` generates after each prompt, up to and with one of `end_token_ids`.
 
     prefix_kv: of the tokens that all prompts begin with; see :func:`compute_prefix_kv`. Greedy when `temperature` is 0.
+    step_logits: a list that receives the logits [unfinished rows, vocabulary] of each step, but for `plain`.
     """
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     settings["end_token_ids"] = end_token_ids
     if prefix_kv:
-        return decode_completions(model, prompts, prefix_kv, direct_head=methods.direct_head, **settings)
+        settings |= {"direct_head": methods.direct_head, "step_logits": step_logits}
+        return decode_completions(model, prompts, prefix_kv, **settings)
     if methods.generation == "plain":
         return [generate_plainly(model, prompt, **settings) for prompt in prompts]
-    return generate_padded(model, prompts, pad_token_id=pad_token_id, **settings)
+    return generate_padded(model, prompts, pad_token_id=pad_token_id, step_logits=step_logits, **settings)
 
 
 def generate_plainly(
@@ -65,14 +69,23 @@ def generate_padded(
     end_token_ids: set[int],
     max_new_tokens: int,
     temperature: float,
+    step_logits: list[Tensor] | None = None,
 ) -> list[list[int]]:
     """The tokens that `model` generates after each prompt, up to and with one of `end_token_ids`.
 
     For models that take no token trees, such as ALiBi models and encoder-decoders. Greedy when `temperature` is 0.
+    step_logits: a list that receives the logits [rows, vocabulary] of each step; finished rows count on.
     """
     seq2seq, width = model.config.is_encoder_decoder, max(map(len, prompts))
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_id} | PLAIN_DECODING
     settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    if step_logits is not None:
+
+        def keep_logits(_tokens: Tensor, logits: Tensor) -> Tensor:
+            step_logits.append(logits)
+            return logits
+
+        settings["logits_processor"] = [keep_logits]
     rows, masks = [], []
     for prompt in prompts:
         tokens, padding = list(prompt), [pad_token_id] * (width - len(prompt))
@@ -87,6 +100,13 @@ def generate_padded(
         end = next((k + 1 for k, token in enumerate(row) if token in end_token_ids), len(row))
         completions.append(row[:end])
     return completions
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tokens that fill up and that end a text of `model`, as arguments of :func:`generate_batch`."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    return {"pad_token_id": tokenizer.pad_token_id, "end_token_ids": ends}
 
 
 def first_line(text: str) -> str:

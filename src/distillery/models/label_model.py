@@ -15,7 +15,7 @@ from distillery.errors import UserError
 from distillery.models.encoding import Completion, batches_by_length, check_token_ids, tokenize_labels, truncate_prompt
 from distillery.models.forward_check import check_forward
 from distillery.models.forward_methods import ForwardMethods
-from distillery.models.generation import first_line, first_paragraph, generate_batch, one_line
+from distillery.models.generation import end_tokens, first_line, first_paragraph, generate_batch, one_line
 from distillery.models.packed.decoding import compute_prefix_kv
 from distillery.models.packed.frozen_layers import FrozenStates
 from distillery.models.packed.token_tree import common_prefix
@@ -106,7 +106,7 @@ class LabelModel:
         """How a causal model computes rows `ids` with `new_tokens` more; see :func:`check_forward`."""
         length = max([self._longest_row, *map(len, ids)]) + new_tokens
         if self.arch == "causal" and length > self._methods.length:
-            self._methods = check_forward(self.model, length, autocast=self.autocast, **self._end_tokens())
+            self._methods = check_forward(self.model, self.tokenizer, length, self.autocast)
         return self._methods
 
     def prompt_for(self, text: str, solved: Sequence[FewShotExample] | int) -> str:
@@ -322,7 +322,9 @@ class LabelModel:
         training = self.model.training
         self.model.eval()
         completions: list[list[int]] = [[] for _ in ids]
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature} | self._end_tokens()
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature} | end_tokens(
+            self.model, self.tokenizer
+        )
         # weights that are being trained lie in float32 whatever the precision of the products
         wide = any(weight.dtype == torch.float32 for weight in self.model.parameters())
         methods = self.forward_methods(ids, max_new_tokens)
@@ -339,9 +341,3 @@ class LabelModel:
                     on_batch(rows, generated)
         self.model.train(training)
         return completions
-
-    def _end_tokens(self) -> dict[str, Any]:
-        """The tokens that fill up and that end a generated text, as arguments of :func:`generate_batch`."""
-        configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-        return {"pad_token_id": self.tokenizer.pad_token_id, "end_token_ids": ends}

@@ -23,11 +23,13 @@ def decode_completions(
     temperature: float,
     end_token_ids: set[int],
     direct_head: bool = True,
+    step_logits: list[Tensor] | None = None,
 ) -> list[list[int]]:
     """The tokens that a causal `model` generates after each prompt, up to and with one of `end_token_ids`.
 
     prefix_kv: see :func:`compute_prefix_kv`; all prompts begin with its P tokens. Greedy when `temperature` is 0, else
     drawn from torch's random state. direct_head: see :func:`output_logits`.
+    step_logits: a list that receives the logits [unfinished rows, vocabulary] of each step.
     """
     body, device = transformer_body(model), next(model.parameters()).device
     hidden, state = _prefill(model, prompts, prefix_kv, max_new_tokens)
@@ -36,6 +38,8 @@ def decode_completions(
     completions: list[list[int]] = [[] for _ in prompts]
     unfinished = list(range(len(prompts)))
     for step in range(max_new_tokens):
+        if step_logits is not None:
+            step_logits.append(logits)
         tokens = next_tokens(logits, temperature)
         for i, token in zip(unfinished, tokens.tolist(), strict=True):
             completions[i].append(token)
