@@ -58,6 +58,17 @@ def fresh(name: str) -> LabelModel:
     return model
 
 
+def documented_methods() -> dict[str, list[str]]:
+    """Scoring, generation and head of each architecture in the table of docs/models.md."""
+    lines = (tiny.ROOT / "docs/models.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("|")]
+    return {row[1]: row[2:5] for row in cells[2:]}
+
+
+def test_the_docs_table_every_architecture():
+    assert list(documented_methods()) == list(ARCHITECTURES)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_label_probabilities_are_those_of_plain_forward_passes(name):
     model, texts = label_model(name), [" ".join(WORDS[:n]) for n in (3, 1, WINDOW + 5)]
@@ -67,6 +78,9 @@ def test_label_probabilities_are_those_of_plain_forward_passes(name):
     prompts = model.encode(texts)
     expected = torch.stack([label_scores(model.model, prompt) for prompt in prompts])
     assert torch.allclose(torch.from_numpy(model.predict(texts)), expected.softmax(-1), atol=1e-5)
+    methods = model.forward_methods(ROWS, 8)
+    head = "direct" if methods.direct_head else "the model's"
+    assert documented_methods()[name] == [methods.scoring, methods.generation, head]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

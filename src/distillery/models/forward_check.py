@@ -43,7 +43,7 @@ def check_forward(
 
     Compares log-probabilities over the vocabulary at short rows and at one of `length` tokens, and greedy tokens: once
     a process for models of equal config and precision, and again for longer rows. A method that differs beyond rounding
-    is not used, and a line says so. Random state, gradients and modes of `model` stay as they are.
+    is not used, and a line is printed. Random state, gradients and modes of `model` stay as they are.
 
     autocast: gives the context in which the model runs.
     """

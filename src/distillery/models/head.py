@@ -35,13 +35,13 @@ def head_is_direct(model: nn.Module, tokens: list[int]) -> bool:
 
     They are not where a model scales logits (Granite, Cohere) or caps them (Gemma 2), before the head or after it.
     """
-    seen: dict[str, Tensor] = {}
+    recorded: dict[str, Tensor] = {}
 
     def keep_states(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
-        seen["states"] = outputs.last_hidden_state.clone()
+        recorded["states"] = outputs.last_hidden_state.clone()
 
     def keep_head(_module: nn.Module, inputs: Any, outputs: Any) -> None:
-        seen["head_input"], seen["head_output"] = inputs[0].clone(), outputs.clone()
+        recorded["head_input"], recorded["head_output"] = inputs[0].clone(), outputs.clone()
 
     head = output_head(model)
     handles = [transformer_body(model).register_forward_hook(keep_states), head.register_forward_hook(keep_head)]
@@ -51,7 +51,7 @@ def head_is_direct(model: nn.Module, tokens: list[int]) -> bool:
     finally:
         for handle in handles:
             handle.remove()
-    if "head_output" not in seen or not torch.equal(seen["head_output"].float(), logits.float()):
+    if "head_output" not in recorded or not torch.equal(recorded["head_output"].float(), logits.float()):
         return False
-    # OPT's forward pass calls a part of its body, which the hook does not see
-    return "states" not in seen or torch.equal(seen["states"], seen["head_input"])
+    # OPT's forward pass calls a part of its body, to which the hook is not attached
+    return "states" not in recorded or torch.equal(recorded["states"], recorded["head_input"])
