@@ -60,7 +60,8 @@ def fresh(name: str) -> LabelModel:
 
 def documented_methods() -> dict[str, list[str]]:
     """Scoring, generation and head of each architecture in the table of docs/models.md."""
-    lines = (tiny.ROOT / "docs/models.md").read_text(encoding="utf-8").splitlines()
+    page = (tiny.ROOT / "docs/models.md").read_text(encoding="utf-8")
+    lines = page.partition("## Architectures")[2].splitlines()
     cells = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("|")]
     return {row[1]: row[2:5] for row in cells[2:]}
 
