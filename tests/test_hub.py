@@ -68,7 +68,7 @@ def fetched(tiny_models, tmp_path_factory):
         "converted": model_job("pickled", "refs/pr/8", arch="classifier"),
         "remote code": model_job("strange", arch="classifier"),
         "table": data_job("table@main"),
-        "own splits": data_job("table@main", hub_splits=hub_splits),
+        "own splits": data_job("table@main", splits=hub_splits),
         "table, no revision": data_job("table@v9"),
         "table, gated": data_job("gated@main"),
         "table, none": data_job("none"),

@@ -128,10 +128,10 @@ def tables() -> dict[str, hub.Repo]:
 def few(source: SourceConfig) -> dict[str, Any]:
     """A recipe's source for tables of 36 rows: the shares of its splits are made for many thousand."""
     spec = source.model_dump(exclude_unset=True) | {"hub_split": "train", "near_duplicate": 1.0}
-    if source.hub_splits:
-        own = {part: text.partition("[")[0] for part, text in spec["hub_splits"].items()}
+    if source.splits:
+        own = {part: text.partition("[")[0] for part, text in spec["splits"].items()}
         cut = {"train": "[:18]", "pool": "[18:24]", "validation": "[24:30]", "test": "[30:]"}
-        spec["hub_splits"] = {part: text + cut[part] for part, text in own.items()}
+        spec["splits"] = {part: text + cut[part] for part, text in own.items()}
     return spec
 
 
@@ -206,7 +206,7 @@ def test_the_data_notebook_shows_every_table_of_the_recipes(tmp_path):
     (repo / "params.yaml").write_text(json.dumps(raw | {"data": raw["data"] | data}))  # JSON is YAML
     with hub.serving(tables()) as (url, _):
         hub.run_with_hub(url, tmp_path, NOTEBOOK, list(data), repo)
-    kinds = {(source["task"], "hub_splits" in source) for source in data.values()}
+    kinds = {(source["task"], "splits" in source) for source in data.values()}
     assert len(kinds) >= 5 and any(source["columns"].get("label", "") is None for source in data.values())
     for name in data:
         assert (repo / f"data/processed/{name}/audit.json").exists(), name

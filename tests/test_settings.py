@@ -24,6 +24,12 @@ RENAMED = [
     ("students.gold.phases.0.loss.prior", 0.3, "students.gold.phases.0.loss.label_prior", 0.3),
     ("data.news.filter", {"least": 2}, "data.news.filter", {"min_keywords": 2}),
     (
+        "data.bare",
+        {"source": "hub:a/b", "task": "mood", "hub_splits": {"train": "train", "validation": "v", "test": "t"}},
+        "data.bare",
+        {"source": "hub:a/b", "task": "mood", "splits": {"train": "train", "validation": "v", "test": "t"}},
+    ),
+    (
         "models.encoder.built",
         {"type": "bert", "words": ["x"]},
         "models.encoder.random",

@@ -17,6 +17,7 @@ RENAMED_KEYS = {
     "students.*.phases.*.take": "pseudo_labels",
     "students.*.phases.*.loss.prior": "label_prior",
     "data.*.filter.least": "min_keywords",
+    "data.*.hub_splits": "splits",
     "models.*.built": "random",
     "search.sets": "trials",
     "search.choose": "choices",

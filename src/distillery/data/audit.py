@@ -79,7 +79,7 @@ def label_conflicts(rows: pd.DataFrame, split: np.ndarray, threshold: float) -> 
     label, text = rows["label"].to_numpy(), rows["text"].to_numpy()
     pairs, identical, most_similar = 0, 0, []
     for i, j, similarity in near_duplicate_pairs(list(text), threshold):
-        differs = label[i] != label[j]
+        differs = (label[i] != label[j]) & ~(pd.isna(label[i]) | pd.isna(label[j]))
         i, j, similarity = i[differs], j[differs], similarity[differs]
         pairs += len(i)
         identical += int((text[i] == text[j]).sum())
@@ -169,11 +169,13 @@ def length_summary(texts: pd.Series) -> dict[str, dict[str, float]]:
 def columns_revealing_label(rows: pd.DataFrame, task: Task) -> list[str]:
     """Extra columns whose value determines the label (an integer code of it, for example)."""
     extras = [c for c in rows.columns if c not in (*ROW_COLUMNS, N_OPTIONS)]
+    labelled = rows["label"].notna()  # some rows of a pool may have none
+    if not labelled.any():
+        return []
     filled = {c: rows[c].fillna("") if rows[c].isna().any() else rows[c] for c in extras}
     return [
         column
         for column, values in filled.items()
-        if values.nunique() <= len(task.names)
-        and rows["label"].notna().all()
-        and rows["label"].groupby(values).nunique().max() == 1
+        if values[labelled].nunique() <= len(task.names)
+        and rows["label"][labelled].groupby(values[labelled]).nunique().max() == 1
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,31 +13,21 @@ import numpy as np
 import pandas as pd
 
 from distillery.config.schema import SourceConfig
-from distillery.data.labels import LabelReader, value_text, whole_number_text
+from distillery.data.labels import LabelReader, join_answers, name_text, value_text, whole_number_text
 from distillery.data.records import RawRows, normalize_text, value_kind
 from distillery.data.selection import DuplicateGroup, select_records
 from distillery.errors import UserError
 from distillery.tasks.prompts import with_options
-from distillery.tasks.schema import ANSWER_LABELS, ANSWER_SEPARATOR, N_OPTIONS, Task
+from distillery.tasks.schema import ANSWER_LABELS, N_OPTIONS, Task
 
 ROW_COLUMNS = ("id", "text", "label", "rationale", "group")  # of every split; extra columns of the source come after
 
 
-HUB_SPLIT_COLUMN = "split of the hub"  # a column between reading and splitting
+OWN_SPLIT_COLUMN = "split of the source"  # a column between reading and splitting
 
 
 def _visible(text: str) -> bool:
     return any(character.isprintable() and character != " " for character in text)
-
-
-def _to_name(value: Any) -> str | None:
-    """An id, group or answer as text: a whole number becomes its digits, an empty text None. TypeError for others."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise TypeError
-    name = value_text(value)
-    if isinstance(value, float) and not (name is None or value.is_integer()):
-        raise TypeError
-    return name
 
 
 @dataclass
@@ -81,6 +71,8 @@ class RowCleaner:
         self.left_out = [column for column in unmapped if column in ROW_COLUMNS or not column.strip()]
         # names of the columns that rows of a `qa` and of a `choice` task have
         self.left_out += [column for column in ("answers", N_OPTIONS) if column in unmapped]
+        # an extra column with the name of the split would be taken for the split in the tables of later stages
+        self.left_out += [spec.split_column] if spec.split_column in unmapped else []
         self.extra_columns = [column for column in unmapped if column not in self.left_out]
 
     def clean(self, i: int) -> CleanRow | None:
@@ -100,10 +92,10 @@ class RowCleaner:
         if self.task.kind == "choice":
             text, label, n_options = self._shuffle_options(at, text, record)
         elif self.task.kind == "qa" and columns.label is not None:
-            answers = _join_answers(at, columns.label, record.get(columns.label))
+            answers = join_answers(at, columns.label, record.get(columns.label))
             label, _ = ANSWER_LABELS  # these are the accepted answers
         else:
-            label = self._read_label(at, record)
+            label = self._read_label(at, record, may_be_empty=bool(self.raw.splits) and self.raw.splits[i] == "pool")
         rationale = normalize_text(record.get(columns.rationale) or "") or None
         return CleanRow(names["id"], text, label, rationale, names["group"], answers, n_options)
 
@@ -122,7 +114,7 @@ class RowCleaner:
         """The id or the group of a record."""
         column = getattr(self.columns, role)
         try:
-            return _to_name(record.get(column))
+            return name_text(record.get(column))
         except TypeError:
             value = record[column]
             kind = f"{value_kind(value)} ({value!r:.60})"
@@ -135,8 +127,8 @@ class RowCleaner:
             return self.raw.labels[value]
         return value
 
-    def _read_label(self, at: str, record: dict[str, Any]) -> str | None:
-        """The label of a row; None only where the source has no labels."""
+    def _read_label(self, at: str, record: dict[str, Any], may_be_empty: bool) -> str | None:
+        """The label of a row; None where the source has no labels, and in a pool."""
         column, value = self.columns.label, self._label_value(record)
         if column is None:
             return None
@@ -145,7 +137,7 @@ class RowCleaner:
         except TypeError:
             problem = f"`{column}` must be one label, not {value_kind(value)} ({value!r:.60})"
             raise UserError(f"{at}: {problem}; allowed: {', '.join(self.task.names)}") from None
-        if label is None:
+        if label is None and not (may_be_empty and text is None):
             problem = f"unknown label {text!r:.60}" if text else f"`{column}` is empty"
             proposal = self.labels.proposal(map(self._label_value, self.raw.rows)) if text else ""
             raise UserError(f"{at}: {problem}; allowed: {', '.join(self.task.names)}{proposal}")
@@ -221,12 +213,15 @@ def clean_rows(
     cleaned = [(i, cleaner.clean(i)) for i in range(len(raw.rows))]
     empty = [i for i, row in cleaned if row is None]
     _check_empty(cleaner, empty, spec.max_empty)
-    rows, origin, duplicate_groups = _drop_duplicates(cleaner, [(i, row) for i, row in cleaned if row is not None])
+    rows, origin, duplicate_groups, repeated = _drop_duplicates(
+        cleaner, [(i, row) for i, row in cleaned if row is not None]
+    )
     frame = _build_frame(cleaner, rows, origin)
     if cleaner.columns_by_name:
         shown = ", ".join(f"`{column}`" for column in cleaner.columns_by_name)
         switch = ", ".join(f"{column}: null" for column in cleaner.columns_by_name)
         decisions.append(f"Columns taken for their names: {shown}; columns: {{{switch}}} takes none.")
+    decisions += repeated
     if empty:
         decisions.append(f"{len(empty)} rows with an empty text were left out, the first is {raw.at(empty[0])}.")
     counts = {
@@ -254,9 +249,9 @@ def _check_empty(cleaner: RowCleaner, empty: list[int], max_share: float) -> Non
 
 
 def _drop_duplicates(
-    cleaner: RowCleaner, rows: Iterable[tuple[int, CleanRow]]
-) -> tuple[list[CleanRow], list[int], list[DuplicateGroup]]:
-    """The first row of every text and label, its position in the file, and the groups of the others.
+    cleaner: RowCleaner, rows: list[tuple[int, CleanRow]]
+) -> tuple[list[CleanRow], list[int], list[DuplicateGroup], list[str]]:
+    """The first row of every text and label, its position in the file, the groups of the others, and what was decided.
 
     rows: each with its position in the file. Every row that stays has an id afterwards. Raises UserError for an id that
     is empty or stands there twice.
@@ -266,15 +261,18 @@ def _drop_duplicates(
     origin: list[int] = []
     duplicate_groups: list[DuplicateGroup] = []
     first_row: dict[tuple[str, str | None], int] = {}
-    number_of_id: dict[str, int] = {}
+    position_of_id: dict[str, str] = {}
+    decisions = _name_rows(cleaner, rows)
+    repeated: Counter[tuple[str, str]] = Counter()
     for i, row in rows:
         content = (row.text, row.answers or row.label)
         if content in first_row:
             if row.group:
                 duplicate_groups.append((first_row[content], row.group))
+            first = origin[first_row[content]]
+            if raw.splits and raw.splits[i] != raw.splits[first]:
+                repeated[raw.splits[i], raw.splits[first]] += 1
             continue
-        if not cleaner.has_ids:
-            row.id = f"r{raw.numbers[i]:06d}"
         column = cleaner.columns.id
         by_name = " (a column taken for its name; columns: {id: null} takes none)"
         hint = by_name if "id" in cleaner.columns_by_name else ""
@@ -282,14 +280,37 @@ def _drop_duplicates(
             raise UserError(
                 f"{raw.at(i)}: `{column}` is empty; every row needs an id of its own (or none has one){hint}"
             )
-        if row.id in number_of_id:
-            first = f"{raw.unit} {number_of_id[row.id]}"
-            raise UserError(f"{raw.at(i)}: the id {row.id!r:.60} is already that of {first}{hint}")
-        number_of_id[row.id] = raw.numbers[i]
+        if row.id in position_of_id:
+            raise UserError(f"{raw.at(i)}: the id {row.id!r:.60} is already that of {position_of_id[row.id]}{hint}")
+        position_of_id[row.id] = raw.position(i)
         first_row[content] = len(unique)
         unique.append(row)
         origin.append(i)
-    return unique, origin, duplicate_groups
+    decisions += [
+        f"{n} rows of `{split}` repeat rows of `{first}` and were left out of `{split}`."
+        for (split, first), n in repeated.items()
+    ]
+    return unique, origin, duplicate_groups, decisions
+
+
+def _name_rows(cleaner: RowCleaner, rows: list[tuple[int, CleanRow]]) -> list[str]:
+    """Give ids to rows where the file has none, by line or row; and put the split before ids that two splits share.
+
+    Returns a sentence on the second.
+    """
+    raw = cleaner.raw
+    splits_of_id: dict[str, set[str]] = {}
+    for i, row in rows:
+        if not cleaner.has_ids:
+            row.id = f"r{raw.numbers[i]:06d}"
+        if raw.splits and row.id is not None:
+            splits_of_id.setdefault(row.id, set()).add(raw.splits[i])
+    if all(len(splits) == 1 for splits in splits_of_id.values()):
+        return []
+    for i, row in rows:
+        if raw.splits and row.id is not None:
+            row.id = f"{raw.splits[i]}-{row.id}"
+    return ["Two splits share ids, so each id begins with its split, such as `train-7`."] if cleaner.has_ids else []
 
 
 def _build_frame(cleaner: RowCleaner, rows: list[CleanRow], origin: list[int]) -> pd.DataFrame:
@@ -300,22 +321,8 @@ def _build_frame(cleaner: RowCleaner, rows: list[CleanRow], origin: list[int]) -
     values |= {N_OPTIONS: [row.n_options for row in rows]} if kind == "choice" else {}
     frame = pd.DataFrame({column: pd.Series(series, dtype=object) for column, series in values.items()})
     if raw.splits:
-        frame[HUB_SPLIT_COLUMN] = [raw.splits[i] for i in origin]
+        frame[OWN_SPLIT_COLUMN] = [raw.splits[i] for i in origin]
     return frame
-
-
-def _join_answers(at: str, column: str, value: Any) -> str:
-    """The accepted answers in one text, each once. `value`: a text, a list, or a dict of `value` and `aliases`."""
-    if isinstance(value, dict):
-        value = [value.get("value"), *(value.get("aliases") or [])]
-    value = [value] if isinstance(value, str | int) else value
-    try:
-        answers = [_to_name(answer) for answer in value or []]
-    except TypeError:
-        answers = []
-    if not answers or None in answers:
-        raise UserError(f"{at}: `{column}` must be an answer or a list of accepted answers, not {value!r:.60}")
-    return ANSWER_SEPARATOR.join(dict.fromkeys(answer.replace(ANSWER_SEPARATOR, " / ") for answer in answers))
 
 
 def _parquet_values(values: list[Any]) -> list[Any]:

@@ -12,13 +12,12 @@ from distillery.errors import UserError
 
 def read_hub(spec: SourceConfig) -> RawRows:
     """The rows of `spec.source`, `hub:owner/name[@revision]`. Raises UserError when it cannot be reached."""
-    source = spec.source
+    source = spec.origin
     match = re.fullmatch(r"hub:(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w./-]+))?", source)
     if not match:
         raise UserError(f"{source}: not a hub data set; write hub:owner/name or hub:owner/name@revision")
     repo, revision = match.groups()
-    hub_splits = spec.hub_splits.model_dump() if spec.hub_splits else {}  # split -> split of the hub
-    hub_splits = {split: hub_split for split, hub_split in hub_splits.items() if hub_split}
+    hub_splits = spec.own_splits  # split -> split of the hub
     import datasets  # slow to import, and only needed here
 
     loggers = [logging.getLogger(n) for n in ("datasets", "huggingface_hub")]

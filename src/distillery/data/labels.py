@@ -1,4 +1,4 @@
-"""Labels as files have them: numbers, booleans, lists of one label, names in another case."""
+"""Labels, names and answers as files have them: numbers, booleans, lists of one label, names in another case."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from distillery.data.records import normalize_text
+from distillery.errors import UserError
+from distillery.tasks.schema import ANSWER_SEPARATOR
 
 MAX_PROPOSED_VALUES = 12  # unknown values that a message lists; a column with more of them holds no labels
 PLAIN_WORD = re.compile(r"[^\W\d_][\w ./+-]*")  # needs no quotes as a key in YAML, unless it is one of these:
@@ -114,3 +116,27 @@ def yaml_keys(texts: Sequence[str]) -> list[str]:
     if all(PLAIN_WORD.fullmatch(text) and text.casefold() not in YAML_WORDS for text in texts):
         return list(texts)
     return [json.dumps(text, ensure_ascii=False) for text in texts]
+
+
+def name_text(value: Any) -> str | None:
+    """An id, group or answer as text: a whole number becomes its digits, an empty text None. TypeError for others."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise TypeError
+    name = value_text(value)
+    if isinstance(value, float) and not (name is None or value.is_integer()):
+        raise TypeError
+    return name
+
+
+def join_answers(at: str, column: str, value: Any) -> str:
+    """The accepted answers in one text, each once. `value`: a text, a list, or a dict of `value` and `aliases`."""
+    if isinstance(value, dict):
+        value = [value.get("value"), *(value.get("aliases") or [])]
+    value = [value] if isinstance(value, str | int) else value
+    try:
+        answers = [name_text(answer) for answer in value or []]
+    except TypeError:
+        answers = []
+    if not answers or None in answers:
+        raise UserError(f"{at}: `{column}` must be an answer or a list of accepted answers, not {value!r:.60}")
+    return ANSWER_SEPARATOR.join(dict.fromkeys(answer.replace(ANSWER_SEPARATOR, " / ") for answer in answers))

@@ -11,10 +11,11 @@ import pandas as pd
 
 from distillery.config.schema import SPLITS, SourceConfig
 from distillery.data.audit import audit_source
-from distillery.data.cleaning import HUB_SPLIT_COLUMN, clean_rows
+from distillery.data.cleaning import OWN_SPLIT_COLUMN, clean_rows
 from distillery.data.near_duplicates import cluster_near_duplicates, name_groups
 from distillery.data.readers import read_source
 from distillery.data.selection import DuplicateGroup, filter_rows, take_rows
+from distillery.data.splits import complete_splits
 from distillery.data.splitting import split_groups
 from distillery.errors import UserError
 from distillery.tasks.schema import Task
@@ -47,12 +48,12 @@ def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> Pre
     n_filtered = len(rows)
     if spec.limit:
         rows, duplicate_groups = _limit_groups(rows, duplicate_groups, spec.limit, spec.seed)
-    hub_split = rows.pop(HUB_SPLIT_COLUMN) if HUB_SPLIT_COLUMN in rows else None
+    own_split = rows.pop(OWN_SPLIT_COLUMN) if OWN_SPLIT_COLUMN in rows else None
     file_groups = rows["group"].copy()
     cluster = cluster_near_duplicates(list(rows["text"]), spec.near_duplicate)
     rows["group"] = pd.Series(name_groups(rows, cluster, duplicate_groups), dtype=object)
     try:
-        split = _assign_splits(rows, hub_split, spec, task)
+        split, decisions = _assign_splits(rows, own_split, spec, task)
     except UserError as error:
         by_name = "group" not in spec.columns.model_fields_set and file_groups.notna().any()
         hint = " (the column `group` was taken for its name; columns: {group: null} takes none)" if by_name else ""
@@ -61,13 +62,13 @@ def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> Pre
     dropped["over_limit"] = n_filtered - len(rows)
     audit = {
         "name": name,
-        "source": spec.source,
+        "source": spec.origin,
         "seed": spec.seed,
         "near_duplicate": spec.near_duplicate,
         "dropped": dropped | filtered,
         "columns_left_out": counts["columns_left_out"],
         "mapped_labels": counts["mapped_labels"],
-        "decisions": counts["decisions"],
+        "decisions": [*counts["decisions"], *decisions],
         "rows_read": counts["read"],
     } | audit_source(rows, split, cluster, file_groups, task, spec.near_duplicate)
     return PreparedSource(rows, split, cluster, task, audit)
@@ -83,12 +84,14 @@ def _limit_groups(
     return take_rows(rows, duplicate_groups, np.flatnonzero(np.isin(unit, chosen)))
 
 
-def _assign_splits(rows: pd.DataFrame, hub_split: pd.Series | None, spec: SourceConfig, task: Task) -> np.ndarray:
-    """The split of each row: the hub's own, by the shares of `spec`, or the pool where no shares are given."""
-    if hub_split is not None:
-        return hub_split.to_numpy(dtype=object)
-    if spec.split is None:
-        return np.full(len(rows), "pool", dtype=object)
+def _assign_splits(
+    rows: pd.DataFrame, own_split: pd.Series | None, spec: SourceConfig, task: Task
+) -> tuple[np.ndarray, list[str]]:
+    """The split of each row, and what was decided: the source's own, by the shares of `spec`, or the pool."""
     # The last labels of a `choice` task may be right nowhere: the rows may have fewer options than the task allows.
     labels = [n for n in task.names if task.kind == "classification" or (rows["label"] == n).any()]
-    return split_groups(rows["group"], rows["label"], labels, spec.split, spec.seed)
+    if own_split is not None:
+        return complete_splits(own_split, rows, labels, spec.validation_share, spec.seed)
+    if spec.split is None:
+        return np.full(len(rows), "pool", dtype=object), []
+    return split_groups(rows["group"], rows["label"], labels, spec.split, spec.seed), []

@@ -13,6 +13,7 @@ from distillery.data.decoding import decode, decompress
 from distillery.data.hub import read_hub
 from distillery.data.json_records import read_json
 from distillery.data.records import FileFormat, RawRows
+from distillery.data.splits import join_splits, split_by_column
 from distillery.data.tables import read_table
 from distillery.errors import UserError
 
@@ -28,12 +29,15 @@ def read_source(spec: SourceConfig, base: Path) -> RawRows:
     Raises UserError with the file and the line or row when the file is missing, empty, of another kind,
     in an unknown encoding or malformed, or when a hub data set cannot be reached.
     """
-    if not spec.source.startswith("hub:"):
-        return read_rows(spec.source, base, FileFormat(spec.encoding, spec.delimiter, spec.quotes, spec.header))
-    raw = read_hub(spec)
-    if not raw.rows:
-        raise UserError(f"{spec.source}: empty, there are no rows in it")
-    return raw
+    if spec.is_on_hub:
+        raw = read_hub(spec)
+        if not raw.rows:
+            raise UserError(f"{spec.source}: empty, there are no rows in it")
+    else:
+        form = FileFormat(spec.encoding, spec.delimiter, spec.quotes, spec.header)
+        parts = {split: read_rows(file, base, form) for split, file in spec.files.items()}
+        raw = join_splits(parts, spec) if spec.splits else parts["source"]
+    return split_by_column(raw, spec.split_column) if spec.split_column else raw
 
 
 def read_rows(name: str, base: Path, form: FileFormat | None = None) -> RawRows:

@@ -28,18 +28,24 @@ class RawRows:
     numbers: list[int]  # line or row of each record, from 1
     blank: int = 0  # empty lines, which are skipped
     labels: list[str] | None = None  # the names of integer labels, where a hub data set has them
-    splits: list[str] | None = None  # of each record, where the splits of a hub data set are used
+    splits: list[str] | None = None  # of each record, where the source brings its own
+    places: list[str] | None = None  # file and line of each record, where they come from several files
     decisions: list[str] = field(default_factory=list)  # sentences on what reading decided without a key
 
     def at(self, i: int) -> str:
         """Where record `i` stands, for messages."""
-        return f"{self.name}, {self.unit} {self.numbers[i]}"
+        return self.places[i] if self.places else f"{self.name}, {self.unit} {self.numbers[i]}"
+
+    def position(self, i: int) -> str:
+        """Where record `i` stands, inside the one file of the source if it has one file."""
+        return self.places[i] if self.places else f"{self.unit} {self.numbers[i]}"
 
     def take(self, index: Sequence[int]) -> RawRows:
         """The records at the positions `index`."""
         splits = None if self.splits is None else [self.splits[i] for i in index]
+        places = None if self.places is None else [self.places[i] for i in index]
         rows, numbers = [self.rows[i] for i in index], [self.numbers[i] for i in index]
-        return replace(self, rows=rows, numbers=numbers, splits=splits)
+        return replace(self, rows=rows, numbers=numbers, splits=splits, places=places)
 
 
 def normalize_text(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,11 @@ NEEDS_EVERY_LABEL = ("train", "validation", "test")
 
 
 def split_groups(
-    groups: Sequence[str], labels: Sequence[str], names: Sequence[str], shares: SplitShares, seed: int
+    groups: Sequence[str],
+    labels: Sequence[str],
+    names: Sequence[str],
+    shares: SplitShares | Mapping[str, float],
+    seed: int,
 ) -> np.ndarray:
     """Assign whole groups to splits so that each split gets its share of the rows of every label.
 
@@ -23,7 +27,8 @@ def split_groups(
     so that groups of every size are spread in proportion too. Deterministic in `seed`.
     Returns an array of split names, one per row. Raises UserError when a label has too few groups.
     """
-    share = {split: getattr(shares, split) for split in SPLITS if getattr(shares, split) > 0}
+    by_split = shares.model_dump() if isinstance(shares, SplitShares) else shares
+    share = {split: by_split[split] for split in SPLITS if by_split.get(split, 0) > 0}
     splits = list(share)
     required = [splits.index(split) for split in NEEDS_EVERY_LABEL if split in share]
     required_names = ", ".join(splits[s] for s in required)

@@ -98,7 +98,9 @@ def prepare_folder(root: Path, raw: dict[str, Any], folder: Path, name: str) -> 
 
 def _corpora(raw: dict[str, Any]) -> list[str]:
     """The files in the repository that the recipe reads."""
-    files = [source.get("source", "") for source in raw.get("data", {}).values() if isinstance(source, dict)]
+    sources = [source for source in raw.get("data", {}).values() if isinstance(source, dict)]
+    files = [source["source"] for source in sources if source.get("source")]
+    files += [file for source in sources if not source.get("source") for file in (source.get("splits") or {}).values()]
     files += [file for model in raw.get("models", {}).values() for file in (model.get("random") or {}).get("words", [])]
     return [file for file in dict.fromkeys(files) if not file.startswith("hub:") and not Path(file).is_absolute()]
 

@@ -107,13 +107,12 @@ def check_augmentation(params: Params) -> None:
 def write_sources(root: Path, params: Params) -> None:
     """Write `build/sources`. Raises UserError when the file of a source is missing."""
     for name, source in params.data.items():
-        file = root / source.source  # an absolute path stays what it is
-        if source.source.startswith("hub:"):
-            record = {"source": source.source}
-        elif file.is_file():
-            record = {"source": source.source, "sha256": file_digest(file)}
-        else:
-            raise UserError(f"params.yaml: data.{name}.source: {source.source}: no such file")
+        record: dict[str, Any] = {"source": source.origin}
+        for split, file in source.files.items():  # an absolute path stays what it is
+            if not (root / file).is_file():
+                key = "source" if source.source else f"splits.{split}"
+                raise UserError(f"params.yaml: data.{name}.{key}: {file}: no such file")
+            record |= {"sha256" if source.source else split: file_digest(root / file)}
         write_json(Paths(root).build / "sources" / f"{name}.json", record)
 
 

@@ -159,7 +159,7 @@ def write_cards(root: Path, params: Params) -> None:
                 metadata,
                 rows,
                 dataset=source,
-                origin=params.data[source].source,
+                origin=params.data[source].origin,
                 base_model=params.models[spec.model].hub,
                 train_seconds=read_result_file(timing, root)["train_seconds"] if timing.exists() else None,
             )

@@ -24,7 +24,7 @@ from distillery.config.schema.base import (
     Section,
     SplitRef,
 )
-from distillery.config.schema.data import ColumnNames, HubSplits, RowFilter, SourceConfig, SplitShares
+from distillery.config.schema.data import ColumnNames, OwnSplits, RowFilter, SourceConfig, SplitShares
 from distillery.config.schema.evaluate import EvaluateConfig, PublishedScores, RecipeConfig, SearchConfig
 from distillery.config.schema.experiment import Params
 from distillery.config.schema.models import ModelConfig, RandomModelConfig
@@ -54,7 +54,7 @@ __all__ = [
     "FinetuneConfig",
     "Fraction",
     "HIDDEN_STATE_TERMS",
-    "HubSplits",
+    "OwnSplits",
     "LAYERS",
     "LOSS_TERMS",
     "LoraSettings",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from distillery.config.schema.base import Fraction, Name, Section
+from distillery.config.schema.base import SPLITS, Fraction, Name, Section
 
 
 def _known_encoding(encoding: str) -> str:
@@ -37,17 +37,23 @@ class SplitShares(Section):
         return self
 
 
-class HubSplits(Section):
-    """The splits of a hub data set to use, in the hub's notation (`train[:90%]`)."""
+class OwnSplits(Section):
+    """A file for each split, or a split of the hub data set `source` in the hub's notation (`train[:90%]`)."""
 
     train: str | None = None
     """Rows with gold labels to train on."""
     pool: str | None = None
-    """Rows whose labels are hidden: teachers label them."""
-    validation: str
-    """Rows to choose checkpoints, prompts and calibrations on."""
+    """Rows whose labels are hidden: teachers label them. A file may leave them empty."""
+    validation: str | None = None
+    """Rows to choose checkpoints, prompts and calibrations on; when not given, `validation_share` of `train`."""
     test: str
     """Rows to score on."""
+
+    @model_validator(mode="after")
+    def _validation_has_rows(self):
+        if not self.train and not self.validation:
+            raise ValueError("needs `validation`, or `train` to cut it from")
+        return self
 
 
 class ColumnNames(Section):
@@ -96,14 +102,19 @@ class RowFilter(Section):
 class SourceConfig(Section):
     """One named data set with its task and its splits."""
 
-    source: str
-    """A .jsonl, .json, .csv, .tsv or .parquet file, also in .gz or .zip, or `hub:owner/name[@revision]`."""
+    source: str | None = None
+    """A .jsonl, .json, .csv, .tsv or .parquet file, also in .gz or .zip, or `hub:owner/name[@revision]`. Not with
+    files in `splits`."""
     task: Name
     """What is predicted: the file `tasks/<task>.yaml`."""
     split: SplitShares | None = None
     """Share of the rows in each split."""
-    hub_splits: HubSplits | None = None
-    """The hub's own splits, instead of `split`."""
+    splits: OwnSplits | None = None
+    """Own splits, instead of `split`: a file for each, or the hub's."""
+    split_column: str | None = None
+    """Own splits, instead of `split`: the column that holds `train`, `validation`, `test` or `pool`."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the rows of `train` that become validation rows, by whole groups, where own splits have none."""
     columns: ColumnNames = ColumnNames()
     """Names of the columns of the data file."""
     encoding: Annotated[str, AfterValidator(_known_encoding)] | None = None
@@ -132,17 +143,45 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _one_way_to_split(self):
+        ways = [self.split, self.splits, self.split_column]
         if self.columns.label is None:
-            if self.split or self.hub_splits:
-                raise ValueError("rows without label are all pool; take `split` and `hub_splits` away")
-        elif (self.split is None) == (self.hub_splits is None):
-            raise ValueError("needs exactly one of `split` (shares) or `hub_splits` (the hub's own splits)")
-        if self.hub_splits and not self.source.startswith("hub:"):
-            raise ValueError("`hub_splits` is for a source hub:owner/name; a file needs `split`")
+            if any(ways):
+                raise ValueError("rows without label are all pool; take `split`, `splits` and `split_column` away")
+        elif sum(way is not None for way in ways) != 1:
+            raise ValueError("needs exactly one of `split` (shares), `splits` (a file or split of the hub for each) or "
+                             "`split_column`")  # fmt: skip
+        if self.source is None and self.splits is None:
+            raise ValueError("needs `source`, or `splits` with a file for each split")
+        if self.splits and self.source and not self.is_on_hub:
+            raise ValueError("`splits` names the files: take `source` away, or write `source: hub:owner/name`")
         return self
 
+    @property
+    def is_on_hub(self) -> bool:
+        return (self.source or "").startswith("hub:")
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files of the source by split, or its one file under `source`; empty for a data set of the hub."""
+        if self.is_on_hub:
+            return {}
+        return {"source": self.source} if self.source else self.own_splits
+
+    @property
+    def own_splits(self) -> dict[str, str]:
+        """The files or splits of the hub by split, in the order of `SPLITS`; empty where `splits` is not given."""
+        values = {split: getattr(self.splits, split, None) for split in SPLITS}
+        return {split: value for split, value in values.items() if value}
+
+    @property
+    def origin(self) -> str:
+        """The file, the files or the data set of the hub, for readers."""
+        return self.source or ", ".join(self.own_splits.values())
+
     def holds(self, split: str) -> bool:
-        """Whether any row goes to `split`."""
+        """Whether any row goes to `split`; with `split_column`, whether it may."""
         if self.columns.label is None:
             return split == "pool"
-        return bool(getattr(self.split or self.hub_splits, split))
+        if self.split_column or (self.splits and split == "validation"):
+            return True
+        return bool(getattr(self.split or self.splits, split))
