@@ -154,7 +154,7 @@ def test_unreadable_files_are_reported_in_one_line(tmp_path, file, content, line
 
 def test_a_folder_in_place_of_a_file(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"^a.jsonl: cannot be read: Is a directory$"):
+    with pytest.raises(UserError, match=r"^a.jsonl: a folder without text files; needs a folder for each label"):
         read_source(source("a.jsonl"), tmp_path)
 
 

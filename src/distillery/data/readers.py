@@ -12,7 +12,9 @@ from distillery.config.schema import SourceConfig
 from distillery.data.decoding import decode, decompress
 from distillery.data.hub import read_hub
 from distillery.data.json_records import read_json
+from distillery.data.nested import open_paths
 from distillery.data.records import FileFormat, RawRows
+from distillery.data.selection import named_columns
 from distillery.data.splits import join_splits, split_by_column
 from distillery.data.tables import read_table
 from distillery.errors import UserError
@@ -30,18 +32,22 @@ def read_source(spec: SourceConfig, base: Path) -> RawRows:
     in an unknown encoding or malformed, or when a hub data set cannot be reached.
     """
     if spec.is_on_hub:
-        raw = read_hub(spec)
+        raw = open_paths(read_hub(spec), named_columns(spec))
         if not raw.rows:
             raise UserError(f"{spec.source}: empty, there are no rows in it")
     else:
         form = FileFormat(spec.encoding, spec.delimiter, spec.quotes, spec.header)
-        parts = {split: read_rows(file, base, form) for split, file in spec.files.items()}
+        parts = {
+            split: open_paths(read_rows(file, base, form), named_columns(spec)) for split, file in spec.files.items()
+        }
         raw = join_splits(parts, spec) if spec.splits else parts["source"]
     return split_by_column(raw, spec.split_column) if spec.split_column else raw
 
 
 def read_rows(name: str, base: Path, form: FileFormat | None = None) -> RawRows:
     """The records of the file `name`, a path relative to `base`. Raises UserError as :func:`read_source`."""
+    if (base / name).is_dir():
+        return _read_folder(name, base / name, form or FileFormat())
     try:
         content = (base / name).read_bytes()
     except FileNotFoundError:
@@ -66,6 +72,22 @@ def _read_content(name: str, suffix: str, content: bytes, form: FileFormat) -> R
     delimiter = DEFAULT_DELIMITERS.get(suffix)
     raw = read_table(name, text, delimiter, form) if delimiter else read_json(name, text, suffix == ".json")
     return replace(raw, decisions=[decision, *raw.decisions]) if decision else raw
+
+
+def _read_folder(name: str, folder: Path, form: FileFormat) -> RawRows:
+    """A row for each text file in the folders of `folder`: its text, its folder as label, and its path as id."""
+    files = sorted(path for path in folder.glob("*/*.txt") if not path.name.startswith("."))
+    if not files:
+        raise UserError(f"{name}: a folder without text files; needs a folder for each label, with its files in .txt")
+    rows, decisions = [], {}
+    for path in files:
+        place = path.relative_to(folder).as_posix()
+        text, decision = decode(f"{name}/{place}", path.read_bytes(), form.encoding)
+        rows.append({"id": place.removesuffix(".txt"), "text": text, "label": path.parent.name})
+        if decision:
+            decisions.setdefault(decision, place)
+    shown = [f"{place}: {decision}" for decision, place in decisions.items()]
+    return RawRows(name, "file", rows, list(range(1, len(rows) + 1)), decisions=shown)
 
 
 def _read_parquet(name: str, content: bytes) -> RawRows:

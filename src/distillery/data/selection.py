@@ -26,7 +26,7 @@ def select_records(raw: RawRows, spec: SourceConfig) -> tuple[RawRows, list[str]
     out. Raises UserError when a column is missing or no record is left.
     """
     keep, decisions = dict(spec.filter.keep) if spec.filter else {}, []
-    rejected = PRODIGY_COLUMN not in (*keep, *_named_columns(spec)) and _has_rejected_rows(raw)
+    rejected = PRODIGY_COLUMN not in named_columns(spec) and _has_rejected_rows(raw)
     if rejected:
         keep[PRODIGY_COLUMN] = ["accept"]
     for column, values in keep.items():
@@ -51,10 +51,11 @@ def _has_rejected_rows(raw: RawRows) -> bool:
     return all(answer in PRODIGY_ANSWERS for answer in answers) and any(answer != "accept" for answer in answers)
 
 
-def _named_columns(spec: SourceConfig) -> list[str]:
+def named_columns(spec: SourceConfig) -> list[str]:
     """The columns that params.yaml names, or takes by their names."""
-    columns = spec.columns
+    columns, row_filter = spec.columns, spec.filter
     roles = [columns.text, columns.label, columns.options, columns.id, columns.group, columns.rationale]
+    roles += [spec.split_column, *([*row_filter.keep, row_filter.language] if row_filter else [])]
     return [name for names in roles for name in ([names] if isinstance(names, str) else names or [])]
 
 

@@ -109,7 +109,7 @@ def write_sources(root: Path, params: Params) -> None:
     for name, source in params.data.items():
         record: dict[str, Any] = {"source": source.origin}
         for split, file in source.files.items():  # an absolute path stays what it is
-            if not (root / file).is_file():
+            if not (root / file).exists():
                 key = "source" if source.source else f"splits.{split}"
                 raise UserError(f"params.yaml: data.{name}.{key}: {file}: no such file")
             record |= {"sha256" if source.source else split: file_digest(root / file)}
@@ -133,7 +133,7 @@ def write_answers(root: Path, params: Params) -> None:
     for name, teacher in params.teachers.items():
         files = teacher.answers.files if teacher.answers else []
         for i, file in enumerate(files):
-            if not (root / file).is_file():
+            if not (root / file).exists():
                 raise UserError(f"params.yaml: teachers.{name}.answers.files.{i}: {file}: no such file")
         if files:
             record = {file: file_digest(root / file) for file in files}

@@ -57,7 +57,7 @@ class OwnSplits(Section):
 
 
 class ColumnNames(Section):
-    """Names of the columns of the data file."""
+    """Names of the columns of the data file; inside objects and lists of JSON the path, such as `data.text`."""
 
     text: str | Annotated[list[str], Field(min_length=1)] = "text"
     """The text. Several columns are joined by a space."""
@@ -103,8 +103,8 @@ class SourceConfig(Section):
     """One named data set with its task and its splits."""
 
     source: str | None = None
-    """A .jsonl, .json, .csv, .tsv or .parquet file, also in .gz or .zip, or `hub:owner/name[@revision]`. Not with
-    files in `splits`."""
+    """A .jsonl, .json, .csv, .tsv or .parquet file, also in .gz or .zip; a folder of text files, with a
+    folder for each label; or `hub:owner/name[@revision]`. Not with files in `splits`."""
     task: Name
     """What is predicted: the file `tasks/<task>.yaml`."""
     split: SplitShares | None = None
