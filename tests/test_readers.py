@@ -57,9 +57,13 @@ def error(folder: Path, name: str, content: bytes | str, **form: Any) -> str:
         ("semicolon.csv", {}, "The delimiter of the file is `;`; `delimiter:` names another."),
         ("tsv_without_quotes.tsv", {}, None),
         ("empty_row.csv", {}, "1 rows with an empty text were left out, the first is empty_row.csv, line 22."),
-        ("answers_column.jsonl", {}, None),
-        ("arms_in_group.csv", {"columns": {"group": None}}, None),
-        ("user_in_id.csv", {"columns": {"id": None}}, None),
+        ("answers_column.jsonl", {}, "Columns left out, since their names have another use: `answers`."),
+        (
+            "arms_in_group.csv",
+            {"columns": {"group": None}},
+            "Columns left out, since their names have another use: `group`.",
+        ),
+        ("user_in_id.csv", {"columns": {"id": None}}, "Columns left out, since their names have another use: `id`."),
         (
             "no_header_latin1.csv",
             {"header": False, "columns": {"text": "column2", "label": "column1"}},
@@ -123,7 +127,7 @@ def test_columns_taken_by_their_names_are_shown(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown = "Columns taken for their names: `id`, `rationale`; columns: {id: null, rationale: null} takes none."
     assert prepare(tmp_path / "a.jsonl").audit["decisions"] == [shown]
-    assert prepare(tmp_path / "a.jsonl", columns={"id": "id", "rationale": None}).audit["decisions"] == []
+    assert prepare(tmp_path / "a.jsonl", columns={"id": "id", "rationale": "rationale"}).audit["decisions"] == []
 
 
 def test_rows_to_keep_are_named_by_a_column_and_its_values(tmp_path):

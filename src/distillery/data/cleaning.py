@@ -221,6 +221,9 @@ def clean_rows(
         shown = ", ".join(f"`{column}`" for column in cleaner.columns_by_name)
         switch = ", ".join(f"{column}: null" for column in cleaner.columns_by_name)
         decisions.append(f"Columns taken for their names: {shown}; columns: {{{switch}}} takes none.")
+    if cleaner.left_out:
+        shown = ", ".join(f"`{column}`" for column in cleaner.left_out)
+        decisions.append(f"Columns left out, since their names have another use: {shown}.")
     decisions += repeated
     if empty:
         decisions.append(f"{len(empty)} rows with an empty text were left out, the first is {raw.at(empty[0])}.")

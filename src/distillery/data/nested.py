@@ -13,7 +13,7 @@ def open_paths(raw: RawRows, names: Iterable[str]) -> RawRows:
     """`raw` with a column for each of `names` that is a path: a column, then keys of objects or positions of lists.
 
     A key on a list takes that key of every element. Equal values count once, and one value stands alone, so that
-    annotators who agree give one label. The columns that hold the paths are left out: they may hold the labels.
+    annotators of one opinion give one label. The columns that hold the paths are left out: they may hold the labels.
     """
     columns = {column for record in raw.rows for column in record}
     paths = [name for name in dict.fromkeys(names) if name not in columns and name.partition(".")[0] in columns]

@@ -78,7 +78,7 @@ def read_table(name: str, text: str, default: str, form: FileFormat) -> RawRows:
 def _quotes_to_try(text: str, delimiter: str, form: FileFormat) -> list[str]:
     if form.quotes:
         return [form.quotes]
-    # Without quoting, a comma inside a text cannot be told from a delimiter: only tabs are safe to try.
+    # Without quoting, a comma inside a text looks like a delimiter: only tabs are safe to try.
     return ["doubled", *(["backslash"] if '\\"' in text else []), *(["none"] if delimiter == "\t" else [])]
 
 
