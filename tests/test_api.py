@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -685,6 +687,43 @@ def test_unreadable_answers_between_others_do_not_stop_the_run(server, tmp_path)
         assert np.isnan(opened.predict_texts(TEXTS[:30])[:, 0]).sum() == 20
 
 
+# ------------------------------------------------------------------------------- proxies
+
+
+@pytest.fixture
+def proxies(monkeypatch):
+    """Sets the only proxy in the environment."""
+    for name in ("all", "http", "https", "no"):
+        for variable in (f"{name}_proxy", f"{name}_proxy".upper()):
+            monkeypatch.delenv(variable, raising=False)
+    return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+@pytest.mark.parametrize("client", ["openai", "anthropic"])
+@pytest.mark.parametrize("proxy_url", ["socks5://127.0.0.1:9", "http://127.0.0.1:9"])
+def test_a_server_on_this_machine_is_reached_without_the_proxy(server, tmp_path, proxies, client, proxy_url):
+    port, model = server
+    proxies(ALL_PROXY=proxy_url, HTTP_PROXY=proxy_url)
+    with loopback.Proxy(port) as proxy:
+        teacher(proxy.url, model, tmp_path, client=client).predict_texts(TEXTS[:2])
+        assert proxy.calls == {"whole": 2}
+
+
+@pytest.mark.parametrize("client", ["openai", "anthropic"])
+@pytest.mark.parametrize(
+    "proxy_url, way",
+    [("socks5://user:word@127.0.0.1:9", "install the package `socksio`"), ("ftp://x", "give it as http")],
+)
+def test_a_proxy_that_cannot_be_used_ends_in_one_line(tmp_path, proxies, client, proxy_url, way):
+    proxies(ALL_PROXY=proxy_url)
+    with pytest.raises(UserError) as raised:
+        teacher("http://models.example.org/v1", "m", tmp_path, client=client)
+    line = "teachers.far: the proxy in the environment (ALL_PROXY) cannot be used for http://models.example.org/v1: "
+    assert str(raised.value).startswith(line + way) and "word" not in str(raised.value)
+    proxies(NO_PROXY="example.org")  # the way out that the line names
+    assert teacher("http://models.example.org/v1", "m", tmp_path, client=client)
+
+
 # ------------------------------------------------------------------------------- ceilings
 
 
@@ -762,6 +801,105 @@ def test_probabilities_from_the_first_token(alternatives, expected):
         assert np.isnan(probabilities).all()
     else:
         np.testing.assert_allclose(probabilities, np.array(expected) / np.sum(expected))
+
+
+DIGITS = Task(kind="classification", labels={str(i): "" for i in range(1, 11)})
+PHRASES = Task(kind="classification", labels={"very good": "", "very bad": "", "very": "", "bad": ""})
+ln = math.log
+
+
+@pytest.mark.parametrize("space", ["", " ", "Ġ", "▁", "\n", "Ċ", '"', " **"])
+def test_tokens_are_read_however_a_server_writes_white_space(space):
+    steps = [[f"{space}positive", [[f"{space}positive", ln(0.6)], [f"{space}Negative", ln(0.3)], ["Ġ", ln(0.1)]]]]
+    np.testing.assert_allclose(label_probabilities(steps, TASK, "stop"), [2 / 3, 0, 1 / 3])
+
+
+@pytest.mark.parametrize(
+    "task, steps, finish, expected",
+    [
+        # one token a number: 1 is 1, whatever may follow elsewhere
+        (DIGITS, [["7", [["7", ln(0.5)], ["1", ln(0.3)], ["10", ln(0.2)]]]], "stop", {"7": 0.5, "1": 0.3, "10": 0.2}),
+        # one token a digit: the next token divides 1 and 10
+        (
+            DIGITS,
+            [["1", [["1", ln(0.8)], ["2", ln(0.2)]]], ["0", [["0", ln(0.75)], ["</s>", ln(0.2)], ["5", ln(0.05)]]]],
+            "stop",
+            {"10": 0.6, "1": 0.16, "2": 0.2},
+        ),
+        (
+            DIGITS,
+            [["1", [["1", ln(0.8)], [" 1", ln(0.1)]]], ["<|im_end|>", [["<|im_end|>", ln(0.9)], ["0", ln(0.1)]]]],
+            "stop",
+            {"1": 0.81, "10": 0.09},
+        ),
+        (DIGITS, [["1", [["1", ln(0.8)], ["2", ln(0.2)]]]], "stop", {"1": 0.8, "2": 0.2}),
+        # cut off after 1, which may become 10
+        (DIGITS, [["1", [["1", ln(0.8)], ["2", ln(0.2)]]]], "length", None),
+        (DIGITS, [["12", [["12", ln(0.9)], ["1", ln(0.1)]]]], "stop", None),
+        # labels of several tokens
+        (
+            PHRASES,
+            [["Ġvery", [["Ġvery", ln(0.9)], ["Ġbad", ln(0.1)]]], ["Ġgood", [["Ġgood", ln(0.7)], ["Ġbad", ln(0.3)]]]],
+            "stop",
+            {"very good": 0.63, "very bad": 0.27, "bad": 0.1},
+        ),
+        (
+            PHRASES,
+            [
+                ["ver", [["ver", 0.0]]],
+                ["y", [["y", 0.0]]],
+                [" g", [[" g", ln(0.5)], [".", ln(0.3)], [" b", ln(0.1)], [" nice", ln(0.1)]]],
+                ["ood", [["ood", ln(0.9)], ["reat", ln(0.1)]]],
+            ],
+            "stop",
+            {"very good": 0.45, "very": 0.3, "very bad": 0.1},
+        ),
+        (TASK, [["pos", [["pos", ln(0.9)], ["neg", ln(0.1)]]]], "length", {"positive": 0.9, "negative": 0.1}),
+        (TASK, [["pos", [["pos", ln(0.9)]]], ["sible", [["sible", ln(0.9)], ["itive", ln(0.1)]]]], "stop", None),
+        # white space first
+        (
+            TASK,
+            [[" ", [[" ", ln(0.8)], ["neg", ln(0.2)]]], ["positive", [["positive", 0.0]]]],
+            "stop",
+            {"positive": 0.8, "negative": 0.2},
+        ),
+        (TASK, [], "stop", None),
+    ],
+)
+def test_probabilities_along_the_tokens_of_an_answer(task, steps, finish, expected):
+    probabilities = label_probabilities(steps, task, finish)
+    if expected is None:
+        assert np.isnan(probabilities).all()
+    else:
+        mass = np.array([expected.get(name, 0) for name in task.names])
+        np.testing.assert_allclose(probabilities, mass / mass.sum())
+
+
+@pytest.mark.parametrize("reasoning", ["", "<think>\nIt may be negative.\n</think>\n\n"])
+def test_log_probabilities_of_a_server_are_kept_after_the_reasoning(server, tmp_path, reasoning):
+    port, model = server
+    tokens = re.findall(r"\s+|\w+|\W", reasoning) + ["Ġpos", "itive"]
+
+    def alter(request: dict[str, Any], status: int, answer: Any) -> tuple[int, Any]:
+        assert request["logprobs"] is True and request["top_logprobs"] == 20
+        other = {"token": "Ġnegative", "logprob": ln(0.1)}
+        entries = [{"token": token, "logprob": ln(0.9), "bytes": None} for token in tokens]
+        for entry in entries[:-1]:
+            entry["top_logprobs"] = [dict(entry), other]
+        entries[-1]["top_logprobs"] = []  # some servers leave the token itself out, or give no other
+        answer["choices"][0] |= {"logprobs": {"content": entries}, "finish_reason": "stop"}
+        return content(reasoning + " positive")(request, status, answer)
+
+    with loopback.Proxy(port, alter=alter) as proxy:
+        opened = teacher(proxy.url, model, tmp_path, labels="logprobs", max_tokens=32)
+        p = opened.predict_texts(TEXTS[:2])
+        np.testing.assert_array_equal(
+            teacher(proxy.url, model, tmp_path, labels="logprobs", max_tokens=32).predict_texts(TEXTS[:2]), p
+        )
+        assert proxy.calls == {"whole": 2}
+    mass = np.array([0.81, 0, 0.1] if not reasoning else [0.9 * 0.81, 0, 0.1 + 0.9 * 0.1])  # `\n\n` comes first
+    expected = mass / mass.sum()
+    np.testing.assert_allclose(p, [expected] * 2, rtol=1e-6)
 
 
 def test_a_structured_answer_can_only_be_a_label(tmp_path):

@@ -64,12 +64,14 @@ def _may_end(text: str, words: Sequence[str], finish: str | None) -> bool:
 
 
 def _find_label(text: str, words: Sequence[str]) -> int | None:
-    """The index of the longest of `words` with which `text` begins, as a whole word; else of the one that begins with
-    `text`; None when there is none, or are several."""
-    whole = [
-        i for i, word in enumerate(words) if word and text.startswith(word) and not text[len(word) :][:1].isalnum()
-    ]
-    if whole:
-        return max(whole, key=lambda i: len(words[i]))
+    """The index of the word that `text` is, that alone begins with it, or with which it begins as a whole word.
+
+    The first of these three that holds counts; the longest word of the third. None when no word fits.
+    """
     begun = [i for i, word in enumerate(words) if text and word.startswith(text)]
-    return begun[0] if len(begun) == 1 else None
+    if begun:
+        exact = [i for i in begun if words[i] == text]
+        return (exact or begun)[0] if exact or len(begun) == 1 else None
+    rests = {i: text[len(word) :] for i, word in enumerate(words) if word and text.startswith(word)}
+    whole = [i for i, rest in rests.items() if not rest.lstrip(" ")[:1].isalnum()]  # no further word on the line
+    return max(whole, key=lambda i: len(words[i])) if whole else None
