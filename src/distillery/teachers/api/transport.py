@@ -14,6 +14,7 @@ from typing import Any
 from distillery.config.schema import ApiConfig
 from distillery.errors import UserError
 from distillery.tasks.prompts import without_system_turn
+from distillery.teachers.api.connection import http_client
 from distillery.teachers.api.failures import (
     NO_SYSTEM_ROLE,
     REFUSED_ROW,
@@ -55,11 +56,13 @@ class Transport:
         if spec.client == "openai":
             import openai as package
 
-            self.client = package.OpenAI(**settings, max_retries=0)
+            client_class = package.OpenAI
         else:
             import anthropic as package
 
-            self.client = package.Anthropic(**settings, max_retries=0)
+            client_class = package.Anthropic
+        connection = http_client(package, name, self.base_url)
+        self.client = client_class(**settings, max_retries=0, http_client=connection)
         self.errors = package
         self.merges_system = False  # whether the text of the system turn goes into the first user turn
 
