@@ -3,9 +3,10 @@
     PYTHONPATH=src python benchmarks/api_faults.py [rows, 1000 by default] [share of faults, 0.3 by default]
 
 `transformers serve` answers on this machine with a tiny model; a proxy before it breaks a share of the calls. Questions
-about as many different texts go through it three times, each time into a new store: undisturbed, with faults, and with
-faults while the asking process is killed twice on the way. Then one question with a wrong model name and one with a
-wrong key. At last every file that was written is searched for the key.
+about as many different texts go through it four times, each time into a new store: undisturbed, with faults, with
+faults while the asking process is killed twice on the way, and with faults at an endpoint that refuses every tenth row
+and thinks aloud before every second answer. Then one question with a wrong model name and one with a wrong key. At last
+every file that was written is searched for the key.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -33,6 +36,11 @@ from distillery.teachers.api.client import Endpoint  # noqa: E402
 from distillery.teachers.api.teacher import ApiTeacher  # noqa: E402
 from distillery.teachers.cache import AnswerStore  # noqa: E402
 
+REFUSED_EVERY, THINKING_EVERY = 10, 2
+REFUSALS = [
+    {"code": "content_filter", "message": "The response was filtered due to the content management policy."},
+    {"code": "context_length_exceeded", "message": "This model's maximum context length is 2048 tokens."},
+]
 VARIABLE = "DISTILLERY_BENCHMARK_KEY"
 MODEL = "speaker"
 
@@ -51,11 +59,29 @@ def teacher(url: str, path: Path, model: str, variable: str = VARIABLE) -> ApiTe
     return ApiTeacher(Endpoint("benchmark", spec, AnswerStore(path)), task)
 
 
+def answer_plainly(_: dict[str, Any], status: int, answer: Any) -> tuple[int, Any]:
+    return status, answer
+
+
+def refuse_and_think(request: dict[str, Any], status: int, answer: Any) -> tuple[int, Any]:
+    """A refusal of every tenth row, reasoning before every second answer; the same rows in every run."""
+    number = zlib.crc32(request["messages"][-1]["content"].encode())
+    if number % REFUSED_EVERY == 0:
+        return 400, {"error": REFUSALS[number // REFUSED_EVERY % len(REFUSALS)]}
+    if number % THINKING_EVERY == 0 and status == 200:
+        message = answer["choices"][0]["message"]
+        message["content"] = f"<think>\nIs it positive?\n</think>\n\n{message['content']}"
+    return status, answer
+
+
 def ask(url: str, path: str, model: str, rows: str) -> None:
     """What the process that may be killed does."""
     asked = teacher(url, Path(path), model)
+    messages: list[str] = []
+    asked.endpoint.log = messages.append
     p = asked.predict_texts(questions(asked.task, int(rows)))
-    print(f"labels: {(~pd.isna(p[:, 0])).sum()} of {len(p)}; the rest cannot be read as one")
+    labels, refusals = (~pd.isna(p[:, 0])).sum(), sum(" is refused " in message for message in messages)
+    print(f"labels: {labels} of {len(p)}; {refusals} rows refused and named; the rest cannot be read as a label")
 
 
 def run(url: str, path: Path, model: str, rows: int, kills: int, log: Path) -> int:
@@ -101,10 +127,15 @@ def main(rows: int = 1000, share: float = 0.3) -> None:
         folder = Path(scratch)
         speaker = loopback.build_speaker(folder / MODEL, task.words)
         with loopback.served(speaker) as port:
-            for name, part, kills in (("no faults", 0.0, 0), ("faults", share, 0), ("faults, killed twice", share, 2)):
+            runs = [("no faults", 0.0, 0, answer_plainly), ("faults", share, 0, answer_plainly)]
+            runs += [
+                ("faults, killed twice", share, 2, answer_plainly),
+                ("faults and refusals", share, 0, refuse_and_think),
+            ]
+            for name, part, kills, alter in runs:
                 path, log = folder / f"{name}.sqlite", folder / f"{name}.log"
                 started = time.perf_counter()
-                with loopback.Proxy(port, share=part, key=secret) as proxy:
+                with loopback.Proxy(port, share=part, key=secret, alter=alter) as proxy:
                     killed = run(proxy.url, path, str(speaker), rows, kills, log)
                     before = sum(proxy.calls.values())
                     run(proxy.url, path, str(speaker), rows, 0, log)  # once more: it must ask nothing
@@ -114,7 +145,7 @@ def main(rows: int = 1000, share: float = 0.3) -> None:
                     (noted,) = connection.execute("SELECT endpoint FROM calls LIMIT 1").fetchone()
                     (twice,) = connection.execute(
                         "SELECT COUNT(*) FROM calls a JOIN calls b ON a.key = b.key AND a.id < b.id "
-                        "WHERE a.outcome = 'answered'"
+                        "WHERE a.outcome IN ('answered', 'row refused')"
                     ).fetchone()
                 print(f"\n## {name}: {rows} rows, {part:.0%} of the calls broken, killed {killed} times")
                 seen = pd.Series(kept.outcomes(noted), name="calls").rename_axis("what the client saw")
