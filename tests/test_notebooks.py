@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -103,6 +105,58 @@ def test_executed_notebooks_ran_to_their_end(ran):
         assert any("image/png" in output.get("data", {}) for cell in code for output in cell["outputs"]), path.stem
         told = [o for cell in code for o in cell["outputs"] if o.get("name") == "stderr"]
         assert not told, (path.stem, told)
+
+
+MODELS_AT_ONCE = """
+import json, sys, weakref
+import matplotlib
+matplotlib.use("agg")
+from transformers import PreTrainedModel
+loaded, alive_at_load, original = weakref.WeakSet(), [], PreTrainedModel.from_pretrained.__func__
+def from_pretrained(cls, *arguments, **options):
+    alive_at_load.append(len(loaded))
+    model = original(cls, *arguments, **options)
+    loaded.add(model)
+    return model
+PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+counts = {}
+for name, notebook, given in json.loads(sys.stdin.read()):
+    alive_at_load.clear()
+    variables = {"__name__": "__main__"}
+    for cell in json.load(open(f"notebooks/{notebook}.ipynb"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), variables)
+            variables |= given
+    counts[name] = list(alive_at_load)
+    variables.clear()
+print("\\n" + json.dumps(counts))
+"""
+
+
+def test_a_stage_holds_one_model_at_a_time(ran, tmp_path):
+    """At every load of a model none is there; where a student learns from a teacher's tokens, the student is."""
+    repo = shutil.copytree(ran, tmp_path / "repo", symlinks=True)
+
+    def with_prompts(tree):
+        tree["teachers"]["prompted"] = {"kind": "lm", "model": "lm", "prompt": "plain", "prompts": ["meanings", "bare"]}
+
+    edit(repo, with_prompts)
+    jobs = [["tuned", "02_teach", {"teacher": "lm"}], ["classifier", "02_teach", {"teacher": "encoder"}]]
+    jobs += [["prompted", "02_teach", {"teacher": "prompted"}], ["paraphrases", "03_augment", {}]]
+    jobs += [["student", "04_distill", {"student": "tiny-kd", "seed": 0}]]
+    done = subprocess.run(
+        [sys.executable, "-c", MODELS_AT_ONCE],
+        input=json.dumps(jobs),
+        cwd=repo,
+        env=os.environ | {"PYTHONPATH": str(repo / "src")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert {name: max(alive) for name, alive in counts.items()} == dict.fromkeys(counts, 0)
+    assert len(counts["tuned"]) >= 5 and len(counts["prompted"]) >= 4 and len(counts["student"]) == 2
 
 
 def read(repo: Path, path: str, columns: str, least: int = 1) -> pd.DataFrame:

@@ -25,7 +25,7 @@ import tiny
 from distillery import losses, metrics
 from distillery.config.schema import FinetuneConfig, PhaseConfig, StudentConfig
 from distillery.errors import UserError
-from distillery.models.fast_cpu import BitDropout
+from distillery.models.fast_cpu import BitDropout, restore_full_embedding
 from distillery.models.label_model import LabelModel, ModelOutput
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.predictions import predict_rows, score_predictions
@@ -34,6 +34,7 @@ from distillery.report.model_card import render_card
 from distillery.tasks.prompts import chat_turns, render_prompt
 from distillery.tasks.schema import Task, TaskPrompt, load_task
 from distillery.training.completions import ANSWER, RATIONALE, SAMPLED, MicroBatch, PhaseCompletions, StepCounts
+from distillery.training.disk import disk_need, size_text
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.rows import TrainingRows, phase_rows
 from distillery.training.run import last_whole_checkpoint, run_key, train_phase, train_phases
@@ -112,6 +113,48 @@ def learner(folder: Path, arch: str, task: Task = TASK, *, dropout=False, scale=
 
 def trained(student, frame, spec, folder, **more) -> pd.DataFrame:
     return train_phase(student, phase_rows(frame, spec, LABELS), spec, folder=folder, seed=0, **more)
+
+
+@pytest.mark.parametrize(
+    ("arch", "adapter", "dtype"),
+    [("classifier", "none", "bfloat16"), ("classifier", "lora", "float32"), ("causal", "none", "bfloat16")]
+    + [("causal", "lora", "bfloat16"), ("causal", "qlora", "float32"), ("seq2seq", "none", "float32")],
+)
+def test_the_size_of_a_checkpoint_is_foretold(tiny_models, tmp_path, capsys, arch, adapter, dtype):
+    """From the model's weights: as large as the files are, but for the random states and lists of a few kilobytes."""
+    student = learner(tiny_models, arch, adapter={"kind": adapter, "r": 32}, dtype=dtype, prompt="plain")
+    rows = phase_rows(toy(12), spec := phase({"ce": 1.0}, steps=2), LABELS)
+    settings = {"folder": tmp_path / "run", "seed": 0, "title": "t", "checkpoint_every": 1}
+    need = disk_need(student, build_trainer(student, rows, spec, **settings).model)
+    restore_full_embedding(student.model)
+    train_phase(student, rows, spec, **settings)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line == (
+        f"t: a checkpoint takes {size_text(need.checkpoint)}, and the run up to {size_text(need.total)} of disk"
+    )
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        sizes = [path.stat().st_size for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".pt")]
+        written = sum(sizes) - (checkpoint / "scheduler.pt").stat().st_size
+        assert need.checkpoint <= written <= 1.02 * need.checkpoint + 60_000
+    save_model(student.model, student.tokenizer, tmp_path / "model", "bfloat16" if arch == "causal" else None)
+    whole = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert 3 * need.checkpoint + whole <= need.total + 20_000  # the file's header
+
+
+def test_a_training_that_the_disk_cannot_hold_does_not_start(tiny_models, tmp_path, monkeypatch):
+    """What an interrupted run has written there counts as free: it is continued, not written again."""
+    student, spec = learner(tiny_models, "causal"), phase({"ce": 1.0}, steps=2)
+    need = disk_need(student, student.model)
+    free = SimpleNamespace(free=need.total - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(UserError) as raised:
+        trained(student, toy(6), spec, tmp_path / "run")
+    sizes = f"up to {size_text(need.total)} of disk, and {size_text(need.total - 1)} are free"
+    assert str(raised.value) == f"{tmp_path / 'run'}: the training needs {sizes}; free some space and run again"
+    assert not list(tmp_path.rglob("checkpoint-*"))
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "part").write_bytes(b"1")
+    trained(student, toy(6), spec, tmp_path / "run")
 
 
 def test_a_classifier_keeps_the_embeddings_of_words_it_has_not_seen(tiny_models, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -83,6 +84,7 @@ def load_model(
     holds no such model or the layers do not exist.
     """
     configure_runtime()
+    gc.collect()  # a trainer and its model refer to each other: a model that no name holds goes before the next comes
     torch.manual_seed(seed)
     if quantize and layers != "all":
         return _load_quantized_layers(

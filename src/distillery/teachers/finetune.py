@@ -89,4 +89,5 @@ def cross_fit(
         signals.loc[held_out.index, columns] = held_out[columns]
         for key, probabilities in held_out["probabilities"].items():
             signals.at[key, "probabilities"] = probabilities  # one by one: an array is no single value for `loc`
+        del model  # one is held at a time
     return signals.reset_index()

@@ -155,6 +155,7 @@ def label_paraphrases(root: Path, params: Params, task: Task, paraphrases: pd.Da
             teacher = open_teacher(root, name, params, task, tuned=weights if spec.finetune else None)
             table = signal_table(part, teacher.predict(part), task.names, k)
             signals.append(table.assign(teacher=name, order=part.index))
+            del teacher  # one is held at a time
     columns = ["teacher", "source", "split", "id", "label", "probabilities", "fold", "rationale"]
     if not signals:
         return pd.DataFrame(columns=columns)

@@ -59,6 +59,7 @@ def compare_prompts(
             if calibration == spec.calibrate:
                 rounded = None if prior is None else [round(float(share), 6) for share in prior]
                 candidates.append((scores["macro_f1"], {"prompt": prompt, "prior": rounded}))
+        del teacher  # one is held at a time
     return pd.DataFrame(lines), max(candidates, key=lambda candidate: candidate[0])[1]
 
 

@@ -20,6 +20,7 @@ from distillery.models.fast_cpu import restore_full_embedding
 from distillery.models.label_model import LabelModel
 from distillery.models.predictions import predict_splits
 from distillery.tasks.schema import N_OPTIONS, Task
+from distillery.training.disk import check_disk, disk_need, size_text
 from distillery.training.keys import result_key
 from distillery.training.rows import TrainingRows, phase_rows
 from distillery.training.teacher_models import OpenableTeacher
@@ -56,7 +57,8 @@ def train_phase(
     checkpoint_every: optimizer steps between two checkpoints, unless early stopping sets them; it changes no weight.
     validation: the rows that early stopping scores. teachers: those whose tokens or hidden states the loss compares.
     Returns the history, a row a logged step: step, epoch, loss, learning_rate and the terms' values.
-    Raises UserError when the disk is full, and when a teacher does not fit the student.
+    Prints the size of a checkpoint and the disk that the training needs.
+    Raises UserError when the disk has less, or is full, and when a teacher does not fit the student.
     """
     try:
         trainer = build_trainer(
@@ -70,6 +72,10 @@ def train_phase(
             validation=validation,
             teachers=teachers,
         )
+        need = disk_need(student, trainer.model)
+        check_disk(need, folder)
+        sizes = f"a checkpoint takes {size_text(need.checkpoint)}, and the run up to {size_text(need.total)} of disk"
+        print(f"{title}: {sizes}", flush=True)
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     except Exception as error:  # torch and safetensors have error classes of their own
         raise_if_disk_full(error, folder)
