@@ -1,4 +1,4 @@
-"""Labels from an endpoint that keeps failing: what each fault cost, and that no answer was lost or asked for twice.
+"""Labels from an endpoint that keeps failing: what each fault cost, and that no answer was lost or requested twice.
 
     PYTHONPATH=src python benchmarks/api_faults.py [rows, 1000 by default] [share of faults, 0.3 by default]
 
@@ -76,10 +76,10 @@ def refuse_and_think(request: dict[str, Any], status: int, answer: Any) -> tuple
 
 def ask(url: str, path: str, model: str, rows: str) -> None:
     """What the process that may be killed does."""
-    asked = teacher(url, Path(path), model)
+    endpoint = teacher(url, Path(path), model)
     messages: list[str] = []
-    asked.endpoint.log = messages.append
-    p = asked.predict_texts(questions(asked.task, int(rows)))
+    endpoint.endpoint.log = messages.append
+    p = endpoint.predict_texts(questions(endpoint.task, int(rows)))
     labels, refusals = (~pd.isna(p[:, 0])).sum(), sum(" is refused " in message for message in messages)
     print(f"labels: {labels} of {len(p)}; {refusals} rows refused and named; the rest cannot be read as a label")
 
@@ -88,8 +88,8 @@ def run(url: str, path: Path, model: str, rows: int, kills: int, log: Path) -> i
     """Ask in a process of its own, killed `kills` times on the way; returns how often it was killed."""
     command = [sys.executable, __file__, "--ask", url, str(path), model, str(rows)]
     for killed in range(kills + 1):
-        with log.open("a") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out)
+        with log.open("a") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
         while killed < kills and process.poll() is None:
             time.sleep(0.05)
             if stored(path) >= rows * (killed + 1) // (kills + 1):
@@ -140,17 +140,17 @@ def main(rows: int = 1000, share: float = 0.3) -> None:
                     before = sum(proxy.calls.values())
                     run(proxy.url, path, str(speaker), rows, 0, log)  # once more: it must ask nothing
                     again = sum(proxy.calls.values()) - before
-                kept = AnswerStore(path)
-                with kept._connection() as connection:
+                store = AnswerStore(path)
+                with store._connection() as connection:
                     (noted,) = connection.execute("SELECT endpoint FROM calls LIMIT 1").fetchone()
                     (twice,) = connection.execute(
                         "SELECT COUNT(*) FROM calls a JOIN calls b ON a.key = b.key AND a.id < b.id "
                         "WHERE a.outcome IN ('answered', 'row refused')"
                     ).fetchone()
                 print(f"\n## {name}: {rows} rows, {part:.0%} of the calls broken, killed {killed} times")
-                seen = pd.Series(kept.outcomes(noted), name="calls").rename_axis("what the client saw")
+                outcomes = pd.Series(store.outcomes(noted), name="calls").rename_axis("what the client saw")
                 print(pd.Series(proxy.calls, name="calls").rename_axis("what the proxy did").sort_index().to_string())
-                print(seen.to_string())
+                print(outcomes.to_string())
                 lost = sum(n - 1 for n in proxy.delivered.values())
                 print(
                     f"{stored(path)} answers stored, {sum(proxy.calls.values())} calls, {again} calls in a second run, "
@@ -165,8 +165,8 @@ def main(rows: int = 1000, share: float = 0.3) -> None:
                 print("wrong key:", refused(proxy.url, folder / "wrong.sqlite", str(speaker), "WRONG"))
                 print(f"calls made: {sum(proxy.calls.values())}")
         files = [file for file in folder.rglob("*") if file.is_file()]
-        found = [file for file in files if any(word.encode() in file.read_bytes() for word in (secret, wrong))]
-        print(f"\n{len(files)} files written; the keys were found in {len(found)} of them")
+        leaking = [file for file in files if any(word.encode() in file.read_bytes() for word in (secret, wrong))]
+        print(f"\n{len(files)} files written; the keys were found in {len(leaking)} of them")
 
 
 if __name__ == "__main__":

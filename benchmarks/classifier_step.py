@@ -4,8 +4,8 @@
 
 The same teacher (MiniLM, 6 layers), student (its layers 0, 2 and 5), rows of the finance corpus, loss (cross-entropy,
 KL over the labels at T 2, PKD on the [CLS] states, rule `skip`), batch of 16 and bfloat16 products for both. The plain
-one is what a user would write: a `compute_loss` that asks the teacher about the batch, batches drawn at random and
-padded to their longest row. Ours asks the teacher once about every row; three epochs share what that takes. The two
+one is what a user would write: a `compute_loss` that runs the teacher on each batch, batches drawn at random and
+padded to their longest row. Distillery runs the teacher once on every row; three epochs share what that takes. The two
 alternate in one process; each builds its models anew every round, and a round's first step is not counted. The heads
 of teacher and student are drawn, not trained: that changes no time.
 
@@ -54,7 +54,7 @@ from distillery.training.student import build_student
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import PhaseTrainerMixin, build_trainer
 
-BATCH, EPOCHS, ROWS, STEPS, CHECKED = 16, 3, 320, {"plain": 11, "ours": 21}, 3
+BATCH, EPOCHS, ROWS, STEPS, CHECKED = 16, 3, 320, {"plain": 11, "distillery": 21}, 3
 LOSS, TEMPERATURE = {"ce": 0.5, "kl": 0.5, "pkd": 1.0}, 2.0
 LAYERS = [0, 2, 5]
 KINDS = {  # what an operator's time is spent on
@@ -66,7 +66,7 @@ KINDS = {  # what an operator's time is spent on
 
 
 @dataclass
-class Seen(Measured):
+class CheckedRun(Measured):
     losses: list[float] = field(default_factory=list)
 
 
@@ -84,20 +84,20 @@ class OnlineTrainer(Trainer):
     ) -> Any:
         labels = inputs.pop("labels")
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
-            told = self.teacher(**inputs, output_hidden_states=True)
-        said = model(**inputs, output_hidden_states=True)
-        ours = torch.stack([said.hidden_states[j][:, 0] for j, _ in self.pairs], 1)
-        theirs = torch.stack([told.hidden_states[j][:, 0] for _, j in self.pairs], 1)
+            teacher_output = self.teacher(**inputs, output_hidden_states=True)
+        student_output = model(**inputs, output_hidden_states=True)
+        student_states = torch.stack([student_output.hidden_states[j][:, 0] for j, _ in self.pairs], 1)
+        teacher_states = torch.stack([teacher_output.hidden_states[j][:, 0] for _, j in self.pairs], 1)
         loss, _ = losses.combine_terms(
             {term: weight for term, weight in LOSS.items() if term != "pkd"},
-            said.logits,
+            student_output.logits,
             targets=labels,
-            teacher_logprobs=told.logits.float().log_softmax(-1),
+            teacher_logprobs=teacher_output.logits.float().log_softmax(-1),
             temperature=TEMPERATURE,
             denominator=len(labels),
         )
-        loss = loss + LOSS["pkd"] * losses.pkd(ours, theirs).mean()
-        return (loss, said) if return_outputs else loss
+        loss = loss + LOSS["pkd"] * losses.pkd(student_states, teacher_states).mean()
+        return (loss, student_output) if return_outputs else loss
 
 
 class Profiler(TrainerCallback):
@@ -136,18 +136,18 @@ def student_of(folder: Path, task: Task, dtype: str) -> LabelModel:
 
 def rows_of(task: Task, n: int | None = ROWS) -> TrainingRows:
     lines = (repository_root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:n]
-    found = [json.loads(line) for line in lines]
-    targets = np.array([task.names.index(row["label"]) for row in found])
-    return TrainingRows([row["text"] for row in found], targets)
+    examples = [json.loads(line) for line in lines]
+    targets = np.array([task.names.index(row["label"]) for row in examples])
+    return TrainingRows([row["text"] for row in examples], targets)
 
 
 def plain(
-    folder: Path, task: Task, out: Path, dtype: str, steps: int, callbacks: list[TrainerCallback]
+    folder: Path, task: Task, scratch: Path, dtype: str, steps: int, callbacks: list[TrainerCallback]
 ) -> OnlineTrainer:
     rows, teacher, student = rows_of(task), teacher_of(folder, task, dtype), student_of(folder, task, dtype)
     encoded = student.tokenizer(rows.texts, truncation=True)["input_ids"]
     arguments = TrainingArguments(
-        output_dir=str(out / "plain"),
+        output_dir=str(scratch / "plain"),
         per_device_train_batch_size=BATCH,
         max_steps=steps,
         learning_rate=1e-4,
@@ -171,10 +171,10 @@ def plain(
     return trainer
 
 
-def ours(
-    folder: Path, task: Task, out: Path, dtype: str, steps: int, callbacks: list[TrainerCallback]
+def distillery(
+    folder: Path, task: Task, scratch: Path, dtype: str, steps: int, callbacks: list[TrainerCallback]
 ) -> tuple[PhaseTrainerMixin, float]:
-    """The trainer, and the seconds that asking the teacher took."""
+    """The trainer, and the seconds that the teacher's predictions took."""
     rows, teacher = rows_of(task), teacher_of(folder, task, dtype)
     student = student_of(folder, task, dtype)
     phase = {
@@ -187,9 +187,9 @@ def ours(
         "steps": steps,
         "learning_rate": 1e-4,
     }
-    asked = [teacher]
+    teachers = [teacher]
     white_box = OpenableTeacher(
-        lambda fold: asked.pop(), ["minilm-l6", dtype], teacher.model.config.num_hidden_layers, out / "signals"
+        lambda fold: teachers.pop(), ["minilm-l6", dtype], teacher.model.config.num_hidden_layers, scratch / "signals"
     )
     start = time.perf_counter()
     rows.logprobs = torch.from_numpy(teacher.predict(rows.texts)).log()
@@ -199,9 +199,9 @@ def ours(
         student,
         rows,
         PhaseConfig.model_validate(phase),
-        folder=out / "ours",
+        folder=scratch / "distillery",
         seed=0,
-        title="ours",
+        title="distillery",
         checkpoint_every=10**6,
         teachers={"minilm-l6": white_box},
     )
@@ -214,11 +214,11 @@ def ours(
 def first_losses(trainer: Any, picked: list[list[int]]) -> list[float]:
     """The losses of the same rows, dropout off."""
     trainer.model.eval()
-    found = []
+    values = []
     for rows in picked:
         with torch.no_grad():
-            found.append(loss_of(trainer, rows).item())
-    return found
+            values.append(loss_of(trainer, rows).item())
+    return values
 
 
 def loss_of(trainer: Any, rows: list[int]) -> torch.Tensor:
@@ -231,14 +231,14 @@ def loss_of(trainer: Any, rows: list[int]) -> torch.Tensor:
     return trainer.compute_loss(trainer.model, {"micro_batch": batch})
 
 
-def examine(trainer: Any, seen: Seen) -> None:
+def examine(trainer: Any, measured: CheckedRun) -> None:
     """Losses of the first rows, and the products of batches that this trainer would draw."""
-    seen.losses = first_losses(trainer, [list(range(a, a + BATCH)) for a in range(0, CHECKED * BATCH, BATCH)])
+    measured.losses = first_losses(trainer, [list(range(a, a + BATCH)) for a in range(0, CHECKED * BATCH, BATCH)])
     order = list(trainer._get_train_sampler(trainer.train_dataset))
     with FlopCounterMode(display=False) as counted:
         for a in range(0, CHECKED * BATCH, BATCH):
             loss_of(trainer, order[a : a + BATCH]).backward()
-    seen.flops = counted.get_total_flops() / CHECKED
+    measured.flops = counted.get_total_flops() / CHECKED
     trainer.model.zero_grad()
     if hasattr(trainer, "term_values"):
         trainer.term_values.clear()
@@ -254,22 +254,24 @@ def main(rounds: int = 3) -> None:
     print(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, bfloat16 products at {speed / 1e9:,.0f} GFLOP/s"
     )
-    online, cached = Seen(), Seen()
+    online, cached = CheckedRun(), CheckedRun()
     for k in range(rounds):
-        for name, seen in (("plain", online), ("ours", cached)):
+        for name, measured in (("plain", online), ("distillery", cached)):
             reset_peak()
             clock = Clock()
-            with tempfile.TemporaryDirectory() as out:
-                made = {"plain": plain, "ours": ours}[name](folder, task, Path(out), "bfloat16", STEPS[name], [clock])
-                trainer, cache = made if name == "ours" else (made, 0.0)
+            with tempfile.TemporaryDirectory() as scratch:
+                built = {"plain": plain, "distillery": distillery}[name](
+                    folder, task, Path(scratch), "bfloat16", STEPS[name], [clock]
+                )
+                trainer, cache = built if name == "distillery" else (built, 0.0)
                 if k == 0:
-                    examine(trainer, seen)
-                seen.cache = min(seen.cache or cache, cache / (ROWS / BATCH))
+                    examine(trainer, measured)
+                measured.cache = min(measured.cache or cache, cache / (ROWS / BATCH))
                 trainer.train()
-            seen.seconds += np.diff(clock.ends).tolist()
-            seen.peak = max(seen.peak, peak())
-            del made, trainer
-    for name, m in (("online teacher", online), ("ours", cached)):
+            measured.seconds += np.diff(clock.ends).tolist()
+            measured.peak = max(measured.peak, peak())
+            del built, trainer
+    for name, m in (("online teacher", online), ("distillery", cached)):
         step = median(m.seconds)
         print(
             f"{name:15s}{step:7.3f} s a step ({min(m.seconds):.3f} to {max(m.seconds):.3f}, n={len(m.seconds)}), "
@@ -278,19 +280,19 @@ def main(rounds: int = 3) -> None:
         )
     shared = cached.cache / EPOCHS
     print(f"the teacher's signals: {cached.cache:.3f} s a batch once, {shared:.3f} s over {EPOCHS} epochs")
-    with tempfile.TemporaryDirectory() as out:
-        for name, build in (("online teacher", plain), ("ours", ours)):
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, build in (("online teacher", plain), ("distillery", distillery)):
             watch = Profiler(8)
-            made = build(folder, task, Path(out), "bfloat16", watch.steps, [watch])
-            (made[0] if isinstance(made, tuple) else made).train()
+            built = build(folder, task, Path(scratch), "bfloat16", watch.steps, [watch])
+            (built[0] if isinstance(built, tuple) else built).train()
             print(f"{name:15s}where its time goes: {watch.shown()}")
-        single = [Seen(), Seen()]
-        examine(plain(folder, task, Path(out), "float32", 1, []), single[0])
-        examine(ours(folder, task, Path(out), "float32", 1, [])[0], single[1])
+        single = [CheckedRun(), CheckedRun()]
+        examine(plain(folder, task, Path(scratch), "float32", 1, []), single[0])
+        examine(distillery(folder, task, Path(scratch), "float32", 1, [])[0], single[1])
     for dtype, (a, b) in (("bfloat16", (online, cached)), ("float32", single)):
         apart = max(abs(x - y) / abs(x) for x, y in zip(a.losses, b.losses, strict=True))
         shown = [", ".join(f"{value:.5f}" for value in m.losses) for m in (a, b)]
-        print(f"losses of the first batches, {dtype}: online {shown[0]}; ours {shown[1]}; {apart:.1e} apart")
+        print(f"losses of the first batches, {dtype}: online {shown[0]}; distillery {shown[1]}; {apart:.1e} apart")
     print(f"peak memory: {cached.peak / online.peak:.2f} of the online teacher's")
     print(f"\nratio: {median(online.seconds) / (median(cached.seconds) + shared):.2f}")
 

@@ -5,8 +5,8 @@
 The same teacher (SmolLM2-135M, 30 layers), student (its first 15, LoRA r=16 on all linear layers), rows, tokens,
 divergence (JSD over the vocabulary, beta 0.5, T 1) at the same supervised positions, batch of 8, bfloat16, no gradient
 checkpointing (TRL's default has it). Two workloads: the label alone, and the label with a rationale. The two trainers
-alternate in one process; each builds its models anew every round, and a round's first step is not counted. Ours asks
-the teacher once about every row, which is counted at a third: three epochs share it.
+alternate in one process; each builds its models anew every round, and a round's first step is not counted. Distillery
+runs the teacher once on every row, which is counted at a third: three epochs share it.
 
 Prints seconds a step, tokens a second, peak memory, the products' share of the machine's measured bfloat16 peak, the
 losses of the first batches, and last `ratio_rationale:` and `ratio:` (labels).
@@ -49,7 +49,7 @@ from distillery.training.student import build_student
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
 
-BATCH, EPOCHS, ROWS, STEPS = 8, 3, 96, {"trl": 4, "ours": 11}
+BATCH, EPOCHS, ROWS, STEPS = 8, 3, 96, {"trl": 4, "distillery": 11}
 REASON = "\nBecause: "
 # SmolLM2's own without its system turn, and without the new line after the last turn: an answer ends with its end token
 TEMPLATE = (
@@ -132,23 +132,23 @@ def teacher_of(folder: Path, task: Task) -> LabelModel:
 
 def rows_of(task: Task, rationales: bool) -> tuple[TrainingRows, Dataset]:
     lines = (repository_root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
-    found = [json.loads(line) for line in lines]
-    texts, targets = [row["text"] for row in found], np.array([task.names.index(row["label"]) for row in found])
-    reasons = [row["rationale"] for row in found] if rationales else None
+    examples = [json.loads(line) for line in lines]
+    texts, targets = [row["text"] for row in examples], np.array([task.names.index(row["label"]) for row in examples])
+    reasons = [row["rationale"] for row in examples] if rationales else None
     messages = []
-    for i, row in enumerate(found):
-        said = row["label"] + (REASON + row["rationale"] if rationales else "")
-        messages.append([*chat_turns(task, texts[i]), {"role": "assistant", "content": said}])
+    for i, row in enumerate(examples):
+        answer = row["label"] + (REASON + row["rationale"] if rationales else "")
+        messages.append([*chat_turns(task, texts[i]), {"role": "assistant", "content": answer}])
     return TrainingRows(texts, targets, rationales=reasons), Dataset.from_dict({"messages": messages})
 
 
-def with_trl(folder: Path, task: Task, rationales: bool, seen: Measured, check: bool) -> None:
+def with_trl(folder: Path, task: Task, rationales: bool, measured: Measured, check: bool) -> None:
     reset_peak()
     _, data = rows_of(task, rationales)
     student, teacher = student_of(folder, task), teacher_of(folder, task)
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as output_folder:
         arguments = GKDConfig(
-            output_dir=out,
+            output_dir=output_folder,
             per_device_train_batch_size=BATCH,
             max_steps=STEPS["trl"],
             learning_rate=1e-4,
@@ -178,19 +178,19 @@ def with_trl(folder: Path, task: Task, rationales: bool, seen: Measured, check: 
             student.model.eval()
             for a in range(0, 3 * BATCH, BATCH):
                 batch = trainer.data_collator([data[i] for i in range(a, a + BATCH)])
-                seen.tokens += int((batch["labels"] != -100).sum()) / 3
+                measured.tokens += int((batch["labels"] != -100).sum()) / 3
             with FlopCounterMode(display=False) as counted:
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = trainer.compute_loss(trainer.model, batch)
                 loss.backward()
-            seen.flops = counted.get_total_flops()
+            measured.flops = counted.get_total_flops()
             trainer.model.zero_grad()
         trainer.train()
-    seen.seconds += np.diff(clock.ends).tolist()
-    seen.peak = max(seen.peak, peak())
+    measured.seconds += np.diff(clock.ends).tolist()
+    measured.peak = max(measured.peak, peak())
 
 
-def with_ours(folder: Path, task: Task, rationales: bool, seen: Measured, check: bool) -> None:
+def with_distillery(folder: Path, task: Task, rationales: bool, measured: Measured, check: bool) -> None:
     reset_peak()
     rows, _ = rows_of(task, rationales)
     phase = PhaseConfig.model_validate(
@@ -201,12 +201,12 @@ def with_ours(folder: Path, task: Task, rationales: bool, seen: Measured, check:
             "space": "vocabulary",
             "rationales": rationales,
             "batch_size": BATCH,
-            "steps": STEPS["ours"],
+            "steps": STEPS["distillery"],
             "learning_rate": 1e-4,
         }
     )
-    with tempfile.TemporaryDirectory() as out:
-        asked = OpenableTeacher(lambda fold: teacher_of(folder, task), "smollm2", 30, Path(out) / "signals")
+    with tempfile.TemporaryDirectory() as output_folder:
+        teacher = OpenableTeacher(lambda fold: teacher_of(folder, task), "smollm2", 30, Path(output_folder) / "signals")
         student = student_of(folder, task)
         start = time.perf_counter()
         teacher_of(folder, task)
@@ -216,15 +216,15 @@ def with_ours(folder: Path, task: Task, rationales: bool, seen: Measured, check:
             student,
             rows,
             phase,
-            folder=Path(out) / "run",
+            folder=Path(output_folder) / "run",
             seed=0,
-            title="ours",
+            title="distillery",
             checkpoint_every=10**6,
-            teachers={"smollm2": asked},
+            teachers={"smollm2": teacher},
         )
         # opening the teacher is not asking it: TRL's trainer is not charged for that, either
         cache = (time.perf_counter() - start - opening) / (ROWS / BATCH)
-        seen.cache = min(seen.cache or cache, cache)
+        measured.cache = min(measured.cache or cache, cache)
         clock = Clock()
         trainer.add_callback(clock)
         if check:
@@ -232,32 +232,32 @@ def with_ours(folder: Path, task: Task, rationales: bool, seen: Measured, check:
             for a in range(0, 3 * BATCH, BATCH):
                 batch = trainer.completions.micro_batch(list(range(a, a + BATCH)))
                 trainer.counts = StepCounts.of([batch])
-                seen.tokens += trainer.counts.compared_tokens / 3
+                measured.tokens += trainer.counts.compared_tokens / 3
             with FlopCounterMode(display=False) as counted:
                 trainer.compute_loss(trainer.model, {"micro_batch": batch}).backward()
-            seen.flops = counted.get_total_flops()
+            measured.flops = counted.get_total_flops()
             trainer.model.zero_grad()
             trainer.term_values.clear()
         trainer.train()
         if check:
             size = trainer.signals.outputs["smollm2"].bytes_a_token
             print(f"  signals: {size:,.0f} bytes a supervised token on the disk")
-    seen.seconds += np.diff(clock.ends).tolist()
-    seen.peak = max(seen.peak, peak())
+    measured.seconds += np.diff(clock.ends).tolist()
+    measured.peak = max(measured.peak, peak())
 
 
 def compare_losses(folder: Path, task: Task, rationales: bool) -> None:
-    """TRL's loss and ours of three batches, in float32 and in bfloat16. There TRL takes the log-softmax in bfloat16:
-    beside it stands the same formula on its logits widened to float32."""
+    """TRL's loss and Distillery's of three batches, in float32 and in bfloat16. TRL takes the log-softmax in the
+    precision of the logits, so its formula on logits widened to float32 is shown, too."""
     rows, data = rows_of(task, rationales)
     student, teacher = student_of(folder, task), teacher_of(folder, task)
     collate = DataCollatorForChatML(tokenizer=student.tokenizer, max_length=1024)
-    told = [
+    completions = [
         student.row_completions(int(t), r) for t, r in zip(rows.targets, rows.rationales or [None] * ROWS, strict=True)
     ]
     ids = student.encode(rows.texts)
     for dtype in (torch.bfloat16, torch.float32):
-        found: dict[str, list[float]] = {"TRL": [], "TRL on float32 logits": [], "ours": []}
+        values: dict[str, list[float]] = {"TRL": [], "TRL on float32 logits": [], "distillery": []}
         for model in (student, teacher):
             model.model.to(dtype).eval()
             model.dtype = dtype
@@ -265,22 +265,23 @@ def compare_losses(folder: Path, task: Task, rationales: bool) -> None:
             batch = collate([data[i] for i in range(a, a + BATCH)])
             with torch.no_grad():
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                    asked = {key: batch[key] for key in ("input_ids", "attention_mask")}
-                    told_at = batch["labels"][:, 1:] != -100
-                    logits = [model.model(**asked).logits[:, :-1][told_at] for model in (student, teacher)]
-                found["TRL"].append(GKDTrainer.generalized_jsd_loss(*logits).item())
+                    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+                    supervised = batch["labels"][:, 1:] != -100
+                    logits = [model.model(**inputs).logits[:, :-1][supervised] for model in (student, teacher)]
+                values["TRL"].append(GKDTrainer.generalized_jsd_loss(*logits).item())
                 wide = GKDTrainer.generalized_jsd_loss(*(x.float() for x in logits))
-                found["TRL on float32 logits"].append(wide.item())
-                ours, theirs = (
-                    m.forward(ids[a : a + BATCH], told[a : a + BATCH], label_space=False).completion_logits
+                values["TRL on float32 logits"].append(wide.item())
+                student_logits, teacher_logits = (
+                    m.forward(ids[a : a + BATCH], completions[a : a + BATCH], label_space=False).completion_logits
                     for m in (student, teacher)
                 )
-                found["ours"].append(losses.jsd(ours, theirs.log_softmax(-1)).mean().item())
-        shown = "; ".join(f"{name} {_shown(values)}" for name, values in found.items())
+                values["distillery"].append(losses.jsd(student_logits, teacher_logits.log_softmax(-1)).mean().item())
+        shown = "; ".join(f"{name} {_shown(of_batches)}" for name, of_batches in values.items())
         apart = [
-            max(abs(a - b) / abs(a) for a, b in zip(found[n], found["ours"], strict=True)) for n in list(found)[:2]
+            max(abs(a - b) / abs(a) for a, b in zip(values[n], values["distillery"], strict=True))
+            for n in list(values)[:2]
         ]
-        print(f"  losses, {str(dtype)[6:]}: {shown}; ours are {apart[0]:.0e} and {apart[1]:.0e} away")
+        print(f"  losses, {str(dtype)[6:]}: {shown}; distillery is {apart[0]:.0e} and {apart[1]:.0e} away")
 
 
 def main(rounds: int = 2) -> None:
@@ -293,7 +294,7 @@ def main(rounds: int = 2) -> None:
     )
     ratios = {}
     for workload in ("label", "rationale"):
-        trl, ours = Measured(), Measured()
+        trl, distillery = Measured(), Measured()
         prompts = student_of(folder, task).encode(rows_of(task, False)[0].texts)
         print(
             f"\n{workload}: {ROWS} rows, prompts of {np.mean([len(p) for p in prompts]):.0f} tokens, "
@@ -302,8 +303,8 @@ def main(rounds: int = 2) -> None:
         compare_losses(folder, task, workload == "rationale")
         for k in range(rounds):
             with_trl(folder, task, workload == "rationale", trl, check=k == 0)
-            with_ours(folder, task, workload == "rationale", ours, check=k == 0)
-        for name, m in (("TRL GKDTrainer", trl), ("ours", ours)):
+            with_distillery(folder, task, workload == "rationale", distillery, check=k == 0)
+        for name, m in (("TRL GKDTrainer", trl), ("distillery", distillery)):
             step = median(m.seconds)
             spread = f"{min(m.seconds):.3f} to {max(m.seconds):.3f}, n={len(m.seconds)}"
             print(
@@ -311,10 +312,10 @@ def main(rounds: int = 2) -> None:
                 f"peak memory {m.peak / 2**30:.2f} GiB, {m.flops / 1e9:,.0f} GFLOP a step: "
                 f"{m.flops / step / speed:.0%} of the peak"
             )
-        once, shared = ours.cache, ours.cache / EPOCHS
+        once, shared = distillery.cache, distillery.cache / EPOCHS
         print(f"  the teacher's signals: {once:.3f} s a batch once, {shared:.3f} s over {EPOCHS} epochs")
-        print(f"  peak memory: {ours.peak / trl.peak:.2f} of TRL's")
-        ratios[workload] = median(trl.seconds) / (median(ours.seconds) + ours.cache / EPOCHS)
+        print(f"  peak memory: {distillery.peak / trl.peak:.2f} of TRL's")
+        ratios[workload] = median(trl.seconds) / (median(distillery.seconds) + distillery.cache / EPOCHS)
     print(f"\nratio_rationale: {ratios['rationale']:.2f}")
     print(f"ratio: {ratios['label']:.2f}")
 

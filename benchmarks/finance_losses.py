@@ -4,9 +4,9 @@
 
 Needs the teachers of a finished `dvc repro`. Every student here is one of the default experiment's with another loss:
 the 3-layer MiniLM (17 M, 360 optimizer steps of 16 rows) or SmolLM2's first 15 layers (81 M, LoRA, 120 steps of 8
-rows), on the same rows unless its name says otherwise. Scored on the test rows; each is compared with its control by a
-bootstrap over groups and seeds, paired by rows. Finished runs are kept in `.cache/finance_losses/`; a killed one
-continues. Writes `benchmarks/finance_losses.csv`, where rows of students that were not asked for stay.
+rows), on the same rows unless its name states otherwise. Scored on the test rows; each is compared with its control by
+a bootstrap over groups and seeds, paired by rows. Finished runs are kept in `.cache/finance_losses/`; a killed one
+continues. Writes `benchmarks/finance_losses.csv`, where rows of other students stay.
 """
 
 from __future__ import annotations
@@ -47,32 +47,32 @@ HALF = {
 }
 
 
-def two_phases(first: dict, second: dict, **more) -> list[dict]:
+def two_phases(first: dict, second: dict, **settings) -> list[dict]:
     """Pool and paraphrases for 320 steps, then gold rows for 40, as the default experiment's headline student."""
     return [
-        {"data": POOL, "steps": 320, "learning_rate": 2.0e-4, "loss": first, **more},
-        {"data": GOLD, "steps": 40, "learning_rate": 5.0e-5, "loss": second, **more},
+        {"data": POOL, "steps": 320, "learning_rate": 2.0e-4, "loss": first, **settings},
+        {"data": GOLD, "steps": 40, "learning_rate": 5.0e-5, "loss": second, **settings},
     ]
 
 
-def kd(temperature: float, teachers: list[str], **more) -> list[dict]:
-    return two_phases({"kl": 1.0}, {"ce": 0.5, "kl": 0.5}, teachers=teachers, temperature=temperature, **more)
+def kd(temperature: float, teachers: list[str], **settings) -> list[dict]:
+    return two_phases({"kl": 1.0}, {"ce": 0.5, "kl": 0.5}, teachers=teachers, temperature=temperature, **settings)
 
 
 def gold(loss: dict) -> list[dict]:
     return [{"data": GOLD, "steps": 120, "batch_size": 8, "learning_rate": 2.0e-3, "loss": loss}]
 
 
-def gkd(**more) -> list[dict]:
+def gkd(**settings) -> list[dict]:
     return [
         {"data": POOL, "teachers": ["smollm2"], "steps": 120, "batch_size": 8, "learning_rate": 1.0e-3}
-        | {"loss": {"jsd": 1.0}, **more}
+        | {"loss": {"jsd": 1.0}, **settings}
     ]
 
 
-def warm(**more) -> list[dict]:
+def warm(**settings) -> list[dict]:
     """GKD for half of the steps, from where gold labels led: Agarwal et al. (2024) start from a tuned student, too."""
-    return [phase | {"steps": 60} for phase in (*gold({"ce": 1.0}), *gkd(**more))]
+    return [phase | {"steps": 60} for phase in (*gold({"ce": 1.0}), *gkd(**settings))]
 
 
 # name -> (student, phases, control)
@@ -124,7 +124,7 @@ def run(root: Path, params: Params, name: str, seed: int) -> dict:
     test, validation = (pd.DataFrame(tables.rows(f"finance/{split}")) for split in ("test", "validation"))
     key = run_key(name, experiment, seed, pd.DataFrame(rows).to_csv())
     folder = root / ".cache" / "finance_losses" / key
-    if not (folder / "done.json").exists():
+    if not (folder / "result.json").exists():
         start = time.perf_counter()
         task = Task.model_validate(experiment["task"])
         student = build_student(spec, fetch_model(spec.model, params.models[spec.model]), task, seed)
@@ -134,18 +134,19 @@ def run(root: Path, params: Params, name: str, seed: int) -> dict:
             spec,
             folder=folder / "run",
             seed=seed,
-            validation=validation.head(8),  # nobody looks at students on their way here
+            validation=validation.head(8),  # early stopping is not used here
             test=test.head(8),
-            scores={who: found["accuracy"] for who, found in experiment["teachers"].items()},
+            scores={teacher: facts["accuracy"] for teacher, facts in experiment["teachers"].items()},
             teachers={
-                who: openable_teacher(root, who, found) for who, found in experiment["openable_teachers"].items()
+                teacher: openable_teacher(root, teacher, facts)
+                for teacher, facts in experiment["openable_teachers"].items()
             },
         )
-        said = predict_rows(student, test)["prediction"].tolist()
-        with atomic_write(folder / "done.json") as path:
+        predictions = predict_rows(student, test)["prediction"].tolist()
+        with atomic_write(folder / "result.json") as path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"said": said, "seconds": round(time.perf_counter() - start, 1)}))
-    return json.loads((folder / "done.json").read_text())
+            path.write_text(json.dumps({"predictions": predictions, "seconds": round(time.perf_counter() - start, 1)}))
+    return json.loads((folder / "result.json").read_text())
 
 
 def main(seeds: int = 3, begins: str = "") -> None:
@@ -161,18 +162,18 @@ def main(seeds: int = 3, begins: str = "") -> None:
         control = STUDIES[name][2]
         for one in {name, control} - {None, *runs}:
             runs[one] = [run(root, params, one, seed) for seed in range(seeds)]
-        said = {one: np.array([found["said"] for found in runs[one]]) for one in (name, control) if one}
-        drawn = metrics.bootstrap_scores(test["label"], said[name], labels, test["group"])
+        predictions = {one: np.array([result["predictions"] for result in runs[one]]) for one in (name, control) if one}
+        drawn = metrics.bootstrap_scores(test["label"], predictions[name], labels, test["group"])
         line = {"student": name, "seeds": seeds}
         for score in ("accuracy", "macro_f1"):
-            mean = metrics.mean_scores(test["label"], said[name], labels)[score]
+            mean = metrics.mean_scores(test["label"], predictions[name], labels)[score]
             low, high = metrics.interval(drawn[score])
             line |= {score: round(mean, 4), f"{score}_low": round(low, 4), f"{score}_high": round(high, 4)}
         if control:
-            both = said[name], said[control]
+            both = predictions[name], predictions[control]
             gap = metrics.paired_difference(test["label"], *both, labels, test["group"])["accuracy"]
             line |= {"control": control} | {f"difference_{k}": round(gap[k], 4) for k in ("mean", "low", "high", "p")}
-        line |= {"seconds_a_run": round(np.mean([found["seconds"] for found in runs[name]]), 1)}
+        line |= {"seconds_a_run": round(np.mean([result["seconds"] for result in runs[name]]), 1)}
         line |= {"threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), "commit": code}
         lines[name] = line
         print(

@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/loss_table.py [random cases per term, 1000 by default]
 
-Prints a markdown table. Errors are |ours - reference| / max(1, |reference|), the reference always in float64.
+Prints a markdown table. Errors are |Distillery - reference| / max(1, |reference|), the reference always in float64.
 The references are those of the tests (`tests/references.py`); the tests fail above 1e-9 in float64.
 """
 

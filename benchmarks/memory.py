@@ -108,9 +108,9 @@ def measure(kind: str, layers: str, r: int, batch: int, steps: int) -> dict[str,
     return {"held": psutil.Process().memory_info().rss - before, "peak": peak - before, "trainable": trainable}
 
 
-def line(model: str, kind: str, r: int, found: dict[str, float]) -> dict[str, object]:
-    gigabytes = {f"{what}_gb": round(size / GB, 3) for what, size in found.items() if what != "trainable"}
-    return {"model": model, "training": kind, "r": r or "", **gigabytes, "trainable": found.get("trainable", "")}
+def line(model: str, kind: str, r: int, measured: dict[str, float]) -> dict[str, object]:
+    gigabytes = {f"{name}_gb": round(size / GB, 3) for name, size in measured.items() if name != "trainable"}
+    return {"model": model, "training": kind, "r": r or "", **gigabytes, "trainable": measured.get("trainable", "")}
 
 
 def main() -> None:
@@ -121,9 +121,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[4, 8, 32, 64])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        print(json.dumps(measure(asked.one[0], asked.layers, int(asked.one[1]), asked.batch, asked.steps)))
+    arguments = parser.parse_args()
+    if arguments.one:
+        kind, r = arguments.one
+        print(json.dumps(measure(kind, arguments.layers, int(r), arguments.batch, arguments.steps)))
         return
 
     table = []
@@ -132,25 +133,25 @@ def main() -> None:
     for kind in BYTES_PER_PARAMETER:
         r = 0 if kind.startswith("full") else 64
         table.append(line("LLaMA-2 7B", kind, r, predicted_memory(llama, kind, r)))
-    own = load_model(fetch_model("smollm2", load_params().models["smollm2"]), "causal", layers=asked.layers)
+    own = load_model(fetch_model("smollm2", load_params().models["smollm2"]), "causal", layers=arguments.layers)
     for kind in WAYS:
-        for r in [0] if kind.startswith("full") else asked.ranks if kind.startswith("QLoRA") else [64]:
-            command = [sys.executable, __file__, "--one", kind, str(r or 1), "--layers", asked.layers]
-            command += ["--batch", str(asked.batch), "--steps", str(asked.steps)]
+        for r in [0] if kind.startswith("full") else arguments.ranks if kind.startswith("QLoRA") else [64]:
+            command = [sys.executable, __file__, "--one", kind, str(r or 1), "--layers", arguments.layers]
+            command += ["--batch", str(arguments.batch), "--steps", str(arguments.steps)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             measured = {
                 f"measured_{k}" if k != "trainable" else k: v
                 for k, v in json.loads(done.stdout.splitlines()[-1]).items()
             }
-            row = line(f"SmolLM2 {asked.layers}", kind, r, predicted_memory(own, kind, r) | measured)
+            row = line(f"SmolLM2 {arguments.layers}", kind, r, predicted_memory(own, kind, r) | measured)
             table.append(row)
             print(row, flush=True)
     names = list(dict.fromkeys(key for row in table for key in row))
     print("\n| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in table:
         print("| " + " | ".join(str(row.get(name, "")) for name in names) + " |")
-    if asked.out:
-        with atomic_write(asked.out) as path, path.open("w", newline="", encoding="utf-8") as file:
+    if arguments.out:
+        with atomic_write(arguments.out) as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(table)

@@ -27,22 +27,22 @@ def case(rng: np.random.Generator, kind: str) -> dict:
     """gold, predicted (labels), true (positions), p, q [n, K], groups, of the given kind."""
     k, n = int(rng.integers(2, 6)), 1 if kind == "one row" else int(rng.integers(2, 61))
     labels = [f"label {i}" for i in range(k)]
-    true, said = rng.integers(0, k, n), rng.integers(0, k, n)
+    true, predicted = rng.integers(0, k, n), rng.integers(0, k, n)
     if kind == "a class is absent":
-        true, said = rng.integers(0, k - 1, n), rng.integers(0, k, n)
+        true, predicted = rng.integers(0, k - 1, n), rng.integers(0, k, n)
     elif kind == "all predictions equal":
-        said = np.full(n, said[0])
+        predicted = np.full(n, predicted[0])
     elif kind == "all right":
-        said = true
+        predicted = true
     p, q = rng.dirichlet([rng.choice([0.05, 0.5, 3])] * k, n), rng.dirichlet([1.0] * k, n)
     if kind == "zero probability":
-        p = np.eye(k)[said]
+        p = np.eye(k)[predicted]
     names = np.array(labels, dtype=object)
-    return {"labels": labels, "gold": names[true], "predicted": names[said], "true": true, "p": p, "q": q,
+    return {"labels": labels, "gold": names[true], "predicted": names[predicted], "true": true, "p": p, "q": q,
             "groups": rng.integers(0, max(1, n // 2), n)}  # fmt: skip
 
 
-def ours(name: str) -> Callable[[dict], float]:
+def reported(name: str) -> Callable[[dict], float]:
     def value(c: dict) -> float:
         return metrics.classification_report(c["gold"], c["predicted"], c["p"], c["labels"])[name]
 
@@ -114,11 +114,11 @@ def our_scaled_loss(c: dict) -> float:
 def bootstrap(c: dict) -> np.ndarray:
     """The definition: draw groups, take all their rows, score them."""
     rng, names = np.random.default_rng([0, 0]), np.unique(c["groups"].astype(str))
-    out = []
+    values = []
     for drawn in rng.integers(0, len(names), (20, len(names))):
         rows = np.concatenate([np.flatnonzero(c["groups"].astype(str) == names[g]) for g in drawn])
-        out.append(sk.f1_score(c["gold"][rows], c["predicted"][rows], average="macro", zero_division=0))
-    return np.array(out)
+        values.append(sk.f1_score(c["gold"][rows], c["predicted"][rows], average="macro", zero_division=0))
+    return np.array(values)
 
 
 def our_bootstrap(c: dict) -> np.ndarray:
@@ -141,29 +141,29 @@ def squad(c: dict) -> np.ndarray:
         text = "".join(ch for ch in text.lower() if ch not in set(string.punctuation))
         return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
-    said, found = tokens(words(c)[0]), []
+    predicted, scores = tokens(words(c)[0]), []
     for alias in words(c)[1]:
         meant = tokens(alias)
-        same = sum((Counter(said) & Counter(meant)).values())
-        precision, recall = same / max(1, len(said)), same / max(1, len(meant))
+        same = sum((Counter(predicted) & Counter(meant)).values())
+        precision, recall = same / max(1, len(predicted)), same / max(1, len(meant))
         f1 = 2 * precision * recall / (precision + recall) if same else 0.0
-        found.append([float(said == meant), f1 if said and meant else float(said == meant)])
-    return np.max(found, axis=0)
+        scores.append([float(predicted == meant), f1 if predicted and meant else float(predicted == meant)])
+    return np.max(scores, axis=0)
 
 
 def our_free_answers(c: dict) -> np.ndarray:
-    said, aliases = words(c)
-    return np.array([metrics.exact_match(said, aliases), metrics.token_overlap(said, aliases)[0]])
+    predicted, aliases = words(c)
+    return np.array([metrics.exact_match(predicted, aliases), metrics.token_overlap(predicted, aliases)[0]])
 
 
 def holm(c: dict) -> np.ndarray:
     """By the definition: the largest, over the hypotheses up to it, of p times how many are left."""
     p = c["q"][:, 0]
     order = np.argsort(p, kind="stable")
-    out = np.empty(len(p))
+    values = np.empty(len(p))
     for i, at in enumerate(order):
-        out[at] = min(1.0, max(p[order[j]] * (len(p) - j) for j in range(i + 1)))
-    return out
+        values[at] = min(1.0, max(p[order[j]] * (len(p) - j) for j in range(i + 1)))
+    return values
 
 
 def scores(**options: object) -> Callable[[dict], np.ndarray]:
@@ -177,31 +177,31 @@ def scores(**options: object) -> Callable[[dict], np.ndarray]:
 
 SKLEARN, DEFINITION = "scikit-learn", "its definition, in plain loops"
 CHECKS: list[tuple[str, str, Callable, Callable, float]] = [
-    ("accuracy", SKLEARN, ours("accuracy"), lambda c: sk.accuracy_score(c["gold"], c["predicted"]), 1e-12),
-    ("balanced accuracy", SKLEARN, ours("balanced_accuracy"),
+    ("accuracy", SKLEARN, reported("accuracy"), lambda c: sk.accuracy_score(c["gold"], c["predicted"]), 1e-12),
+    ("balanced accuracy", SKLEARN, reported("balanced_accuracy"),
      lambda c: sk.balanced_accuracy_score(c["gold"], c["predicted"]), 1e-12),
-    ("macro-F1", SKLEARN, ours("macro_f1"),
+    ("macro-F1", SKLEARN, reported("macro_f1"),
      lambda c: sk.f1_score(c["gold"], c["predicted"], average="macro", zero_division=0), 1e-12),
-    ("weighted F1", SKLEARN, ours("weighted_f1"),
+    ("weighted F1", SKLEARN, reported("weighted_f1"),
      lambda c: sk.f1_score(c["gold"], c["predicted"], average="weighted", zero_division=0), 1e-12),
     ("precision of each label", SKLEARN, per_label("precision"), lambda c: scores()(c)[0], 1e-12),
     ("recall (sensitivity) of each label", SKLEARN, per_label("recall"), lambda c: scores()(c)[1], 1e-12),
     ("F1 of each label", SKLEARN, per_label("f1"), lambda c: scores()(c)[2], 1e-12),
     ("specificity of each label", SKLEARN, per_label("specificity"), specificity, 1e-12),
-    ("mean specificity", SKLEARN, ours("macro_specificity"), macro_specificity, 1e-12),
-    ("MCC", SKLEARN, ours("mcc"), lambda c: sk.matthews_corrcoef(c["gold"], c["predicted"]), 1e-12),
-    ("log loss, floored", SKLEARN, ours("log_loss"),
+    ("mean specificity", SKLEARN, reported("macro_specificity"), macro_specificity, 1e-12),
+    ("MCC", SKLEARN, reported("mcc"), lambda c: sk.matthews_corrcoef(c["gold"], c["predicted"]), 1e-12),
+    ("log loss, floored", SKLEARN, reported("log_loss"),
      lambda c: sk.log_loss(c["true"], floored(c["p"]) / floored(c["p"]).sum(1, keepdims=True),
                            labels=range(len(c["labels"]))), 1e-5),
-    ("Brier score", DEFINITION, ours("brier"),
+    ("Brier score", DEFINITION, reported("brier"),
      lambda c: float(np.mean([np.sum((row - np.eye(len(row))[t]) ** 2)
                               for row, t in zip(c["p"], c["true"], strict=True)])), 1e-12),
-    ("calibration error, 15 bins", "SciPy", ours("ece"), ece, 1e-9),
-    ("risk-coverage area", DEFINITION, ours("risk_coverage_area"), risk_coverage, 1e-9),
+    ("calibration error, 15 bins", "SciPy", reported("ece"), ece, 1e-9),
+    ("risk-coverage area", DEFINITION, reported("risk_coverage_area"), risk_coverage, 1e-9),
     ("KL to the teacher", "SciPy", lambda c: float(metrics.kl_divergence(c["p"], c["q"]).mean()), kl, 1e-9),
-    ("answer bias", DEFINITION, ours("answer_bias"),
+    ("answer bias", DEFINITION, reported("answer_bias"),
      lambda c: sum(abs((c["gold"] == x).mean() - (c["predicted"] == x).mean()) for x in c["labels"]) / 2, 1e-12),
-    ("share of the commonest answer", DEFINITION, ours("commonest_answer"),
+    ("share of the commonest answer", DEFINITION, reported("commonest_answer"),
      lambda c: Counter(c["predicted"]).most_common(1)[0][1] / len(c["gold"]), 1e-12),
     ("log loss at the fitted temperature", "SciPy (grid, Nelder-Mead)", our_scaled_loss, scaled_loss, 1e-4),
     ("exact match, token F1", "SQuAD's script", our_free_answers, squad, 1e-12),
@@ -219,8 +219,8 @@ def main(cases: int = 1000) -> bool:
     print(f"Largest difference over {cases} random cases ({kinds}).\n")
     print("| metric | reference | largest difference | tolerance |\n|---|---|--:|--:|")
     fine = True
-    for name, reference, mine, its, tolerance in CHECKS:
-        worst = max(float(np.max(np.abs(np.asarray(mine(c)) - np.asarray(its(c))))) for c in drawn)
+    for name, reference, actual, its, tolerance in CHECKS:
+        worst = max(float(np.max(np.abs(np.asarray(actual(c)) - np.asarray(its(c))))) for c in drawn)
         fine &= worst <= tolerance
         print(f"| {name} | {reference} | {worst:.1e} | {tolerance:.0e} |", flush=True)
     return fine

@@ -5,7 +5,7 @@
 Without names: each recipe that has a scale `small`. Runs what `make recipe NAME=... SCALE=small` runs, from nothing but
 fetched models: earlier results of that recipe are deleted first. Memory is the most that its processes held together
 (proportional set size). Writes `benchmarks/recipes.csv` after each: one row for every published figure, beside this
-run's with its interval, and one for everyone else who was trained; rows of recipes that were not named stay. The table
+run's with its interval, and one for every other trained model; rows of recipes that were not named stay. The table
 in `recipes/README.md` is made from it.
 """
 
@@ -39,10 +39,10 @@ COLUMNS = (
 )
 
 
-def watched(command: list[str], **how: object) -> tuple[int, float, float]:
+def watched(command: list[str], **options: object) -> tuple[int, float, float]:
     """Exit status, seconds and peak memory in GB of a command and all the processes that it starts."""
     start, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, **how)
+    process = subprocess.Popen(command, **options)
     while process.poll() is None:
         held = 0
         try:
@@ -60,13 +60,13 @@ def watched(command: list[str], **how: object) -> tuple[int, float, float]:
 
 def figures(rows: pd.DataFrame, column: str) -> str:
     """`model score figure (interval)` of each model's first score that has one in `column`; speed comes last."""
-    out, slow = [], rows["score"].str.contains("second|latency", na=False)
+    cells, slow = [], rows["score"].str.contains("second|latency", na=False)
     for row in pd.concat([rows[~slow], rows[slow]]).dropna(subset=[column]).drop_duplicates("model").to_dict("records"):
-        said = f"{row[column]:.3f}"
+        text = f"{row[column]:.3f}"
         if column == "this run" and pd.notna(row["low"]):
-            said += f" ({row['low']:.3f} to {row['high']:.3f})"
-        out.append(f"{row['model']} {row['score'].replace('_', ' ')} {said}")
-    return "<br>".join(out) or "none"
+            text += f" ({row['low']:.3f} to {row['high']:.3f})"
+        cells.append(f"{row['model']} {row['score'].replace('_', ' ')} {text}")
+    return "<br>".join(cells) or "none"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -84,8 +84,8 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def told(folder: Path) -> pd.DataFrame:
-    """The source's figures beside the run's, then the accuracy of everyone trained here of whom the source has none."""
+def compared_scores(folder: Path) -> pd.DataFrame:
+    """The source's figures beside the run's, then the accuracy of the other trained models."""
     table = (
         pd.read_csv(folder / PUBLISHED_TABLE) if (folder / PUBLISHED_TABLE).exists() else pd.DataFrame({"model": []})
     )
@@ -98,10 +98,10 @@ def told(folder: Path) -> pd.DataFrame:
 
 def keep(root: Path, rows: pd.DataFrame) -> None:
     """Put the rows of one recipe and scale into the table, in place of those it had, and renew the page."""
-    (asked,) = set(zip(rows["recipe"], rows["scale"], strict=True))
+    (measured,) = set(zip(rows["recipe"], rows["scale"], strict=True))
     if (root / TABLE).exists():
         before = pd.read_csv(root / TABLE, dtype={"scale": str, "commit": str}).fillna({"scale": ""})
-        others = [key != asked for key in zip(before["recipe"], before["scale"], strict=True)]
+        others = [key != measured for key in zip(before["recipe"], before["scale"], strict=True)]
         rows = pd.concat([part for part in (before[others], rows) if len(part)], ignore_index=True)
     table = rows.reindex(columns=list(COLUMNS)).sort_values(["recipe", "scale"], kind="stable", ignore_index=True)
     with atomic_write(root / TABLE) as path:
@@ -114,30 +114,30 @@ def keep(root: Path, rows: pd.DataFrame) -> None:
 
 def main(names: list[str]) -> None:
     root = repository_root()
-    found = sorted(path.stem for path in (root / "recipes").glob("*.yaml"))
-    names = names or [f"{name}:small" for name in found if "scale" in read_yaml(root / f"recipes/{name}.yaml")]
+    recipes = sorted(path.stem for path in (root / "recipes").glob("*.yaml"))
+    names = names or [f"{name}:small" for name in recipes if "scale" in read_yaml(root / f"recipes/{name}.yaml")]
     code = commit(root)
-    for asked in names:
-        name, _, scale = asked.partition(":")
+    for key in names:
+        name, _, scale = key.partition(":")
         folder = root / ".cache" / "recipes" / (f"{name}-{scale}" if scale else name)
         shutil.rmtree(folder, ignore_errors=True)
         experiment = load_recipe(root, name, scale or None)
         for model, spec in experiment["models"].items():  # fetching is no part of it
             fetch_model(model, validate_section(ModelConfig, spec, f"recipes/{name}.yaml"))
-        print(f"{asked} ...", flush=True)
+        print(f"{key} ...", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "distillery", "recipe", name, *(["--scale", scale] if scale else [])]
         with open(folder.parent / f"{folder.name}.log", "w") as log:
             status, seconds, memory = watched(command, cwd=root, stdout=log, stderr=subprocess.STDOUT)
-        about = {"recipe": name, "scale": scale, "seconds": round(seconds), "memory_gb": round(memory, 2)}
-        about |= {"exit": status, "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))}
+        facts = {"recipe": name, "scale": scale, "seconds": round(seconds), "memory_gb": round(memory, 2)}
+        facts |= {"exit": status, "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))}
         scales = read_yaml(root / f"recipes/{name}.yaml").get("scale", {})
-        own = (scales[scale] if scale else experiment).get("recipe", {}).get("differences", {})
-        texts = [text for text in own.values() if text]
-        about |= {"differences": json.dumps(texts, ensure_ascii=False), "commit": code}
-        rows = told(folder).assign(**about) if status == 0 else pd.DataFrame([about])
+        section = (scales[scale] if scale else experiment).get("recipe", {}).get("differences", {})
+        differences = [text for text in section.values() if text]
+        facts |= {"differences": json.dumps(differences, ensure_ascii=False), "commit": code}
+        rows = compared_scores(folder).assign(**facts) if status == 0 else pd.DataFrame([facts])
         keep(root, rows)
-        print(f"{asked}: exit {status}, {seconds:.0f} s, {memory:.2f} GB", flush=True)
+        print(f"{key}: exit {status}, {seconds:.0f} s, {memory:.2f} GB", flush=True)
         print(rows.reindex(columns=list(COLUMNS[5:11])).round(4).to_string(index=False), flush=True)
 
 

@@ -4,7 +4,7 @@
 
 Teacher: SmolLM2-135M. Student: its first 15 layers, as they are and after some steps on these very rows: an untrained
 one is so far off that anything compared with it looks small. 24 rows of the finance corpus, each with its label and
-its rationale, in float32. Everything is asked for and kept by `signals.collect`, and the loss (`kl`) of what lies on
+its rationale, in float32. Everything is computed and stored by `signals.collect`, and the loss (`kl`) of what lies on
 the disk is compared with the loss of the full distributions in float32.
 
 Prints a markdown table a student. Error: sum |KL - KL of what is kept| / sum KL over the positions. "refused": a phase
@@ -67,7 +67,8 @@ class Positions:
 
     def __init__(self, rows: TrainingRows, model: LabelModel):
         self.ids = model.encode(rows.texts)
-        self.told = [model.row_completions(int(i), why) for i, why in zip(rows.targets, rows.rationales, strict=True)]
+        pairs = zip(rows.targets, rows.rationales, strict=True)
+        self.completions = [model.row_completions(int(target), rationale) for target, rationale in pairs]
         self.parts = [list(range(a, min(a + PART, len(rows)))) for a in range(0, len(rows), PART)]
 
     def logits(self, model: LabelModel) -> list[Tensor]:
@@ -76,57 +77,57 @@ class Positions:
         with torch.no_grad():
             return [
                 model.forward(
-                    [self.ids[i] for i in part], [self.told[i] for i in part], label_space=False
+                    [self.ids[i] for i in part], [self.completions[i] for i in part], label_space=False
                 ).completion_logits
                 for part in self.parts
             ]
 
     def of(self, part: list[int]) -> dict[str, Tensor]:
         """Which positions of a part belong to the answer, and which to the reason after it."""
-        of_row = [(len(answer) - a, len(why) - b) for (answer, a), (why, b) in (self.told[i] for i in part)]
+        of_row = [(len(answer) - a, len(why) - b) for (answer, a), (why, b) in (self.completions[i] for i in part)]
         reason = torch.tensor([kind for lengths in of_row for kind in (0, 1) for _ in range(lengths[kind])]) == 1
         return {"label": ~reason, "rationale": reason}
 
 
 def vocabulary_errors(
-    where: Positions, student: list[Tensor], teacher: list[Tensor], kept: TeacherOutputs, k: int | None
+    positions: Positions, student: list[Tensor], teacher: list[Tensor], stored: TeacherOutputs, k: int | None
 ) -> dict[tuple[str, float], float]:
     """The relative error of the loss of what is `kept`, by position and temperature."""
     apart: dict[tuple[str, float], list[float]] = {}
-    for part, ours, full in zip(where.parts, student, teacher, strict=True):
+    for part, student_logits, full in zip(positions.parts, student, teacher, strict=True):
         for temperature in TEMPERATURES:
-            exact = losses.kl(ours, full, temperature)
+            exact = losses.kl(student_logits, full, temperature)
             if k is None:
-                wrong = (losses.kl(ours, kept.logprobs(part), temperature) - exact).abs()
+                wrong = (losses.kl(student_logits, stored.logprobs(part), temperature) - exact).abs()
             elif temperature == 1:
-                wrong = (losses.kl_top_k(ours, *kept.top_k(part)) - exact).abs()
+                wrong = (losses.kl_top_k(student_logits, *stored.top_k(part)) - exact).abs()
             else:  # what is kept would give this loss, if a phase took it
                 values, indices, tail = losses.to_top_k(full, k)
-                cut = losses.kl_top_k(ours / temperature, values / temperature, indices, tail / temperature)
+                cut = losses.kl_top_k(student_logits / temperature, values / temperature, indices, tail / temperature)
                 wrong = (cut - exact).abs()
-            for kind, mask in where.of(part).items():
+            for kind, mask in positions.of(part).items():
                 sums = apart.setdefault((kind, temperature), [0.0, 0.0])
                 sums[0] += wrong[mask].double().sum().item()
                 sums[1] += exact[mask].double().sum().item()
     return {key: error / whole for key, (error, whole) in apart.items()}
 
 
-def label_errors(where: Positions, student: LabelModel, teacher: LabelModel, rows: TrainingRows):
+def label_errors(positions: Positions, student: LabelModel, teacher: LabelModel, rows: TrainingRows):
     """The same in the space of the labels, kept as a row of float32 probabilities; and its bytes a row."""
-    kept = teacher.predict(rows.texts)
-    ours, full = [], []
+    stored = teacher.predict(rows.texts)
+    student_logits, full = [], []
     with torch.no_grad():
-        for part in where.parts:
-            ids = [where.ids[i] for i in part]
-            ours.append(student.forward(ids).label_logits)
+        for part in positions.parts:
+            ids = [positions.ids[i] for i in part]
+            student_logits.append(student.forward(ids).label_logits)
             full.append(teacher.forward(ids).label_logits.double().log_softmax(-1))
-    ours, full = torch.cat(ours), torch.cat(full)
+    student_logits, full = torch.cat(student_logits), torch.cat(full)
     errors = {}
     for temperature in TEMPERATURES:
-        exact = losses.kl(ours.double(), full, temperature)
-        wrong = (losses.kl(ours, torch.from_numpy(kept).log(), temperature) - exact).abs()
+        exact = losses.kl(student_logits.double(), full, temperature)
+        wrong = (losses.kl(student_logits, torch.from_numpy(stored).log(), temperature) - exact).abs()
         errors["label", temperature] = (wrong.sum() / exact.sum()).item()
-    return errors, kept.nbytes / len(rows)
+    return errors, stored.nbytes / len(rows)
 
 
 def line(name: str, size: float, errors: dict[tuple[str, float], float], refused: bool) -> str:
@@ -142,42 +143,42 @@ def line(name: str, size: float, errors: dict[tuple[str, float], float], refused
 def main(steps: int = 12) -> None:
     folder = fetch_model("smollm2", load_params().models["smollm2"])
     task = load_task("finance-sentiment", repository_root() / "tasks")
-    found = (repository_root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
-    found = [json.loads(row) for row in found]
-    targets = np.array([task.names.index(row["label"]) for row in found])
-    rows = TrainingRows([row["text"] for row in found], targets, rationales=[row["rationale"] for row in found])
+    examples = (repository_root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
+    examples = [json.loads(row) for row in examples]
+    targets = np.array([task.names.index(row["label"]) for row in examples])
+    rows = TrainingRows([row["text"] for row in examples], targets, rationales=[row["rationale"] for row in examples])
     teacher = LabelModel(load_model(folder, "causal"), load_tokenizer(folder), task, "causal", prompt="plain")
-    where = Positions(rows, teacher)
+    positions = Positions(rows, teacher)
     with tempfile.TemporaryDirectory() as scratch:
-        kept = {
+        stored = {
             k: collect_teacher_outputs(
                 Path(scratch) / str(k),
                 lambda fold: teacher,
                 rows.texts,
                 fold=[-1] * ROWS,
-                completions=lambda model: where.told,
+                completions=lambda model: positions.completions,
                 top_k=k,
             )
             for k in (None, *TOP)
         }
-        full = [logits.log_softmax(-1) for logits in where.logits(teacher)]
-        counts = [sum(int(where.of(part)[kind].sum()) for part in where.parts) for kind in KINDS]
+        full = [logits.log_softmax(-1) for logits in positions.logits(teacher)]
+        counts = [sum(int(positions.of(part)[kind].sum()) for part in positions.parts) for kind in KINDS]
         print(f"{ROWS} rows: {counts[0]} positions of labels, {counts[1]} of rationales, {full[0].shape[1]:,} tokens")
         student = student_of(folder, task)
         for trained in (0, steps):
             if trained:
                 train(student, rows, trained, Path(scratch) / "run")
-            ours = where.logits(student)
+            student_logits = positions.logits(student)
             print(f"\nStudent after {trained} steps\n")
             at = [f"{kind}, T = {temperature:g}" for kind in KINDS for temperature in TEMPERATURES]
             print(f"| kept | bytes a token | {' | '.join(at)} |")
             print("|---|" + "---:|" * (1 + len(at)))
-            errors, size = label_errors(where, student, teacher, rows)
+            errors, size = label_errors(positions, student, teacher, rows)
             print(line("labels, exact (bytes a row)", size, errors, False))
             for k in (None, *reversed(TOP)):
-                errors = vocabulary_errors(where, ours, full, kept[k], k)
+                errors = vocabulary_errors(positions, student_logits, full, stored[k], k)
                 name = "vocabulary, float16" if k is None else f"top {k} and the tail"
-                print(line(name, kept[k].bytes_a_token, errors, k is not None), flush=True)
+                print(line(name, stored[k].bytes_a_token, errors, k is not None), flush=True)
 
 
 if __name__ == "__main__":

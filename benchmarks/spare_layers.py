@@ -42,16 +42,16 @@ class Reader:
         self.turns = self.whole.model.rotary_emb(self.first, self.places)
         self.mask = torch.full((length, length), float("-inf"), device=here).triu(1)[None, None]
 
-    def through(self, state: Tensor, kept: list[int]) -> Tensor:
-        for i in kept:
+    def through(self, state: Tensor, layers: list[int]) -> Tensor:
+        for i in layers:
             state = self.layers[i](
                 state, attention_mask=self.mask, position_embeddings=self.turns, position_ids=self.places
             )
         return state
 
-    def nats(self, kept: list[int], state: Tensor | None = None) -> float:
+    def nats(self, layers: list[int], state: Tensor | None = None) -> float:
         """Cross-entropy a token when `state`, or the token vectors, pass the layers `kept`."""
-        state = self.through(self.first if state is None else state, kept)
+        state = self.through(self.first if state is None else state, layers)
         state = self.whole.model.norm(state[:, :-1][self.wanted])
         return float(nn.functional.cross_entropy(self.whole.lm_head(state), self.next))
 
@@ -60,26 +60,26 @@ class Reader:
 def main(keep: int = 15, sentences: int = 12) -> None:
     params, root = load_params(), repository_root()
     spec = params.data["finance"]
-    found = prepare_source("finance", spec, load_task(spec.task, root / "tasks"), root)
-    texts = found.rows["text"][found.split == "pool"].head(sentences).tolist()
+    prepared = prepare_source("finance", spec, load_task(spec.task, root / "tasks"), root)
+    texts = prepared.rows["text"][prepared.split == "pool"].head(sentences).tolist()
     reader = Reader(fetch_model("smollm2", params.models["smollm2"]), texts)
     depth = len(reader.layers)
-    kept = list(range(depth))
+    layers = list(range(depth))
     print(f"{len(texts)} sentences, {len(reader.next)} tokens\n")
     print("| layers | nats a token | first layers | both ends | left |")
     print("|--:|--:|--:|--:|---|")
-    print(f"| {depth} | {reader.nats(kept):.2f} | | | all |", flush=True)
-    while len(kept) > keep:
+    print(f"| {depth} | {reader.nats(layers):.2f} | | | all |", flush=True)
+    while len(layers) > keep:
         state, costs = reader.first, []
-        for place, layer in enumerate(kept):
-            costs.append((reader.nats(kept[place + 1 :], state), layer))
+        for place, layer in enumerate(layers):
+            costs.append((reader.nats(layers[place + 1 :], state), layer))
             state = reader.through(state, [layer])
         cost, layer = min(costs)
-        kept.remove(layer)
-        n = len(kept)
+        layers.remove(layer)
+        n = len(layers)
         ends = list(range((n + 1) // 2)) + list(range(depth - n // 2, depth))
         others = f"{reader.nats(list(range(n))):.2f} | {reader.nats(ends):.2f}"
-        print(f"| {n} | {cost:.2f} | {others} | {', '.join(map(str, kept))} |", flush=True)
+        print(f"| {n} | {cost:.2f} | {others} | {', '.join(map(str, layers))} |", flush=True)
 
 
 if __name__ == "__main__":

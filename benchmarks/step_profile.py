@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/step_profile.py
 
-SmolLM2's first 15 layers with LoRA r=16 on all linear layers, bfloat16, 8 rows of the finance corpus told their label
+SmolLM2's first 15 layers with LoRA r=16 on all linear layers, bfloat16, 8 rows of the finance corpus with their label
 and end token, a JSD over the vocabulary with kept teacher log-probabilities (drawn at random here: their values cost
 nothing). Each way runs over the same 12 batches of different lengths twice; the second pass counts. Prints seconds a
 step, forward and backward, and the operators that took most of the time.
@@ -37,7 +37,7 @@ Step = Callable[[list[list[int]], list[list[int]]], torch.Tensor]
 
 
 def ways(student: LabelModel) -> dict[str, Step]:
-    """Name -> logits [tokens told, vocabulary] of rows (prompts, answers), in the order in which we came to them."""
+    """Name -> logits [answer tokens, vocabulary] of rows (prompts, answers), in the order of the changes."""
     model = student.model
 
     def padded(prompts: list[list[int]], answers: list[list[int]]) -> tuple[dict, torch.Tensor]:
@@ -52,14 +52,14 @@ def ways(student: LabelModel) -> dict[str, Step]:
         logits = model(**batch).logits
         return torch.cat([logits[i, row] for i, row in enumerate(at)])
 
-    def kept(prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
+    def sliced(prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
         batch, at = padded(prompts, answers)
         return model(**batch, logits_to_keep=at.shape[1] + 1).logits[:, :-1].flatten(0, 1)
 
     def gathered(prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
         batch, at = padded(prompts, answers)
-        said = transformer_body(model)(**batch, use_cache=False).last_hidden_state
-        return output_head(model)(torch.cat([said[i, row] for i, row in enumerate(at)]))
+        states = transformer_body(model)(**batch, use_cache=False).last_hidden_state
+        return output_head(model)(torch.cat([states[i, row] for i, row in enumerate(at)]))
 
     def trees(prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
         return student.forward(prompts, [[(a, 0)] for a in answers], label_space=False).completion_logits
@@ -73,7 +73,7 @@ def ways(student: LabelModel) -> dict[str, Step]:
 
     return {
         "logits at every position": everywhere,
-        "logits_to_keep": kept,
+        "logits_to_keep": sliced,
         "positions gathered before the head": gathered,
         "token trees: the shared prompt once, no padding": exact,
         "lengths rounded up, so that kernels are met again": trees,
@@ -81,7 +81,7 @@ def ways(student: LabelModel) -> dict[str, Step]:
 
 
 def encoder_step(
-    by_length: bool, seen: bool, bits: bool
+    by_length: bool, profiled: bool, bits: bool
 ) -> tuple[list[list[int]], Callable[[list[int]], tuple[float, float]]]:
     """Batches of row numbers, and a step of the encoder student on one of them: seconds forward, seconds after it."""
     root, size = repository_root(), 16
@@ -99,7 +99,7 @@ def encoder_step(
     ids = student.encode([json.loads(line)["text"] for line in lines])
     target = torch.tensor([task.names.index(json.loads(line)["label"]) for line in lines])
     order = sorted(range(len(ids)), key=lambda i: len(ids[i])) if by_length else list(range(len(ids)))
-    if seen:
+    if profiled:
         train_used_embeddings(student.model, {student.tokenizer.pad_token_id, *(t for row in ids for t in row)})
     if bits:
         use_bit_dropout(student.model)
@@ -125,10 +125,10 @@ def measure(name: str, batches: list, step: Callable[..., tuple[float, float]], 
     for batch in batches:
         step(batch)
     times = torch.tensor([step(batch) for batch in batches])
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for batch in batches[::4]:
             step(batch)
-    ops = sorted(seen.key_averages(), key=lambda op: -op.self_cpu_time_total)
+    ops = sorted(profiled.key_averages(), key=lambda op: -op.self_cpu_time_total)
     whole = sum(op.self_cpu_time_total for op in ops)
     forward, backward = times.mean(0).tolist()
     total = forward + backward
@@ -166,13 +166,13 @@ def main() -> None:
 
         before = measure(name, batches, step, before)
     before = None
-    for name, how in {
+    for name, settings in {
         "encoder, batches as they come": (False, False, False),
         "batches of like length": (True, False, False),
         "only embeddings of words that occur are trained": (True, True, False),
         "16 random bits an element for dropout": (True, True, True),
     }.items():
-        before = measure(name, *encoder_step(*how), before)
+        before = measure(name, *encoder_step(*settings), before)
 
 
 if __name__ == "__main__":

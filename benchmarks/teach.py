@@ -55,22 +55,22 @@ def by_pipeline(model: LabelModel, texts: list[str]) -> list[str]:
     write = pipeline("text-generation", model=model.model, tokenizer=model.tokenizer, batch_size=BATCH)
     length = max(map(len, model.label_token_ids))
     chats = [chat_turns(model.task, text, SHOTS) for text in texts]
-    said = write(chats, max_new_tokens=length, do_sample=False, return_full_text=False)
-    return [answers[0]["generated_text"].strip() for answers in said]
+    generated = write(chats, max_new_tokens=length, do_sample=False, return_full_text=False)
+    return [answers[0]["generated_text"].strip() for answers in generated]
 
 
 @torch.inference_mode()
 def by_forward(model: LabelModel, texts: list[str]) -> list[str]:
     firsts = [label[0] for label in model.label_token_ids]
     assert all(len(label) == 1 for label in model.label_token_ids), "one forward pass scores labels of one token only"
-    out = []
+    predictions = []
     for start in range(0, len(texts), BATCH):
         chats = [chat_turns(model.task, text, SHOTS) for text in texts[start : start + BATCH]]
         prompts = [render_prompt(chat, model.tokenizer) for chat in chats]
         batch = model.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False)
         logits = model.model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1, firsts]
-        out += [model.task.names[i] for i in logits.argmax(-1)]
-    return out
+        predictions += [model.task.names[i] for i in logits.argmax(-1)]
+    return predictions
 
 
 def by_us(model: LabelModel, texts: list[str]) -> list[str]:
@@ -93,11 +93,11 @@ def measured(ask: Callable, *arguments: object) -> tuple[list[str], float, float
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    said = ask(*arguments)
+    answers = ask(*arguments)
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
-    return said, seconds, (peak - before) / 1e6
+    return answers, seconds, (peak - before) / 1e6
 
 
 def opened(dtype: str, task: Task) -> LabelModel:
@@ -110,7 +110,7 @@ def opened(dtype: str, task: Task) -> LabelModel:
 
 def main(rows: int = 40, rounds: int = 2) -> None:
     task, texts = questions(rows)
-    ways = {"a: pipeline": by_pipeline, "b: whole prompts": by_forward, "c: ours": by_us}
+    ways = {"a: pipeline": by_pipeline, "b: whole prompts": by_forward, "c: distillery": by_us}
     model = opened("bfloat16", task)
     lengths = [len(ids) for ids in model.encode(texts)]
     shared = common_prefix(model.encode(texts))
@@ -121,10 +121,10 @@ def main(rows: int = 40, rounds: int = 2) -> None:
     )
     for ask in ways.values():
         ask(model, texts[:2])  # kernels and buffers are made at the first call
-    told, seconds, memory = {}, {name: [] for name in ways}, {name: [] for name in ways}
+    labels, seconds, memory = {}, {name: [] for name in ways}, {name: [] for name in ways}
     for _ in range(rounds):
         for name, ask in ways.items():
-            told[name], took, held = measured(ask, model, texts)
+            labels[name], took, held = measured(ask, model, texts)
             seconds[name].append(took)
             memory[name].append(held)
     table = pd.DataFrame(
@@ -132,18 +132,18 @@ def main(rows: int = 40, rounds: int = 2) -> None:
             "rows/s": {name: len(texts) / min(seconds[name]) for name in ways},
             "slowest round": {name: len(texts) / max(seconds[name]) for name in ways},
             "peak MB": {name: max(memory[name]) for name in ways},
-            "no label": {name: sum(said not in task.names for said in told[name]) for name in ways},
+            "no label": {name: sum(label not in task.names for label in labels[name]) for name in ways},
         }
     )
     print(table.round(1).to_string())
 
     def differ(one: str, other: str) -> int:
-        return sum(a != b for a, b in zip(told[one], told[other], strict=True))
+        return sum(a != b for a, b in zip(labels[one], labels[other], strict=True))
 
     a, b, c = ways
     print(f"labels that differ, bfloat16: c from a {differ(c, a)}, c from b {differ(c, b)}, b from a {differ(b, a)}")
     model = opened("float32", task)
-    told = {name: ways[name](model, texts) for name in (b, c)}
+    labels = {name: ways[name](model, texts) for name in (b, c)}
     print(f"labels that differ, float32: c from b {differ(c, b)}")
     print(f"ratio_pipeline: {min(seconds[a]) / min(seconds[c]):.2f}")
     print(f"ratio_forward: {min(seconds[b]) / min(seconds[c]):.2f}")

@@ -1,8 +1,8 @@
-"""TRL's faults: what its trainer gives and what ours gives, on the same tiny models.
+"""TRL's faults: what its trainer gives and what Distillery gives, on the same tiny models.
 
     PYTHONPATH=src python benchmarks/trl_faults.py
 
-Prints a markdown table. It runs what the tests run (`tests/faults.py`), which fail where ours has a fault too.
+Prints a markdown table. It runs what the tests run (`tests/faults.py`), which fail where Distillery has a fault, too.
 """
 
 import os
@@ -23,14 +23,15 @@ def shown(values: list[float]) -> str:
 
 def main() -> None:
     print(f"TRL {version('trl')}; a fault without a number was found since the list was made.\n")
-    print("| fault | test in `tests/test_faults.py` | figures | TRL | ours |")
+    print("| fault | test in `tests/test_faults.py` | figures | TRL | Distillery |")
     print("|---|---|---|---:|---:|")
     with tempfile.TemporaryDirectory() as scratch:
         tiny.build_models(Path(scratch))
         for k, case in enumerate(CASES):
-            theirs, ours = case.measure(Path(scratch), Path(scratch) / f"{k}")
+            of_trl, of_distillery = case.measure(Path(scratch), Path(scratch) / f"{k}")
             name = f"`test_trl_fault_{case.name}`"
-            print(f"| {case.number or '-'} | {name} | {case.shown} | {shown(theirs)} | {shown(ours)} |", flush=True)
+            figures = f"{shown(of_trl)} | {shown(of_distillery)}"
+            print(f"| {case.number or '-'} | {name} | {case.shown} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

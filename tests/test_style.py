@@ -15,8 +15,9 @@ import pytest
 from distillery.pipeline.strip import notebook_code
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted([*(ROOT / "src/distillery").rglob("*.py"), *(ROOT / "studies").rglob("*.py")])
-NOTEBOOKS = sorted([*(ROOT / "notebooks").rglob("*.ipynb"), *(ROOT / "studies").rglob("*.ipynb")])
+CODE_FOLDERS = ("src/distillery", "studies", "benchmarks")
+MODULES = sorted(path for folder in CODE_FOLDERS for path in (ROOT / folder).rglob("*.py"))
+NOTEBOOKS = sorted(path for folder in ("notebooks", "studies") for path in (ROOT / folder).rglob("*.ipynb"))
 MAX_MODULE, MAX_FUNCTION = 350, 60  # lines
 
 # Words for which the field has a term: predict, score, query, teacher, student, phase, ...
