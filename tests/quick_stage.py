@@ -42,7 +42,7 @@ def put(path: str, value: object) -> None:
         file.write_text(value if isinstance(value, str) else json.dumps(value, indent=2), encoding="utf-8")
 
 
-def said(learned: str, rows: list[dict], **more: str) -> list[dict]:
+def signals_of(learned: str, rows: list[dict], **more: str) -> list[dict]:
     """A signal for each row, which hangs on `learned` and the row's id."""
     return [
         {"id": row["id"], "label": "neutral", "probabilities": [score(key(learned, i, row["id"])) for i in range(3)]}
@@ -71,7 +71,7 @@ def teach(teacher: str) -> None:
     learned = key((ROOT / f"build/teachers/{teacher}.json").read_text())
     signals = []
     for source, split in itertools.product(params.teacher_sources(teacher), SPLITS):
-        signals += said(learned, get(f"data/processed/{source}/{split}.parquet"), source=source, split=split)
+        signals += signals_of(learned, get(f"data/processed/{source}/{split}.parquet"), source=source, split=split)
     put(f"{folder}/model/weights", learned)
     put(f"{folder}/signals.parquet", signals)
     put(f"{folder}/metrics.json", {"validation": {"accuracy": score(learned), "macro_f1": 0.5}})
@@ -83,8 +83,8 @@ def augment() -> None:
     rows = get(f"data/processed/{source}/train.parquet")
     rows = [row | {"id": row["id"] + "#0", "text": row["text"] + style, "source_id": row["id"]} for row in rows]
     signals = []
-    for who in [who for who in params.teachers if source in params.teacher_sources(who)]:
-        signals += said(model_of(who) + style, rows, teacher=who, source=source, split="augmented")
+    for teacher in [teacher for teacher in params.teachers if source in params.teacher_sources(teacher)]:
+        signals += signals_of(model_of(teacher) + style, rows, teacher=teacher, source=source, split="augmented")
     put(f"data/augmented/{source}/rows.parquet", rows)
     put(f"data/augmented/{source}/signals.parquet", signals)
 
@@ -98,8 +98,8 @@ def distill(student: str, seed: str) -> None:
 
 
 def evaluate() -> None:
-    found = {s: json.loads((ROOT / f"runs/{s}-{params.seeds[0]}/metrics.json").read_text()) for s in params.students}
-    accuracy = {student: metrics["test"]["accuracy"] for student, metrics in found.items()}
+    scores = {s: json.loads((ROOT / f"runs/{s}-{params.seeds[0]}/metrics.json").read_text()) for s in params.students}
+    accuracy = {student: metrics["test"]["accuracy"] for student, metrics in scores.items()}
     board = "model,accuracy\n" + "".join(f"{student},{value}\n" for student, value in accuracy.items())
     history = "model,seed,phase,step,loss\n" + "".join(
         f"{s},0,1,{i},{v}\n" for s, v in accuracy.items() for i in (1, 2)

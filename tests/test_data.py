@@ -794,7 +794,7 @@ def test_the_real_corpus_split_by_row_would_leak(finance):
     assert split_leaks(finance.rows, split, 0.85, masked=True)["pairs_above"] > 20
 
 
-def test_the_corpora_are_as_their_page_says():
+def test_the_corpora_are_as_their_page_states():
     page = (ROOT / "data/corpora/README.md").read_text(encoding="utf-8")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if ".jsonl |" in line]
     assert sorted(file for file, *_ in table) == sorted(p.name for p in (ROOT / "data/corpora").glob("*.jsonl"))

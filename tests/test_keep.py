@@ -39,7 +39,7 @@ def test_folders_of_the_machine_are_left_out(keep, printed, kept):
         "dvc.yaml",
     ],
 )
-def test_a_commit_says_when_what_decides_a_result_has_changed(keep, tmp_path, file):
+def test_a_commit_is_marked_when_what_decides_a_result_has_changed(keep, tmp_path, file):
     def git(*arguments):
         identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
         subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True)

@@ -103,8 +103,8 @@ def test_executed_notebooks_ran_to_their_end(ran):
         kinds = [output["output_type"] for cell in code for output in cell["outputs"]]
         assert "error" not in kinds and "display_data" in kinds, path.stem
         assert any("image/png" in output.get("data", {}) for cell in code for output in cell["outputs"]), path.stem
-        told = [o for cell in code for o in cell["outputs"] if o.get("name") == "stderr"]
-        assert not told, (path.stem, told)
+        stderr = [o for cell in code for o in cell["outputs"] if o.get("name") == "stderr"]
+        assert not stderr, (path.stem, stderr)
 
 
 MODELS_AT_ONCE = """
@@ -164,9 +164,9 @@ def test_a_stage_holds_one_model_at_a_time(tiny_models, tmp_path):
     assert (len(counts["prompted"]), len(counts["student"])) == (5, 2)
 
 
-def read(repo: Path, path: str, columns: str, least: int = 1) -> pd.DataFrame:
+def read(repo: Path, path: str, columns: str, min_rows: int = 1) -> pd.DataFrame:
     frame = pd.read_parquet(repo / path)
-    assert frame.columns.tolist() == columns.split() and len(frame) >= least, path
+    assert frame.columns.tolist() == columns.split() and len(frame) >= min_rows, path
     return frame
 
 
@@ -189,23 +189,26 @@ def test_the_data_stage_writes_splits_and_hides_the_pools_labels(ran):
 @pytest.mark.parametrize("teacher", ["lm", "encoder"])
 def test_a_teacher_signals_every_row_and_gold_rows_out_of_fold(ran, teacher):
     folder = f"data/teacher/{teacher}"
-    said = read(ran, f"{folder}/signals.parquet", "source split id label probabilities fold rationale contradicts")
-    sums_to_one(said)
+    signals = read(ran, f"{folder}/signals.parquet", "source split id label probabilities fold rationale contradicts")
+    sums_to_one(signals)
     for split in SPLITS:
-        part, rows = said[said["split"] == split], pd.read_parquet(ran / f"data/processed/finance/{split}.parquet")
+        part, rows = (
+            signals[signals["split"] == split],
+            pd.read_parquet(ran / f"data/processed/finance/{split}.parquet"),
+        )
         assert part["id"].tolist() == rows["id"].tolist()
         assert set(part["fold"]) == ({0, 1} if split == "train" else {-1})
-    assert all(row.label == LABELS[int(np.argmax(row.probabilities))] for row in said.itertuples())
-    assert said["rationale"].notna().sum() == (2 if teacher == "lm" else 0)
+    assert all(row.label == LABELS[int(np.argmax(row.probabilities))] for row in signals.itertuples())
+    assert signals["rationale"].notna().sum() == (2 if teacher == "lm" else 0)
     found = json.loads((ran / folder / "metrics.json").read_text())
     assert {"train", "pool", "validation", "test", "memorised", "parameters", "bytes_on_disk"} <= set(found)
     gold = pd.read_parquet(ran / "data/processed/finance/train.parquet").set_index("id")["label"]
-    train = said[said["split"] == "train"]
+    train = signals[signals["split"] == "train"]
     assert found["train"]["accuracy"] == pytest.approx((train["label"] == train["id"].map(gold)).mean())
     assert list((ran / folder / "model").glob("*.safetensors")) and (ran / folder / "timing.json").exists()
 
 
-def test_a_teacher_without_folds_says_nothing_of_gold_rows(ran, tmp_path):
+def test_a_teacher_without_folds_has_no_signals_of_gold_rows(ran, tmp_path):
     repo = shutil.copytree(ran, tmp_path / "repo", symlinks=True)
 
     def without(tree):
@@ -216,10 +219,10 @@ def test_a_teacher_without_folds_says_nothing_of_gold_rows(ran, tmp_path):
 
     edit(repo, without)
     assert "teach@lm" in dvc(repo, "repro", "teach@lm")
-    said = pd.read_parquet(repo / "data/teacher/lm/signals.parquet")
+    signals = pd.read_parquet(repo / "data/teacher/lm/signals.parquet")
     before = pd.read_parquet(ran / "data/teacher/lm/signals.parquet").query("split != 'train'")
-    assert said["id"].tolist() == before["id"].tolist() and said["label"].tolist() == before["label"].tolist()
-    assert said["rationale"].notna().sum() == 2 and set(said["split"][said["rationale"].notna()]) == {"pool"}
+    assert signals["id"].tolist() == before["id"].tolist() and signals["label"].tolist() == before["label"].tolist()
+    assert signals["rationale"].notna().sum() == 2 and set(signals["split"][signals["rationale"].notna()]) == {"pool"}
     assert not (repo / "data/teacher/lm/folds").exists()
 
 
@@ -228,12 +231,14 @@ def test_paraphrases_are_kept_or_dropped_for_a_reason_and_signalled(ran):
     gold = pd.read_parquet(ran / "data/processed/finance/train.parquet").set_index("id")
     candidates = read(ran, f"{folder}/candidates.parquet", "id text label group source_id source_text reason")
     assert candidates["source_id"].tolist() == gold.index.tolist()  # one of each
-    rows = read(ran, f"{folder}/rows.parquet", "id text label group source_id", least=0)
+    rows = read(ran, f"{folder}/rows.parquet", "id text label group source_id", min_rows=0)
     assert rows["id"].tolist() == candidates.loc[candidates["reason"] == "kept", "id"].tolist()
     assert rows["group"].tolist() == gold.loc[rows["source_id"], "group"].tolist()
-    said = read(ran, f"{folder}/signals.parquet", "teacher source split id label probabilities fold rationale", least=0)
+    signals = read(
+        ran, f"{folder}/signals.parquet", "teacher source split id label probabilities fold rationale", min_rows=0
+    )
     for teacher in ("lm", "encoder"):
-        part = said[said["teacher"] == teacher]
+        part = signals[signals["teacher"] == teacher]
         known = pd.read_parquet(ran / f"data/teacher/{teacher}/signals.parquet").set_index("id")["fold"]
         assert part["id"].tolist() == rows["id"].tolist()
         assert part["fold"].tolist() == known[rows["source_id"]].tolist()
@@ -247,12 +252,12 @@ def test_a_student_leaves_its_model_predictions_history_and_scores(ran, student)
     predictions = read(ran, f"{folder}/predictions.parquet", "split id label prediction probabilities")
     phases = read(ran, f"{folder}/phases.parquet", "phase split id label prediction probabilities")
     sums_to_one(predictions)
-    asked = {
+    splits = {
         split: pd.read_parquet(ran / f"data/processed/finance/{split}.parquet") for split in ("validation", "test")
     }
     for part in (predictions, *(part for _, part in phases.groupby("phase"))):
         for split, rows in part.groupby("split"):
-            assert rows[["id", "label"]].to_numpy().tolist() == asked[split][["id", "label"]].to_numpy().tolist()
+            assert rows[["id", "label"]].to_numpy().tolist() == splits[split][["id", "label"]].to_numpy().tolist()
     spec = load_params(ran / "params.yaml").students[student]
     last = len(spec.phases)
     assert set(predictions["split"]) == {"validation", "test"}

@@ -430,11 +430,10 @@ def test_a_student_finds_exactly_what_its_phases_name(base):
     signals = table(base / "data/teacher/lm/signals.parquet")
     signals["split_ref"] = signals["source"] + "/" + signals["split"]
     augmented = table(base / "data/augmented/finance/signals.parquet").query("teacher == 'lm'")
-    said = pd.concat([signals, augmented.assign(split_ref="finance/augmented")]).set_index(["split_ref", "id"])[
-        "probabilities"
-    ]
-    for where, name, given in zip(rows["split_ref"], rows["id"], rows["probabilities_lm"], strict=True):
-        assert given == pytest.approx(said[where, name], abs=1e-7)
+    signals = pd.concat([signals, augmented.assign(split_ref="finance/augmented")])
+    probabilities = signals.set_index(["split_ref", "id"])["probabilities"]
+    for split_ref, name, given in zip(rows["split_ref"], rows["id"], rows["probabilities_lm"], strict=True):
+        assert given == pytest.approx(probabilities[split_ref, name], abs=1e-7)
 
     mixed = table(base / "data/inputs/half-gkd/rows.parquet")
     assert mixed["probabilities_lm"].notna().all()
@@ -448,7 +447,7 @@ def test_a_student_finds_exactly_what_its_phases_name(base):
         assert set(scored["split_ref"]) == {f"finance/{split}"} and scored["label"].notna().all()
 
 
-def test_an_experiment_file_says_all_that_decides_a_student(base):
+def test_an_experiment_file_holds_all_that_decides_a_student(base):
     found = {name: json.loads((base / f"data/inputs/{name}/experiment.json").read_text()) for name in SMOKE["students"]}
     for name, facts in found.items():
         spec = StudentConfig.model_validate(facts["spec"])
@@ -485,18 +484,19 @@ def test_reasons_are_for_the_label_that_a_row_is_taught_with():
         def __init__(self):
             pass
 
-        def rows(self, where):
-            return [{"id": i, "label": None, "rationale": "hidden", "split_ref": where} for i in "12"]
+        def rows(self, split_ref):
+            return [{"id": i, "label": None, "rationale": "hidden", "split_ref": split_ref} for i in "12"]
 
-        def signals(self, who, where):
-            p = {"a": [0.6, 0.4], "b": [0.1, 0.9]}[who]
+        def signals(self, teacher, split_ref):
+            p = {"a": [0.6, 0.4], "b": [0.1, 0.9]}[teacher]
             return {
-                i: {"probabilities": p, "fold": -1, "rationale": f"{who} {i}", "contradicts": i == "2"} for i in "12"
+                i: {"probabilities": p, "fold": -1, "rationale": f"{teacher} {i}", "contradicts": i == "2"}
+                for i in "12"
             }
 
     def rows(teachers):
-        leg = {"data": ["s/pool"], "teachers": teachers, "loss": {"ce": 1.0, "rationale": 1.0}, "steps": 1}
-        student = StudentConfig(model="m", arch="causal", phases=[leg | {"learning_rate": 1e-3}])
+        phase = {"data": ["s/pool"], "teachers": teachers, "loss": {"ce": 1.0, "rationale": 1.0}, "steps": 1}
+        student = StudentConfig(model="m", arch="causal", phases=[phase | {"learning_rate": 1e-3}])
         teacher = TeacherConfig(kind="lm", model="m")
         params = Params.model_construct(students={"s": student}, teachers={"a": teacher, "b": teacher})
         return [row["rationale"] for row in student_rows(Held(), params, "s")[0]]

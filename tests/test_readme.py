@@ -54,7 +54,7 @@ def messages() -> str:
 
 
 @pytest.fixture(scope="module")
-def mine(tmp_path_factory, tiny_models) -> Path:
+def own_experiment(tmp_path_factory, tiny_models) -> Path:
     """The example of docs/own-data.md, run to its end with tiny models in place of the real ones."""
     repo = tiny.experiment(tmp_path_factory.mktemp("mine") / "repo", tiny_models)
     (repo / "data/mine.csv").write_text(messages(), encoding="utf-8")
@@ -79,9 +79,9 @@ def test_the_experiments_in_the_readme_are_valid(tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/mine.yaml").write_text(block("# tasks/mine.yaml\n"), encoding="utf-8")
     (tmp_path / "params.yaml").write_text(block("# params.yaml\n"), encoding="utf-8")
-    found = load_params(tmp_path / "params.yaml")
-    ours = load_params(ROOT / "params.yaml")
-    assert found.models == {name: ours.models[name] for name in found.models}  # pins do not fall behind
+    example = load_params(tmp_path / "params.yaml")
+    main = load_params(ROOT / "params.yaml")
+    assert example.models == {name: main.models[name] for name in example.models}  # pins do not fall behind
     hub = YAML(typ="safe").load(block("models:\n  distilbert").replace("<commit>", "abc"))
     assert ModelConfig.model_validate(hub["models"]["distilbert"]).hub
     far = YAML(typ="safe", pure=True).load(block("teachers:\n  far:"))["teachers"]
@@ -101,19 +101,21 @@ def test_the_example_for_a_gpu_is_a_valid_experiment(tmp_path):
     assert load_params(tmp_path / "params.yaml").students["small"].adapter.kind == "qlora"
 
 
-def test_a_table_of_ones_own_becomes_a_model(mine):
-    board = pd.read_csv(mine / "reports/leaderboard.csv")
+def test_a_table_of_ones_own_becomes_a_model(own_experiment):
+    board = pd.read_csv(own_experiment / "reports/leaderboard.csv")
     assert {"small", "small-gold", "smollm2"} <= set(board["model"])
-    assert (mine / "reports/index.html").exists()
+    assert (own_experiment / "reports/index.html").exists()
 
 
-def test_the_model_loads_where_this_package_is_not(mine, tmp_path):
+def test_the_model_loads_where_this_package_is_not(own_experiment, tmp_path):
     """The README's snippet, in a process of its own, says of the test rows what `predictions.parquet` says."""
     snippet = block("from transformers import pipeline\n").replace(
-        "runs/tiny-kd-0/model", str(mine / "runs/small-0/model")
+        "runs/tiny-kd-0/model", str(own_experiment / "runs/small-0/model")
     )
-    rows = pd.read_parquet(mine / "data/processed/mine/test.parquet")
-    said = pd.read_parquet(mine / "runs/small-0/predictions.parquet").query("split == 'test'").set_index("id")
+    rows = pd.read_parquet(own_experiment / "data/processed/mine/test.parquet")
+    predictions = (
+        pd.read_parquet(own_experiment / "runs/small-0/predictions.parquet").query("split == 'test'").set_index("id")
+    )
     (tmp_path / "texts.json").write_text(json.dumps(rows["text"].tolist()), encoding="utf-8")
     code = snippet + (
         "import json, sys\n"
@@ -124,7 +126,7 @@ def test_the_model_loads_where_this_package_is_not(mine, tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == said.loc[rows["id"], "prediction"].tolist()
+    assert json.loads(done.stdout.splitlines()[-1]) == predictions.loc[rows["id"], "prediction"].tolist()
 
 
 def test_every_file_that_a_page_links_is_there():
@@ -144,7 +146,7 @@ def test_the_leaderboard_in_the_readme_is_that_of_the_committed_run():
     assert table == leaderboard_markdown(pd.read_csv(ROOT / "reports/leaderboard.csv"))
 
 
-def test_the_printed_leaderboard_says_what_the_table_holds():
+def test_the_printed_leaderboard_holds_the_table():
     scores = {"accuracy": 0.661, "accuracy_low": 0.63, "accuracy_high": 0.694}
     scores |= {key.replace("accuracy", "macro_f1"): value for key, value in scores.items()}
     against = {"versus": "gold", "difference": 0.08, "difference_low": 0.04, "difference_high": 0.12, "p": 0.01}

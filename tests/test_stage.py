@@ -257,7 +257,7 @@ def test_a_missing_source_and_a_broken_notebook_are_named(repo):
     )
 
 
-def test_a_python_without_the_packages_says_how_to_get_them(repo):
+def test_a_python_without_the_packages_explains_how_to_get_them(repo):
     bare = subprocess.run(
         [sys.executable, "-S", "-m", "distillery", "strip"], capture_output=True, text=True, cwd=repo, env=environment()
     )
@@ -267,11 +267,11 @@ def test_a_python_without_the_packages_says_how_to_get_them(repo):
 def test_digest_follows_names_and_contents(tmp_path):
     (tmp_path / "a").write_text("1")
     (tmp_path / "b").write_text("2")
-    seen = {file_digest(tmp_path)}
+    digests = {file_digest(tmp_path)}
     (tmp_path / "b").rename(tmp_path / "c")
-    seen.add(file_digest(tmp_path))
+    digests.add(file_digest(tmp_path))
     (tmp_path / "c").write_text("3")
-    seen.add(file_digest(tmp_path))
-    assert len(seen) == 3
+    digests.add(file_digest(tmp_path))
+    assert len(digests) == 3
     (tmp_path / ".DS_Store").write_text("x")
-    assert file_digest(tmp_path) in seen
+    assert file_digest(tmp_path) in digests

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE_FOLDERS = ("src/distillery", "studies", "benchmarks")
 MODULES = sorted(path for folder in CODE_FOLDERS for path in (ROOT / folder).rglob("*.py"))
 NOTEBOOKS = sorted(path for folder in ("notebooks", "studies") for path in (ROOT / folder).rglob("*.ipynb"))
+TESTS = sorted((ROOT / "tests").glob("*.py"))
 MAX_MODULE, MAX_FUNCTION = 350, 60  # lines
 
 # Words for which the field has a term: predict, score, query, teacher, student, phase, ...
@@ -98,6 +99,12 @@ def test_no_function_is_longer_than_the_limit(path):
 @pytest.mark.parametrize("path", MODULES + NOTEBOOKS, ids=name)
 def test_names_and_prose_use_the_words_of_the_field(path):
     assert private_words(path) == set()
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name)
+def test_names_in_tests_use_the_words_of_the_field(path):
+    names = set(bound_names(path.read_text(encoding="utf-8")))
+    assert {bound for bound in names if set(words(bound)) & PRIVATE} == set()
 
 
 def test_private_words_are_seen_inside_identifiers_comments_and_strings():

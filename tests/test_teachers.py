@@ -628,7 +628,7 @@ def test_answers_that_miss_a_column_or_a_text_are_named(tmp_path):
 # ------------------------------------------------------------------------------- several teachers
 
 
-def test_teachers_that_agree_are_more_often_right_and_the_table_says_so(experiment, tmp_path):
+def test_teachers_that_agree_are_more_often_right_and_the_table_shows_it(experiment, tmp_path):
     _, params = experiment
     gold = gold_rows(9).assign(split="pool", rationale=None)
     folder = tmp_path / "data/processed/finance"
