@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from benchmarks.keep import commit
 from distillery.config.load import load_params
@@ -123,6 +124,7 @@ def predict_with_run(run: str, rows: pd.DataFrame) -> tuple[pd.DataFrame, Cost]:
     if name not in students or not (folder / "timing.json").exists():
         raise UserError(f"transfer_runs: no finished student in runs/{run}; run `make repro` or remove it there")
     student = load_student(students[name], folder / "model", sentiment_task())
+    student.dtype = getattr(torch, students[name].dtype)  # of products, as the other models have it
     seconds = json.loads((folder / "timing.json").read_text(encoding="utf-8"))["train_seconds"]
     cost = Cost(count_parameters(student.model)[0], seconds / 60, commit(ROOT))
     return predict_splits(student, {"test": rows}), cost
