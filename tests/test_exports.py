@@ -95,7 +95,7 @@ def test_rows_that_annotators_skipped_are_left_out(tmp_path):
     assert len(prepare(tmp_path, "a.jsonl", records, columns={"label": "accept"}).rows) == 19
 
 
-def test_annotators_who_disagree_are_named(tmp_path):
+def test_annotators_that_disagree_are_named(tmp_path):
     records = [argilla(text, label, i) for i, (text, label) in enumerate(TEXTS)]
     records[3]["responses"]["label"][1]["value"] = "up"
     line = r"^a.json, row 4: `responses.label.value` must be one label, not a list \(\['down', 'up'\]\); allowed: "

@@ -35,7 +35,7 @@ def run(root, clock, name: str, seconds: float) -> None:
         clock.now += seconds
 
 
-def test_a_stage_that_ran_before_says_how_long_it_took(tmp_path, clock, capsys):
+def test_a_second_run_prints_the_time_of_the_first(tmp_path, clock, capsys):
     run(tmp_path, clock, "02_teach-big", 125)
     assert capsys.readouterr().out == ""
     run(tmp_path, clock, "02_teach-big", 61)
