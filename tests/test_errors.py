@@ -278,13 +278,13 @@ CASES = [
         "a label that the task does not have",
         row(7, label="bullish"),
         DATA,
-        pattern(f"{CORPUS}, line 7: unknown label 'bullish'; allowed: positive, neutral, negative"),
+        pattern(f"{CORPUS}, line 7: unknown label 'bullish'; allowed: positive, neutral, negative. …{{bullish: …}}}}"),
     ),
     Case(
         "an empty text",
-        row(7, text="  "),
+        all_of(row(7, text="  "), setting("data/finance/max_empty", 0)),
         DATA,
-        pattern(f"{CORPUS}, line 7: `text` is empty; every row needs a text"),
+        pattern(f"{CORPUS}, line 7: `text` is empty; every row needs a text, and 1 of … have none (max_empty: 0 …)"),
     ),
     Case(
         "only two rows of a label",
@@ -292,7 +292,8 @@ CASES = [
         DATA,
         pattern(
             f"{CORPUS}: label `negative` has 2 group(s) of rows (rows that belong together count once), "
-            "too few to split: needs 3, one each for train, validation, test"
+            "too few to split: needs 3, one each for train, validation, test (the column `group` was taken for its "
+            "name; columns: {group: null} takes none)"
         ),
     ),
     Case(
@@ -305,7 +306,9 @@ CASES = [
         "a file in Latin-1",
         at_line(17, b'"text": "', b'"text": "\xe4'),
         DATA,
-        pattern(f"{CORPUS}, line 17: byte 0xe4 at offset … is not UTF-8; save the file as UTF-8"),
+        pattern(
+            f"{CORPUS}, line 17: byte 0xe4 at offset … is not UTF-8; save the file as UTF-8, or name its encoding: …"
+        ),
     ),
     Case(
         "malformed JSON, then ran `dvc repro`",

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 import distillery.notebook
-from distillery.notebook import augment, data, distill, evaluate, teach
+from distillery.models.heads import OwnHead
+from distillery.notebook import augment, data, distill, evaluate, heads, teach
 from distillery.notebook import lesson_sentences as lesson
 from distillery.notebook.style import join_words
 
@@ -40,6 +41,13 @@ CASES = [
     (data.leak_sentence, (0, 45), "leaks nothing", (3, 45), "**The split leaks**"),
     (data.across_sentence, (0, 0.85, 0.6), "No pair", (2, 0.85, 0.9), "**2 pairs**"),
     (data.few_shot_sentence, (0, 3), "None of the 3", (1, 3), "**1 of the 3"),
+    (
+        heads.head_sentence,
+        (OwnHead(["bad", "good"], [1, 0]), ["up", "down"]),
+        "good is up, bad is down",
+        (OwnHead(["bad", "good"], None), ["up", "down"]),
+        "one is drawn at random",
+    ),
     (teach.untrained_sentence, (0.6, 0.4), "knows something", (0.3, 0.4), "does **not** know"),
     (teach.loss_sentence, ({"all": FALLING},), "fits these rows better", ({"all": RISING},), "did **not** fit"),
     (teach.memory_sentence, (0.858, 0.653), "20.5 points is memory", (0.65, 0.66), "no sign"),

@@ -20,6 +20,7 @@ from distillery.config.schema import AnswerFilesConfig, ModelConfig, Params, Par
 from distillery.errors import UserError
 from distillery.evaluation.speed import probability_function
 from distillery.files import read_yaml
+from distillery.models import label_model
 from distillery.models.label_model import LabelModel
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.save import save_model, save_trained_weights
@@ -471,16 +472,16 @@ def test_a_killed_teacher_continues_from_its_cache_and_a_second_run_computes_not
     params = prompted(params, batch_size=3, dtype="bfloat16")
     task = TASK if kind == "labels" else Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
     rows, calls, allowed = gold_rows(10).assign(answers="a"), [], 99
-    inside = "forward" if kind == "labels" else "_generate"
-    original = getattr(LabelModel, inside)
+    holder, name = (LabelModel, "forward") if kind == "labels" else (label_model, "generate_batch")
+    original = getattr(holder, name)
 
-    def counted(self, prompts, *args, **more):
+    def counted(model, prompts, *args, **more):
         calls.append(len(prompts))
         if len(calls) > allowed:
             raise KeyboardInterrupt
-        return original(self, prompts, *args, **more)
+        return original(model, prompts, *args, **more)
 
-    monkeypatch.setattr(LabelModel, inside, counted)
+    monkeypatch.setattr(holder, name, counted)
     monkeypatch.setattr("distillery.models.label_model.compute_prefix_kv", lambda *_: None)
 
     def run(folder: Path, **changes) -> pd.DataFrame:

@@ -136,7 +136,7 @@ def test_the_size_of_a_checkpoint_is_foretold(tiny_models, tmp_path, capsys, arc
         sizes = [path.stat().st_size for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".pt")]
         written = sum(sizes) - (checkpoint / "scheduler.pt").stat().st_size
         assert need.checkpoint <= written <= 1.02 * need.checkpoint + 60_000
-    save_model(student.model, student.tokenizer, tmp_path / "model", "bfloat16" if arch == "causal" else None)
+    save_model(student.model, student.tokenizer, tmp_path / "model", torch.bfloat16 if arch == "causal" else None)
     whole = (tmp_path / "model" / "model.safetensors").stat().st_size
     assert 3 * need.checkpoint + whole <= need.total + 20_000  # the file's header
 
