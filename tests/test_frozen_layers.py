@@ -93,6 +93,13 @@ def test_gradients_are_those_of_a_whole_pass_to_the_bit(kind):
     assert all(torch.equal(gradients[1][name], g) for name, g in gradients[0].items())
 
 
+def test_activations_that_are_computed_again_get_no_states():
+    """The backward pass runs the layers anew, after the states have left the first of them."""
+    model = adapted("llama").train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert compute_frozen_states(model, ROWS, COMPLETIONS) is None
+
+
 @settings(deadline=None, max_examples=25)
 @given(PROMPTS)
 def test_any_batch_of_the_rows_may_be_scored_from_their_states(prompts):

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -170,7 +171,7 @@ def test_answers_of_a_choice_as_floats_and_small_letters(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     numbers = prepare(path, task).rows
     path.write_text(path.read_text().replace("1.0", '"b"'))
-    pytest.importorskip("pandas").testing.assert_frame_equal(numbers, prepare(path, task, first="A").rows)
+    pd.testing.assert_frame_equal(numbers, prepare(path, task, first="A").rows)
     assert all(
         text.splitlines()["AB".index(label) + 1].endswith("yes") for text, label in numbers[["text", "label"]].values
     )

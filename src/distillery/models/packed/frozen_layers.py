@@ -102,11 +102,14 @@ def compute_frozen_states(
     """The states of the rows `prompts` [n][tokens] with what is `scored` after them [n][any number].
 
     Rows are computed in batches of a length, the same ones whatever a training run did before, so that a run that
-    continues from a checkpoint sees the same states to the bit. None when no layer is frozen, when the states need
-    more than :data:`MAX_BYTES`, and when the model computes something else from them than from tokens.
+    continues from a checkpoint sees the same states to the bit. None when no layer is frozen, when activations are
+    computed again in the backward pass, when the states need more than :data:`MAX_BYTES`, and when the model computes
+    something else from them than from tokens.
     """
     body, device = transformer_body(model), next(model.parameters()).device
-    depth = count_frozen_layers(model) if supports_token_trees(model) else 0
+    # a backward pass that computes activations again would do so without the states
+    usable = supports_token_trees(model) and not body.is_activation_checkpointing
+    depth = count_frozen_layers(model) if usable else 0
     completions = [[tokens for tokens, _ in row] for row in scored]
     n_tokens = sum(len(p) + sum(len(c) - 1 for c in row) for p, row in zip(prompts, completions, strict=True))
     if not depth or 4 * n_tokens * body.config.hidden_size > MAX_BYTES:
