@@ -1,7 +1,9 @@
 """TRL's faults beside the terms and trainers of this package, shared by the tests and by `benchmarks/trl_faults.py`.
 
-Every function runs TRL's code and this package's on the same tiny models and returns the figures of both; `CASES`
-holds them in order. The tests in `test_faults.py` state what these figures have to be.
+Every function in `CASES` runs TRL's GKDTrainer and this package's on the same tiny models and returns the figures of
+both. `DISTILLATION_TRAINER` holds, by the name of a case, what TRL's newer trainer gives; it is on-policy alone, has no
+gold answers and no text of a teacher, so the other cases do not arise. The tests in `test_faults.py` state what all
+these figures have to be.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 import tiny
@@ -102,10 +105,12 @@ def gkd(folder: Path, student: Any, teacher: Any, tokenizer: Any, messages: list
         output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
         disable_dropout=True, save_strategy="no", disable_tqdm=True, **{**defaults, **options},
     )  # fmt: skip
-    return GKDTrainer(
+    trainer = GKDTrainer(
         model=student, teacher_model=teacher, args=arguments,
         train_dataset=Dataset.from_list([{"messages": turns} for turns in messages]), processing_class=tokenizer,
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # whose lines would stand between the rows of the benchmark's table
+    return trainer
 
 
 def letters(folder: Path, teacher: Any = None, **options: Any) -> GKDTrainer:
@@ -355,3 +360,65 @@ def a_zero_probability_gives_nan(folder: Path, out: Path):
     student, teacher = pair(7)
     teacher[:, 0] = -torch.inf
     return [GKDTrainer.generalized_jsd_loss(student, teacher).item()], [losses.jsd(student, teacher).mean().item()]
+
+
+# ------------------------------------------------------------------------------- TRL's newer trainer
+
+
+def distillation(out: Path, student: Any, teacher: Any, **options: Any) -> DistillationTrainer:
+    """TRL's on-policy trainer on four prompts of letters."""
+    arguments = DistillationConfig(
+        output_dir=str(out), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
+        per_device_train_batch_size=4, max_steps=1, disable_tqdm=True, **{"beta": 0.5, **options},
+    )  # fmt: skip
+    prompts = [[{"role": "user", "content": text}] for text in ("a b c", "f g", "k", "a c e")]
+    return DistillationTrainer(
+        model=student, teacher_model=teacher, args=arguments, train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=letter_tokenizer(),
+    )  # fmt: skip
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """Of letters, with an end token, which this trainer asks for."""
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "m"
+    return tokenizer
+
+
+def distillation_loss(trainer: DistillationTrainer, temperature: float = 1.0, beta: float = 0.5) -> float:
+    """The loss of answers that its student samples at T = 1, as `training_step` takes it."""
+    torch.manual_seed(0)
+    batch = trainer._prepare_inputs([trainer.train_dataset[i] for i in range(4)])
+    trainer.temperature, trainer.beta = temperature, beta
+    with torch.no_grad():
+        return trainer.compute_loss(trainer.model, batch).item()
+
+
+def distillation_on_policy_loss(out: Path) -> list[float]:
+    return [distillation_loss(distillation(out, llama(0), llama(1), max_completion_length=n)) for n in (4, 16, 64)]
+
+
+def distillation_temperature(out: Path) -> list[float]:
+    return [distillation_loss(distillation(out, llama(0), llama(1), max_completion_length=4), t) for t in (1.0, 5.0)]
+
+
+def distillation_beta(out: Path) -> list[float]:
+    trainers = [distillation(out, llama(0), llama(1), max_completion_length=16) for _ in range(4)]
+    return [
+        distillation_loss(trainer, beta=beta) for trainer, beta in zip(trainers, (0.0, 0.01, 0.99, 1.0), strict=True)
+    ]
+
+
+def distillation_padded_vocabulary(out: Path) -> list[float]:
+    try:
+        return [distillation_loss(distillation(out, llama(0), llama(1, vocabulary=24), max_completion_length=4))]
+    except ValueError:
+        return [math.nan]
+
+
+DISTILLATION_TRAINER = {
+    "on_policy_loss_is_divided_by_the_datasets_label_count": distillation_on_policy_loss,
+    "temperature_never_reaches_the_loss": distillation_temperature,
+    "beta_jumps_at_its_ends": distillation_beta,
+    "padded_vocabularies_are_refused": distillation_padded_vocabulary,
+}

@@ -93,3 +93,15 @@ def test_trl_fault_sequence_distillation_writes_anew_in_every_step(figures):
 def test_trl_fault_a_zero_probability_gives_nan(figures):
     trl, own = figures(faults.a_zero_probability_gives_nan)
     assert math.isnan(trl[0]) and math.isfinite(own[0])
+
+
+def test_the_newer_trainer_of_trl_has_mended_two_faults_and_kept_two(tmp_path):
+    figures = {name: measure(tmp_path) for name, measure in faults.DISTILLATION_TRAINER.items()}
+    lengths = figures["on_policy_loss_is_divided_by_the_datasets_label_count"]
+    assert max(lengths) / min(lengths) < 2  # three to four times as many tokens, and the loss stays
+    first, softened = figures["temperature_never_reaches_the_loss"]
+    assert softened < 0.6 * first
+    at_zero, near_zero, near_one, at_one = figures["beta_jumps_at_its_ends"]
+    assert at_zero / near_zero > 20 and at_one / near_one > 20
+    assert math.isnan(figures["padded_vocabularies_are_refused"][0])
+    assert set(figures) <= {case.name for case in faults.CASES}
