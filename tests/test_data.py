@@ -21,8 +21,8 @@ from distillery.config.schema import SPLITS, ColumnNames, SourceConfig, SplitSha
 from distillery.data.audit import split_leaks
 from distillery.data.cleaning import ROW_COLUMNS, clean_rows
 from distillery.data.near_duplicates import (
-    SIMILARITY_SLACK,
     cluster_near_duplicates,
+    find_near_duplicates,
     mask_digits,
     near_duplicate_pairs,
     nearest_texts,
@@ -31,6 +31,7 @@ from distillery.data.near_duplicates import (
 from distillery.data.prepare import PreparedSource, prepare_source
 from distillery.data.readers import read_source
 from distillery.data.records import RawRows, normalize_text
+from distillery.data.similar_pairs import SIMILARITY_SLACK
 from distillery.data.splitting import split_groups
 from distillery.data.storage import read_split, read_task, write_source
 from distillery.errors import UserError
@@ -665,12 +666,13 @@ def test_the_audit_reports_planted_leaks(tmp_path):
     in_train, in_test = np.flatnonzero(split == "train")[0], np.flatnonzero(split == "test")[0]
     rows.loc[in_train, "text"] = "Net sales of the third quarter amounted to 412,500 euros after 398,100"
     rows.loc[in_test, "text"] = "Net sales of the third quarter amounted to 77 euros after 1,200,345"
-    masked = split_leaks(rows, split, 0.85, masked=True)
+    near = find_near_duplicates(list(rows["text"]), 0.85)
+    masked = split_leaks(rows, split, near, masked=True)
     assert masked["pairs_above"] == 1
     assert masked["pairs_above_by_splits"] == {"train-test": 1}
     assert masked["worst"][0]["similarity"] == masked["nearest"]["highest"] == 1
     assert {row["id"] for row in masked["worst"][0]["rows"]} == {rows["id"][in_train], rows["id"][in_test]}
-    written = split_leaks(rows, split, 0.85, masked=False)
+    written = split_leaks(rows, split, near, masked=False)
     assert written["pairs_above"] == 0
     assert 0.5 < written["nearest"]["highest"] < 0.85
 
@@ -791,7 +793,7 @@ def test_the_real_corpus_is_split_without_leaks(finance):
 def test_the_real_corpus_split_by_row_would_leak(finance):
     """The control of the test above: the same rows dealt out one by one do have twins across splits."""
     split = np.random.default_rng(0).permutation(finance.split)
-    assert split_leaks(finance.rows, split, 0.85, masked=True)["pairs_above"] > 20
+    assert split_leaks(finance.rows, split, finance.near, masked=True)["pairs_above"] > 20
 
 
 def test_the_corpora_are_as_their_page_states():

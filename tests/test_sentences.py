@@ -38,7 +38,7 @@ CASES = [
     (data.vocabulary_sentence, ([WORD],), "no single word", ([WORD | {"inside": 0.9}],), "gives the label away"),
     (data.cluster_sentence, (0, 9, 0), "single rows would do", (4, 9, 2), "2 pairs bear different labels"),
     (data.split_sentence, (SPLITS,), "fit well", (SPLITS.assign(share=[0.7, 0.3]),), "too large"),
-    (data.leak_sentence, (0, 45), "leaks nothing", (3, 45), "**The split leaks**"),
+    (data.leak_sentence, (0, 45, 90, 90), "leaks nothing", (3, 45, 90, 90), "**The split leaks**"),
     (data.across_sentence, (0, 0.85, 0.6), "No pair", (2, 0.85, 0.9), "**2 pairs**"),
     (data.few_shot_sentence, (0, 3), "None of the 3", (1, 3), "**1 of the 3"),
     (
@@ -170,3 +170,8 @@ def test_a_rationale_stands_beside_the_label_that_it_was_written_for():
     signals = rows.drop(columns="text").assign(label="own", rationale="why", contradicts=False, probabilities=None)
     assert teach.rationale_table(rows, signals, from_file=False)["label"].tolist() == ["gold", "own"]
     assert teach.rationale_table(rows, signals, from_file=True)["label"].tolist() == ["own", "own"]
+
+
+def test_a_sample_of_held_out_rows_is_named():
+    assert data.leak_sentence(0, 45, 90, 90).startswith("With single rows")
+    assert data.leak_sentence(0, 45, 90, 5000).startswith("Of 5,000 held-out rows, 90 drawn at random")

@@ -15,9 +15,10 @@ import pandas as pd
 
 from distillery.config.schema import SourceConfig
 from distillery.data.cleaning import normalize_text
-from distillery.data.near_duplicates import SIMILARITY_SLACK, cluster_near_duplicates, nearest_texts
+from distillery.data.near_duplicates import cluster_near_duplicates, nearest_texts
 from distillery.data.prepare import prepare_source
 from distillery.data.readers import read_rows
+from distillery.data.similar_pairs import SIMILARITY_SLACK
 from distillery.errors import UserError
 from distillery.tasks.schema import Task, load_task
 from studies.phrasebank.settings import StudySettings

@@ -6,29 +6,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 
 from distillery.config.schema import SPLITS
 from distillery.data.cleaning import ROW_COLUMNS
-from distillery.data.near_duplicates import (
-    SIMILARITY_SLACK,
-    near_duplicate_pairs,
-    nearest_texts,
-    ngram_vectors,
-    similarity_blocks,
-)
+from distillery.data.near_duplicates import NearDuplicates, rows_to_compare, similarity_blocks
 from distillery.data.records import normalize_text
+from distillery.data.similar_pairs import SIMILARITY_SLACK
 from distillery.tasks.schema import N_OPTIONS, Task
 
 AUDIT_EXAMPLES = 10  # rows shown per finding of the audit
 
 
 def audit_source(
-    rows: pd.DataFrame, split: np.ndarray, cluster: np.ndarray, file_groups: pd.Series, task: Task, threshold: float
+    rows: pd.DataFrame, split: np.ndarray, cluster: np.ndarray, file_groups: pd.Series, task: Task, near: NearDuplicates
 ) -> dict[str, Any]:
     """The findings that `audit.json` holds about the rows of a source.
 
-    split, cluster: one entry per row. file_groups: the group of each row in the file. threshold: the similarity, in
-    [0, 1], from which two texts are near-duplicates.
+    split, cluster: one entry per row. file_groups: the group of each row in the file. near: the near-duplicates among
+    the texts of the rows.
     """
     label, text = rows["label"], rows["text"]
     cluster_sizes = np.bincount(cluster)
@@ -46,12 +42,12 @@ def audit_source(
             "groups_of_several_rows": int((group_sizes > 1).sum()),
             "largest_group": int(group_sizes.max()),
         },
-        "label_conflicts": label_conflicts(rows, split, threshold),
+        "label_conflicts": label_conflicts(rows, split, near),
         "across_splits": {
-            "digits_masked": split_leaks(rows, split, threshold, masked=True),
-            "as_written": split_leaks(rows, split, threshold, masked=False),
+            "digits_masked": split_leaks(rows, split, near, masked=True),
+            "as_written": split_leaks(rows, split, near, masked=False),
         },
-        "few_shot_near_duplicates": few_shot_near_duplicates(rows, split, task, threshold),
+        "few_shot_near_duplicates": few_shot_near_duplicates(rows, split, task, near),
         "lengths": {
             "all": length_summary(text),
             "by_label": {name: length_summary(text[label == name]) for name in task.names if (label == name).any()},
@@ -74,83 +70,107 @@ def _row_summary(rows: pd.DataFrame, split: np.ndarray, i: int) -> dict[str, str
     return {"id": rows["id"][i], "split": split[i], "label": rows["label"][i], "text": rows["text"][i]}
 
 
-def label_conflicts(rows: pd.DataFrame, split: np.ndarray, threshold: float) -> dict[str, Any]:
+def label_conflicts(rows: pd.DataFrame, split: np.ndarray, near: NearDuplicates) -> dict[str, Any]:
     """Near-duplicates with different labels: contrast pairs, or annotation errors."""
     label, text = rows["label"].to_numpy(), rows["text"].to_numpy()
-    pairs, identical, most_similar = 0, 0, []
-    for i, j, similarity in near_duplicate_pairs(list(text), threshold):
-        differs = (label[i] != label[j]) & ~(pd.isna(label[i]) | pd.isna(label[j]))
-        i, j, similarity = i[differs], j[differs], similarity[differs]
-        pairs += len(i)
-        identical += int((text[i] == text[j]).sum())
-        top = np.argsort(-similarity.round(4), kind="stable")[:AUDIT_EXAMPLES]
-        block = zip(-similarity[top].round(4), i[top], j[top], strict=True)
-        most_similar = sorted([*most_similar, *block])[:AUDIT_EXAMPLES]
+    i, j, similarity = near.pairs[True]
+    differs = (label[i] != label[j]) & ~(pd.isna(label[i]) | pd.isna(label[j]))
+    i, j, similarity = i[differs], j[differs], similarity[differs].round(4)
+    top = np.argsort(-similarity, kind="stable")[:AUDIT_EXAMPLES]
     examples = [
         {
-            "similarity": round(-float(s), 4),
-            "rows": [_row_summary(rows, split, int(i)), _row_summary(rows, split, int(j))],
+            "similarity": round(float(s), 4),
+            "rows": [_row_summary(rows, split, int(a)), _row_summary(rows, split, int(b))],
         }
-        for s, i, j in most_similar
+        for s, a, b in zip(similarity[top], i[top], j[top], strict=True)
     ]
-    return {"pairs": pairs, "identical_texts": identical, "examples": examples}
+    return {"pairs": len(i), "identical_texts": int((text[i] == text[j]).sum()), "examples": examples}
 
 
-def split_leaks(rows: pd.DataFrame, split: np.ndarray, threshold: float, masked: bool) -> dict[str, Any]:
+def split_leaks(rows: pd.DataFrame, split: np.ndarray, near: NearDuplicates, masked: bool) -> dict[str, Any]:
     """Pairs of near-duplicates in different splits, and the most similar pairs whether near-duplicates or not.
 
     masked: whether all numbers count as equal. `nearest` describes the similarity of the rows of validation and test
-    to the nearest row of another split.
+    to the nearest row of another split; of many rows, that of a sample.
     """
-    vectors = ngram_vectors(list(rows["text"]), masked)
     code = pd.Categorical(split, categories=SPLITS).codes
     above = np.zeros((len(SPLITS), len(SPLITS)), dtype=int)  # pairs by the splits of their two rows
-    highest, nearest = np.zeros(len(rows)), np.zeros(len(rows), dtype=int)
-    for start, block in similarity_blocks(vectors, vectors):
-        block_rows = slice(start, start + len(block))
-        block[code[block_rows, None] == code[None, :]] = 0
-        nearest[block_rows], highest[block_rows] = block.argmax(axis=1), block.max(axis=1)
-        i, j = np.nonzero(block >= threshold - SIMILARITY_SLACK)
-        np.add.at(above, (code[block_rows][i], code[j]), 1)
-    highest = np.minimum(highest, 1.0).round(4)
+    i, j, similarity = near.pairs[masked]
+    across = code[i] != code[j]
+    i, j, similarity = i[across], j[across], similarity[across].round(4)
+    np.add.at(above, (np.minimum(code[i], code[j]), np.maximum(code[i], code[j])), 1)
+    evaluated = np.isin(split, ("validation", "test"))
+    n, compared = len(rows), np.arange(len(rows))
+    if len(rows_to_compare(compared, n)) < n:
+        compared = rows_to_compare(compared[evaluated] if evaluated.any() else compared, n)
+    highest, nearest = _nearest_in_other_splits(near.vectors[masked], code, compared)
     by_similarity = np.argsort(-highest, kind="stable")
-    nearest_pairs = {(min(i, nearest[i]), max(i, nearest[i])): highest[i] for i in by_similarity}
+    nearest_pairs = {(min(compared[k], nearest[k]), max(compared[k], nearest[k])): highest[k] for k in by_similarity}
+    if len(compared) < n:  # the rows of the most similar pairs need not be in the sample
+        top = np.argsort(-similarity, kind="stable")[:AUDIT_EXAMPLES]
+        nearest_pairs |= {(a, b): s for a, b, s in zip(i[top], j[top], similarity[top], strict=True)}
+        nearest_pairs = dict(sorted(nearest_pairs.items(), key=lambda pair: -pair[1]))
     worst = [
-        {"similarity": float(s), "rows": [_row_summary(rows, split, int(i)), _row_summary(rows, split, int(j))]}
-        for (i, j), s in list(nearest_pairs.items())[:AUDIT_EXAMPLES]
+        {
+            "similarity": round(float(s), 4),
+            "rows": [_row_summary(rows, split, int(a)), _row_summary(rows, split, int(b))],
+        }
+        for (a, b), s in list(nearest_pairs.items())[:AUDIT_EXAMPLES]
         if s > 0
     ]
-    evaluated = highest[np.isin(split, ("validation", "test"))]
+    of_evaluated = highest[evaluated[compared]]
     return {
-        "pairs_above": int(above.sum()) // 2,  # each pair is counted from both of its rows
+        "pairs_above": int(above.sum()),
         "pairs_above_by_splits": {
             f"{SPLITS[a]}-{SPLITS[b]}": int(above[a, b]) for a in range(4) for b in range(a + 1, 4) if above[a, b]
         },
         "nearest": {
-            "highest": float(highest.max()),
-            **{f"p{p}": round(float(np.percentile(evaluated, p)), 4) for p in (50, 90, 99) if len(evaluated)},
+            "highest": max(worst[0]["similarity"] if worst else 0.0, float(highest.max())),
+            **{f"p{p}": round(float(np.percentile(of_evaluated, p)), 4) for p in (50, 90, 99) if len(of_evaluated)},
+            **({"rows_compared": len(compared)} if len(compared) < n else {}),
         },
         "worst": worst,
     }
 
 
+def _nearest_in_other_splits(
+    vectors: csr_array, code: np.ndarray, compared: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The highest similarity of each row of `compared` to a row of another split, to 4 decimals, and that row."""
+    highest, nearest = np.zeros(len(compared)), np.zeros(len(compared), dtype=int)
+    for start, block in similarity_blocks(vectors[compared], vectors):
+        part = slice(start, start + len(block))
+        block[code[compared[part], None] == code[None, :]] = 0
+        nearest[part], highest[part] = block.argmax(axis=1), block.max(axis=1)
+    return np.minimum(highest, 1.0).round(4), nearest
+
+
 def few_shot_near_duplicates(
-    rows: pd.DataFrame, split: np.ndarray, task: Task, threshold: float
+    rows: pd.DataFrame, split: np.ndarray, task: Task, near: NearDuplicates
 ) -> list[dict[str, Any]]:
     """The few-shot examples of the task file that are near-duplicates of a row, with the nearest row of each split."""
-    shots = [normalize_text(shot.text) for shot in task.few_shot]
+    similarities = {
+        masked: np.minimum((shots @ near.vectors[masked].T).toarray(), 1.0) for masked, shots in near.shots.items()
+    }
     findings = []
     for name in SPLITS:
         index = np.flatnonzero(split == name)
-        texts = list(rows["text"].iloc[index])
-        nearest = [nearest_texts(shots, texts, masked) for masked in (True, False)]
-        for n, shot in enumerate(shots):
-            similarity, i = max(((float(s[n]), int(i[n])) for s, i in nearest), key=lambda pair: pair[0])
-            if similarity >= threshold - SIMILARITY_SLACK:
+        for n, shot in enumerate(few_shot_texts(task) if len(index) else []):
+            nearest = [
+                (float(of_shots[n, index].max()), int(of_shots[n, index].argmax()))
+                for of_shots in similarities.values()
+            ]
+            similarity, i = max(nearest, key=lambda pair: pair[0])
+            if similarity >= near.threshold - SIMILARITY_SLACK:
                 row = _row_summary(rows, split, int(index[i]))
                 finding = {"few_shot": n, "text": shot, "split": name, "similarity": round(similarity, 4), "row": row}
                 findings.append(finding)
     return findings
+
+
+def few_shot_texts(task: Task) -> list[str]:
+    """The texts of the few-shot examples of `task`, as the texts of rows are."""
+    return [normalize_text(shot.text) for shot in task.few_shot]
 
 
 def length_summary(texts: pd.Series) -> dict[str, dict[str, float]]:

@@ -30,7 +30,7 @@ def _visible(text: str) -> bool:
     return any(character.isprintable() and character != " " for character in text)
 
 
-@dataclass
+@dataclass(slots=True)
 class CleanRow:
     """One checked row. answers: accepted ones of a `qa` row, joined to one text. n_options: of a `choice` row."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,25 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import normalize
 
+from distillery.data.similar_pairs import Pairs, similar_pairs
+
 MAX_SIMILARITIES = 1 << 23  # similarities held in memory at a time (32 MiB)
-SIMILARITY_SLACK = 1e-5  # float32 puts identical texts a little below 1
+MAX_COMPARISONS = 1 << 26  # similarities computed for a distribution; of more, those of a sample of rows are
+SAMPLED_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class NearDuplicates:
+    """The texts of a source as vectors, and the pairs of near-duplicates, by whether digits are masked.
+
+    vectors: [n, n-grams] unit vectors. shots: those of the few-shot examples. pairs: rows i < j and their similarities,
+    which are at least `threshold`.
+    """
+
+    vectors: dict[bool, csr_array]
+    shots: dict[bool, csr_array]
+    pairs: dict[bool, Pairs]
+    threshold: float
 
 
 def mask_digits(text: str) -> str:
@@ -47,25 +65,70 @@ def nearest_texts(left: Sequence[str], right: Sequence[str], masked: bool = True
     The similarity is the cosine of 4-character counts; with `masked` all numbers count as equal.
     Where `right` is empty, the similarity is 0 and the index -1.
     """
-    highest, nearest = np.zeros(len(left)), np.full(len(left), -1)
-    if len(left) and len(right):
-        vectors = ngram_vectors([*left, *right], masked)
-        for start, block in similarity_blocks(vectors[: len(left)], vectors[len(left) :]):
-            nearest[start : start + len(block)] = block.argmax(axis=1)
-            highest[start : start + len(block)] = block.max(axis=1)
+    vectors = ngram_vectors([*left, *right], masked) if len(left) and len(right) else csr_array((0, 0))
+    if not vectors.nnz:
+        return np.zeros(len(left)), np.full(len(left), -1)
+    return nearest_vectors(vectors[: len(left)], vectors[len(left) :])
+
+
+def nearest_vectors(left: csr_array, right: csr_array) -> tuple[np.ndarray, np.ndarray]:
+    """For each row of `left`: the highest dot product, at most 1, with a row of `right`, and the index of that row.
+
+    Where `right` is empty, they are 0 and -1.
+    """
+    highest, nearest = np.zeros(left.shape[0]), np.full(left.shape[0], -1)
+    for start, block in similarity_blocks(left, right) if right.shape[0] else ():
+        nearest[start : start + len(block)] = block.argmax(axis=1)
+        highest[start : start + len(block)] = block.max(axis=1)
     return np.minimum(highest, 1.0), nearest
 
 
-def near_duplicate_pairs(
-    texts: Sequence[str], threshold: float, masked: bool = True
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """All pairs i < j of `texts` with a similarity of at least `threshold`, in batches (i, j, similarity)."""
-    vectors = ngram_vectors(texts, masked)
-    for start, block in similarity_blocks(vectors, vectors):
-        i, j = np.nonzero(block >= threshold - SIMILARITY_SLACK)
-        similarity = np.minimum(block[i, j], 1.0)
-        i = i + start
-        yield i[i < j], j[i < j], similarity[i < j]
+def near_duplicate_pairs(texts: Sequence[str], threshold: float, masked: bool = True) -> Iterator[Pairs]:
+    """All pairs i < j of `texts` with a similarity of at least `threshold`, in batches (i, j, similarity).
+
+    See :func:`similar_pairs` on very many texts.
+    """
+    return similar_pairs(ngram_vectors(texts, masked), threshold)
+
+
+def find_near_duplicates(texts: Sequence[str], threshold: float, shots: Sequence[str] = ()) -> NearDuplicates:
+    """The pairs of near-duplicates among `texts`, with digits masked and as written; and the vectors of `shots`."""
+    both = {masked: ngram_vectors([*texts, *shots], masked) for masked in (True, False)}
+    vectors = {masked: both[masked][: len(texts)] for masked in both}
+    shot_vectors = {masked: both.pop(masked)[len(texts) :] for masked in (True, False)}
+    i, j, similarity = _join_pairs(similar_pairs(vectors[True], threshold))
+    # Two texts without numbers to mask are as similar as written as they are masked.
+    with_numbers = np.array([mask_digits(text) != text for text in texts], dtype=bool)
+    same = ~(with_numbers[i] | with_numbers[j])
+    without_numbers = i[same], j[same], similarity[same]
+    as_written = _join_pairs([without_numbers, *similar_pairs(vectors[False], threshold, with_numbers)])
+    return NearDuplicates(vectors, shot_vectors, {True: (i, j, similarity), False: as_written}, threshold)
+
+
+def _join_pairs(batches: Iterable[Pairs]) -> Pairs:
+    """All pairs, by i and then by j."""
+    nothing = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32)
+    columns = zip(nothing, *((i.astype(np.int32), j.astype(np.int32), s) for i, j, s in batches), strict=True)
+    i, j, similarity = (np.concatenate(column) for column in columns)
+    order = np.lexsort((j, i))
+    return i[order], j[order], similarity[order]
+
+
+def has_near_duplicate(texts: Sequence[str], others: Sequence[str], threshold: float) -> np.ndarray:
+    """Which of `texts` have a near-duplicate in `others`, with digits masked or as written."""
+    near = np.zeros(len(texts), dtype=bool)
+    is_text = np.arange(len(texts) + len(others)) < len(texts)
+    for masked in (True, False) if len(texts) and len(others) else ():
+        for i, j, _ in similar_pairs(ngram_vectors([*texts, *others], masked), threshold, is_text):
+            near[i[~is_text[j]]] = True
+    return near
+
+
+def rows_to_compare(rows: np.ndarray, n_others: int) -> np.ndarray:
+    """`rows` if each can be compared with `n_others` rows, else a random sample of them, in ascending order."""
+    if len(rows) * n_others <= MAX_COMPARISONS or len(rows) <= SAMPLED_ROWS:
+        return rows
+    return np.sort(np.random.default_rng(0).choice(rows, SAMPLED_ROWS, replace=False))
 
 
 def merge_components(component: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
@@ -81,10 +144,14 @@ def cluster_near_duplicates(texts: Sequence[str], threshold: float) -> np.ndarra
     Pairs count with digits masked and as written: long numbers in common can make two texts more similar than their
     words do.
     """
-    component = np.arange(len(texts))
-    for masked in (True, False):
-        for i, j, _ in near_duplicate_pairs(texts, threshold, masked):
-            component = merge_components(component, i, j)
+    return cluster_pairs(find_near_duplicates(texts, threshold), len(texts))
+
+
+def cluster_pairs(near: NearDuplicates, n: int) -> np.ndarray:
+    """Cluster number of each of the `n` texts whose near-duplicates are `near`."""
+    component = np.arange(n)
+    for i, j, _ in near.pairs.values():
+        component = merge_components(component, i, j)
     return component
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 
 from distillery.config.schema import SPLITS, SourceConfig
-from distillery.data.audit import audit_source
+from distillery.data.audit import audit_source, few_shot_texts
 from distillery.data.cleaning import OWN_SPLIT_COLUMN, clean_rows
-from distillery.data.near_duplicates import cluster_near_duplicates, name_groups
+from distillery.data.near_duplicates import NearDuplicates, cluster_pairs, find_near_duplicates, name_groups
 from distillery.data.readers import read_source
 from distillery.data.selection import DuplicateGroup, filter_rows, take_rows
+from distillery.data.similar_pairs import MAX_EXACT
 from distillery.data.splits import complete_splits
 from distillery.data.splitting import split_groups
 from distillery.errors import UserError
@@ -27,6 +28,7 @@ class PreparedSource:
 
     rows: id, text, label, rationale (str or None), group, extra columns.  split, cluster: one entry per row;
     `cluster` numbers the clusters of near-duplicates, `group` joins them with the groups of the file.
+    near: the pairs of near-duplicates, and the texts as vectors.
     """
 
     rows: pd.DataFrame
@@ -34,6 +36,7 @@ class PreparedSource:
     cluster: np.ndarray
     task: Task
     audit: dict[str, Any]
+    near: NearDuplicates
 
 
 def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> PreparedSource:
@@ -50,7 +53,8 @@ def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> Pre
         rows, duplicate_groups = _limit_groups(rows, duplicate_groups, spec.limit, spec.seed)
     own_split = rows.pop(OWN_SPLIT_COLUMN) if OWN_SPLIT_COLUMN in rows else None
     file_groups = rows["group"].copy()
-    cluster = cluster_near_duplicates(list(rows["text"]), spec.near_duplicate)
+    near = find_near_duplicates(list(rows["text"]), spec.near_duplicate, few_shot_texts(task))
+    cluster = cluster_pairs(near, len(rows))
     rows["group"] = pd.Series(name_groups(rows, cluster, duplicate_groups), dtype=object)
     try:
         split, decisions = _assign_splits(rows, own_split, spec, task)
@@ -68,10 +72,20 @@ def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> Pre
         "dropped": dropped | filtered,
         "columns_left_out": counts["columns_left_out"],
         "mapped_labels": counts["mapped_labels"],
-        "decisions": [*counts["decisions"], *decisions],
+        "decisions": [*counts["decisions"], *decisions, *_search_decision(len(rows))],
         "rows_read": counts["read"],
-    } | audit_source(rows, split, cluster, file_groups, task, spec.near_duplicate)
-    return PreparedSource(rows, split, cluster, task, audit)
+    } | audit_source(rows, split, cluster, file_groups, task, near)
+    return PreparedSource(rows, split, cluster, task, audit, near)
+
+
+def _search_decision(n_texts: int) -> list[str]:
+    """A sentence where there may be too many texts to compare all of them."""
+    if n_texts <= MAX_EXACT:
+        return []
+    return [
+        f"Near-duplicates among more than {MAX_EXACT:,} different texts are found by MinHash, which leaves out a few "
+        "pairs near the threshold; a sample of rows stands for all where the nearest rows are shown."
+    ]
 
 
 def _limit_groups(

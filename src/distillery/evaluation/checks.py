@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from distillery.config.schema import Params, SplitRef, TeacherConfig
-from distillery.data.near_duplicates import SIMILARITY_SLACK, nearest_texts
+from distillery.data.near_duplicates import has_near_duplicate
 from distillery.data.storage import read_split
 from distillery.evaluation.reading import read_result_file
 from distillery.evaluation.results import TRAINED_ROLES, Check, ModelResult
@@ -49,10 +48,8 @@ def find_leaks(root: Path, params: Params, source: str, test: pd.DataFrame) -> l
         same = test["text"].isin(rows["text"])
         if other == source:  # ids and groups are names inside one source
             same |= test["id"].isin(rows["id"]) | test["group"].isin(rows["group"])
-        texts = test["text"].tolist(), rows["text"].tolist()
-        closest = np.maximum(*(nearest_texts(*texts, masked)[0] for masked in (True, False)))
-        limit = params.data[other].near_duplicate - SIMILARITY_SLACK
-        exact, near = int(same.sum()), int(((closest >= limit) & ~same.to_numpy()).sum())
+        close = has_near_duplicate(test["text"].tolist(), rows["text"].tolist(), params.data[other].near_duplicate)
+        exact, near = int(same.sum()), int((close & ~same.to_numpy()).sum())
         if exact or near:
             models = _learners(params, split_ref)
             counts = ", ".join([f"{exact} the same"] * bool(exact) + [f"{near} nearly"] * bool(near))

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import CountVectorizer
 
-from distillery.data.near_duplicates import SIMILARITY_SLACK, nearest_texts
+from distillery.data.near_duplicates import NearDuplicates, nearest_vectors, rows_to_compare
+from distillery.data.similar_pairs import SIMILARITY_SLACK
 from distillery.notebook.style import BLUE, PALETTE, RED, percent
 
 if TYPE_CHECKING:
@@ -133,17 +134,19 @@ def split_table(splits: dict[str, dict], wanted: SplitShares | None) -> pd.DataF
     return table.astype(dict.fromkeys(counts, int)).reset_index(names="split")
 
 
-def nearest_similarities(texts: pd.Series, split: np.ndarray, seed: int) -> dict[tuple[str, bool], np.ndarray]:
+def nearest_similarities(near: NearDuplicates, split: np.ndarray, seed: int) -> dict[tuple[str, bool], np.ndarray]:
     """Similarity in [0, 1] of each held-out row to the nearest row that is learned from.
 
-    Keys: the split at hand or one that deals out single rows, and whether digits are masked.
+    Of very many rows, a sample is compared. near: of the prepared source. Keys: the split at hand or one that deals out
+    single rows, and whether digits are masked.
     """
     dealt = np.random.default_rng(seed).permutation(split)
     nearest = {}
-    for masked in (True, False):
+    for masked, vectors in near.vectors.items():
         for name, of_row in ((DEALT_OUT, dealt), (THIS_SPLIT, split)):
-            learned = np.isin(of_row, ("train", "pool"))
-            nearest[name, masked] = nearest_texts(list(texts[~learned]), list(texts[learned]), masked)[0]
+            is_learned = np.isin(of_row, ("train", "pool"))
+            held_out = rows_to_compare(np.flatnonzero(~is_learned), int(is_learned.sum()))
+            nearest[name, masked] = nearest_vectors(vectors[held_out], vectors[is_learned])[0]
     return nearest
 
 
@@ -244,9 +247,13 @@ def split_sentence(table: pd.DataFrame) -> str:
     return text + f" ({table['split'][distance.idxmax()]}): groups are too large to fit better."
 
 
-def leak_sentence(here: int, dealt_out: int) -> str:
-    """Held-out rows with a near-duplicate among the learned rows, in this split and with single rows dealt out."""
-    text = (
+def leak_sentence(here: int, dealt_out: int, compared: int, held_out: int) -> str:
+    """Held-out rows with a near-duplicate among the learned rows, in this split and with single rows dealt out.
+
+    compared: how many of the held-out rows were looked at.
+    """
+    text = f"Of {held_out:,} held-out rows, {compared:,} drawn at random were compared. " if compared < held_out else ""
+    text += (
         f"With single rows dealt out, {dealt_out:,} held-out rows would have a near-duplicate among the rows that are "
     )
     text += f"learned from; in this split it is {here:,}. "

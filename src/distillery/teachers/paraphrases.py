@@ -6,11 +6,10 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from distillery.config.schema import Params, ParaphraseFilter
-from distillery.data.near_duplicates import SIMILARITY_SLACK, nearest_texts
+from distillery.data.near_duplicates import has_near_duplicate
 from distillery.files import Paths
 from distillery.tasks.schema import N_OPTIONS, Perturbations, Task
 from distillery.teachers.base import open_teacher
@@ -106,16 +105,17 @@ def filter_paraphrases(
     if candidates.empty:
         return candidates.assign(reason=pd.Series(dtype=str))
     texts = candidates["text"].tolist()
-    closest = np.maximum(*(nearest_texts(texts, held_out, masked)[0] for masked in (True, False)))
     reasons = [
         rejection_reason(
             source,
             text,
             keep=spec.keep,
             perturbations=task.perturbations,
-            overlap=bool(similarity >= near - SIMILARITY_SLACK),
+            overlap=bool(overlap),
         )
-        for source, text, similarity in zip(candidates["source_text"], texts, closest, strict=True)
+        for source, text, overlap in zip(
+            candidates["source_text"], texts, has_near_duplicate(texts, held_out, near), strict=True
+        )
     ]
     candidates = candidates.assign(reason=reasons)
     remaining = candidates.index[candidates["reason"] == "kept"]
