@@ -82,6 +82,19 @@ def test_scores_are_those_of_the_runs(finished):
     assert board.loc["big", "accuracy"] == pytest.approx(sk.accuracy_score(test, teacher["label"]))
 
 
+def test_memory_of_a_gpu_is_in_the_leaderboard_where_there_was_one(tmp_path):
+    params = write_project(tmp_path, experiment())
+    _, board = evaluate(tmp_path, params)
+    page = tmp_path / "reports/index.html"
+    assert not {"gpu_memory_mb", "training_gpu_mb"} & {*board} and "GPU memory" not in page.read_text()
+    for seed, peak in ((0, 500), (1, 700)):
+        path = tmp_path / f"runs/tiny-kd-{seed}/timing.json"
+        write_file(path, json.dumps(json.loads(path.read_text()) | {"peak_gpu_memory_mb": peak}))
+    _, board = evaluate(tmp_path, params)
+    assert board.loc["tiny-kd", "training_gpu_mb"] == 700 and board["training_gpu_mb"].count() == 1
+    assert "GPU memory, training" in page.read_text() and "700 MB" in page.read_text()
+
+
 def test_closeness_to_each_teacher(tmp_path):
     spec = experiment()
     spec["teachers"]["second"] = spec["teachers"]["big"]

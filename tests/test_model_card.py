@@ -66,7 +66,9 @@ def test_metadata_names_nothing_that_is_not_known(card):
 
 
 def test_what_a_card_holds(card):
-    page = card(dataset="demo", origin="data/demo.csv", train_seconds=125)
+    page = card(dataset="demo", origin="data/demo.csv", timing={"train_seconds": 125})
+    on_gpu = card(timing={"train_seconds": 125, "peak_gpu_memory_mb": 812})
+    assert "Training took 2 min 5 s. It held at most 812 MB of the GPU's memory.\n" in on_gpu
     assert (
         "A classifier for the labels up, flat, down, distilled from big. 17,000,000 parameters, 34 MB, seed 7." in page
     )

@@ -176,10 +176,15 @@ def _stack_predictions(tables: Sequence[pd.DataFrame]) -> dict[str, Any]:
 
 
 def _read_timing(folders: Sequence[Path], key: str) -> dict[str, float | None]:
-    """Training time (mean) and peak memory (largest) that the runs in `folders` recorded; None where none did."""
+    """Training time (mean) and peak memories (largest) that the runs in `folders` recorded; None where none did."""
     records = [json.loads(path.read_text()) for f in folders if (path := f / "timing.json").exists()]
-    seconds, memory = ([record[k] for record in records if k in record] for k in (key, "peak_memory_mb"))
-    return {"seconds": float(np.mean(seconds)) if seconds else None, "training_mb": max(memory, default=None)}
+    keys = (key, "peak_memory_mb", "peak_gpu_memory_mb")
+    seconds, memory, on_gpu = ([record[k] for record in records if k in record] for k in keys)
+    return {
+        "seconds": float(np.mean(seconds)) if seconds else None,
+        "training_mb": max(memory, default=None),
+        "training_gpu_mb": max(on_gpu, default=None),
+    }
 
 
 def _read_histories(root: Path, params: Params) -> pd.DataFrame:

@@ -26,6 +26,8 @@ LABEL_SCORES = ("precision", "recall", "specificity")
 
 SPEED_COLUMNS = ("sentences_per_second", "latency_p50_ms", "latency_p95_ms", "memory_mb")
 
+GPU_COLUMNS = ("gpu_memory_mb", "training_gpu_mb")  # only where a model ran on a GPU
+
 COMPARISON_COLUMNS = (
     "versus",
     "difference",
@@ -74,6 +76,7 @@ def _all_columns(results: Results, rows: list[dict[str, Any]]) -> list[str]:
         *(*AVERAGED_SCORES, *PROBABILITY_SCORES, *CALIBRATION_COLUMNS, "pairs_right", "pairs"),
         *(f"{score}_{label}" for score in LABEL_SCORES for label in labels),
         *("kl_to_teacher", "agreement_with_teacher", *SPEED_COLUMNS, "train_seconds", "training_mb"),
+        *(column for column in GPU_COLUMNS if any(row.get(column) is not None for row in rows)),
         *(f"{prefix}{column}" for prefix in ("", "teacher_") for column in COMPARISON_COLUMNS),
     ]
 
@@ -89,6 +92,7 @@ def _size_columns(result: ModelResult) -> dict[str, Any]:
         "megabytes": None if result.size_bytes is None else result.size_bytes / 1e6,
         "train_seconds": result.seconds,
         "training_mb": result.training_mb,
+        "training_gpu_mb": result.training_gpu_mb,
     }
 
 

@@ -43,6 +43,7 @@ class ModelResult:
     size_bytes: int | None = None
     seconds: float | None = None  # wall clock of its training, mean over seeds
     training_mb: float | None = None  # peak memory of its training, largest of the seeds
+    training_gpu_mb: float | None = None  # as training_mb, on the GPU that it was trained on
     teacher: str | None = None  # key of the teacher it is compared with
     control: str | None = None  # key of the student it is compared with
 

@@ -16,6 +16,7 @@ from distillery.evaluation.results import TRAINED_ROLES, ModelResult, Results
 from distillery.evaluation.robustness import measure_robustness, paraphrase_test_rows
 from distillery.files import Paths
 from distillery.models.label_model import LabelModel
+from distillery.models.memory import gpu_peak, reset_gpu_peak
 from distillery.models.precision import resolve_dtype
 from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.teachers.base import open_teacher
@@ -33,10 +34,10 @@ Predictor = Callable[[pd.DataFrame], Any]  # rows (text; of a `choice` task n_op
 class Measurements:
     """Results that need the models themselves.
 
-    timing: name in the leaderboard -> sentences_per_second, latency_p50_ms, latency_p95_ms, memory_mb; they change
-    from run to run. These do not: robustness: perturbation, model, rows, consistency (share of rows with the same
-    prediction before and after), consistency_low, consistency_high, accuracy_before, accuracy_after; examples:
-    perturbation, before, after.
+    timing: name in the leaderboard -> sentences_per_second, latency_p50_ms, latency_p95_ms, memory_mb, and on a GPU
+    gpu_memory_mb; they change from run to run. These do not: robustness: perturbation, model, rows, consistency (share
+    of rows with the same prediction before and after), consistency_low, consistency_high, accuracy_before,
+    accuracy_after; examples: perturbation, before, after.
     """
 
     timing: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -129,7 +130,11 @@ def measure_models(root: Path, results: Results) -> Measurements:
     for result in measured:
         shape = shapes[result.name]
         if shape not in models:
-            models[shape], memory[shape] = peak_memory(lambda result=result: load_and_predict(result))
+            held = reset_gpu_peak()
+            models[shape], main_memory = peak_memory(lambda result=result: load_and_predict(result))
+            on_gpu = gpu_peak()
+            both = {"memory_mb": main_memory, "gpu_memory_mb": None if on_gpu is None else (on_gpu - held) / 2**20}
+            memory[shape] = {name: megabytes for name, megabytes in both.items() if megabytes is not None}
             names[shape] = result.name
     del first
     timing = _measure_timing(models, memory, rows)
@@ -169,7 +174,7 @@ def _shape(params: Params, result: ModelResult) -> str:
 
 
 def _measure_timing(
-    models: dict[str, LabelModel | LocalTeacher], memory: dict[str, float | None], rows: pd.DataFrame
+    models: dict[str, LabelModel | LocalTeacher], memory: dict[str, dict[str, float]], rows: pd.DataFrame
 ) -> dict[str, dict[str, float]]:
     """Shape -> the columns of `Measurements.timing`."""
     predictors = {shape: probability_function(model) for shape, model in models.items()}
@@ -178,5 +183,5 @@ def _measure_timing(
     for shape, rate in rates.items():
         p50, p95 = delays[shape]
         timing[shape] = {"sentences_per_second": rate, "latency_p50_ms": p50, "latency_p95_ms": p95}
-        timing[shape] |= {} if memory[shape] is None else {"memory_mb": memory[shape]}
+        timing[shape] |= memory[shape]
     return timing

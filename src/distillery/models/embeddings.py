@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from distillery.models.load import default_device, load_tokenizer
+from distillery.models.devices import default_device
+from distillery.models.load import load_tokenizer
 
 
 @torch.no_grad()

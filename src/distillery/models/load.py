@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from distillery.errors import UserError
+from distillery.models.devices import weight_device
 from distillery.models.heads import read_head
 from distillery.models.layers import head_layers, keep_layers
 from distillery.models.runtime import configure_runtime
@@ -74,7 +75,7 @@ def load_model(
     quantize: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model in `folder`, with only the `layers` wanted, on the GPU if there is one.
+    """The model in `folder`, with only the `layers` wanted, on its :func:`weight_device`.
 
     arch: `causal`, `seq2seq`, or `classifier` (then `labels` name the outputs of its head; that of the folder if it is
     for these labels, its outputs in their order, else one drawn with `seed`). label_map: see :func:`read_head`.
@@ -91,8 +92,9 @@ def load_model(
             folder, arch, layers=layers, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code
         )
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
-    if quantize:
-        options["quantization_config"] = nf4_config(dtype)
+    device = weight_device(quantize)
+    if quantize:  # such weights are placed while they load
+        options |= {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
     try:
         if arch == "causal":
             model = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -112,7 +114,7 @@ def load_model(
             # bitsandbytes 0.50.2 repacks weights for a CPU at the first pass without gradients; training, merging and
             # generating after that fail, and so does any layer narrower than one block
             module.support_avx512bf16_for_cpu = False
-    return model if quantize else model.to(default_device())  # quantized weights are placed while they load
+    return model if quantize else model.to(device)
 
 
 def _load_quantized_layers(
@@ -161,11 +163,6 @@ def _reorder_head(model: PreTrainedModel, order: Sequence[int]) -> None:
     layer = model.get_submodule(head_layers(model)[-1])
     for parameter in layer.parameters():
         parameter.data = parameter.data[list(order)]
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def nf4_config(dtype: str) -> Any:

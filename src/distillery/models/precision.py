@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +18,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distillery.files import Paths, repository_root, write_json
+from distillery.models.devices import default_device, synchronize, working_dtype
 from distillery.models.layers import output_head
-from distillery.models.load import default_device
 from distillery.models.packed.hidden import completion_hidden_states
 
 Use = Literal["training", "prediction"]
@@ -33,9 +34,12 @@ def resolve_dtype(dtype: str, use: Use) -> str:
     """`dtype` as it is, or the one that `auto` means for `use` on this machine.
 
     The first call on a machine times both number formats, which takes seconds. The choice stays in
-    `.cache/dtype.json`, which no stage depends on: a later run decides the same, and nothing reruns.
+    `.cache/dtype.json`, which no stage depends on: a later run decides the same, and nothing reruns. float32 where
+    the device has no products in `dtype`.
     """
-    return faster_dtypes(Paths(repository_root()).cache / "dtype.json")[use] if dtype == "auto" else dtype
+    if dtype == "auto":
+        return faster_dtypes(Paths(repository_root()).cache / "dtype.json")[use]
+    return working_dtype(dtype)
 
 
 def resolve_dtypes(dtype: str) -> dict[Use, str]:
@@ -63,7 +67,7 @@ def faster_dtypes(path: Path) -> dict[Use, str]:
 
 def choose_dtype(seconds: dict[str, float]) -> str:
     """bfloat16 if it is at least :data:`MIN_SPEEDUP` times as fast as float32, else float32."""
-    return "bfloat16" if seconds["float32"] >= MIN_SPEEDUP * seconds["bfloat16"] else "float32"
+    return "bfloat16" if seconds["float32"] >= MIN_SPEEDUP * seconds.get("bfloat16", inf) else "float32"
 
 
 def _cpu_model() -> str:
@@ -77,16 +81,17 @@ def _cpu_model() -> str:
 
 
 def time_dtypes() -> dict[Use, dict[str, float]]:
-    """Seconds of a training step (8 rows, adapters) and of a prediction (32 rows) in each of :data:`DTYPES`.
+    """Seconds of a training step (8 rows, adapters) and of a prediction (32 rows) in those of :data:`DTYPES` that work.
 
     A small language model of SmolLM2's width does what a run does with a large one; a bare matrix product would
     mislead, since half of a step are other operations. The formats take turns; each one's fastest round counts.
     The state of the random generator stays as it was.
     """
+    dtypes = list(dict.fromkeys(map(working_dtype, DTYPES)))
     with torch.random.fork_rng():
-        models = {dtype: _build_model(dtype) for dtype in DTYPES}
+        models = {dtype: _build_model(dtype) for dtype in dtypes}
     uses: dict[Use, Callable[[nn.Module, str], None]] = {"training": _train, "prediction": _predict}
-    seconds = {use: dict.fromkeys(DTYPES, float("inf")) for use in uses}
+    seconds = {use: dict.fromkeys(dtypes, inf) for use in uses}
     for use, run in uses.items():
         for round_number in range(ROUNDS + 1):
             for dtype, model in models.items():
@@ -123,15 +128,10 @@ def _score(model: nn.Module, dtype: str, rows: int) -> torch.Tensor:
 def _train(model: nn.Module, dtype: str) -> None:
     _score(model, dtype, 8).logsumexp(-1).sum().backward()
     model.zero_grad()
-    _synchronize()
+    synchronize(default_device())
 
 
 @torch.no_grad()
 def _predict(model: nn.Module, dtype: str) -> None:
     _score(model, dtype, 32)
-    _synchronize()
-
-
-def _synchronize() -> None:
-    if default_device().type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(default_device())

@@ -17,6 +17,7 @@ ENVIRONMENT = {
     "MKL_DYNAMIC": "FALSE",
     "OMP_DYNAMIC": "FALSE",
     "PYTHONHASHSEED": "0",
+    "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # what Apple's GPU lacks runs on the CPU
     # warnings of the libraries, with the folders of this machine in them
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning,ignore:IProgress not found",
     "TOKENIZERS_PARALLELISM": "false",

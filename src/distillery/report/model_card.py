@@ -37,13 +37,14 @@ def render_card(
     dataset: str = "test",
     origin: str = "",
     base_model: str | None = None,
-    train_seconds: float | None = None,
+    timing: dict[str, float] | None = None,
 ) -> str:
     """The card of the model in `folder`, with metadata that the hub accepts.
 
     metadata: student, seed, parameters, bytes_on_disk, and in `test` the scores of :func:`score_predictions`.
     predictions: test rows (text, label, prediction, group); the first is the example. dataset: the source of the test
     rows by name, origin: by its file or `hub:owner/name`. base_model: the hub id of the model it starts from.
+    timing: the content of `timing.json`: train_seconds, and of a GPU peak_gpu_memory_mb.
     The intervals (95 %) are those of the report for one seed.
     """
     text = predictions["text"].iloc[0]
@@ -62,7 +63,8 @@ def render_card(
         splits=list(dict.fromkeys(split_ref for phase in spec.phases for split_ref in phase.data)),
         dataset=dataset,
         origin=origin,
-        training_time=None if train_seconds is None else human_duration(train_seconds),
+        training_time=human_duration(timing["train_seconds"]) if timing else None,
+        gpu_mb=timing.get("peak_gpu_memory_mb") if timing else None,
         dtype=metadata.get("dtype"),
         test=test,
         intervals=_intervals(predictions, task),
@@ -161,7 +163,7 @@ def write_cards(root: Path, params: Params) -> None:
                 dataset=source,
                 origin=params.data[source].origin,
                 base_model=params.models[spec.model].hub,
-                train_seconds=read_result_file(timing, root)["train_seconds"] if timing.exists() else None,
+                timing=read_result_file(timing, root) if timing.exists() else None,
             )
             for path in (Paths(root).reports / f"cards/{folder.name}.md", folder / "model" / "README.md"):
                 with atomic_write(path) as scratch:

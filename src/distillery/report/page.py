@@ -15,6 +15,7 @@ import torch
 from distillery import metrics
 from distillery.config.schema import Params
 from distillery.evaluation.leaderboard import (
+    GPU_COLUMNS,
     compare_with_published,
     count_comparisons,
     phase_accuracies,
@@ -112,6 +113,7 @@ def render_page(
         level=f"{100 * results.params.evaluate.confidence:g} %",
         comparisons=count_comparisons(board),
         trained=[row for row in rows if row["role"] in TRAINED_ROLES],
+        gpu_columns=[column for column in GPU_COLUMNS if column in board],
         compared=compared,
         timed=bool(measured.timing),
         warm_up_rows=WARM_UP_ROWS,

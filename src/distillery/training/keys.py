@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 
+from distillery.models.devices import default_device
+
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
 def result_key(code: str, *parts: Any) -> str:
-    """A hash of `parts`, of the `code` that computes the result, the libraries' versions and the number of threads.
+    """A hash of `parts`, the `code` that computes the result, the libraries' versions, the number of threads, the GPU.
 
     code: see :func:`distillery.fingerprint.code_digest`. parts: bytes, or what JSON can hold.
     """
     digest = hashlib.sha256(code.encode())
     versions = {name: version(name) for name in LIBRARIES}
-    digest.update(json.dumps([versions, torch.get_num_threads()]).encode())
+    device = default_device().type
+    digest.update(json.dumps([versions, torch.get_num_threads(), *([] if device == "cpu" else [device])]).encode())
     for part in parts:
         digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]

@@ -8,6 +8,7 @@ from torch import Tensor
 from distillery import losses
 from distillery.config.schema import DIVERGENCES, HIDDEN_STATE_TERMS, PhaseConfig
 from distillery.errors import UserError
+from distillery.models.devices import move_tensor
 from distillery.models.label_model import ModelOutput
 from distillery.training.completions import (
     ANSWER,
@@ -62,7 +63,7 @@ class PhaseLoss:
             others |= self._hidden_state_terms(outputs, batch, counts)
         if "label_prior" in self.weights:
             penalty = losses.shortcut_penalty(
-                outputs.label_logits, self.rows.label_prior.to(outputs.label_logits.device)
+                outputs.label_logits, move_tensor(self.rows.label_prior, outputs.label_logits.device)
             )
             others["label_prior"] = penalty * len(batch.rows) / counts.rows
         for term, value in others.items():
@@ -116,7 +117,7 @@ class PhaseLoss:
         weights = [
             self.rows.teacher_weights[name][batch.rows].repeat_interleave(repeats) for name in self.phase.teachers
         ]
-        mixed = losses.mix_teachers(torch.stack(teachers), torch.stack(weights).to(logits.device))
+        mixed = losses.mix_teachers(torch.stack(teachers), move_tensor(torch.stack(weights), logits.device))
         return self._combine(logits[:, :width], mixed, tokens)
 
     def _combine(self, logits: Tensor, teacher: Tensor, denominator: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -227,7 +227,7 @@ def count_optimizer_steps(rows: int, phase: PhaseConfig) -> int:
 
 
 def training_arguments(
-    phase: PhaseConfig, steps: int, folder: Path, seed: int, checkpoint_every: int, float16: bool
+    phase: PhaseConfig, steps: int, folder: Path, seed: int, checkpoint_every: int, float16: bool, on_cpu: bool
 ) -> dict[str, Any]:
     """Keyword arguments of `TrainingArguments` for `steps` optimizer steps of `phase`, with checkpoints in `folder`."""
     stopping = phase.early_stopping
@@ -262,9 +262,19 @@ def training_arguments(
         "bf16": False,
         "fp16": float16,
         "gradient_checkpointing": False,
+        "use_cpu": on_cpu,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
     }
+
+
+def use_one_gpu(arguments: TrainingArguments) -> TrainingArguments:
+    """`arguments` for one GPU: `Trainer` would give each that is visible a whole batch, which is another experiment."""
+    if arguments.n_gpu > 1:
+        others = f"{arguments.n_gpu} GPUs are visible; training uses one, {arguments.device}"
+        print(f"{others}; name another with CUDA_VISIBLE_DEVICES", flush=True)
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _create_trainer(
@@ -272,13 +282,13 @@ def _create_trainer(
 ) -> PhaseTrainerMixin:
     """The trainer for the student's architecture. inputs: its model, data and callbacks."""
     if student.arch != "causal":
-        return EncoderTrainer(args=TrainingArguments(**arguments), **inputs)
+        return EncoderTrainer(args=use_one_gpu(TrainingArguments(**arguments)), **inputs)
     arguments |= {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     inputs |= {"processing_class": student.tokenizer}
     if phase.on_policy:
-        trainer = OnPolicyTrainer(args=GKDConfig(**arguments, disable_dropout=False), **inputs)
+        trainer = OnPolicyTrainer(args=use_one_gpu(GKDConfig(**arguments, disable_dropout=False)), **inputs)
     else:
-        trainer = CausalTrainer(args=SFTConfig(**arguments), **inputs)
+        trainer = CausalTrainer(args=use_one_gpu(SFTConfig(**arguments)), **inputs)
     for weight in trainer.model.parameters():
         if weight.requires_grad:
             # TRL narrows the adapters of a 4-bit model to bfloat16, where a small update rounds to none
@@ -301,8 +311,9 @@ def build_trainer(
     """The trainer of a phase, with everything that it needs of the teachers; see :func:`train_phase`."""
     stopping = phase.early_stopping
     steps = count_optimizer_steps(len(rows), phase)
+    on_cpu = student.device.type == "cpu"
     float16 = student.dtype == torch.float16 and student.device.type == "cuda"
-    arguments = training_arguments(phase, steps, folder, seed, checkpoint_every, float16)
+    arguments = training_arguments(phase, steps, folder, seed, checkpoint_every, float16, on_cpu)
     data = Dataset.from_dict({"index": list(range(len(rows)))})
     inputs: dict[str, Any] = {
         "model": student.model,
