@@ -11,6 +11,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from distillery.config.schema import Params
 from distillery.errors import UserError
 from distillery.models.label_model import LabelModel
+from distillery.models.packed.frozen_layers import SharedStates
 from distillery.tasks.schema import Task
 from distillery.teachers.local import LocalTeacher
 from distillery.teachers.signals import KEYS, label_rows
@@ -21,12 +22,20 @@ from distillery.training.teacher_models import load_teacher_model
 
 
 def finetune_teacher(
-    name: str, params: Params, task: Task, rows: pd.DataFrame, *, folder: Path, part: str = "all"
+    name: str,
+    params: Params,
+    task: Task,
+    rows: pd.DataFrame,
+    *,
+    folder: Path,
+    part: str = "all",
+    shared: SharedStates | None = None,
 ) -> tuple[LabelModel, pd.DataFrame]:
     """The teacher fine-tuned on gold `rows` (id, text, label), and its training history.
 
     Checkpoints lie in `folder` under a key of everything that decides the result; a killed run continues there.
-    part: the name of these rows, for the key and for messages.
+    part: the name of these rows, for the key and for messages. shared: states of the layers below all adapters, for
+    the next model on some of these rows; give it to the model on all gold rows first.
     """
     spec = params.teachers[name]
     teacher = load_teacher_model(name, spec, params.models[spec.model], task, use="training")
@@ -46,6 +55,7 @@ def finetune_teacher(
         folder=folder / key,
         seed=spec.seed,
         title=f"{name} on {part}",
+        shared=shared,
     )
     return teacher, history
 
@@ -74,16 +84,19 @@ def cross_fit(
     fold: np.ndarray,
     folder: Path,
     signals: pd.DataFrame,
+    shared: SharedStates | None = None,
 ) -> pd.DataFrame:
     """`signals`, with those of the gold rows replaced by the signals of the fold models that were tuned without them.
 
     Gold rows of no fold lose their signal. gold: rows (source, split, id, text). fold: [len(gold)], see
-    :func:`assign_folds`. folder: the model of fold k lies in `folder/k`.
+    :func:`assign_folds`. folder: the model of fold k lies in `folder/k`. shared: as in :func:`finetune_teacher`.
     """
     spec, signals = params.teachers[name], signals.set_index(KEYS)
     signals = signals.drop(pd.MultiIndex.from_frame(gold.loc[fold < 0, KEYS]))
     for k in sorted(set(fold[fold >= 0])):
         model = load_teacher_model(name, spec, params.models[spec.model], task, tuned=folder / str(k))
+        if shared:
+            model.share_states(shared)
         held_out = label_rows(LocalTeacher(model), gold[fold == k], k, spec.max_new_tokens).set_index(KEYS)
         columns = held_out.columns.drop("probabilities")
         signals.loc[held_out.index, columns] = held_out[columns]

@@ -18,6 +18,7 @@ from distillery.files import atomic_write, raise_if_disk_full
 from distillery.fingerprint import code_digest
 from distillery.models.fast_cpu import restore_full_embedding
 from distillery.models.label_model import LabelModel
+from distillery.models.packed.frozen_layers import SharedStates
 from distillery.models.predictions import predict_splits
 from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.training.disk import check_disk, disk_need, size_text
@@ -51,11 +52,13 @@ def train_phase(
     checkpoint_every: int = 50,
     validation: TrainingRows | None = None,
     teachers: dict[str, OpenableTeacher] | None = None,
+    shared: SharedStates | None = None,
 ) -> pd.DataFrame:
     """Train `student` in place on the `rows` of `phase`; continue from the last checkpoint in `folder`, if any.
 
     checkpoint_every: optimizer steps between two checkpoints, unless early stopping sets them; it changes no weight.
     validation: the rows that early stopping scores. teachers: those whose tokens or hidden states the loss compares.
+    shared: states of frozen layers, see :func:`compute_frozen_states`.
     Returns the history, a row a logged step: step, epoch, loss, learning_rate and the terms' values.
     Prints the size of a checkpoint and the disk that the training needs.
     Raises UserError when the disk has less, or is full, and when a teacher does not fit the student.
@@ -71,6 +74,7 @@ def train_phase(
             checkpoint_every=checkpoint_every,
             validation=validation,
             teachers=teachers,
+            shared=shared,
         )
         need = disk_need(student, trainer.model)
         check_disk(need, folder)

@@ -19,7 +19,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from distillery.config.schema import PhaseConfig
 from distillery.models.fast_cpu import train_used_embeddings, use_bit_dropout
 from distillery.models.label_model import Completion, LabelModel
-from distillery.models.packed.frozen_layers import compute_frozen_states
+from distillery.models.packed.frozen_layers import SharedStates, compute_frozen_states
 from distillery.models.predictions import predict_rows, score_predictions
 from distillery.models.scoring import scored_completions
 from distillery.tasks.schema import N_OPTIONS
@@ -50,6 +50,7 @@ class PhaseTrainerMixin:
         seed: int,
         validation: TrainingRows | None,
         teachers: dict[str, OpenableTeacher],
+        shared: SharedStates | None = None,
     ) -> None:
         """Encode the rows, and compute once everything that the phase's terms need of the teachers."""
         self.student, self.rows, self.phase, self.seed, self.validation = student, rows, phase, seed, validation
@@ -66,10 +67,11 @@ class PhaseTrainerMixin:
         if student.arch == "classifier":  # other models' embeddings are also their output head
             used = {student.tokenizer.pad_token_id, *(token for ids in self.token_ids for token in ids)}
             train_used_embeddings(self.model, used)
-        if student.arch == "causal" and not phase.on_policy and not self.signals.student_layers:
-            self._compute_frozen_states()
+        repeats = count_optimizer_steps(len(rows), phase) * phase.accumulate * phase.batch_size > len(rows)
+        if student.arch == "causal" and repeats and not phase.on_policy and not self.signals.student_layers:
+            self._compute_frozen_states(shared)
 
-    def _compute_frozen_states(self) -> None:
+    def _compute_frozen_states(self, shared: SharedStates | None) -> None:
         """Compute once what the student's frozen lower layers, if it has any, give for all rows of the phase."""
         student, label_space = self.student, self.phase_loss.requested_outputs["label_space"]
         labels = student.label_token_ids if label_space else []
@@ -78,7 +80,7 @@ class PhaseTrainerMixin:
         longest = max(len(tokens) for row in scored for tokens, _ in row)
         if student.forward_methods(self.token_ids, longest).scoring == "packed":
             with student.autocast():
-                student.frozen_states = compute_frozen_states(self.model, self.token_ids, scored)
+                student.frozen_states = compute_frozen_states(self.model, self.token_ids, scored, shared)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         entropy = None
@@ -307,6 +309,7 @@ def build_trainer(
     checkpoint_every: int,
     validation: TrainingRows | None = None,
     teachers: dict[str, OpenableTeacher] | None = None,
+    shared: SharedStates | None = None,
 ) -> PhaseTrainerMixin:
     """The trainer of a phase, with everything that it needs of the teachers; see :func:`train_phase`."""
     stopping = phase.early_stopping
@@ -324,5 +327,5 @@ def build_trainer(
     }
     trainer = _create_trainer(student, phase, arguments, inputs)
     trainer.remove_callback(PrinterCallback)
-    trainer.prepare(student, rows, phase, seed, validation, teachers or {})
+    trainer.prepare(student, rows, phase, seed, validation, teachers or {}, shared)
     return trainer
