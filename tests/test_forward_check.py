@@ -186,6 +186,10 @@ def test_models_of_one_config_are_checked_once_a_process(monkeypatch):
             model.forward(ROWS[:1])
         model.generate_tokens(ROWS, max_new_tokens=2)
     assert compared == [64]
+    trained = fresh("llama")
+    trained.model.config.use_cache = False  # as TRL leaves it
+    trained.forward_methods(ROWS, 2)
+    assert compared == [64]
     fresh("llama").forward_methods(drawn_rows(len(TOKENIZER), 60), 8)
     fresh("qwen2").forward_methods(drawn_rows(len(TOKENIZER), 200), 8)
     assert compared == [64, 128, 256]
