@@ -45,6 +45,7 @@ def test_base_is_valid_and_typed(folder):
     assert checked.students["kd"].init.layers == [0, 2]
 
 
+AUTO = {"data": ["news/train"], "loss": {"ce": 1.0}, "steps": "auto", "learning_rate": 1.0e-4}
 # key, value, the line after "params.yaml: "
 MISTAKES = [
     ("seedz", [1], "seedz: unknown key; did you mean `seeds`? allowed: seeds, data, models, teachers, augment, "),
@@ -255,6 +256,25 @@ MISTAKES = [
     ("students.gold.phases.0.data", ["news/pool"], "students.gold.phases.0.loss: `ce` on a pool needs `teachers`"),
     ("students.gold.phases.0.order", "confidence", "students.gold.phases.0: `order: confidence` needs `teachers`"),
     ("students.gold.phases.0.early_stopping", {"evry": 1}, "students.gold.phases.0.early_stopping.evry: unknown key;"),
+    ("students.gold.phases.0.steps", "autom", "students.gold.phases.0.steps: must be a whole number or 'auto', not"),
+    ("students.gold.phases.0.epochs", "auto", "students.gold.phases.0: needs exactly one of `epochs` or `steps`"),
+    ("students.gold.phases.0.max_steps", 9, "students.gold.phases.0: `max_steps` is the upper bound of `steps: auto`"),
+    ("students.gold.phases.0.balance", "weights", "students.gold.phases.0.balance: must be 'none', 'class_weights' or"),
+    (
+        "students.gold.phases.0",
+        AUTO | {"schedule": "linear"},
+        "students.gold.phases.0: `schedule: linear` needs a known end: use `inverse_sqrt` or `constant` with `auto`",
+    ),
+    (
+        "students.gold.phases.0",
+        AUTO | {"balance": "batches", "order": "length"},
+        "students.gold.phases.0: `balance: batches` draws rows at random: leave out `order: length`",
+    ),
+    (
+        "students.kd.phases.0",
+        AUTO | {"teachers": ["encoder"], "loss": {"hidden": 1.0}, "balance": "class_weights"},
+        "students.kd.phases.0: `balance: class_weights` weighs `ce`, the divergences and `uld`, and `loss` has none",
+    ),
     ("evaluate.headline", "x", "evaluate.headline: unknown student `x`; known: kd, gold"),
     ("evaluate.pretrained_on", {"nobody": ["news"]}, "evaluate.pretrained_on: unknown model or teacher `nobody`"),
     ("evaluate.confidence", 95, "evaluate.confidence: must be less than 1, not 95"),
@@ -268,6 +288,32 @@ def test_mistakes_give_one_line(folder, key, value, line):
     message = str(caught.value)
     assert f"{message}\n".startswith(f"params.yaml: {line}")
     assert "\n" not in message
+
+
+def test_auto_and_early_stopping_need_validation_rows(folder):
+    pool = {"source": "pool.csv", "task": "mood", "columns": {"label": None}}
+    for key, change in (
+        ("steps", {"steps": "auto"}),
+        ("epochs", {"steps": None, "epochs": "auto"}),
+        ("early_stopping", {"early_stopping": {"every": 5}}),
+    ):
+        raw = changed("data.pool", pool)
+        phase = {"data": ["pool/pool"], "teachers": ["llm"], "loss": {"kl": 1.0}, "steps": 3, "learning_rate": 0.1}
+        raw["teachers"]["llm"]["data"].append("pool")
+        raw["students"]["kd"]["phases"] = [phase | change]
+        with pytest.raises(UserError) as caught:
+            load(folder, raw)
+        line = f"params.yaml: students.kd.phases.0.{key}: needs validation rows, and `pool` has none"
+        assert str(caught.value) == line
+
+
+def test_a_search_cannot_look_at_validation_rows(folder):
+    raw = changed("search", {"student": "gold", "learning_rate": [0.1, 0.2]})
+    raw["students"]["gold"]["phases"][0]["steps"] = "auto"
+    with pytest.raises(UserError, match="^params.yaml: search.phase: a search reads no validation rows, which `auto`"):
+        load(folder, raw)
+    raw["search"]["choices"] = {"steps": [20, 40]}
+    assert load(folder, raw).search.choices == {"steps": [20, 40]}
 
 
 def test_two_tasks_in_one_student(folder):

@@ -11,7 +11,7 @@ import pytest
 
 import distillery.notebook
 from distillery.models.heads import OwnHead
-from distillery.notebook import augment, data, distill, evaluate, heads, teach
+from distillery.notebook import augment, data, distill, evaluate, heads, labels, teach
 from distillery.notebook import lesson_sentences as lesson
 from distillery.notebook.style import join_words
 
@@ -28,6 +28,7 @@ SPLITS = pd.DataFrame({"split": ["train", "test"], "share": [0.5, 0.5], "wanted 
 WORD = {"label": "negative", "word": "loss", "inside": 0.3, "outside": 0.05}
 GAINS = pd.DataFrame({"model": "s", "after phase": [0, 1, 2], "accuracy": [0.3, 0.6, 0.7], "gain": [None, 0.3, 0.1]})
 CLOSE = pd.DataFrame({"model": ["s", "s, untrained"], "teacher": "t", "agreement": [0.8, 0.3], "kl": [0.1, 0.9]})
+GOLD = pd.Series(["a", "a", "b"])
 STABLE = pd.DataFrame({"model": "s", "perturbation": ["names", "amounts"], "consistency": [0.99, 0.95]})
 
 # function, facts and a part of their sentence, other facts and a part of the opposite sentence
@@ -47,6 +48,20 @@ CASES = [
         "good is up, bad is down",
         (OwnHead(["bad", "good"], None), ["up", "down"]),
         "one is drawn at random",
+    ),
+    (
+        labels.coverage_sentence,
+        ("m", GOLD, GOLD, True),
+        "each of the 2 labels",
+        ("m", GOLD, pd.Series(list("aaa")), True),
+        "**m never predicts** b (1 of 3)",
+    ),
+    (
+        labels.constant_sentence,
+        ("m", GOLD, GOLD, True),
+        "m is right on 100.0% of 3",
+        ("m", GOLD, pd.Series(list("aaa")), True),
+        "**m is not better than a constant answer**",
     ),
     (teach.untrained_sentence, (0.6, 0.4), "knows something", (0.3, 0.4), "does **not** know"),
     (teach.loss_sentence, ({"all": FALLING},), "fits these rows better", ({"all": RISING},), "did **not** fit"),
@@ -163,6 +178,15 @@ def test_edge_cases_have_a_sentence_of_their_own():
         "a and b",
         "a, b and c",
     ]
+
+
+def test_warnings_for_the_terminal_are_the_bold_sentences_with_a_way_out():
+    label, constant = pd.Series(list("abcdefgg")), pd.Series(["g"] * 8)
+    sentences = [labels.coverage_sentence("m", label, prediction, False) for prediction in (label, constant)]
+    (line,) = labels.warning_lines(sentences)
+    assert line.startswith("warning: m never predicts a (1 of 8), b (1 of 8), c (1 of 8), d (1 of 8), e (1 of 8) and 1")
+    assert labels.PROMPTED in line and labels.TUNED not in line
+    assert labels.TUNED in labels.constant_sentence("m", label, constant, True)
 
 
 def test_a_rationale_stands_beside_the_label_that_it_was_written_for():

@@ -94,6 +94,12 @@ DIFFERENCES = [
     ("phases.0.learning_rate", 2.0e-3, ["init.layers: [0, 2] and all", "phases.0.learning_rate: 0.002 and 0.0001"]),
     ("phases.0.steps", 3, ["init.layers: [0, 2] and all", "steps: 3 and 4"]),
     (
+        "phases.0.steps",
+        "auto",
+        ["init.layers: [0, 2] and all", "phases.0.schedule: inverse_sqrt and linear", "steps: auto and 4"],
+    ),
+    ("phases.0.balance", "batches", ["init.layers: [0, 2] and all", "phases.0.balance: batches and none"]),
+    (
         "phases.0.early_stopping",
         {"every": 1},
         [

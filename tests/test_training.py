@@ -39,11 +39,12 @@ from distillery.training.phase_loss import PhaseLoss
 from distillery.training.rows import TrainingRows, phase_rows
 from distillery.training.run import last_whole_checkpoint, run_key, train_phase, train_phases
 from distillery.training.sampler import LengthGroupedSampler
+from distillery.training.stopping import count_optimizer_steps
 from distillery.training.student import build_student, load_student
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.teacher_outputs import teacher_outputs_key
 from distillery.training.teacher_signals import TeacherSignals
-from distillery.training.trainers import OnPolicyTrainer, PhaseTrainerMixin, build_trainer, count_optimizer_steps
+from distillery.training.trainers import OnPolicyTrainer, PhaseTrainerMixin, build_trainer
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 LABELS = TASK.names

@@ -15,6 +15,7 @@ from distillery.config.schema import (
     SplitRef,
     StudentConfig,
     TeacherConfig,
+    TrainingConfig,
 )
 from distillery.errors import UserError
 from distillery.files import Paths
@@ -86,6 +87,14 @@ def _check_teacher(params: Params, place: str, name: str, teacher: TeacherConfig
             raise UserError(f"{place}.finetune.on: `{tuned_on}` has another task than its data")
         if tuned_on not in sources:
             raise UserError(f"{place}.finetune.on: `{tuned_on}` is not among its `data`: add it there")
+        _check_stopping(params, f"{place}.finetune", teacher.finetune, tuned_on)
+
+
+def _check_stopping(params: Params, place: str, training: TrainingConfig, source: str) -> None:
+    """`source` has the validation rows that early stopping or `auto` needs."""
+    if training.stopping and not params.data[source].holds("validation"):
+        key = "early_stopping" if training.early_stopping else "epochs" if training.epochs else "steps"
+        raise UserError(f"{place}.{key}: needs validation rows, and `{source}` has none")
 
 
 def _check_augment(params: Params, file: str) -> None:
@@ -115,6 +124,7 @@ def _check_student(params: Params, place: str, name: str, student: StudentConfig
         tasks |= {params.data[ref.source].task for ref in refs}
         _check_terms(params, f"{place}.phases.{i}", student, phase)
         _check_phase_teachers(params, f"{place}.phases.{i}", phase, refs)
+        _check_stopping(params, f"{place}.phases.{i}", phase, params.test_source(name))
     if len(tasks) > 1:
         raise UserError(f"{place}.phases: one task only, not {', '.join(sorted(tasks))}")
 
@@ -182,8 +192,13 @@ def _check_evaluation(params: Params, file: str) -> None:
             _check_known(f"{file}: evaluate.pretrained_on.{name}", source, params.data, "source")
     if search:
         _check_known(f"{file}: search.student", search.student, params.students, "student")
-        if search.phase > len(params.students[search.student].phases):
+        phases = params.students[search.student].phases
+        if search.phase > len(phases):
             raise UserError(f"{file}: search.phase: `{search.student}` has no phase {search.phase}")
+        if phases[search.phase - 1].is_auto and not {"epochs", "steps"} & set(search.choices):
+            raise UserError(
+                f"{file}: search.phase: a search reads no validation rows, which `auto` needs: give `epochs` or `steps`"
+            )
     _check_known(f"{file}: evaluate.headline", evaluate.headline, params.students, "student")
 
 
@@ -246,9 +261,15 @@ def control_differences(params: Params, name: str) -> list[str]:
     else:
         differences.append(f"phases: {len(phases[0])} and {len(phases[1])}")
         differences += _differences(*(_values_over_phases(of_one) for of_one in phases), "phases.*.")
-    steps = [[phase.steps for phase in one.phases] for one in pair]
-    totals = [{} if None in of_one else {"steps": sum(of_one)} for of_one in steps]
-    return differences + _differences(*totals)
+    return differences + _differences(*(_total_steps(one.phases) for one in pair))
+
+
+def _total_steps(phases: list[PhaseConfig]) -> dict[str, Any]:
+    """The sum of the phases' steps, or `auto` where validation rows decide one; empty where epochs give one."""
+    if any(phase.is_auto for phase in phases):
+        return {"steps": "auto"}
+    steps = [phase.steps for phase in phases]
+    return {} if None in steps else {"steps": sum(steps)}
 
 
 def _phase_settings(phase: PhaseConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ be 0 (log-probability -inf): its logarithm is held at `LOG_FLOOR`, the smallest 
 divide by it stay finite. A student's logits must be finite: exclude an outcome with a large negative one such as -1e4.
 """
 
+from distillery.losses.balance import balanced_weights
 from distillery.losses.combine import combine_terms, reduce
 from distillery.losses.divergences import (
     DISTRIBUTION_TERMS,
@@ -44,6 +45,7 @@ __all__ = [
     "DISTRIBUTION_TERMS",
     "LOG_FLOOR",
     "attention_transfer_maps",
+    "balanced_weights",
     "combine_terms",
     "confidence_weights",
     "cosine_embedding",

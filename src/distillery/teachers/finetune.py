@@ -16,7 +16,7 @@ from distillery.tasks.schema import Task
 from distillery.teachers.local import LocalTeacher
 from distillery.teachers.signals import KEYS, label_rows
 from distillery.training.rows import gold_rows
-from distillery.training.run import run_key, train_phase
+from distillery.training.run import run_key, train_phase, validation_rows
 from distillery.training.student import attach_adapters
 from distillery.training.teacher_models import load_teacher_model
 
@@ -29,24 +29,29 @@ def finetune_teacher(
     *,
     folder: Path,
     part: str = "all",
+    validation: pd.DataFrame | None = None,
     shared: SharedStates | None = None,
 ) -> tuple[LabelModel, pd.DataFrame]:
     """The teacher fine-tuned on gold `rows` (id, text, label), and its training history.
 
     Checkpoints lie in `folder` under a key of everything that decides the result; a killed run continues there.
-    part: the name of these rows, for the key and for messages. shared: states of the layers below all adapters, for
+    part: the name of these rows, for the key and for messages. validation: rows of the same columns, which early
+    stopping scores. shared: states of the layers below all adapters, for
     the next model on some of these rows; give it to the model on all gold rows first.
     """
     spec = params.teachers[name]
     teacher = load_teacher_model(name, spec, params.models[spec.model], task, use="training")
     teacher.model = attach_adapters(teacher.model, spec.finetune.lora, teacher.arch, spec.seed)
+    columns = ["id", "text", "label", *(["answers"] if task.kind == "qa" else [])]
+    watched = validation if spec.finetune.stopping else None
     key = run_key(
         spec.model_dump(),
         str(teacher.dtype),
         params.models[spec.model].model_dump(),
         task.model_dump(),
         part,
-        rows[["id", "text", "label", *(["answers"] if task.kind == "qa" else [])]].to_csv(),
+        rows[columns].to_csv(),
+        *([] if watched is None else [watched[columns].to_csv()]),
     )
     history = train_phase(
         teacher,
@@ -55,6 +60,7 @@ def finetune_teacher(
         folder=folder / key,
         seed=spec.seed,
         title=f"{name} on {part}",
+        validation=None if watched is None else validation_rows(watched, task),
         shared=shared,
     )
     return teacher, history

@@ -56,6 +56,11 @@ class MicroBatch:
         return kinds
 
     @cached_property
+    def supervised_tokens(self) -> list[int]:
+        """[rows]: how many tokens of each row are supervised."""
+        return [count_supervised(row) for row in self.completions or []]
+
+    @cached_property
     def compared_tokens(self) -> list[int]:
         """[rows]: at how many tokens the student's vocabulary distribution is compared with a teacher's.
 

@@ -35,6 +35,18 @@ class PhaseLoss:
         self.weights = phase.loss
         self.divergences = {term: weight for term, weight in phase.loss.items() if term in DIVERGENCES}
         self.hidden_state_terms = [term for term in phase.loss if term in HIDDEN_STATE_TERMS]
+        if phase.balance != "none" and rows.answers is not None:
+            raise UserError("balance: answers are free text, not labels; leave it out")
+        # of `ce`, the divergences and `uld`; None for ones
+        weighted = phase.balance == "class_weights"
+        self.row_weights = losses.balanced_weights(rows.label_distributions()) if weighted else None
+
+    def _weights(self, batch: MicroBatch, device: torch.device, tokens: list[int] | None = None) -> Tensor | None:
+        """The weight of each row of `batch`, or of each token where rows have so many `tokens`; None for ones."""
+        if self.row_weights is None:
+            return None
+        weights = self.row_weights[batch.rows]
+        return (weights if tokens is None else weights.repeat_interleave(torch.tensor(tokens))).to(device)
 
     @property
     def requested_outputs(self) -> dict[str, object]:
@@ -76,9 +88,12 @@ class PhaseLoss:
         if "ce" in self.weights:
             if batch.completions is None:  # a classifier has classes, not tokens
                 targets = torch.as_tensor(self.rows.targets[batch.rows], device=outputs.label_logits.device)
-                values["ce"] = losses.reduce(losses.cross_entropy(outputs.label_logits, targets), None, counts.rows)
+                weights = self._weights(batch, targets.device)
+                values["ce"] = losses.reduce(losses.cross_entropy(outputs.label_logits, targets), weights, counts.rows)
             else:
                 mask = self._token_mask(batch, ANSWER, outputs.completion_nll)
+                weights = self._weights(batch, mask.device, batch.supervised_tokens)
+                mask = mask if weights is None else mask * weights
                 values["ce"] = losses.reduce(outputs.completion_nll, mask, counts.answer_tokens)
         if "rationale" in self.weights:
             mask = self._token_mask(batch, RATIONALE, outputs.completion_nll)
@@ -96,11 +111,13 @@ class PhaseLoss:
         """The weighted sum of the divergences in the phase's space, and their values."""
         if self.phase.space == "labels":
             teacher = self.rows.logprobs[batch.rows].to(outputs.label_logits.device)
-            return self._combine(outputs.label_logits, teacher, counts.rows)
+            weights = self._weights(batch, teacher.device)
+            return self._combine(outputs.label_logits, teacher, counts.rows, weights)
         logits, tokens = outputs.completion_logits, counts.compared_tokens
+        weights = self._weights(batch, logits.device, batch.compared_tokens)
         if self.phase.top_k:
             top_k = self.signals.outputs[self.phase.teachers[0]].top_k(batch.rows)
-            value = losses.reduce(losses.kl_top_k(logits, *(part.to(logits.device) for part in top_k)), None, tokens)
+            value = losses.reduce(losses.kl_top_k(logits, *(part.to(logits.device) for part in top_k)), weights, tokens)
             return self.weights["kl"] * value, {"kl": value.detach()}
         if batch.sampled is not None:
             logits = logits[self._token_mask(batch, SAMPLED, logits)]
@@ -112,15 +129,17 @@ class PhaseLoss:
         width = min(student.shape[1] for student, _ in shared)
         teachers = [teacher[:, :width] for _, teacher in shared]
         if len(teachers) == 1:
-            return self._combine(logits[:, :width], teachers[0], tokens)
+            return self._combine(logits[:, :width], teachers[0], tokens, weights)
         repeats = torch.tensor(batch.compared_tokens)
-        weights = [
+        teacher_weights = [
             self.rows.teacher_weights[name][batch.rows].repeat_interleave(repeats) for name in self.phase.teachers
         ]
-        mixed = losses.mix_teachers(torch.stack(teachers), move_tensor(torch.stack(weights), logits.device))
-        return self._combine(logits[:, :width], mixed, tokens)
+        mixed = losses.mix_teachers(torch.stack(teachers), move_tensor(torch.stack(teacher_weights), logits.device))
+        return self._combine(logits[:, :width], mixed, tokens, weights)
 
-    def _combine(self, logits: Tensor, teacher: Tensor, denominator: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _combine(
+        self, logits: Tensor, teacher: Tensor, denominator: int, weights: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         phase = self.phase
         return losses.combine_terms(
             self.divergences,
@@ -131,6 +150,7 @@ class PhaseLoss:
             beta=phase.beta,
             alpha=phase.alpha,
             denominator=denominator,
+            mask=weights,
         )
 
     def _logit_distance(self, logits: Tensor, batch: MicroBatch, counts: StepCounts) -> Tensor:
@@ -147,14 +167,17 @@ class PhaseLoss:
         """The tokens that are compared with teacher `name`, whose tokenizer may be another one.
 
         Each completion is compared up to the end of its shorter tokenization. Returns the positions among the
-        student's supervised tokens, those among the teacher's, and the teacher's weight at each.
+        student's supervised tokens, those among the teacher's, and the weight of the distance at each.
         """
         teacher_lengths = self.signals.outputs[name].completion_lengths
         student_tokens: list[int] = []
         teacher_tokens: list[int] = []
         weights: list[float] = []
         student_start = teacher_start = 0
-        for i, share in zip(batch.rows, self.signals.teacher_shares(name, batch.rows).tolist(), strict=True):
+        shares = self.signals.teacher_shares(name, batch.rows)
+        if self.row_weights is not None:
+            shares = shares * self.row_weights[batch.rows]
+        for i, share in zip(batch.rows, shares.tolist(), strict=True):
             for j, completion in enumerate(self.completions.by_row[i]):
                 student_length = count_supervised([completion])
                 teacher_length = int(teacher_lengths[self.completions.offsets[i] + j])

@@ -23,7 +23,7 @@ class TrainingRows:
     rationales [n]: text, or None where there is none. teacher_weights {teacher: [n]}: weight of each teacher in a mix.
     teacher_folds {teacher: [n]}: the fold whose model may score a row. label_prior [labels]: shares of the gold labels.
     answers: of a `qa` task, the texts that targets are indices of. accepted_answers [n]: the right ones, for scores.
-    n_options [n]: of a `choice` task, how many labels have an option.
+    n_options [n]: of a `choice` task, how many labels have an option. gold [n]: which targets are gold; None: all.
     """
 
     texts: list[str]
@@ -36,9 +36,19 @@ class TrainingRows:
     answers: list[str] | None = None
     accepted_answers: list[str] | None = None
     n_options: list[int] | None = None
+    gold: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def label_distributions(self) -> torch.Tensor:
+        """[n, labels]: one-hot of a gold label, and where there is none the teachers' mixed distribution."""
+        targets = torch.as_tensor(self.targets)
+        n_labels = -1 if self.logprobs is None else self.logprobs.shape[1]
+        one_hot = torch.nn.functional.one_hot(targets, n_labels).double()
+        if self.logprobs is None or self.gold is None:
+            return one_hot
+        return torch.where(torch.as_tensor(self.gold)[:, None], one_hot, self.logprobs.double().exp())
 
 
 def select_pseudo_labels(rows: pd.DataFrame, phase: PhaseConfig) -> np.ndarray:
@@ -122,6 +132,7 @@ def _add_teachers(
         weights = weights.reshape(len(weights), -1) * torch.from_numpy(has_signal)
     training_rows.logprobs = losses.mix_teachers(logprobs, weights).float()
     predicted = training_rows.logprobs.argmax(-1).numpy()
+    training_rows.gold = training_rows.targets >= 0
     training_rows.targets = np.where(training_rows.targets < 0, predicted, training_rows.targets)
     by_row = weights if weights.dim() == 2 else weights[:, None].expand(-1, len(rows))
     training_rows.teacher_weights = dict(zip(phase.teachers, by_row, strict=True))

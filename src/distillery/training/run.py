@@ -12,8 +12,10 @@ import pandas as pd
 import safetensors.torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState
 
 from distillery.config.schema import PhaseConfig, StudentConfig
+from distillery.errors import UserError
 from distillery.files import atomic_write, raise_if_disk_full
 from distillery.fingerprint import code_digest
 from distillery.models.fast_cpu import restore_full_embedding
@@ -24,6 +26,7 @@ from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.training.disk import check_disk, disk_need, size_text
 from distillery.training.keys import result_key
 from distillery.training.rows import TrainingRows, phase_rows
+from distillery.training.stopping import end_sentence, had_stopped, plan_sentence
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
 
@@ -61,8 +64,11 @@ def train_phase(
     shared: states of frozen layers, see :func:`compute_frozen_states`.
     Returns the history, a row a logged step: step, epoch, loss, learning_rate and the terms' values.
     Prints the size of a checkpoint and the disk that the training needs.
-    Raises UserError when the disk has less, or is full, and when a teacher does not fit the student.
+    Raises UserError when the disk has less, or is full, when a teacher does not fit the student, and when early
+    stopping has no validation rows.
     """
+    if phase.stopping and not validation:
+        raise UserError(f"{title}: `early_stopping` and `auto` need validation rows, and there are none")
     try:
         trainer = build_trainer(
             student,
@@ -80,7 +86,7 @@ def train_phase(
         check_disk(need, folder)
         sizes = f"a checkpoint takes {size_text(need.checkpoint)}, and the run up to {size_text(need.total)} of disk"
         print(f"{title}: {sizes}", flush=True)
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+        _train_or_restore(trainer, last_whole_checkpoint(folder), title)
     except Exception as error:  # torch and safetensors have error classes of their own
         raise_if_disk_full(error, folder)
         raise
@@ -95,6 +101,23 @@ def train_phase(
     )
     terms = [k for k in history if k.startswith("term_")]
     return history[[*HISTORY_COLUMNS, *terms]].rename(columns=lambda k: k.removeprefix("term_"))
+
+
+def _train_or_restore(trainer: Any, checkpoint: str | None, title: str) -> None:
+    """Train on from `checkpoint` (None: from the start), or only load the best weights where that run had stopped.
+
+    Prints what early stopping will watch, and when it ended the training.
+    """
+    phase, stopping, steps = trainer.phase, trainer.phase.stopping, trainer.args.max_steps
+    if stopping:
+        print(f"{title}: {plan_sentence(len(trainer.rows), len(trainer.validation), phase)}", flush=True)
+    if had_stopped(checkpoint, stopping):
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        trainer._load_best_model()
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stopping:
+        print(f"{title}: {end_sentence(trainer.state.log_history, steps, phase)}", flush=True)
 
 
 def run_key(*parts: Any) -> str:
@@ -124,7 +147,7 @@ def train_phases(
     (phase, split, id, label, prediction, probabilities), phase 0 being the untrained student.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held_out = _validation_rows(validation, student.task)
+    held_out = validation_rows(validation, student.task)
     for k in range(len(spec.phases) + 1):
         finished = folder / f"phase-{k}"
         if not (finished / "history.csv").exists():
@@ -150,7 +173,8 @@ def train_phases(
     return _read_phases([folder / f"phase-{k}" for k in range(len(spec.phases) + 1)])
 
 
-def _validation_rows(validation: pd.DataFrame, task: Task) -> TrainingRows:
+def validation_rows(validation: pd.DataFrame, task: Task) -> TrainingRows:
+    """`validation` (text, label) as rows that early stopping scores."""
     targets = np.array([task.names.index(label) for label in validation["label"]])
     answers = validation["answers"].tolist() if task.kind == "qa" else None
     n_options = validation[N_OPTIONS].tolist() if N_OPTIONS in validation else None

@@ -39,3 +39,32 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         full = len(rows) // self.batch
         batches = [rows[k * self.batch : (k + 1) * self.batch] for k in range(full)]
         return iter([i for k in rng.permutation(full) for i in batches[k]] + rows[full * self.batch :])
+
+
+class BalancedSampler(LengthGroupedSampler):
+    """As the order `random` of :class:`LengthGroupedSampler`, with as many rows of each label in every batch.
+
+    labels: the label of each row, an index. The counts of two labels in a batch differ by one at most. An epoch has as
+    many rows as there are: of a frequent label a part, drawn anew in each epoch, of a rare one each row several times.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, labels: Sequence[int]):
+        super().__init__(lengths, batch, seed)
+        labels = np.asarray(labels)
+        self.rows_of_label = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        n, count = len(self), len(self.rows_of_label)
+        per_label = -(-n // count)
+        pool = max(1, self.batch * BATCHES_PER_POOL // count)
+        columns = []
+        for rows in (self.rows_of_label[k] for k in rng.permutation(count)):  # the remainder goes to others each time
+            drawn = np.concatenate([rng.permutation(rows) for _ in range(-(-per_label // len(rows)))])[:per_label]
+            drawn = drawn.tolist()
+            pools = (drawn[start : start + pool] for start in range(0, per_label, pool))
+            columns.append([i for rows in pools for i in sorted(rows, key=self.lengths.__getitem__)])
+        rows = [i for row in zip(*columns, strict=True) for i in row][:n]
+        full = n // self.batch
+        order = [i for k in rng.permutation(full) for i in rows[k * self.batch : (k + 1) * self.batch]]
+        return iter(order + rows[full * self.batch :])

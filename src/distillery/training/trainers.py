@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -26,7 +26,13 @@ from distillery.tasks.schema import N_OPTIONS
 from distillery.training.completions import PhaseCompletions, StepCounts
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.rows import TrainingRows
-from distillery.training.sampler import LengthGroupedSampler
+from distillery.training.sampler import BalancedSampler, LengthGroupedSampler
+from distillery.training.stopping import (
+    PatienceCallback,
+    count_optimizer_steps,
+    evaluation_interval,
+    schedule_arguments,
+)
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.teacher_signals import TeacherSignals
 
@@ -84,6 +90,9 @@ class PhaseTrainerMixin:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         entropy = None
+        if self.phase.balance == "batches":
+            lengths = [len(ids) for ids in self.token_ids]
+            return BalancedSampler(lengths, self.phase.batch_size, self.seed, self.rows.targets)
         if self.rows.logprobs is not None:
             entropy = (-(self.rows.logprobs.exp() * self.rows.logprobs.clamp_min(-100)).sum(-1)).tolist()
         lengths = [len(ids) for ids in self.token_ids]
@@ -221,27 +230,19 @@ def time_left(seconds: float) -> str:
     return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
 
 
-def count_optimizer_steps(rows: int, phase: PhaseConfig) -> int:
-    """Optimizer steps of a phase on `rows` rows; the last, smaller batch of an epoch counts."""
-    if phase.steps:
-        return phase.steps
-    return max(1, math.ceil(phase.epochs * math.ceil(math.ceil(rows / phase.batch_size) / phase.accumulate)))
-
-
 def training_arguments(
-    phase: PhaseConfig, steps: int, folder: Path, seed: int, checkpoint_every: int, float16: bool, on_cpu: bool
+    phase: PhaseConfig, rows: int, folder: Path, seed: int, checkpoint_every: int, float16: bool, on_cpu: bool
 ) -> dict[str, Any]:
-    """Keyword arguments of `TrainingArguments` for `steps` optimizer steps of `phase`, with checkpoints in `folder`."""
-    stopping = phase.early_stopping
-    every = stopping.every if stopping else checkpoint_every
+    """Keyword arguments of `TrainingArguments` for `phase` on `rows` rows, with checkpoints in `folder`."""
+    stopping, steps = phase.stopping, count_optimizer_steps(rows, phase)
+    every = evaluation_interval(rows, phase) if stopping else checkpoint_every
     return {
         "output_dir": str(folder),
         "max_steps": steps,
         "per_device_train_batch_size": phase.batch_size,
         "gradient_accumulation_steps": phase.accumulate,
         "learning_rate": phase.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup" if phase.schedule == "constant" else phase.schedule,
-        "warmup_steps": int(phase.warmup * steps),
+        **schedule_arguments(rows, phase),
         "weight_decay": phase.weight_decay,
         "max_grad_norm": phase.max_grad_norm,
         "seed": seed,
@@ -312,18 +313,17 @@ def build_trainer(
     shared: SharedStates | None = None,
 ) -> PhaseTrainerMixin:
     """The trainer of a phase, with everything that it needs of the teachers; see :func:`train_phase`."""
-    stopping = phase.early_stopping
-    steps = count_optimizer_steps(len(rows), phase)
+    stopping = phase.stopping
     on_cpu = student.device.type == "cpu"
     float16 = student.dtype == torch.float16 and student.device.type == "cuda"
-    arguments = training_arguments(phase, steps, folder, seed, checkpoint_every, float16, on_cpu)
+    arguments = training_arguments(phase, len(rows), folder, seed, checkpoint_every, float16, on_cpu)
     data = Dataset.from_dict({"index": list(range(len(rows)))})
     inputs: dict[str, Any] = {
         "model": student.model,
         "train_dataset": data,
         "eval_dataset": data if stopping else None,
         "data_collator": lambda batch: {"index": torch.tensor([row["index"] for row in batch])},
-        "callbacks": [ProgressPrinter(title)] + ([EarlyStoppingCallback(stopping.patience)] if stopping else []),
+        "callbacks": [ProgressPrinter(title)] + ([PatienceCallback(stopping)] if stopping else []),
     }
     trainer = _create_trainer(student, phase, arguments, inputs)
     trainer.remove_callback(PrinterCallback)

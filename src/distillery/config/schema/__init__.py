@@ -28,15 +28,15 @@ from distillery.config.schema.data import ColumnNames, OwnSplits, RowFilter, Sou
 from distillery.config.schema.evaluate import EvaluateConfig, PublishedScores, RecipeConfig, SearchConfig
 from distillery.config.schema.experiment import Params
 from distillery.config.schema.models import ModelConfig, RandomModelConfig
-from distillery.config.schema.students import (
-    EarlyStoppingConfig,
-    PhaseConfig,
-    PseudoLabelFilter,
-    StudentConfig,
-    StudentInit,
-)
+from distillery.config.schema.students import PhaseConfig, PseudoLabelFilter, StudentConfig, StudentInit
 from distillery.config.schema.teachers import AnswerColumns, AnswerFilesConfig, ApiConfig, ApiPrice, TeacherConfig
-from distillery.config.schema.training import AdapterSettings, FinetuneConfig, LoraSettings, TrainingConfig
+from distillery.config.schema.training import (
+    AdapterSettings,
+    EarlyStoppingConfig,
+    FinetuneConfig,
+    LoraSettings,
+    TrainingConfig,
+)
 
 __all__ = [
     "AdapterSettings",

@@ -29,17 +29,6 @@ class StudentInit(Section):
     """`embeddings`: token vectors are not trained; they are most of a small encoder's parameters."""
 
 
-class EarlyStoppingConfig(Section):
-    """Stops a phase that no longer improves, and returns to its best checkpoint."""
-
-    metric: Literal["accuracy", "macro_f1", "loss"] = "macro_f1"
-    """Score on the validation split to watch."""
-    patience: Annotated[int, Field(gt=0)] = 3
-    """Evaluations without an improvement after which the phase stops."""
-    every: Annotated[int, Field(gt=0)]
-    """Optimizer steps between two evaluations."""
-
-
 class PseudoLabelFilter(Section):
     """Which rows without a gold label to train on, by the teachers' predictions."""
 
@@ -93,8 +82,6 @@ class PhaseConfig(TrainingConfig):
     """Temperature at which the student generates its answers."""
     order: Literal["random", "confidence", "length"] = "random"
     """Order of the rows: random, from those the teachers are most confident in, or from the shortest."""
-    early_stopping: EarlyStoppingConfig | None = None
-    """Stop a phase that no longer improves; never when not given."""
 
     @property
     def needs_token_logprobs(self) -> bool:
@@ -116,6 +103,10 @@ class PhaseConfig(TrainingConfig):
             raise ValueError(f"loss term `{signals[0]}` needs `teachers`")
         if self.order == "confidence" and not self.teachers:
             raise ValueError("`order: confidence` needs `teachers`")
+        if self.balance == "batches" and self.order != "random":
+            raise ValueError(f"`balance: batches` draws rows at random: leave out `order: {self.order}`")
+        if self.balance == "class_weights" and not {"ce", "uld", *DIVERGENCES} & set(self.loss):
+            raise ValueError("`balance: class_weights` weighs `ce`, the divergences and `uld`, and `loss` has none")
         if self.on_policy and not (self.space == "vocabulary" and self.needs_token_logprobs and "uld" not in self.loss):
             raise ValueError("`on_policy` needs `space: vocabulary` and a divergence in `loss`")
         if self.top_k:

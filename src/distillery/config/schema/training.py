@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,10 @@ from distillery.config.schema.base import LAYERS, Count, Fraction, Positive, Sec
 
 if TYPE_CHECKING:
     from distillery.config.schema.students import PhaseConfig
+
+
+MAX_EPOCHS = 20  # of `epochs: auto`
+MAX_STEPS = 2000  # of `steps: auto`
 
 
 class LoraSettings(Section):
@@ -35,32 +39,88 @@ class AdapterSettings(LoraSettings):
     """`lora`: adapters alone are trained. `qlora`: as well, on weights of 4 bits (Dettmers et al. 2023)."""
 
 
+class EarlyStoppingConfig(Section):
+    """Stops a training that no longer improves, and returns to its best checkpoint."""
+
+    metric: Literal["accuracy", "macro_f1", "loss"] = "macro_f1"
+    """Score on the validation rows to watch. `loss`: cross-entropy of their gold labels."""
+    patience: Annotated[int, Field(gt=0)] = 3
+    """Evaluations without an improvement after which the training stops."""
+    every: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps between two evaluations; when not given, one epoch, but at least 20 and at most 500 steps."""
+
+
 class TrainingConfig(Section):
     """Settings of gradient descent (AdamW). Exactly one of `epochs` and `steps` gives its length."""
 
-    epochs: Positive | None = None
-    """Passes over the rows."""
-    steps: Annotated[int, Field(gt=0)] | None = None
-    """Optimizer steps."""
+    epochs: Positive | Literal["auto"] | None = None
+    """Passes over the rows. `auto`: until the score on the validation rows stops improving, see `early_stopping`."""
+    steps: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
+    """Optimizer steps; `auto` as for `epochs`."""
+    max_epochs: Positive | None = None
+    """Upper bound of `epochs: auto`; 20 when not given."""
+    max_steps: Annotated[int, Field(gt=0)] | None = None
+    """Upper bound of `steps: auto`; 2000 when not given."""
     learning_rate: Positive
     """Highest learning rate of the schedule."""
     batch_size: Annotated[int, Field(gt=0)] = 16
     """Rows in one batch."""
     accumulate: Annotated[int, Field(gt=0)] = 1
     """Batches in one optimizer step."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after the warm-up."""
+    schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
+    """Course of the learning rate after the warm-up. `inverse_sqrt` needs no known end (Zhai et al. 2022, section 3.5):
+    it is the default with `auto`."""
     warmup: Fraction = 0.1
-    """Share of the steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises from 0; with `auto` it rises up to the first evaluation
+    instead, unless this is 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Weight decay."""
     max_grad_norm: Positive = 1.0
     """Norm to which longer gradients are clipped."""
+    balance: Literal["none", "class_weights", "batches"] = "none"
+    """Against rare labels. `class_weights`: rows weigh in the loss as n / (K n_k), so that all labels weigh alike (King
+    and Zeng 2001). `batches`: each batch holds as many rows of each label, those of rare labels again and again."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """Stop when the score on validation rows no longer improves; when not given, only with `auto`."""
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether validation rows decide the length."""
+        return "auto" in (self.epochs, self.steps)
+
+    @property
+    def stopping(self) -> EarlyStoppingConfig | None:
+        """The early stopping in force."""
+        return self.early_stopping or (EarlyStoppingConfig() if self.is_auto else None)
+
+    @property
+    def most_epochs(self) -> float | None:
+        """The epochs, or their upper bound; None where steps give the length."""
+        return (self.max_epochs or MAX_EPOCHS) if self.epochs == "auto" else self.epochs
+
+    @property
+    def most_steps(self) -> int | None:
+        """The steps, or their upper bound; None where epochs give the length."""
+        return (self.max_steps or MAX_STEPS) if self.steps == "auto" else self.steps
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schedule_without_end(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "auto" in (values.get("epochs"), values.get("steps")):
+            return {"schedule": "inverse_sqrt"} | values
+        return values
 
     @model_validator(mode="after")
     def _one_length(self):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("needs exactly one of `epochs` or `steps`")
+        for length in ("epochs", "steps"):
+            if getattr(self, f"max_{length}") is not None and getattr(self, length) != "auto":
+                raise ValueError(f"`max_{length}` is the upper bound of `{length}: auto`")
+        if self.is_auto and self.schedule in ("linear", "cosine"):
+            raise ValueError(
+                f"`schedule: {self.schedule}` needs a known end: use `inverse_sqrt` or `constant` with `auto`"
+            )
         return self
 
 

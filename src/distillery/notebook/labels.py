@@ -1,0 +1,48 @@
+"""Sentences of 02_teach and 04_distill on the labels that a model never predicts, while they can still be mended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import pandas as pd
+
+from distillery.notebook.style import join_words
+
+MAX_NAMED_LABELS = 5
+TUNED = "`balance: class_weights` or `batches` where it is trained, more gold rows of it, or more steps may help"
+PROMPTED = "another prompt (`prompts`), solved examples (`few_shot`) or `calibrate` may help"
+
+
+def coverage_sentence(model: str, label: pd.Series, prediction: pd.Series, tuned: bool) -> str:
+    """Whether `model` predicts every label of the validation rows for some of them.
+
+    label, prediction: [rows]. tuned: whether it is trained here, which decides what may help.
+    """
+    counts = label.value_counts()
+    missing = [name for name in counts.index if name not in set(prediction)]
+    if not missing:
+        return f"{model} predicts each of the {len(counts)} labels for some of the {len(label):,} validation rows."
+    named = [f"{name} ({counts[name]:,} of {len(label):,})" for name in missing[:MAX_NAMED_LABELS]]
+    if len(missing) > MAX_NAMED_LABELS:
+        named.append(f"{len(missing) - MAX_NAMED_LABELS} other labels")
+    return f"**{model} never predicts** {join_words(named)} on the validation rows: {TUNED if tuned else PROMPTED}."
+
+
+def constant_sentence(model: str, label: pd.Series, prediction: pd.Series, tuned: bool) -> str:
+    """Whether `model` is right on more validation rows than its own commonest answer, and the commonest label, are.
+
+    label, prediction: [rows]; see :func:`coverage_sentence`.
+    """
+    accuracy, rows = float((label == prediction).mean()), len(label)
+    majority = float(label.value_counts(normalize=True).max())
+    text = f"{accuracy:.1%} of {rows:,} validation rows, the commonest label alone on {majority:.1%}"
+    if accuracy > majority:
+        return f"{model} is right on {text}."
+    return f"**{model} is not better than a constant answer**: it is right on {text}; {TUNED if tuned else PROMPTED}."
+
+
+def warning_lines(sentences: Iterable[str]) -> Iterator[str]:
+    """The sentences with something in bold as lines for the terminal."""
+    for sentence in sentences:
+        if "**" in sentence:
+            yield "warning: " + sentence.replace("**", "")

@@ -1,0 +1,263 @@
+"""Training that needs no luck: early stopping, `auto`, and balanced labels."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+from transformers import Trainer
+
+from distillery import losses
+from distillery.config.load import validate_section
+from distillery.config.schema import FinetuneConfig, ModelConfig, Params, PhaseConfig, TeacherConfig
+from distillery.errors import UserError
+from distillery.models.label_model import ModelOutput
+from distillery.teachers.finetune import finetune_teacher
+from distillery.training.completions import MicroBatch, PhaseCompletions, StepCounts
+from distillery.training.phase_loss import PhaseLoss
+from distillery.training.rows import TrainingRows, phase_rows
+from distillery.training.run import validation_rows
+from distillery.training.sampler import BalancedSampler
+from distillery.training.stopping import (
+    count_optimizer_steps,
+    end_sentence,
+    evaluation_interval,
+    is_out_of_patience,
+    schedule_arguments,
+)
+from distillery.training.teacher_signals import TeacherSignals
+from test_training import LABELS, TASK, learner, phase, toy, trained
+
+# ------------------------------------------------------------------------------- how long a training lasts
+
+
+def test_settings_without_auto_give_what_they_gave_before():
+    spec = phase({"ce": 1.0}, steps=40, warmup=0.1)
+    assert spec.stopping is None and count_optimizer_steps(999, spec) == 40
+    assert schedule_arguments(999, spec) == {"lr_scheduler_type": "linear", "warmup_steps": 4}
+    constant = phase({"ce": 1.0}, epochs=2.0, schedule="constant", warmup=0.0)
+    assert schedule_arguments(32, constant) == {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "steps", "every"),
+    [
+        ({"epochs": "auto"}, 1600, 2000, 100),  # 20 epochs of 100 steps, and a look each epoch
+        ({"epochs": "auto", "max_epochs": 3}, 1600, 300, 100),
+        ({"epochs": "auto"}, 40, 60, 20),
+        ({"epochs": "auto"}, 1_000_000, 1_250_000, 500),
+        ({"steps": "auto"}, 40, 2000, 20),
+        ({"steps": "auto", "max_steps": 10}, 40, 10, 10),
+        ({"steps": "auto", "early_stopping": {"every": 7}}, 40, 2000, 7),
+        ({"steps": 50, "early_stopping": {}}, 40, 50, 20),
+    ],
+)
+def test_auto_has_an_upper_bound_and_looks_about_once_an_epoch(settings, rows, steps, every):
+    spec = PhaseConfig(data=["toy/train"], loss={"ce": 1.0}, learning_rate=1e-3, **settings)
+    assert count_optimizer_steps(rows, spec) == steps and evaluation_interval(rows, spec) == every
+    assert PhaseConfig.model_validate(spec.model_dump()) == spec
+    tuning = FinetuneConfig(on="toy/train", learning_rate=1e-3, **settings)
+    assert tuning.as_phase() == spec
+
+
+@pytest.mark.parametrize("metric, sign", [("macro_f1", 1), ("loss", -1)])
+def test_patience_counts_from_the_first_best_score(metric, sign):
+    stopping = phase({"ce": 1.0}, early_stopping={"metric": metric, "patience": 2}).early_stopping
+
+    def log(*scores):
+        return [{"step": 10 * i, f"eval_{metric}": sign * score} for i, score in enumerate(scores, 1)]
+
+    assert not is_out_of_patience([], stopping)
+    assert not is_out_of_patience(log(0.1, 0.5, 0.4), stopping)
+    assert is_out_of_patience(log(0.1, 0.5, 0.4, 0.5), stopping)  # as good is not better
+    assert not is_out_of_patience(log(0.1, 0.5, 0.4, 0.6), stopping)
+    assert is_out_of_patience(log(0.1, math.nan, math.nan), stopping)
+    for bound, settings in (("max_steps", {"steps": "auto"}), ("max_epochs", {"epochs": "auto"})):
+        spec = phase({"ce": 1.0}, **settings, early_stopping={"metric": metric, "patience": 2})
+        ended = end_sentence(log(0.1, 0.5, 0.4, 0.4), 90, spec)
+        assert ended == f"40 of at most 90 steps; best {metric} 0.500 after 20 steps, whose weights are kept"
+        assert end_sentence(log(0.1, 0.5), 20, spec).endswith(f"; its score may still have risen: raise `{bound}`")
+
+
+def test_early_stopping_without_validation_rows_is_one_line(tiny_models, tmp_path):
+    student, nothing = learner(tiny_models, "classifier"), TrainingRows([], np.array([], dtype=int))
+    for validation in (None, nothing):
+        with pytest.raises(UserError, match="^training: `early_stopping` and `auto` need validation rows, and there"):
+            trained(student, toy(6), phase({"ce": 1.0}, steps="auto"), tmp_path, validation=validation)
+
+
+def test_auto_stops_by_itself_and_its_rate_falls_with_the_root_of_the_steps(tiny_models, tmp_path, capsys):
+    student, other = learner(tiny_models, "classifier", scale=4), toy(12, seed=1)
+    settings = {"steps": "auto", "max_steps": 400, "batch_size": 8, "learning_rate": 3e-3, "warmup": 0.1}
+    validation = validation_rows(other, TASK)
+    history = trained(student, toy(24), phase({"ce": 1.0}, **settings), tmp_path, validation=validation)
+    last = history["step"].iloc[-1]
+    assert 80 <= last < 400  # the best score comes late, and three looks after it bring no better one
+    rates = history.set_index("step")["learning_rate"]
+    assert rates[10] == pytest.approx(3e-3 * 9 / 20) and rates[80] == pytest.approx(3e-3 * math.sqrt(20 / 79))
+    predictions = np.array(LABELS)[student.predict(other["text"].tolist()).argmax(1)]
+    assert (predictions == other["label"]).mean() > 0.9
+    plan, end = [line for line in capsys.readouterr().out.splitlines() if "of at most" in line or "looked" in line]
+    assert plan == (
+        "training: at most 400 steps; macro_f1 on 12 validation rows is looked at every 20 steps, and 3 looks without "
+        "a better one end it"
+    )
+    assert end.startswith(f"training: {last} of at most 400 steps; best macro_f1 ") and "raise" not in end
+
+
+class KilledError(Exception):
+    """Ends a training as a signal would: nothing behind it runs."""
+
+
+def test_a_killed_early_stopping_ends_like_an_unbroken_one(tiny_models, tmp_path, monkeypatch):
+    """Killed while it counts evaluations without a better score, and after the last of them."""
+    other = toy(12, seed=2)
+    other["label"] = other["label"].sample(frac=1, random_state=1).to_list()  # fitting the rows makes these worse
+    validation, save = validation_rows(other, TASK), Trainer._save_checkpoint
+    stopping = {"metric": "loss", "patience": 3, "every": 4}
+    spec = phase({"ce": 1.0}, steps=80, batch_size=4, learning_rate=3e-3, early_stopping=stopping, warmup=0.3)
+    saved = []
+
+    def counting(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        saved.append(self.state.global_step)
+        if self.state.global_step == killed_at:
+            raise KilledError
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", counting)
+
+    def run(folder):
+        student = learner(tiny_models, "classifier", dropout=True, scale=3)
+        history = trained(student, toy(12), spec, folder, validation=validation)
+        return history, student.model.state_dict()
+
+    killed_at = None
+    history, weights = run(tmp_path / "unbroken")
+    unbroken = saved.copy()
+    assert unbroken[-1] < 80
+    for killed_at in unbroken[-2:]:
+        folder = tmp_path / str(killed_at)
+        with pytest.raises(KilledError):
+            run(folder)
+        saved.clear()
+        resumed, resumed_weights = run(folder)
+        assert saved == [step for step in unbroken if step > killed_at]
+        pd.testing.assert_frame_equal(resumed, history)
+        assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+# ------------------------------------------------------------------------------- rare labels
+
+
+def test_weights_of_rows_with_one_label_are_those_of_scikit_learn():
+    labels = np.array([0] * 7 + [1] * 2 + [3])
+    expected = compute_class_weight("balanced", classes=np.unique(labels), y=labels)
+    weights = losses.balanced_weights(torch.nn.functional.one_hot(torch.from_numpy(labels)))
+    np.testing.assert_allclose(weights, expected[np.searchsorted(np.unique(labels), labels)], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"labels must be \[n > 0, K\], not \[0, 3\]"):
+        losses.balanced_weights(torch.zeros(0, 3))
+
+
+def test_weights_of_distributions_are_expectations_and_traces_count_as_one_row():
+    q = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.1, 0.9]]).double()
+    n = q.sum(0)  # 2.5 and 1.5
+    expected = (q / n).sum(-1)
+    torch.testing.assert_close(losses.balanced_weights(q).double(), expected / expected.mean(), rtol=1e-6, atol=0)
+    traces = torch.cat([torch.tensor([[1e-6], [0.0], [0.0], [0.0]]), q], 1)
+    assert losses.balanced_weights(traces).max() < 3
+
+
+def test_rows_without_a_gold_label_weigh_by_their_teachers():
+    frame = toy(6)
+    frame.loc[3:, "split_ref"], frame.loc[3:, "label"] = "toy/pool", None
+    both = phase({"kl": 1.0}, data=["toy/train", "toy/pool"], teachers=["one"])
+    rows = phase_rows(frame, both, LABELS)
+    one_hot, one = np.eye(3), np.stack(frame["probabilities_one"].to_list())
+    np.testing.assert_allclose(rows.label_distributions(), np.concatenate([one_hot, one[3:]]), atol=1e-6)
+    gold = phase_rows(frame, phase({"ce": 1.0}), LABELS)
+    np.testing.assert_allclose(gold.label_distributions(), one_hot)
+
+
+def test_class_weights_weigh_each_term_over_labels_row_by_row():
+    rng = np.random.default_rng(0)
+    logits, p = torch.from_numpy(rng.normal(size=(5, 3))), torch.from_numpy(rng.dirichlet(np.ones(3), 5))
+    rows = TrainingRows(list("abcde"), np.array([0, 0, 0, 1, 2]), logprobs=p.log())
+    spec = phase({"ce": 0.3, "kl": 0.7}, temperature=2.0, balance="class_weights")
+    student = type("Student", (), {"arch": "classifier", "model": None})()
+    loss = PhaseLoss(spec, rows, PhaseCompletions(student, rows, spec), TeacherSignals(spec, rows, {}, student, 0))
+    batches = [MicroBatch([0, 3]), MicroBatch([1, 2, 4])]
+    counts = StepCounts.of(batches)
+    values = [loss(ModelOutput(logits[batch.rows]), batch, counts)[0].item() for batch in batches]
+    weights = torch.tensor([5 / 9, 5 / 9, 5 / 9, 5 / 3, 5 / 3])
+    ce = -logits.log_softmax(-1)[range(5), rows.targets]
+    q, t = (logits / 2).log_softmax(-1), p.sqrt() / p.sqrt().sum(-1, keepdim=True)
+    kl = 4 * (t * (t.log() - q)).sum(-1)
+    assert sum(values) == pytest.approx((weights * (0.3 * ce + 0.7 * kl)).mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("term", ["ce", "kl", "uld"])
+def test_class_weights_weigh_every_token_of_a_row(term):
+    rng = np.random.default_rng(0)
+    logits, stored = (torch.from_numpy(rng.normal(size=(4, 4))).log_softmax(-1) for _ in range(2))
+    teachers = [] if term == "ce" else ["one"]
+    ones = {"one": torch.ones(3).double()}
+    rows = TrainingRows(list("abc"), np.array([0, 1, 1]), teacher_weights=ones)
+    space = {"space": "vocabulary"} if term == "kl" else {}
+    spec = phase({term: 1.0}, teachers=teachers, balance="class_weights", **space)
+    by_row = [[([5, 6], 0)], [([7], 0)], [([8], 0)]]
+    completions = type("Completions", (), {"by_row": by_row, "offsets": np.arange(4)})()
+    signals = TeacherSignals.__new__(TeacherSignals)
+    signals.phase, signals.rows = spec, rows
+    outputs = {"completion_lengths": [2, 1, 1], "logprobs": lambda self, rows: stored}
+    signals.outputs = {"one": type("Outputs", (), outputs)()}
+    batch = MicroBatch([0, 1, 2], by_row)
+    nll = -logits[range(4), [0, 1, 2, 3]]
+    output = ModelOutput(completion_logits=logits, completion_nll=nll)
+    loss, _ = PhaseLoss(spec, rows, completions, signals)(output, batch, StepCounts.of([batch]))
+    values = {"kl": losses.kl, "uld": losses.universal_logit_distance}[term](logits, stored) if teachers else nll
+    weights = torch.tensor([3 / 2, 3 / 2, 3 / 4, 3 / 4])  # of labels with one row and with two
+    assert loss.item() == pytest.approx((weights * values).sum().item() / 4, rel=1e-6)
+
+
+def test_free_answers_have_no_labels_to_balance():
+    rows = TrainingRows(["a"], np.array([0]), answers=["x"])
+    for balance in ("class_weights", "batches"):
+        with pytest.raises(UserError, match="^balance: answers are free text, not labels; leave it out$"):
+            PhaseLoss(phase({"ce": 1.0}, balance=balance), rows, None, None)
+
+
+@pytest.mark.parametrize("batch", [3, 4, 16])
+def test_a_balanced_batch_holds_as_many_rows_of_each_label(batch):
+    labels = np.array([0] * 90 + [1] * 8 + [4] * 3)
+    lengths = np.random.default_rng(0).integers(5, 60, len(labels)).tolist()
+    sampler, rows = BalancedSampler(lengths, batch, 0, labels), []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        drawn = list(sampler)
+        assert drawn == list(sampler) and len(drawn) == len(sampler) == 101
+        for start in range(0, 101 - batch, batch):
+            counts = [(labels[drawn[start : start + batch]] == label).sum() for label in (0, 1, 4)]
+            assert max(counts) - min(counts) <= 1
+        assert set(drawn) >= set(range(90, 101))  # every row of the rare labels
+        rows.append(drawn)
+    assert rows[0] != rows[1] and len({i for drawn in rows for i in drawn if i < 90}) > 70
+    assert list(BalancedSampler(lengths, batch, 1, labels)) != rows[0]
+
+
+def test_a_teacher_is_tuned_with_balanced_batches_until_it_stops_improving(tiny_models, tmp_path, capsys):
+    finetune = {"on": "toy/train", "steps": "auto", "max_steps": 20, "learning_rate": 1e-3, "balance": "batches"}
+    spec = TeacherConfig(kind="classifier", model="small", finetune=FinetuneConfig(**finetune))
+    origin = ModelConfig(folder=str(tiny_models / "tiny-bert"))
+    params = Params.model_construct(teachers={"small": spec}, models={"small": origin})
+    rows = toy(9).assign(label=LABELS[0])
+    for watched in (toy(6, 1), toy(6, 2)):
+        teacher, history = finetune_teacher("small", params, TASK, rows, folder=tmp_path, validation=watched)
+        assert history["step"].tolist() == [10, 20]
+    assert teacher.predict(["profit"]).shape == (1, 3)
+    assert capsys.readouterr().out.count("macro_f1 on 6 validation rows is looked at every 20 steps") == 2
+    assert len(list(tmp_path.iterdir())) == 2  # other validation rows are another training
+    assert validate_section(TeacherConfig, spec.model_dump(), "x") == spec
