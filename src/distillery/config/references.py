@@ -174,6 +174,8 @@ def _check_terms(params: Params, place: str, student: StudentConfig, phase: Phas
             raise UserError(
                 f"{place}.teachers: `{name}` ({kind}) gives no token log-probabilities; use `space: labels`"
             )
+        if phase.needs_hidden_states and params.teachers[name].long_texts:
+            raise UserError(f"{place}.teachers: `{name}` reads `long_texts` in windows: a text has no hidden state")
         if phase.needs_hidden_states and kind not in ("lm", "seq2seq", "classifier"):
             raise UserError(f"{place}.teachers: `{name}` ({kind}) gives no hidden states")
 

@@ -170,7 +170,9 @@ def _shape(params: Params, result: ModelResult) -> str:
     if result.role == "teacher":
         return result.name
     spec = params.students[result.key]
-    return str([spec.model, spec.arch, spec.init, spec.prompt, spec.few_shot, spec.dtype, spec.max_length])
+    return str(
+        [spec.model, spec.arch, spec.init, spec.prompt, spec.few_shot, spec.dtype, spec.max_length, spec.long_texts]
+    )
 
 
 def _measure_timing(

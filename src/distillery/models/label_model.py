@@ -23,11 +23,11 @@ from distillery.models.runtime import configure_runtime
 from distillery.models.scoring import (
     ModelOutput,
     causal_token_logits,
-    classifier_output,
     completion_output,
     scored_completions,
     seq2seq_token_logits,
 )
+from distillery.models.windows import Windows, windowed_output
 from distillery.tasks.prompts import RATIONALE_CUE, chat_turns, render_answer, render_prompt
 from distillery.tasks.schema import FewShotExample, Task
 
@@ -42,7 +42,7 @@ class LabelModel:
 
     arch: `causal`, `seq2seq` or `classifier`. prompt: the style of :func:`render_prompt`, not for a classifier.
     few_shot: solved examples of the task file in a prompt. max_length: tokens of an encoded text, with its prompt.
-    dtype: the precision of products. batch_size: rows predicted at a time.
+    dtype: the precision of products. batch_size: rows predicted at a time. windows: in which a classifier reads texts.
 
     Raises UserError for a classifier of a `qa` task, and for labels that are the same tokens.
     """
@@ -59,12 +59,13 @@ class LabelModel:
         max_length: int = 256,
         dtype: str = "float32",
         batch_size: int = 32,
+        windows: Windows | None = None,
     ):
         configure_runtime()
         self.model, self.tokenizer, self.task, self.arch = model, tokenizer, task, arch
         self.prompt_style, self.few_shot, self.max_length = prompt, few_shot, max_length
         self.dtype = getattr(torch, dtype)
-        self.batch_size = batch_size
+        self.batch_size, self.windows = batch_size, windows
         self.frozen_states: FrozenStates | None = None  # for training
         self.known_states: FrozenStates | None = None  # for prediction
         self._methods, self._longest_row = ForwardMethods(), 0  # tokens of the longest text that was encoded
@@ -97,11 +98,12 @@ class LabelModel:
         and when the tokenizer is not the model's.
         """
         if self.arch == "classifier":
-            ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+            longest = self.windows.reach if self.windows else self.max_length
+            ids = self.tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
         else:
             solved = [None] * len(texts) if shots is None else shots
             ids = [
-                truncate_prompt(self.tokenizer, text, partial(self._prompt_ids, solved=examples), self.max_length)
+                truncate_prompt(self.tokenizer, text, partial(self.prompt_ids, solved=examples), self.max_length)
                 for text, examples in zip(texts, solved, strict=True)
             ]
         check_token_ids(ids, self.tokenizer, self.model)
@@ -119,7 +121,8 @@ class LabelModel:
         """The prompt of a generative model for `text`, with the examples `solved`, or so many of the task file's."""
         return render_prompt(chat_turns(self.task, text, solved), self.tokenizer, self.prompt_style)
 
-    def _prompt_ids(self, text: str, solved: Sequence[FewShotExample] | None = None) -> list[int]:
+    def prompt_ids(self, text: str, solved: Sequence[FewShotExample] | None = None) -> list[int]:
+        """Token ids of the prompt of a generative model for `text`, however long."""
         # an encoder wants the end token that it was trained with
         special = self.prompt_style == "plain" or self.arch == "seq2seq"
         prompt = self.prompt_for(text, self.few_shot if solved is None else solved)
@@ -167,7 +170,7 @@ class LabelModel:
         """
         if self.arch == "classifier":
             with self.autocast():
-                return classifier_output(self.model, self.tokenizer, ids, layers, activation_maps)
+                return windowed_output(self.model, self.tokenizer, ids, layers, activation_maps, self.windows)
         labels = self.label_token_ids if label_space else []
         scored = scored_completions(len(ids), labels, completions, self.tokenizer.eos_token_id)
         tokens = [[completion for completion, _ in row] for row in scored]

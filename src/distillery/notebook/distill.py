@@ -61,11 +61,7 @@ def phase_table(spec: StudentConfig) -> pd.DataFrame:
         "loss": [" + ".join(f"{weight:g} {term}" for term, weight in p.loss.items()) for p in spec.phases],
         "space": [p.space for p in spec.phases],
         "temperature": [f"{p.temperature:g}" for p in spec.phases],
-        "length": [
-            ("auto, at most " if p.is_auto else "")
-            + (f"{p.most_steps} steps" if p.steps else f"{p.most_epochs:g} epochs")
-            for p in spec.phases
-        ],
+        "length": [p.length for p in spec.phases],
         "learning rate": [f"{p.learning_rate:g}" for p in spec.phases],
     }
     return pd.DataFrame(columns, index=pd.RangeIndex(1, len(spec.phases) + 1, name="phase")).reset_index()

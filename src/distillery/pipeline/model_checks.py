@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from distillery.config.schema import Params, StudentConfig
+from distillery.config.schema import Params, StudentConfig, TeacherConfig
 from distillery.errors import UserError
 from distillery.models.folders import model_folder
 from distillery.models.heads import check_label_map, read_config, read_head
@@ -15,7 +15,7 @@ RESERVED_POSITIONS = 8  # that may be no token's: RoBERTa keeps two
 
 
 def check_models(params: Params) -> None:
-    """Check the heads of classifiers against their tasks, and `max_length` of students against their models.
+    """Check the heads of classifiers against their tasks, and `max_length` against models.
 
     A model that has yet to be fetched is checked when it is loaded. Raises UserError with one line that names the key.
     """
@@ -30,23 +30,26 @@ def check_models(params: Params) -> None:
             raise UserError(f"params.yaml: models.{model}: {error}") from None
         if head and teacher and params.teachers[teacher].finetune is None:
             head.require(teacher, model, labels)
+    for name, teacher in params.teachers.items():
+        if teacher.max_length:
+            _check_length(f"params.yaml: teachers.{name}.max_length", teacher, params)
     for name, student in params.students.items():
         _check_length(f"params.yaml: students.{name}.max_length", student, params)
 
 
-def _check_length(place: str, student: StudentConfig, params: Params) -> None:
-    folder = model_folder(student.model, params.models[student.model])
+def _check_length(place: str, spec: StudentConfig | TeacherConfig, params: Params) -> None:
+    folder = model_folder(spec.model, params.models[spec.model])
     if not (folder / "config.json").is_file():
         return
     try:
         sizes = read_config(folder)
     except ValueError as error:
-        raise UserError(f"params.yaml: models.{student.model}: {error}") from None
+        raise UserError(f"params.yaml: models.{spec.model}: {error}") from None
     declared = [sizes[key] for key in POSITION_KEYS if isinstance(sizes.get(key), int)]
-    if declared and student.max_length > min(declared) - RESERVED_POSITIONS:
+    if declared and spec.max_length > min(declared) - RESERVED_POSITIONS:
         from distillery.models.positions import max_positions_in, require_positions  # which load torch: seconds
 
-        require_positions(place, student.max_length, max_positions_in(folder))
+        require_positions(place, spec.max_length, max_positions_in(folder))
 
 
 def _classifiers(params: Params) -> Iterator[tuple[str | None, str, list[str]]]:

@@ -121,7 +121,9 @@ def open_teacher(
         return ApiTeacher(Endpoint(name, spec.api, store), task, spec.few_shot, **settings)
     origin = params.models[spec.model]
     model = load_teacher_model(name, spec, origin, task)
-    if model.arch != "classifier":  # also of a teacher that will be fine-tuned on shorter prompts
+    if (
+        model.arch != "classifier" and spec.max_length is None
+    ):  # also of a teacher that will be fine-tuned on shorter prompts
         model.max_length = max_prompt_tokens(model)
     cache = AnswerCache(store, model_identity(spec.model, origin, model) | {"seed": spec.seed})
     return LocalTeacher(model, cache, **settings)

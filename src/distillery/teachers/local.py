@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -35,7 +35,8 @@ class AnswerCache:
         Rows of one call share batches, and a batch decides the last bits of its answers. So the key also holds the
         other prompts, the batch size, the code and the number of threads.
         """
-        computation = {
+        windows = {"windows": asdict(model.windows)} if model.windows else {}
+        computation = windows | {
             "max_length": model.max_length,
             "weights": str(next(model.model.parameters()).dtype),
             "batch_size": model.batch_size,

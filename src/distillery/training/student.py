@@ -17,6 +17,7 @@ from distillery.models.layers import find_layers, head_layers, layer_indices, st
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.positions import max_positions, require_positions
 from distillery.models.precision import resolve_dtype
+from distillery.models.windows import build_windows, store_windows, stored_windows
 from distillery.tasks.schema import Task
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's layers are of the second kind
@@ -93,16 +94,10 @@ def build_student(
     tokenizer = load_tokenizer(folder, remote_code)
     if spec.arch == "classifier":
         tokenizer.model_max_length = spec.max_length  # where plain transformers code cuts a text, too
-    student = LabelModel(
-        model,
-        tokenizer,
-        task,
-        spec.arch,
-        prompt=spec.prompt,
-        few_shot=spec.few_shot,
-        max_length=spec.max_length,
-        dtype=dtype,
-    )
+    windows = build_windows(f"params.yaml: student of `{spec.model}`", spec.long_texts, tokenizer, spec.max_length)
+    store_windows(model, windows)
+    settings = {"prompt": spec.prompt, "few_shot": spec.few_shot, "max_length": spec.max_length}
+    student = LabelModel(model, tokenizer, task, spec.arch, dtype=dtype, windows=windows, **settings)
     longest_answer = max(map(len, student.label_token_ids), default=0) + 1 if spec.arch != "classifier" else 0
     place = f"params.yaml: max_length of a student of `{spec.model}`"
     require_positions(place, spec.max_length, max_positions(model), longest_answer)
@@ -118,4 +113,4 @@ def load_student(spec: StudentConfig, folder: Path, task: Task, dtype: str = "fl
     model = load_model(folder, spec.arch, labels=task.names, dtype=dtype)
     tokenizer = load_tokenizer(folder)
     settings = {"prompt": spec.prompt, "few_shot": spec.few_shot, "max_length": spec.max_length}
-    return LabelModel(model, tokenizer, task, spec.arch, dtype=dtype, **settings)
+    return LabelModel(model, tokenizer, task, spec.arch, dtype=dtype, windows=stored_windows(model), **settings)

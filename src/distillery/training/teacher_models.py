@@ -15,11 +15,13 @@ from distillery.models.heads import read_head
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.layers import count_layers
 from distillery.models.load import load_model, load_tokenizer
-from distillery.models.positions import max_positions
+from distillery.models.positions import max_positions, require_positions
 from distillery.models.precision import Use, resolve_dtype
 from distillery.models.save import merge_adapters
+from distillery.models.windows import build_windows, store_windows
 from distillery.tasks.schema import Task
 
+DEFAULT_MAX_LENGTH = 256  # tokens of a text and its prompt to another teacher
 MAX_PROMPT_TOKENS = 4096  # tokens of a prompt to a teacher that is only prompted
 
 
@@ -35,7 +37,8 @@ def load_teacher_model(
     """The teacher `name` as fetched from `origin`, or, with `tuned`, from that folder (a whole model, or adapters).
 
     use: what it is opened for, which decides what `dtype: auto` means.
-    Raises UserError when it is a classifier without `finetune` whose model has no head for the labels.
+    Raises UserError when it is a classifier without `finetune` whose model has no head for the labels, and when it does
+    not read `max_length` tokens.
     """
     arch = {"lm": "causal"}.get(spec.kind, spec.kind)
     adapters = tuned is not None and (tuned / "adapter_config.json").exists()
@@ -59,10 +62,17 @@ def load_teacher_model(
     if adapters:
         model = merge_adapters(model, tuned)
     tokenizer = load_tokenizer(folder, origin.trust_remote_code)
-    teacher = LabelModel(model, tokenizer, task, arch, prompt=spec.prompt, few_shot=spec.few_shot, dtype=dtype)
-    teacher.batch_size = spec.batch_size
-    teacher.max_length = min(teacher.max_length, max_positions(model) or teacher.max_length)
-    if arch != "classifier" and spec.finetune is None:
+    settings = {"prompt": spec.prompt, "few_shot": spec.few_shot, "batch_size": spec.batch_size}
+    limit, place = max_positions(model), f"params.yaml: teachers.{name}"
+    max_length = spec.max_length or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    windows = build_windows(place, spec.long_texts, tokenizer, max_length)
+    if arch == "classifier":
+        store_windows(model, windows)
+    teacher = LabelModel(model, tokenizer, task, arch, dtype=dtype, max_length=max_length, windows=windows, **settings)
+    if spec.max_length:
+        longest_answer = max(map(len, teacher.label_token_ids), default=0) + 1 if arch != "classifier" else 0
+        require_positions(f"{place}.max_length", max_length, limit, longest_answer)
+    elif arch != "classifier" and spec.finetune is None:
         teacher.max_length = max_prompt_tokens(teacher)
     return teacher
 

@@ -30,6 +30,7 @@ from distillery.config.schema.experiment import Params
 from distillery.config.schema.models import ModelConfig, RandomModelConfig
 from distillery.config.schema.students import PhaseConfig, PseudoLabelFilter, StudentConfig, StudentInit
 from distillery.config.schema.teachers import AnswerColumns, AnswerFilesConfig, ApiConfig, ApiPrice, TeacherConfig
+from distillery.config.schema.texts import LongTextsConfig
 from distillery.config.schema.training import (
     AdapterSettings,
     EarlyStoppingConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "OwnSplits",
     "LAYERS",
     "LOSS_TERMS",
+    "LongTextsConfig",
     "LoraSettings",
     "ModelConfig",
     "NAME",

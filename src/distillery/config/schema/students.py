@@ -17,6 +17,7 @@ from distillery.config.schema.base import (
     Positive,
     Section,
 )
+from distillery.config.schema.texts import LongTextsConfig
 from distillery.config.schema.training import AdapterSettings, TrainingConfig
 
 
@@ -143,6 +144,8 @@ class StudentConfig(Section):
     """Solved examples of the task file in the prompt."""
     max_length: Annotated[int, Field(gt=8)] = 256
     """Largest length of text and prompt, in tokens; longer texts are cut."""
+    long_texts: LongTextsConfig | None = None
+    """Read texts longer than `max_length` in overlapping windows; for `arch: classifier`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Number format of the computation. `auto`: float32 or bfloat16, whichever is faster on this machine, for training
     and for prediction; timed once and kept in `.cache/dtype.json`."""
@@ -150,3 +153,11 @@ class StudentConfig(Section):
     """Compute activations again during the backward pass: less memory, more time."""
     checkpoint_every: Annotated[int, Field(gt=0)] = 50
     """Optimizer steps between two checkpoints, from which an interrupted run resumes."""
+
+    @model_validator(mode="after")
+    def _long_texts_fit(self):
+        if self.long_texts and self.arch != "classifier":
+            raise ValueError(f"`long_texts` is for `arch: classifier`, not {self.arch}")
+        if self.long_texts and any(phase.needs_hidden_states for phase in self.phases):
+            raise ValueError("`long_texts` is not for loss terms over hidden states: a text has no single one")
+        return self

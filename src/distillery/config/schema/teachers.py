@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from distillery.config.schema.base import TRIMMED_TEXT, URL, VARIABLE, Count, Name, Positive, Section
+from distillery.config.schema.texts import LongTextsConfig
 from distillery.config.schema.training import FinetuneConfig
 
 
@@ -203,6 +204,11 @@ class TeacherConfig(Section):
     calibrate: Literal["none", "contextual", "batch"] = "none"
     """Divide probabilities by a label prior: the prediction for empty texts (Zhao et al. 2021), or the mean prediction
     for many texts (Zhou et al. 2024)."""
+    max_length: Annotated[int, Field(gt=8)] | None = None
+    """Largest length of text and prompt, in tokens; longer texts are cut. When not given: 256 of a classifier and of a
+    teacher that is fine-tuned, 4096 of one that is only prompted, at most those that its model reads."""
+    long_texts: LongTextsConfig | None = None
+    """Read texts longer than `max_length` in overlapping windows; for `kind: classifier`."""
     rationales: Count = 0
     """Rows for which it writes a rationale."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 48
@@ -227,6 +233,10 @@ class TeacherConfig(Section):
                 raise ValueError(
                     f"`kind: {self.kind}` needs `{required}`" + (f", not `{key}`" if key != required else "")
                 )
+        if self.long_texts and self.kind != "classifier":
+            raise ValueError(f"`long_texts` is for `kind: classifier`, not {self.kind}")
+        if self.max_length and required != "model":
+            raise ValueError(f"`max_length` is for local models, not `kind: {self.kind}`")
         if self.finetune and required != "model":
             raise ValueError(f"`kind: {self.kind}` cannot be fine-tuned here: leave `finetune` out")
         if (self.examples_from == "similar") != (self.embeddings is not None):

@@ -103,6 +103,13 @@ class TrainingConfig(Section):
         """The steps, or their upper bound; None where epochs give the length."""
         return (self.max_steps or MAX_STEPS) if self.steps == "auto" else self.steps
 
+    @property
+    def length(self) -> str:
+        """The length for readers: `240 steps`, `1 epoch`, `at most 20 epochs`."""
+        number, unit = (self.most_steps, "step") if self.steps else (self.most_epochs, "epoch")
+        text = f"{number:g} {unit}" + ("" if number == 1 else "s")
+        return f"at most {text}, up to the best score on validation rows" if self.is_auto else text
+
     @model_validator(mode="before")
     @classmethod
     def _schedule_without_end(cls, values: Any) -> Any:
