@@ -147,7 +147,7 @@ def test_a_long_text_loses_its_end_and_never_the_prompt(tiny_models):
     long = " ".join(tiny.texts()[:12:2])
     for few_shot in (0, 2):
         student = label_model(tiny_models / "tiny-llama", "causal", few_shot=few_shot)
-        whole, empty = student._prompt_ids(long), student._prompt_ids("")
+        whole, empty = student.prompt_ids(long), student.prompt_ids("")
         student.max_length = len(empty) + 30
         (ids,) = student.encode([long])
         assert len(empty) < len(ids) <= student.max_length < len(whole)

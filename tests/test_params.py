@@ -45,6 +45,7 @@ def test_base_is_valid_and_typed(folder):
     assert checked.students["kd"].init.layers == [0, 2]
 
 
+HIDDEN = {"data": ["news/train"], "teachers": ["encoder"], "loss": {"hidden": 1.0}, "steps": 3, "learning_rate": 0.1}
 AUTO = {"data": ["news/train"], "loss": {"ce": 1.0}, "steps": "auto", "learning_rate": 1.0e-4}
 # key, value, the line after "params.yaml: "
 MISTAKES = [
@@ -275,6 +276,24 @@ MISTAKES = [
         AUTO | {"teachers": ["encoder"], "loss": {"hidden": 1.0}, "balance": "class_weights"},
         "students.kd.phases.0: `balance: class_weights` weighs `ce`, the divergences and `uld`, and `loss` has none",
     ),
+    ("students.kd.long_texts", {"window": 3}, "students.kd.long_texts.window: unknown key; did you mean `windows`?"),
+    ("students.kd.long_texts", {"windows": 1}, "students.kd.long_texts.windows: must be greater than or equal to 2"),
+    (
+        "students.kd",
+        {"model": "llm", "arch": "causal", "phases": [], "long_texts": {}},
+        "students.kd: `long_texts` is for `arch: classifier`, not causal",
+    ),
+    (
+        "students.kd",
+        {"model": "encoder", "arch": "classifier", "long_texts": {}, "phases": [HIDDEN]},
+        "students.kd: `long_texts` is not for loss terms over hidden states: a text has no single one",
+    ),
+    ("teachers.llm.long_texts", {}, "teachers.llm: `long_texts` is for `kind: classifier`, not lm"),
+    (
+        "teachers.llm",
+        {"kind": "api", "api": {"model": "x"}, "max_length": 99},
+        "teachers.llm: `max_length` is for local models, not `kind: api`",
+    ),
     ("evaluate.headline", "x", "evaluate.headline: unknown student `x`; known: kd, gold"),
     ("evaluate.pretrained_on", {"nobody": ["news"]}, "evaluate.pretrained_on: unknown model or teacher `nobody`"),
     ("evaluate.confidence", 95, "evaluate.confidence: must be less than 1, not 95"),
@@ -314,6 +333,15 @@ def test_a_search_cannot_look_at_validation_rows(folder):
         load(folder, raw)
     raw["search"]["choices"] = {"steps": [20, 40]}
     assert load(folder, raw).search.choices == {"steps": [20, 40]}
+
+
+def test_hidden_states_of_a_teacher_that_reads_windows(folder):
+    raw = changed("teachers.encoder.long_texts", {})
+    raw["students"]["kd"]["phases"] = [HIDDEN]
+    with pytest.raises(UserError) as caught:
+        load(folder, raw)
+    line = "`encoder` reads `long_texts` in windows: a text has no hidden state"
+    assert str(caught.value) == f"params.yaml: students.kd.phases.0.teachers: {line}"
 
 
 def test_two_tasks_in_one_student(folder):

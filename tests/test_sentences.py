@@ -11,7 +11,7 @@ import pytest
 
 import distillery.notebook
 from distillery.models.heads import OwnHead
-from distillery.notebook import augment, data, distill, evaluate, heads, labels, teach
+from distillery.notebook import augment, data, distill, evaluate, heads, labels, teach, texts
 from distillery.notebook import lesson_sentences as lesson
 from distillery.notebook.style import join_words
 
@@ -62,6 +62,20 @@ CASES = [
         "m is right on 100.0% of 3",
         ("m", GOLD, pd.Series(list("aaa")), True),
         "**m is not better than a constant answer**",
+    ),
+    (
+        texts.cut_sentence,
+        ("m", {"rows": 9, "cut": 0, "tokens": 256}),
+        "none of 9 texts is cut",
+        ("m", {"rows": 9, "cut": 3, "tokens": 256}),
+        "the ends of 3 of 9 texts (33.3 %) are cut",
+    ),
+    (
+        texts.long_texts_sentence,
+        ({"128": 0, "256": 0}, 9),
+        "No row has more than 128 words",
+        ({"128": 5, "256": 2}, 9),
+        "5 more than 128, 2 more than 256",
     ),
     (teach.untrained_sentence, (0.6, 0.4), "knows something", (0.3, 0.4), "does **not** know"),
     (teach.loss_sentence, ({"all": FALLING},), "fits these rows better", ({"all": RISING},), "did **not** fit"),

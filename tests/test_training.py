@@ -970,6 +970,7 @@ def test_a_result_of_other_libraries_or_threads_is_not_used_again(key, monkeypat
 
 CARDS = {
     "classifier": ({}, TASK),
+    "windows": ({"arch": "classifier", "max_length": 64, "long_texts": {"windows": 4, "stride": 40}}, TASK),
     "causal": ({"few_shot": 1}, TASK),
     "plain": ({"prompt": "plain"}, WORDS),  # nested answers of several tokens
     "seq2seq": ({"prompt": "plain"}, WORDS),
@@ -998,9 +999,9 @@ def test_the_code_of_a_card_predicts_as_scored_without_this_package(tiny_models,
     test = metrics.classification_report(gold, predictions["prediction"], np.full((5, 3), 1 / 3), LABELS)
     metadata = {"student": "s", "seed": 0, "parameters": 1, "bytes_on_disk": 1, "test": test}
     for name, (more, task) in CARDS.items():
-        arch = name if name in ("classifier", "seq2seq") else "causal"
+        arch = more.get("arch", name if name in ("classifier", "seq2seq") else "causal")
         kind = {"classifier": "bert", "seq2seq": "t5"}.get(arch, "llama")
-        spec = StudentConfig(model="m", arch=arch, phases=[phase({"kl": 1.0})], **more)
+        spec = StudentConfig(**{"model": "m", "arch": arch, "phases": [phase({"kl": 1.0})], **more})
         student = build_student(spec, tiny_models / f"tiny-{kind}", task, 0)
         for parameter in student.model.parameters():  # so that the predictions differ
             parameter.data.mul_(6 if parameter.dim() > 1 else 1)

@@ -16,6 +16,7 @@ from distillery.data.similar_pairs import SIMILARITY_SLACK
 from distillery.tasks.schema import N_OPTIONS, Task
 
 AUDIT_EXAMPLES = 10  # rows shown per finding of the audit
+MANY_WORDS = (128, 256, 512, 1024, 4096)  # as many tokens as models commonly read; a word is a token at least
 
 
 def audit_source(
@@ -51,6 +52,7 @@ def audit_source(
         "lengths": {
             "all": length_summary(text),
             "by_label": {name: length_summary(text[label == name]) for name in task.names if (label == name).any()},
+            "longer_than": rows_longer_than(text),
         },
     }
 
@@ -184,6 +186,12 @@ def length_summary(texts: pd.Series) -> dict[str, dict[str, float]]:
             "max": float(lengths.max()),
         }
     return summary
+
+
+def rows_longer_than(texts: pd.Series) -> dict[str, int]:
+    """For each of `MANY_WORDS`: how many of `texts` have more words. A model that reads so many tokens cuts them."""
+    words = texts.str.split().str.len()
+    return {str(number): int((words > number).sum()) for number in MANY_WORDS}
 
 
 def columns_revealing_label(rows: pd.DataFrame, task: Task) -> list[str]:

@@ -81,6 +81,7 @@ def _student_result(root: Path, params: Params, name: str, held_out: dict[str, d
         parameters=metadata.get("parameters"),
         trainable=metadata.get("trainable_parameters"),
         size_bytes=metadata.get("bytes_on_disk"),
+        cut_texts=metadata.get("cut_texts"),
         **_read_timing(folders, "train_seconds"),
         teacher=main_teacher(params, name),
         control=spec.control,
@@ -134,6 +135,7 @@ def _teacher_results(
                 validation=_stack_probabilities([validation]),
                 parameters=metadata.get("parameters"),
                 size_bytes=metadata.get("bytes_on_disk"),
+                cut_texts=metadata.get("cut_texts"),
                 **_read_timing([folder], "seconds"),
             )
             results.append((result, test))

@@ -42,6 +42,7 @@ class ModelResult:
     trainable: int | None = None
     size_bytes: int | None = None
     seconds: float | None = None  # wall clock of its training, mean over seeds
+    cut_texts: dict[str, int] | None = None  # see :func:`distillery.models.cut_texts.count_cut_texts`
     training_mb: float | None = None  # peak memory of its training, largest of the seeds
     training_gpu_mb: float | None = None  # as training_mb, on the GPU that it was trained on
     teacher: str | None = None  # key of the teacher it is compared with

@@ -8,7 +8,7 @@ from distillery.models.label_model import LabelModel
 
 
 def count_cut_texts(model: LabelModel, texts: Sequence[str]) -> dict[str, int]:
-    """`rows`: the number of `texts`; `cut`: of those that lose their end; `tokens`: that the model reads, prompt and all.
+    """`rows`: the number of `texts`; `cut`: of those that lose their end; `tokens`: that the model reads.
 
     Of a generative model with the examples of its own prompt, not with those that single texts may have.
     """

@@ -27,7 +27,7 @@ from distillery.models.scoring import (
     scored_completions,
     seq2seq_token_logits,
 )
-from distillery.models.windows import Windows, windowed_output
+from distillery.models.windows import Windows, encode_texts, windowed_output
 from distillery.tasks.prompts import RATIONALE_CUE, chat_turns, render_answer, render_prompt
 from distillery.tasks.schema import FewShotExample, Task
 
@@ -98,8 +98,7 @@ class LabelModel:
         and when the tokenizer is not the model's.
         """
         if self.arch == "classifier":
-            longest = self.windows.reach if self.windows else self.max_length
-            ids = self.tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
+            ids = encode_texts(self.tokenizer, texts, self.max_length, self.windows)
         else:
             solved = [None] * len(texts) if shots is None else shots
             ids = [
@@ -122,8 +121,7 @@ class LabelModel:
         return render_prompt(chat_turns(self.task, text, solved), self.tokenizer, self.prompt_style)
 
     def prompt_ids(self, text: str, solved: Sequence[FewShotExample] | None = None) -> list[int]:
-        """Token ids of the prompt of a generative model for `text`, however long."""
-        # an encoder wants the end token that it was trained with
+        """Token ids of the prompt for `text`, however long; an encoder's end with the token it was trained with."""
         special = self.prompt_style == "plain" or self.arch == "seq2seq"
         prompt = self.prompt_for(text, self.few_shot if solved is None else solved)
         return self.tokenizer(prompt, add_special_tokens=special)["input_ids"]

@@ -82,6 +82,14 @@ def stored_windows(model: PreTrainedModel) -> Windows | None:
     return Windows(**values) if values else None
 
 
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, windows: Windows | None
+) -> list[list[int]]:
+    """Token ids of `texts` for a classifier, at most `max_length` or as many as `windows` reach."""
+    longest = windows.reach if windows else max_length
+    return tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
+
+
 def windowed_output(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -13,8 +13,10 @@ from distillery.config.schema import Params, StudentConfig
 from distillery.data.storage import read_task
 from distillery.evaluation.reading import read_result_file
 from distillery.files import Paths, atomic_write
+from distillery.models.heads import read_config
 from distillery.models.label_model import MAX_ANSWER_TOKENS, tokenize_labels
 from distillery.models.load import load_tokenizer
+from distillery.models.windows import Windows
 from distillery.report.environment import TEMPLATES
 from distillery.report.wording import human_duration, percent
 from distillery.tasks.prompts import chat_turns, render_answer, render_prompt
@@ -122,9 +124,10 @@ def _intervals(predictions: pd.DataFrame, task: Task) -> dict[str, tuple[float, 
 
 
 def _prompt_values(folder: Path, spec: StudentConfig, task: Task) -> dict[str, Any]:
-    """The Python literals with which the card's code writes the prompt of a student; a classifier needs none."""
+    """The Python literals with which the card's code writes the prompt of a student, or cuts a text into windows."""
     if spec.arch == "classifier":
-        return {}
+        values = read_config(folder).get("long_texts") if spec.long_texts else None
+        return {"windows": Windows(**values), "names": repr(task.names)} if values else {}
     mark = "\x00"
     tokenizer = load_tokenizer(folder)
     before, _, after = render_prompt(chat_turns(task, mark, spec.few_shot), tokenizer, spec.prompt).partition(mark)

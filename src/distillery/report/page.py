@@ -125,6 +125,7 @@ def render_page(
         examples=group_records(measured.examples, "perturbation"),
         figures={name: inline_svg(name, text) for name, text in figures.items()},
         audits=results.audits,
+        cut_texts={result.name: result.cut_texts for result in results.models if result.cut_texts},
         counts=results.counts,
         augmented=results.params.augment,
         params=params_file.read_text(encoding="utf-8") if params_file.exists() else "",
