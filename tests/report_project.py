@@ -18,6 +18,7 @@ from distillery.evaluation.robustness import measure_robustness
 from distillery.evaluation.speed import Measurements
 from distillery.report.page import write_report
 from distillery.tasks.schema import load_task
+from distillery.teachers.label_review import find_label_errors, find_rows_to_label, write_review
 
 LABELS = ["up", "flat", "down"]
 TASK = "kind: classification\nlabels: {up: it rises, flat: it stays, down: it falls}\n"
@@ -109,6 +110,8 @@ def write_project(
         signals.loc[len(signals) - 1, "rationale"] = "teacher's words"  # of a test row
         folder = root / f"data/teacher/{teacher}"
         write_file(folder / "signals.parquet", signals)
+        rows = pd.concat(rows.assign(source="demo", split=split) for split, rows in held_out.items())
+        write_review(folder, *(find(rows, signals, labels) for find in (find_label_errors, find_rows_to_label)))
         write_file(folder / "metrics.json", {"parameters": 134_500_000, "bytes_on_disk": 269_000_000})
     write_file(
         root / "data/augmented/demo/counts.json", {"candidates": 49, "reasons": {"kept": 40, "label changed": 9}}

@@ -493,3 +493,26 @@ def test_long_texts_and_many_rows_keep_the_page_small(tmp_path):
     html = (tmp_path / "reports/index.html").read_bytes()
     assert len(html) < 3_000_000 and html.count(b'<article class="row"') == MAX_BROWSER_ROWS
     assert b"further rows are left out" in html
+
+
+# ------------------------------------------------------------------------------- parts of the rows, and labels to read
+
+
+def test_the_page_shows_the_parts_of_the_test_rows(finished):
+    root, _, results, _ = finished
+    page = (root / "reports/index.html").read_text(encoding="utf-8")
+    table = pd.read_csv(root / "reports/plots/slices.csv")
+    assert set(table["column"]) == {"length"} and set(table["model"]) == {"tiny-kd", "tiny-gold", "big"}
+    assert "Parts of the test rows" in page and "tiny-kd is weakest on length: " in page
+    rows = results.tests["demo"]["text"].str.split().str.len()
+    assert table.loc[table["model"] == "big", "rows"].sum() == len(rows)
+
+
+def test_the_page_shows_labels_that_are_probably_wrong(finished):
+    root, *_ = finished
+    errors = pd.read_csv(root / "data/teacher/big/label_errors.csv")
+    page = (root / "reports/index.html").read_text(encoding="utf-8")
+    assert 0 < len(errors) < 60  # one label in ten is another than the teacher's, most of these confidently
+    assert f"contradicts the label of {len(errors)} rows with confidence" in page
+    worst = errors.iloc[0]
+    assert f"{worst['split']}, {worst['id']}</span>" in page

@@ -19,6 +19,7 @@ from distillery.metrics.counts import (
     encode_labels,
 )
 from distillery.metrics.free_text import exact_match, token_overlap
+from distillery.metrics.label_noise import entropy, label_margin, prediction_margin, suspect_labels
 from distillery.metrics.significance import (
     SCORES,
     bootstrap_scores,
@@ -41,16 +42,20 @@ __all__ = [
     "cluster_bootstrap",
     "confusion",
     "encode_labels",
+    "entropy",
     "exact_match",
     "fit_temperature",
     "holm",
     "interval",
     "kl_divergence",
+    "label_margin",
     "log_loss",
     "mean_scores",
     "paired_difference",
     "permutation_test",
+    "prediction_margin",
     "risk_coverage",
     "smallest_detectable_difference",
+    "suspect_labels",
     "token_overlap",
 ]

@@ -143,6 +143,28 @@ def confident_half(predictions: pd.DataFrame) -> float:
     return float(ranked.head(max(1, len(ranked) // 2)).mean())
 
 
+def label_error_sentence(suspects: int, rows: int) -> str:
+    """How many gold labels are probably wrong, of those that the teacher gave signals for out of sample."""
+    if not suspects:
+        return f"The teacher confidently contradicts none of the {rows:,} gold labels that it did not learn from."
+    text = f"The teacher confidently contradicts {suspects:,} of the {rows:,} gold labels that it did not learn from "
+    text += f"({percent(suspects / rows)}): the label or the teacher is wrong. "
+    if suspects > 0.2 * rows:
+        return text + "These are too many to be errors of the labels alone: trust the list little."
+    return text + "`label_errors.csv` has them for a person to read, the worst first."
+
+
+def labelling_sentence(to_label: int, margin: float) -> str:
+    """How unsure the teacher is of the pool rows to label next. margin: the largest of them."""
+    if not to_label:
+        return "There are no pool rows to label."
+    text = f"`to_label.csv` lists {to_label:,} pool rows, one of each group, from the least sure one to a margin of "
+    text += f"{margin:.2f} between the two most probable labels: "
+    if margin > 0.5:
+        return text + "the last ones are clear to the teacher, so label the first ones."
+    return text + "the teacher decides none of them clearly, and a label of each would teach it something."
+
+
 def rationale_sentence(written: int, contradictions: int) -> str:
     """How many rationales name another label than the one they were written for."""
     if not written:

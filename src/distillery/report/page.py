@@ -24,6 +24,7 @@ from distillery.evaluation.leaderboard import (
 )
 from distillery.evaluation.results import ERROR_KINDS, TRAINED_ROLES, Results
 from distillery.evaluation.rows import disagreements
+from distillery.evaluation.slices import slice_scores, slice_sentence
 from distillery.evaluation.speed import LATENCY_ROWS, WARM_UP_ROWS, Measurements
 from distillery.files import Paths, atomic_write
 from distillery.models.precision import resolve_dtypes
@@ -33,6 +34,7 @@ from distillery.report.sentences import describe_result
 from distillery.report.svg import figure_svg, inline_svg
 from distillery.report.tables import reliability_table, score_table
 from distillery.report.wording import human_count, percent, percentage_points
+from distillery.teachers.label_review import read_label_errors
 
 LIBRARIES = (
     "torch",
@@ -48,6 +50,8 @@ LIBRARIES = (
 )
 
 MAX_BROWSER_ROWS = 1000  # rows of the error browser: keeps the page under 3 MB
+
+MAX_LABEL_ERRORS = 20  # rows with a label that is probably wrong
 
 MAX_TEXT_CHARACTERS = 500  # characters of a text or rationale shown there
 
@@ -76,6 +80,7 @@ def write_report(root: Path, results: Results, board: pd.DataFrame, measured: Me
         "plots/history.csv": results.history.to_csv(index=False),
         "plots/predictions.csv": predictions.to_csv(index=False),
         "plots/scores.csv": score_table(board).to_csv(index=False),
+        "plots/slices.csv": slice_scores(results).to_csv(index=False),
         "plots/reliability.csv": reliability_table(results).to_csv(index=False),
         "index.html": render_page(root, results, board, figures, measured),
     }
@@ -97,7 +102,7 @@ def render_page(
     """The self-contained page: no network, every text of the data escaped. figures: name -> SVG text."""
     rows = board.astype(object).where(board.notna(), None).to_dict("records")
     head, compared = results.headline, [result.name for result in results.compared]
-    params_file = root / "params.yaml"
+    params_file, parts = root / "params.yaml", slice_scores(results)
     return ENVIRONMENT.get_template("report.html").render(
         description=describe_result(results, board),
         warnings=[c for c in results.checks if not c.passed and (not c.models or {*compared} & {*c.models})],
@@ -124,6 +129,9 @@ def render_page(
         robustness=group_records(measured.robustness, "perturbation"),
         examples=group_records(measured.examples, "perturbation"),
         figures={name: inline_svg(name, text) for name, text in figures.items()},
+        slices=group_records(parts, "column"),
+        slice_sentence=slice_sentence(parts, head.name).replace("*", ""),
+        label_errors=_label_errors(root, results),
         audits=results.audits,
         cut_texts={result.name: result.cut_texts for result in results.models if result.cut_texts},
         counts=results.counts,
@@ -132,6 +140,20 @@ def render_page(
         versions=library_versions() | auto_dtypes(results.params),
         **_browser_rows(results),
     )
+
+
+def _label_errors(root: Path, results: Results) -> dict[str, Any] | None:
+    """The rows whose gold label the headline's teacher contradicts: their number, and the worst ones."""
+    teacher = results.teacher_of(results.headline)
+    errors = read_label_errors(Paths(root).teacher(teacher.key)) if teacher else None
+    if errors is None or not len(errors):
+        return None
+    rows = errors.head(MAX_LABEL_ERRORS).assign(text=[_shorten(text) for text in errors["text"].head(MAX_LABEL_ERRORS)])
+    return {
+        "rows": rows.to_dict("records"),
+        "number": len(errors),
+        "by_split": errors["split"].value_counts().to_dict(),
+    }
 
 
 def _browser_rows(results: Results) -> dict[str, Any]:
