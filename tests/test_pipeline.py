@@ -103,7 +103,7 @@ def test_every_module_is_a_part_of_some_stage_or_known_to_be_none():
     used = {module for found in stages({"far": "api"}).values() for module in found}
     outside = {"__main__", "cli", "config.reference_docs"}
     outside |= {f"pipeline.{name}" for name in ("environment", "recipe", "run_notebook", "search", "strip")}
-    outside |= {"pipeline.model_checks", "pipeline.stage_times", "pipeline.studies"}
+    outside |= {"pipeline.draft", "pipeline.model_checks", "pipeline.stage_times", "pipeline.studies"}
     outside |= {"pipeline.lessons", "notebook.lessons", "notebook.lesson_sentences", "notebook.tiny_causal"}
     assert all_modules() - used == {f"distillery.{name}" for name in outside}
 

@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 import tiny
 from distillery.config.load import load_params, validate_section
 from distillery.config.schema import ModelConfig, TeacherConfig
+from distillery.pipeline.draft import new_experiment
 from distillery.report.page import leaderboard_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,16 +56,18 @@ def messages() -> str:
 
 @pytest.fixture(scope="module")
 def own_experiment(tmp_path_factory, tiny_models) -> Path:
-    """The example of docs/own-data.md, run to its end with tiny models in place of the real ones."""
+    """The table of docs/own-data.md, drafted by `distillery new` and run with tiny models in place of the real ones."""
     repo = tiny.experiment(tmp_path_factory.mktemp("mine") / "repo", tiny_models)
     (repo / "data/mine.csv").write_text(messages(), encoding="utf-8")
-    (repo / "tasks/mine.yaml").write_text(block("# tasks/mine.yaml\n"), encoding="utf-8")
+    (repo / "params.yaml").unlink()
+    new_experiment(repo, str(repo / "data/mine.csv"), None, None, None)
     yaml = YAML()
-    content = yaml.load(block("# params.yaml\n"))
+    content = yaml.load((repo / "params.yaml").read_text(encoding="utf-8"))
     content["models"] = {"smollm2": {"folder": "models/tiny-llama"}, "minilm-l6": {"folder": "models/tiny-bert"}}
-    for phase in (content["teachers"]["smollm2"]["finetune"], *content["students"]["small"]["phases"]):
-        phase["epochs"] = 1
-    content["students"]["small-gold"]["phases"][0]["epochs"] = 2
+    content["teachers"]["smollm2"]["finetune"]["epochs"] = 1
+    for phase in content["students"]["small"]["phases"]:
+        phase["steps"] = 2
+    content["students"]["small-gold"]["phases"][0]["steps"] = 4
     for student in content["students"].values():
         student["init"]["layers"] = [0, 1, 3]  # the tiny model has four
     yaml.dump(content, repo / "params.yaml")

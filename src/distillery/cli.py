@@ -31,6 +31,14 @@ def check() -> None:
     )
 
 
+def new(file: str, name: str | None, text: str | None, label: str | None) -> None:
+    """Draft a task file and params.yaml from a data file, and say what was guessed."""
+    from distillery.files import repository_root
+    from distillery.pipeline.draft import new_experiment
+
+    print("\n".join(new_experiment(repository_root(), file, name, text, label)))
+
+
 def schema(write: bool) -> None:
     """Print the JSON schema of params.yaml, or write it and the reference of all keys into docs/."""
     from distillery.config.reference_docs import REFERENCE_FILE, SCHEMA_FILE, reference_markdown, schema_json
@@ -134,6 +142,11 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     verb(check)
+    drafting = verb(new)
+    drafting.add_argument("file", help="a data file of the repository, such as data/mine.csv")
+    drafting.add_argument("--name", help="of the task and the source; the name of the file when not given")
+    drafting.add_argument("--text", help="the column with the texts; guessed when not given")
+    drafting.add_argument("--label", help="the column with the labels; guessed when not given")
     verb(schema).add_argument(
         "--write", action="store_true", help="write docs/params.schema.json and docs/parameters.md"
     )

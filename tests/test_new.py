@@ -1,0 +1,156 @@
+"""`distillery new`: the drafts for files as people have them, and what it refuses."""
+
+import csv
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distillery.config.load import load_params
+from distillery.data.records import RawRows
+from distillery.errors import UserError
+from distillery.pipeline.draft import MAX_ROWS, draft_files, guess_columns, new_experiment
+from distillery.tasks.schema import load_task
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def sentence(i: int) -> str:
+    """A text of seven words that is unlike the others."""
+    rng = np.random.default_rng(i)
+    return " ".join("".join(rng.choice(list("abcdefghij"), 6)) for _ in range(7))
+
+
+def table(root: Path, columns: dict[str, list], file: str = "data/mine.csv") -> str:
+    (root / "dvc.yaml").touch()
+    (root / file).parent.mkdir(exist_ok=True)
+    with (root / file).open("w", newline="", encoding="utf-8") as opened:
+        csv.writer(opened).writerows([list(columns), *zip(*columns.values(), strict=True)])
+    return str(root / file)
+
+
+def draft(root: Path, columns: dict[str, list], text=None, label=None, name=None):
+    """What `new` says of a table, and the section of its source in the params.yaml that it wrote."""
+    lines = new_experiment(root, table(root, columns), name, text, label)
+    params = load_params(root / "params.yaml")
+    (source,) = params.data
+    return lines, params, params.data[source], load_task(source, root / "tasks")
+
+
+def rows_of(n: int = 40, labels: tuple = ("up", "down")) -> dict[str, list]:
+    return {"text": [sentence(i) for i in range(n)], "label": [labels[i % len(labels)] for i in range(n)]}
+
+
+def test_columns_with_the_usual_names(tmp_path):
+    lines, params, source, task = draft(tmp_path, rows_of())
+    assert (source.columns.text, source.columns.label, source.source) == ("text", "label", "data/mine.csv")
+    assert task.names == ["up", "down"]
+    assert lines[0].startswith("text: the column `text`, 7 words a row")
+    assert lines[1] == "label: the column `label`, 2 labels: up (20), down (20)"
+    assert "train 8, pool 16, validation 4, test 12" in lines[2]
+    assert list(params.teachers) == ["smollm2"] and params.evaluate.headline == "small"
+    steps = [sum(phase.steps for phase in student.phases) for student in params.students.values()]
+    assert steps[0] == steps[1]  # the control trains for as many steps
+    assert any(line.startswith("time: about ") for line in lines)
+
+
+def test_columns_with_other_names_are_guessed_by_their_values(tmp_path):
+    columns = rows_of(labels=("very good", "bad: no", "5 stars"))
+    columns = {"Notes": columns["text"], "who": [f"p{i}" for i in range(40)], "Kind of it": columns["label"]}
+    _, _, source, task = draft(tmp_path, columns)
+    assert (source.columns.text, source.columns.label) == ("Notes", "Kind of it")
+    assert task.names == ["very good", "bad: no", "5 stars"]
+
+
+def test_named_columns_come_before_guesses(tmp_path):
+    columns = rows_of() | {"body": [sentence(i)[:20] for i in range(40)], "tone": ["a", "b", "c", "d"] * 10}
+    _, _, source, task = draft(tmp_path, columns, text="body", label="tone")
+    assert (source.columns.text, source.columns.label) == ("body", "tone")
+    assert task.names == ["a", "b", "c", "d"]
+
+
+def test_labels_in_numbers_get_a_classifier_as_teacher(tmp_path):
+    lines, params, _, task = draft(tmp_path, rows_of(labels=(0, 1)))
+    assert task.names == ["0", "1"]
+    assert [teacher.kind for teacher in params.teachers.values()] == ["classifier"]
+    assert any("numbers, which say nothing" in line for line in lines)
+
+
+def test_spellings_of_a_label_are_one(tmp_path):
+    lines, _, _, task = draft(tmp_path, rows_of(labels=("up", "up", "Up", "down", "yes")))
+    assert task.names == ["up", "down", "yes"]
+    assert "up (24)" in lines[1]
+
+
+def test_a_split_column_and_ids_that_repeat(tmp_path):
+    part = ["train"] * 24 + ["dev"] * 6 + ["test"] * 10
+    lines, params, source, _ = draft(tmp_path, rows_of() | {"id": [1, 2] * 20, "Split": part})
+    assert source.split_column == "Split" and source.split is None and source.columns.id is None
+    assert params.students["small"].phases[0].data == ["mine/train"]  # there is no pool
+    assert "train 24, validation 6, test 10" in lines[2]
+
+
+def test_of_many_rows_some_are_drawn(tmp_path):
+    n = MAX_ROWS + 6
+    columns = {"text": [f"text {i}" for i in range(n)], "label": ["a", "b"] * (n // 2)}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    guess = guess_columns(RawRows("mine.csv", "line", rows, list(range(n))))
+    _, params, lines = draft_files("mine", "mine.csv", guess)
+    assert f"    limit: {MAX_ROWS} " in params
+    assert any(line.startswith("limit: 20,000 of the 20,006 rows") for line in lines)
+
+
+def test_a_name_is_made_from_the_file_or_given(tmp_path):
+    file = table(tmp_path, rows_of(), "data/My Data (2).csv")
+    new_experiment(tmp_path, file, None, None, None)
+    assert (tmp_path / "tasks/my-data-2.yaml").exists()
+    assert load_params(tmp_path / "params.yaml").data["my-data-2"].source == "data/My Data (2).csv"
+
+
+def test_models_are_those_of_the_default_experiment(tmp_path):
+    _, params, _, _ = draft(tmp_path, rows_of())
+    assert params.models == load_params(ROOT / "params.yaml").models
+
+
+def test_only_what_git_can_bring_back_is_overwritten(tmp_path):
+    file = table(tmp_path, rows_of())
+    (tmp_path / "params.yaml").write_text("seeds: [0]\n")
+    with pytest.raises(UserError, match="params.yaml: has changes that git does not have"):
+        new_experiment(tmp_path, file, None, None, None)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    for arguments in (["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *arguments], check=True)
+    new_experiment(tmp_path, file, None, None, None)
+    with pytest.raises(UserError, match="tasks/mine.yaml: there already"):
+        new_experiment(tmp_path, file, None, None, None)
+    before = (tmp_path / "params.yaml").read_text()
+    with pytest.raises(UserError, match="params.yaml: has changes"):
+        new_experiment(tmp_path, file, "other", None, None)
+    assert (tmp_path / "params.yaml").read_text() == before and not (tmp_path / "tasks/other.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": [sentence(i) for i in range(40)], "n": range(40)}, "no column looks like a label .* with --label"),
+        ({"a": range(40), "b": [1, 2] * 20}, "no column holds text; there are: `a`, `b`"),
+        (rows_of() | {"label": ["up", "", "down", "up"] * 10}, "10 rows have no label in the column `label`"),
+        (rows_of() | {"label": ["up"] * 39 + ["down"]}, "label `down` has 1 group"),
+    ],
+)
+def test_a_file_that_cannot_be_drafted_ends_in_one_line_and_writes_nothing(tmp_path, columns, message):
+    with pytest.raises(UserError, match=message):
+        new_experiment(tmp_path, table(tmp_path, columns), None, None, None)
+    assert not (tmp_path / "params.yaml").exists() and not (tmp_path / "tasks").exists()
+
+
+def test_a_wrong_column_or_place_ends_in_one_line(tmp_path):
+    (tmp_path / "repo").mkdir()
+    file = table(tmp_path / "repo", rows_of())
+    with pytest.raises(UserError, match="no column `tone`; there are: `text`, `label`"):
+        new_experiment(tmp_path / "repo", file, None, None, "tone")
+    outside = tmp_path / "mine.csv"
+    outside.write_text("text,label\na,b\n")
+    with pytest.raises(UserError, match="outside the repository; copy it into repo/data first"):
+        new_experiment(tmp_path / "repo", str(outside), None, None, None)
