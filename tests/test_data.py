@@ -111,9 +111,9 @@ CSV = b"text,label\n"
 UNREADABLE = [  # file, content, the line
     ("a.jsonl", None, "a.jsonl: no such file"),
     (
-        "a.xlsx",
+        "a.ods",
         b"x",
-        "a.xlsx: cannot read `.xlsx`; allowed: .jsonl, .json, .csv, .tsv, .parquet, each also in .gz or .zip, or hub:",
+        "a.ods: cannot read `.ods`; allowed: .jsonl, .json, .csv, .tsv, .parquet, .xlsx, each also in .gz or .zip, or",
     ),
     ("a", b"x", "a: cannot read `a name without suffix`; allowed: .jsonl"),
     ("a.jsonl", b"", "a.jsonl: empty, there are no rows in it"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from distillery.config.load import validate_section
 from distillery.config.schema import Params, SourceConfig
 from distillery.data.prepare import PreparedSource, prepare_source
+from distillery.data.readers import read_source
 from distillery.data.storage import read_split, write_source
 from distillery.errors import UserError
 from distillery.pipeline.recipe import _corpora
@@ -198,3 +200,58 @@ def test_files_of_several_kinds_are_one_source(tmp_path):
     prepared = prepare(tmp_path, splits={"train": "a.csv", "pool": "pool.jsonl", "test": "c.tsv"})
     assert sizes(prepared)["pool"] == sizes(prepared)["test"] == 6
     assert "c.tsv: The delimiter of the file is `;`; `delimiter:` names another." in prepared.audit["decisions"]
+
+
+# ----------------------------------------------------------------------------------------- several files by a pattern
+
+
+def source(pattern: str) -> SourceConfig:
+    raw = {"source": pattern, "task": "x", "split": dict.fromkeys(("train", "pool", "validation", "test"), 0.25)}
+    return validate_section(SourceConfig, raw, "params.yaml")
+
+
+def write_parts(folder: Path, texts_a: list[str], texts_b: list[str]) -> None:
+    (folder / "parts/more").mkdir(parents=True)
+    for file, texts in (("parts/b.csv", texts_b), ("parts/a.csv", texts_a)):
+        (folder / file).write_text("text,label\n" + "".join(f"{text},up\n" for text in texts), encoding="utf-8")
+    (folder / "parts/c.json").write_text("[]")
+
+
+def test_files_that_fit_a_pattern_are_read_in_the_order_of_their_names(tmp_path):
+    write_parts(tmp_path, ["one", "two"], ["three"])
+    raw = read_source(source("parts/*.csv"), tmp_path)
+    assert [row["text"] for row in raw.rows] == ["one", "two", "three"]
+    assert raw.numbers == [1, 2, 3]  # ids are made of them
+    assert raw.at(2) == "parts/b.csv, line 2"
+    assert raw.decisions == ["2 files were read: parts/a.csv to parts/b.csv."]
+    (tmp_path / "parts/more/d.csv").write_text("text,label\nfour,up\n")
+    assert len(read_source(source("parts/**/*.csv"), tmp_path).rows) == 4
+    (tmp_path / "parts/x[1]?.csv").write_text("text,label\nfive,up\n")  # a file that is called like a pattern
+    assert [row["text"] for row in read_source(source("parts/x[1]?.csv"), tmp_path).rows] == ["five"]
+
+
+def test_a_pattern_in_splits_and_files_with_other_columns(tmp_path):
+    write_parts(tmp_path, ["one", "two"], ["three"])
+    spec = {"splits": {"train": "parts/*.csv", "test": "parts/a.csv"}, "task": "x"}
+    raw = read_source(validate_section(SourceConfig, spec, "params.yaml"), tmp_path)
+    assert raw.splits == ["train"] * 3 + ["test"] * 2
+    assert raw.at(2) == "parts/b.csv, line 2"
+    (tmp_path / "parts/b.csv").write_text("message,label\nthree,up\n")
+    with pytest.raises(UserError, match="parts/b.csv: no column `text`, which other files have; there are: `message`"):
+        read_source(source("parts/*.csv"), tmp_path)
+    with pytest.raises(UserError, match=r"parts/\*.txt: no file fits"):
+        read_source(source("parts/*.txt"), tmp_path)
+
+
+def test_a_change_of_any_file_of_a_pattern_is_noticed(tmp_path):
+    write_parts(tmp_path, ["one"], ["two"])
+    params = SimpleNamespace(data={"s": source("parts/*.csv")})
+    records = []
+    for text in ("two", "three", None):
+        if text:
+            (tmp_path / "parts/b.csv").write_text(f"text,label\n{text},up\n")
+        else:
+            (tmp_path / "parts/c.csv").write_text("text,label\nfour,up\n")
+        write_sources(tmp_path, params)
+        records.append((tmp_path / "build/sources/s.json").read_text())
+    assert len(set(records)) == 3

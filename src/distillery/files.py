@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -28,6 +29,19 @@ def repository_root(start: Path | str | None = None) -> Path:
         if (folder / "dvc.yaml").exists():
             return folder
     raise UserError(f"{start}: no dvc.yaml here or in any folder above; run from inside the repository")
+
+
+def matching_files(root: Path, name: str) -> list[str]:
+    """The files that `name`, a path relative to `root`, stands for: itself, or all that fit its `*` and `?`, by name.
+
+    A folder called like that is itself. Raises UserError when no file fits.
+    """
+    if (root / name).exists() or not set("*?") & set(name):
+        return [name]
+    files = sorted(file for file in glob.glob(name, root_dir=root, recursive=True) if (root / file).is_file())
+    if not files:
+        raise UserError(f"{name}: no file fits")
+    return [Path(file).as_posix() for file in files]
 
 
 @dataclass(frozen=True)

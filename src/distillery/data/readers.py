@@ -1,4 +1,4 @@
-"""Read records from CSV, TSV, JSON, Parquet and hub data sets, with the line or row of each."""
+"""Read records from CSV, TSV, JSON, Parquet, Excel and hub data sets, with the line or row of each."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import pyarrow.parquet as pq
 
 from distillery.config.schema import SourceConfig
 from distillery.data.decoding import decode, decompress
+from distillery.data.excel import read_xlsx
 from distillery.data.hub import read_hub
 from distillery.data.json_records import read_json
 from distillery.data.nested import open_paths
 from distillery.data.records import FileFormat, RawRows
 from distillery.data.selection import named_columns
-from distillery.data.splits import join_splits, split_by_column
+from distillery.data.splits import join_files, join_splits, split_by_column
 from distillery.data.tables import read_table
 from distillery.errors import UserError
+from distillery.files import matching_files
 
 DEFAULT_DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # the usual ones, for messages
-SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx")  # the usual ones, for messages
+SPREADSHEETS = (".xls", ".xlsb", ".ods", ".numbers")
 
 
 def read_source(spec: SourceConfig, base: Path) -> RawRows:
@@ -37,11 +39,16 @@ def read_source(spec: SourceConfig, base: Path) -> RawRows:
             raise UserError(f"{spec.source}: empty, there are no rows in it")
     else:
         form = FileFormat(spec.encoding, spec.delimiter, spec.quotes, spec.header)
-        parts = {
-            split: open_paths(read_rows(file, base, form), named_columns(spec)) for split, file in spec.files.items()
-        }
+        parts = {split: _read_files(file, spec, base, form) for split, file in spec.files.items()}
         raw = join_splits(parts, spec) if spec.splits else parts["source"]
     return split_by_column(raw, spec.split_column) if spec.split_column else raw
+
+
+def _read_files(name: str, spec: SourceConfig, base: Path, form: FileFormat) -> RawRows:
+    """The records of the file `name`, or of all files that fit it, with what nested objects hold at named paths."""
+    files = matching_files(base, name)
+    parts = [open_paths(read_rows(file, base, form), named_columns(spec)) for file in files]
+    return parts[0] if files == [name] else join_files(name, parts, spec)
 
 
 def read_rows(name: str, base: Path, form: FileFormat | None = None) -> RawRows:
@@ -64,8 +71,10 @@ def read_rows(name: str, base: Path, form: FileFormat | None = None) -> RawRows:
 def _read_content(name: str, suffix: str, content: bytes, form: FileFormat) -> RawRows:
     if suffix == ".parquet":
         return _read_parquet(name, content)
+    if suffix == ".xlsx":
+        return read_xlsx(name, content, form.header)
     if suffix not in (*DEFAULT_DELIMITERS, *JSON_SUFFIXES):
-        way_out = "; save the sheet as CSV" if suffix in SPREADSHEETS else ""
+        way_out = "; save the sheet as CSV or .xlsx" if suffix in SPREADSHEETS else ""
         allowed = f"{', '.join(SUFFIXES)}, each also in .gz or .zip, or hub:owner/name[@revision]"
         raise UserError(f"{name}: cannot read `{suffix or 'a name without suffix'}`; allowed: {allowed}{way_out}")
     text, decision = decode(name, content, form.encoding)

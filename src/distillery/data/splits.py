@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,14 +26,7 @@ def join_splits(parts: Mapping[str, RawRows], spec: SourceConfig) -> RawRows:
 
     Raises UserError when a column of the text or the labels is missing in one file. A pool needs no labels.
     """
-    for split, raw in parts.items():
-        text = [spec.columns.text] if isinstance(spec.columns.text, str) else spec.columns.text
-        columns = {column for record in raw.rows for column in record}
-        for column in [*text, *([spec.columns.label] if spec.columns.label and split != "pool" else [])]:
-            others = (other.rows for name, other in parts.items() if name != split)
-            if column not in columns and any(column in record for rows in others for record in rows):
-                shown = ", ".join(f"`{name}`" for name in columns)
-                raise UserError(f"{raw.name}: no column `{column}`, which other files have; there are: {shown}")
+    _check_columns(parts, spec)
     return RawRows(
         name=", ".join(raw.name for raw in parts.values()),
         unit="row",
@@ -44,6 +37,42 @@ def join_splits(parts: Mapping[str, RawRows], spec: SourceConfig) -> RawRows:
         places=[raw.at(i) for raw in parts.values() for i in range(len(raw.rows))],
         decisions=[f"{raw.name}: {decision}" for raw in parts.values() for decision in raw.decisions],
     )
+
+
+def join_files(name: str, parts: Sequence[RawRows], spec: SourceConfig) -> RawRows:
+    """The records of several files of one kind, one after the other, numbered through. name: how params.yaml has them.
+
+    Raises UserError when a column of the text or the labels is missing in one file.
+    """
+    _check_columns({raw.name: raw for raw in parts}, spec)
+    rows = [record for raw in parts for record in raw.rows]
+    return RawRows(
+        name=name,
+        unit="row",
+        rows=rows,
+        numbers=list(range(1, len(rows) + 1)),
+        blank=sum(raw.blank for raw in parts),
+        places=[raw.at(i) for raw in parts for i in range(len(raw.rows))],
+        decisions=[
+            f"{len(parts)} files were read: {parts[0].name} to {parts[-1].name}.",
+            *(f"{raw.name}: {decision}" for raw in parts for decision in raw.decisions),
+        ],
+    )
+
+
+def _check_columns(parts: Mapping[str, RawRows], spec: SourceConfig) -> None:
+    """Raise UserError when a column of the text or the labels is in some files and missing in another.
+
+    parts: by split or file; one called `pool` needs no labels.
+    """
+    for split, raw in parts.items():
+        text = [spec.columns.text] if isinstance(spec.columns.text, str) else spec.columns.text
+        columns = {column for record in raw.rows for column in record}
+        for column in [*text, *([spec.columns.label] if spec.columns.label and split != "pool" else [])]:
+            others = (other.rows for name, other in parts.items() if name != split)
+            if column not in columns and any(column in record for rows in others for record in rows):
+                shown = ", ".join(f"`{name}`" for name in columns)
+                raise UserError(f"{raw.name}: no column `{column}`, which other files have; there are: {shown}")
 
 
 def split_by_column(raw: RawRows, column: str) -> RawRows:

@@ -25,7 +25,7 @@ from distillery.config.load import load_params
 from distillery.config.renamed import rename_old_keys
 from distillery.config.schema import Params
 from distillery.errors import UserError
-from distillery.files import Paths, atomic_write, read_yaml, repository_root
+from distillery.files import Paths, atomic_write, matching_files, read_yaml, repository_root
 from distillery.pipeline.environment import set_environment
 
 COPIED_PATHS = ("dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", "notebooks", "src", "tasks")
@@ -76,7 +76,7 @@ def prepare_recipe(root: Path, name: str, scale: str | None = None) -> Path:
 
 def prepare_folder(root: Path, raw: dict[str, Any], folder: Path, name: str) -> Path:
     """`folder` with all files that the experiment `raw` needs. Raises UserError naming the recipe and the key."""
-    for part in (*COPIED_PATHS, *_corpora(raw)):
+    for part in (*COPIED_PATHS, *(file for name in _corpora(raw) for file in matching_files(root, name))):
         _copy_changed(root / part, folder / part)
     # DVC works without git in there, and the history of the repository is not concerned
     (folder / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")

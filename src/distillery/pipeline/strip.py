@@ -27,7 +27,7 @@ from distillery.config.load import load_params
 from distillery.config.references import unused_settings
 from distillery.config.schema import Params
 from distillery.errors import UserError
-from distillery.files import Paths, file_digest, repository_root, write_json
+from distillery.files import Paths, file_digest, matching_files, repository_root, write_json
 from distillery.pipeline.model_checks import check_models
 from distillery.tasks.schema import load_task
 
@@ -109,10 +109,12 @@ def write_sources(root: Path, params: Params) -> None:
     for name, source in params.data.items():
         record: dict[str, Any] = {"source": source.origin}
         for split, file in source.files.items():  # an absolute path stays what it is
-            if not (root / file).exists():
+            matching = matching_files(root, file)
+            if not (root / matching[0]).exists():
                 key = "source" if source.source else f"splits.{split}"
                 raise UserError(f"params.yaml: data.{name}.{key}: {file}: no such file")
-            record |= {"sha256" if source.source else split: file_digest(root / file)}
+            digests = {one: file_digest(root / one) for one in matching}
+            record |= {"sha256" if source.source else split: digests if matching != [file] else digests[file]}
         write_json(Paths(root).build / "sources" / f"{name}.json", record)
 
 
