@@ -125,6 +125,34 @@ def test_one_digest_for_a_module_or_all_of_a_package(package, monkeypatch):
     fingerprint.code_digest.cache_clear()
 
 
+@pytest.mark.parametrize("content", [None, "", "[]", "{", '{"key": 1}', '{"key": null}'])
+def test_what_is_known_of_a_text_is_remembered_and_a_broken_file_does_no_harm(tmp_path, monkeypatch, content):
+    def read(text: str) -> tuple[str, list[str]]:
+        """Read `text` as another process would, with nothing but the file."""
+        fingerprint._read_module.cache_clear()
+        monkeypatch.setattr(fingerprint, "_known", {})
+        with fingerprint.remembered(file):
+            return fingerprint._read_module(text)
+
+    file = tmp_path / "cache/known.json"
+    if content is not None:
+        file.parent.mkdir()
+        file.write_text(content)
+    first = read(CODE)
+    written = file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint.ast, "parse", None)  # all that is left is reading the file
+        assert tuple(read(CODE)) == first and file.read_bytes() == written
+        with pytest.raises(TypeError):
+            read(CODE.replace("LIMIT: int = 3", "LIMIT: int = 4"))
+    other = read(CODE.replace("LIMIT: int = 3", "LIMIT: int = 4").replace("from dataclasses", "from other"))
+    assert other[0] != first[0] and (first[1], other[1]) == (
+        ["dataclasses", "dataclasses.dataclass"],
+        ["other", "other.dataclass"],
+    )
+    fingerprint._read_module.cache_clear()
+
+
 def test_an_unknown_module_is_named():
     with pytest.raises(ValueError, match="no module distillery.nothing"):
         fingerprint.digest("distillery.nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import glob
 import hashlib
@@ -10,6 +11,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +98,18 @@ class Paths:
         return self.root / "runs" / f"{student}-{seed}"
 
 
+@lru_cache(maxsize=64)
+def _parse_yaml(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)  # slow: 0.05 s for a hundred lines
+
+
 def read_yaml(path: Path) -> Any:
     """The content of a YAML 1.2 file, read as DVC reads it (PyYAML's 1.1 takes the key `on` for `True`).
 
     Raises UserError (file, line) when it is missing or malformed.
     """
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return copy.deepcopy(_parse_yaml(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

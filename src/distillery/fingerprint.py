@@ -5,15 +5,22 @@ makes nothing run again. A fingerprint is the module's syntax tree without comme
 functions, written as text again. Annotations in a class body stay: pydantic and dataclasses act on them.
 
 A new Python version may write a tree in another way; fingerprints then change once.
+
+Parsing the package takes a second, so :func:`remembered` keeps the result for every text in a file between two runs.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+from distillery.files import write_json
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -62,8 +69,49 @@ def normalized(source: str) -> str:
 
     Raises SyntaxError when `source` is not Python.
     """
-    tree = _WithoutProse().visit(ast.parse(source))
-    return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+    return _write_normalized(ast.parse(source))
+
+
+def _write_normalized(tree: ast.Module) -> str:
+    """The text of `tree`, which it changes, without what does not count."""
+    return ast.unparse(ast.fix_missing_locations(_WithoutProse().visit(tree))) + "\n"
+
+
+# the key of a module's text, see `_read_module` -> its fingerprint, and every dotted name that it imports
+_known: dict[str, tuple[str, list[str]]] = {}
+
+
+@cache
+def _reader() -> bytes:
+    """What else than a module's text decides what is read from it."""
+    return sys.version.encode() + Path(__file__).read_bytes()
+
+
+@cache
+def _read_module(source: str) -> tuple[str, list[str]]:
+    """The fingerprint of a module with the text `source`, and every dotted name that it imports."""
+    key = hashlib.sha256(_reader() + source.encode()).hexdigest()
+    if key not in _known:
+        tree = ast.parse(source)
+        names = _imported_names(tree)  # before docstrings go
+        _known[key] = hashlib.sha256(_write_normalized(tree).encode()).hexdigest(), sorted(names)
+    return _known[key]
+
+
+@contextmanager
+def remembered(file: Path) -> Iterator[None]:
+    """Take what is known of modules from `file`, and leave there what is known after this block.
+
+    A file that is missing or broken only costs time.
+    """
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        _known.update({key: (digest, names) for key, (digest, names) in stored.items()})
+    except (OSError, ValueError, TypeError, AttributeError):
+        stored = {}
+    yield
+    if _known.keys() != stored.keys():
+        write_json(file, _known)
 
 
 def _module_path(module: str, package: Path) -> Path | None:
@@ -75,17 +123,10 @@ def _module_path(module: str, package: Path) -> Path | None:
     return None
 
 
-def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
-def imported(source: str, package: Path = PACKAGE) -> set[str]:
-    """The modules of `package` that `source` imports anywhere in it, as dotted names; also the packages around them.
-
-    Imports for type checkers alone do not count. The top-level `__init__` is left out: no result depends on it.
-    """
+def _imported_names(tree: ast.Module) -> set[str]:
+    """Every dotted name that `tree` imports anywhere in it, but for type checkers alone."""
     names: set[str] = set()
-    nodes: list[ast.AST] = [ast.parse(source)]
+    nodes: list[ast.AST] = [tree]
     while nodes:
         node = nodes.pop()
         if _is_type_checking(node):
@@ -95,9 +136,21 @@ def imported(source: str, package: Path = PACKAGE) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    split_names = [name.split(".") for name in names]
-    modules = {".".join(parts[:i]) for parts in split_names for i in range(2, len(parts) + 1)}
-    return {name for name in modules if name.split(".")[0] == package.name and _module_path(name, package)}
+    return names
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imported(source: str, package: Path = PACKAGE) -> set[str]:
+    """The modules of `package` that `source` imports anywhere in it, as dotted names; also the packages around them.
+
+    Imports for type checkers alone do not count. The top-level `__init__` is left out: no result depends on it.
+    """
+    parts = [name.split(".") for name in _read_module(source)[1]]
+    modules = {".".join(names[:i]) for names in parts if names[0] == package.name for i in range(2, len(names) + 1)}
+    return {name for name in modules if _module_path(name, package)}
 
 
 def closure(modules: Iterable[str], package: Path = PACKAGE, without: Iterable[str] = ()) -> list[str]:
@@ -118,7 +171,7 @@ def closure(modules: Iterable[str], package: Path = PACKAGE, without: Iterable[s
 
 def _file_fingerprint(path: Path) -> str:
     """sha256 of the normalized source in the file `path`."""
-    return hashlib.sha256(normalized(path.read_text(encoding="utf-8")).encode()).hexdigest()
+    return _read_module(path.read_text(encoding="utf-8"))[0]
 
 
 @cache

@@ -7,10 +7,9 @@
 ``build/recipe.json``          the published scores that the report shows beside those of this run, if params.yaml is a
                                recipe
 ``build/answers/<name>.json``  the sha256 of each file of a teacher with `kind: answers`
-``build/code/<module>``        the fingerprint of every module: its code without comments, docstrings and layout
 ``build/code/stages/<stage>.json``  the modules that a stage imports, directly or not, with their fingerprints
 
-It runs at every `dvc repro` and takes a second. The stages after it depend on these files.
+It runs at every `dvc repro` and takes half a second. The stages after it depend on these files.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import json
 import re
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +76,22 @@ def stage_modules(notebooks: dict[str, dict[str, Any]], kinds: dict[str, str]) -
             stages |= {f"{name}-{teacher}": (imported, {kind}) for teacher, kind in kinds.items()}
         else:
             stages[name] = (imported, all_kinds)
-    fingerprints = {}
-    for stage, (imported, stage_kinds) in stages.items():
-        without = [module for kind, module in MODULES_OF_KIND.items() if kind not in stage_kinds]
+
+    @cache  # many teachers share one
+    def closure(imported: frozenset[str], without: tuple[str, ...]) -> dict[str, str]:
         modules = fingerprint.closure(imported, without=without)
-        fingerprints[stage] = {module: fingerprint.digest(module) for module in modules}
-    return fingerprints
+        return {module: fingerprint.digest(module) for module in modules}
+
+    return {
+        stage: closure(
+            frozenset(imported), tuple(module for kind, module in MODULES_OF_KIND.items() if kind not in stage_kinds)
+        )
+        for stage, (imported, stage_kinds) in stages.items()
+    }
 
 
 def write_fingerprints(build: Path, notebooks: dict[str, dict[str, Any]], kinds: dict[str, str]) -> None:
-    """Write `build/code`: every module's fingerprint, and the modules of every stage."""
-    for file in sorted(fingerprint.PACKAGE.rglob("*.py")):
-        target = build / "code" / file.relative_to(fingerprint.PACKAGE)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(fingerprint.normalized(file.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write `build/code`: the modules of every stage, with their fingerprints."""
     for stage, modules in stage_modules(notebooks, kinds).items():
         write_json(build / "code" / "stages" / f"{stage}.json", modules)
 
@@ -158,7 +160,8 @@ def run_strip() -> None:
     notebooks = {path.stem: strip_notebook(path) for path in sorted((root / "notebooks").glob("*.ipynb"))}
     for name, notebook in notebooks.items():
         write_json(build / "notebooks" / f"{name}.ipynb", notebook)
-    write_fingerprints(build, notebooks, {name: teacher.kind for name, teacher in params.teachers.items()})
+    with fingerprint.remembered(Paths(root).cache / "fingerprints.json"):
+        write_fingerprints(build, notebooks, {name: teacher.kind for name, teacher in params.teachers.items()})
     write_sources(root, params)
     write_models(root, params)
     write_json(build / "recipe.json", params.recipe.model_dump() if params.recipe else {})
