@@ -28,6 +28,9 @@ from distillery.files import atomic_write, raise_if_disk_full, repository_root
 from distillery.pipeline.environment import set_environment
 from distillery.pipeline.stage_times import timed_stage
 
+# an optional part of jsonschema, which papermill loads: building its grammar of web addresses takes a second
+sys.modules.setdefault("rfc3987_syntax", None)
+
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 
 
