@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +44,7 @@ from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.teacher_outputs import teacher_outputs_key
 from distillery.training.teacher_signals import TeacherSignals
 from distillery.training.trainers import OnPolicyTrainer, PhaseTrainerMixin, build_trainer
+from forked import fork_context
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 LABELS = TASK.names
@@ -876,21 +876,11 @@ def run(kind: str, folder: str, out: str) -> None:
     watched.to_parquet(Path(out) / "watched.parquet")
 
 
-@pytest.fixture(scope="module")
-def start():
-    """Starts :func:`run` in a fresh process that need not import anything any more."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distillery.training.run", "tiny"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or Python 3.11 preloads nothing, and does not say so
-        forkserver.ensure_running()
-
-    def start(*args) -> multiprocessing.Process:
-        process = context.Process(target=run, args=tuple(map(str, args)))
-        process.start()
-        return process
-
-    return start
+def start(*args) -> multiprocessing.Process:
+    """Start :func:`run` in a process of its own."""
+    process = fork_context().Process(target=run, args=tuple(map(str, args)))
+    process.start()
+    return process
 
 
 def finished(process: multiprocessing.Process) -> None:
@@ -910,7 +900,7 @@ def killed_at_a_checkpoint(process: multiprocessing.Process, folder: Path) -> No
 
 
 @pytest.mark.parametrize("arch", SPECS)
-def test_a_killed_training_ends_like_an_unbroken_one(start, tiny_models, tmp_path, arch):
+def test_a_killed_training_ends_like_an_unbroken_one(tiny_models, tmp_path, arch):
     unbroken = start(arch, tiny_models, tmp_path / "unbroken")
     out = tmp_path / "killed"
     killed_at_a_checkpoint(start(arch, tiny_models, out), out / "checkpoints-1")
@@ -927,7 +917,7 @@ def test_a_killed_training_ends_like_an_unbroken_one(start, tiny_models, tmp_pat
     assert history["loss"].nunique() == 8
 
 
-def test_a_half_written_checkpoint_is_left_out(start, tiny_models, tmp_path):
+def test_a_half_written_checkpoint_is_left_out(tiny_models, tmp_path):
     spec = phase({"ce": 1.0}, steps=8, batch_size=4)
     frame, weights = toy(12), []
     for cut in (None, "trainer_state.json", "missing"):
