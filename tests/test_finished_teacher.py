@@ -1,13 +1,9 @@
-"""A classifier that was fine-tuned elsewhere teaches as it is, through every stage."""
+"""A classifier that was fine-tuned elsewhere teaches as it is, through all notebooks."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +12,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+import stages
 import tiny
 from distillery.files import read_yaml
 
@@ -28,13 +25,6 @@ def change(repo: Path, edit) -> None:
     edit(tree)
     with (repo / "params.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(tree, file)
-
-
-def repro(repo: Path) -> list[str]:
-    """The stages that ran."""
-    done = subprocess.run(["dvc", "repro"], cwd=repo, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return re.findall(r"^Running stage '(.*)':", done.stdout, flags=re.M)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +56,7 @@ def ran(tiny_models, tmp_path_factory) -> Path:
         tree["students"] = {"tiny-kd": kd, "tiny-gold": gold}
 
     change(repo, edit)
-    assert {"teach@encoder", "distill@tiny-kd-0", "evaluate"} <= set(repro(repo))
+    stages.run_experiment(repo)
     return repo
 
 
@@ -104,11 +94,9 @@ def test_the_report_shows_it_beside_its_student(ran):
 
 def test_another_meaning_of_its_labels_makes_other_signals(ran, tmp_path):
     repo = shutil.copytree(ran, tmp_path / "repo", symlinks=True)
-    assert repro(repo) == ["strip"]
     other = {"NEGATIVE": "positive", "Positive": "negative", "neutral": "neutral"}
     change(repo, lambda tree: tree["models"]["finished"].update({"labels": other}))
-    command = [sys.executable, "-m", "distillery", "run", "02_teach", "-p", "teacher", "encoder"]
-    subprocess.run(command, cwd=repo, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": "src"})
+    stages.run_notebook(repo, "02_teach", teacher="encoder")
     before, after = (
         np.stack(pd.read_parquet(root / "data/teacher/encoder/signals.parquet")["probabilities"].to_list())
         for root in (ran, repo)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,10 +16,12 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
+import stages
 import tiny
 from distillery.config.load import load_params
 from distillery.config.schema import SPLITS
 from distillery.files import read_yaml
+from distillery.pipeline.inputs import write_student_inputs
 
 LABELS = ["positive", "neutral", "negative"]
 
@@ -85,7 +85,8 @@ def test_the_killed_student_is_the_one_of_an_unbroken_run(ran, tmp_path):
     assert not list((repo / ".cache/checkpoints").glob("tiny-kd-0-*"))
     (repo / "runs/tiny-kd-0/model/README.md").unlink()  # the evaluation writes it
     before = {p.relative_to(repo): p.read_bytes() for p in (repo / "runs/tiny-kd-0").rglob("*") if p.is_file()}
-    assert dvc(repo, "repro", "--force", "--single-item", "distill@tiny-kd-0") == ["distill@tiny-kd-0"]
+    shutil.rmtree(repo / "runs/tiny-kd-0")
+    stages.run_notebook(repo, "04_distill", student="tiny-kd", seed=0)
     after = {p.relative_to(repo): p.read_bytes() for p in (repo / "runs/tiny-kd-0").rglob("*") if p.is_file()}
     differing = [path.name for path in before if before[path] != after.get(path)]
     assert before.keys() == after.keys() and set(differing) <= {"timing.json"}
@@ -105,63 +106,6 @@ def test_executed_notebooks_ran_to_their_end(ran):
         assert any("image/png" in output.get("data", {}) for cell in code for output in cell["outputs"]), path.stem
         stderr = [o for cell in code for o in cell["outputs"] if o.get("name") == "stderr"]
         assert not stderr, (path.stem, stderr)
-
-
-MODELS_AT_ONCE = """
-import json, sys, weakref
-import matplotlib
-matplotlib.use("agg")
-from transformers import PreTrainedModel
-from distillery.cli import inputs, strip
-loaded, alive_at_load, original = weakref.WeakSet(), [], PreTrainedModel.from_pretrained.__func__
-def from_pretrained(cls, *arguments, **options):
-    alive_at_load.append(len(loaded))
-    model = original(cls, *arguments, **options)
-    loaded.add(model)
-    return model
-PreTrainedModel.from_pretrained = classmethod(from_pretrained)
-def run(name, notebook, **selected):
-    alive_at_load.clear()
-    variables = {"__name__": "__main__"}
-    for cell in json.load(open(f"notebooks/{notebook}.ipynb"))["cells"]:
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), variables)
-            variables |= selected
-    counts[name] = list(alive_at_load)
-counts = {}
-strip()
-run("data", "01_data", source="finance")
-inputs("teachers")
-for teacher in ("encoder", "lm", "prompted"):
-    run(teacher, "02_teach", teacher=teacher)
-run("paraphrases", "03_augment")
-inputs("students")
-run("student", "04_distill", student="tiny-kd", seed=0)
-print("\\n" + json.dumps(counts))
-"""
-
-
-def test_a_stage_holds_one_model_at_a_time(tiny_models, tmp_path):
-    """At every load of a model there is no other: of a teacher's prompts, its folds, and the finished student."""
-    repo = tiny.experiment(tmp_path / "repo", tiny_models)
-
-    def with_prompts(tree):
-        prompts = {"kind": "lm", "model": "tiny-llama", "prompt": "plain", "prompts": ["meanings", "bare"]}
-        tree["teachers"]["prompted"] = prompts
-
-    edit(repo, with_prompts)
-    done = subprocess.run(
-        [sys.executable, "-c", MODELS_AT_ONCE],
-        cwd=repo,
-        env=os.environ | {"PYTHONPATH": str(repo / "src")},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    counts = json.loads(done.stdout.splitlines()[-1])
-    assert {name: max(alive, default=0) for name, alive in counts.items()} == dict.fromkeys(counts, 0)
-    assert (len(counts["prompted"]), len(counts["student"])) == (5, 2)
 
 
 def read(repo: Path, path: str, columns: str, min_rows: int = 1) -> pd.DataFrame:
@@ -218,7 +162,8 @@ def test_a_teacher_without_folds_has_no_signals_of_gold_rows(ran, tmp_path):
                 phase["data"] = ["finance/pool"]
 
     edit(repo, without)
-    assert "teach@lm" in dvc(repo, "repro", "teach@lm")
+    shutil.rmtree(repo / "data/teacher/lm")
+    stages.run_notebook(repo, "02_teach", teacher="lm")
     signals = pd.read_parquet(repo / "data/teacher/lm/signals.parquet")
     before = pd.read_parquet(ran / "data/teacher/lm/signals.parquet").query("split != 'train'")
     assert signals["id"].tolist() == before["id"].tolist() and signals["label"].tolist() == before["label"].tolist()
@@ -286,7 +231,8 @@ def test_a_student_that_params_no_longer_name_leaves_the_leaderboard(ran, tmp_pa
     assert {"index.html", "metrics.json", "timing.json"} <= {path.name for path in (ran / "reports").iterdir()}
     repo = shutil.copytree(ran, tmp_path / "repo", symlinks=True)
     edit(repo, lambda tree: tree["students"].pop("half-gkd"))
-    assert dvc(repo, "repro") == ["strip", "inputs", "evaluate"]
+    write_student_inputs(repo, load_params(repo / "params.yaml"))
+    stages.run_notebook(repo, "05_evaluate")
     assert "half-gkd" not in models_in(repo) and {"tiny-kd", "tiny-gold"} <= set(models_in(repo))
     assert "half-gkd" not in (repo / "reports/index.html").read_text()
 

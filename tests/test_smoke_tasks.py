@@ -1,29 +1,56 @@
-"""Options, free answers, and GKD with hidden states and the student's own answers: each through the whole pipeline."""
+"""Options, free answers, and GKD with hidden states and the student's own answers: each through all notebooks."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+import stages
 import tiny
+
+PROMPTS = r"""
+prompts:
+  short: {instruction: Which option fits?, template: "{instruction}\n{text}\nAnswer:"}
+  bare: {template: "{text}\nAnswer:"}
+"""
 
 
 @pytest.fixture(scope="module")
-def repo(tmp_path_factory) -> Path:
-    """A repository in which `tests/smoke_tasks.yaml` was run to its end."""
+def ran(tmp_path_factory) -> tuple[Path, stages.Counts]:
+    """A folder in which `tests/smoke_tasks.yaml` was run to its end, and what `stages.run_experiment` counted."""
     folder = tiny.experiment(tmp_path_factory.mktemp("tasks") / "repo")
     shutil.copy(tiny.ROOT / "tests/smoke_tasks.yaml", folder / "params.yaml")
     for name in ("pronoun", "trivia"):
         shutil.copy(tiny.ROOT / f"data/corpora/{name}.jsonl", folder / f"data/corpora/{name}.jsonl")
-    done = subprocess.run(["dvc", "repro"], cwd=folder, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    with (folder / "tasks/commonsense.yaml").open("a", encoding="utf-8") as file:
+        file.write(PROMPTS)
+    return folder, stages.run_experiment(folder)
+
+
+@pytest.fixture
+def repo(ran) -> Path:
+    return ran[0]
+
+
+def test_a_stage_holds_one_model_at_a_time(ran):
+    """At every load of a model there is no other: of a teacher's prompts, its folds, and the finished student."""
+    loads = {name: counts for name, counts in ran[1].items() if name.startswith(("02_", "04_"))}
+    del loads["04_distill-gkd-0"]  # its loss needs the teacher's hidden states
+    assert {name: max(counts) for name, counts in loads.items()} == dict.fromkeys(loads, 0)
+    assert {"02_teach-chooser", "02_teach-prompted", "02_teach-writer", "04_distill-gold-0"} <= set(loads)
+    assert (len(loads["02_teach-prompted"]), len(loads["04_distill-gold-0"])) == (5, 2)
+
+
+def test_every_notebook_shows_its_tables_and_figures(repo):
+    for path in (repo / "reports/notebooks").iterdir():
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        kinds = {kind for cell in cells for output in cell.get("outputs", []) for kind in output["data"]}
+        assert kinds >= {"text/markdown", "text/html"} and ("image/png" in kinds or "augment" in path.name), path.name
 
 
 def test_the_loss_of_gkd_has_all_of_its_terms(repo):
