@@ -21,6 +21,7 @@ import pytest
 from ruamel.yaml import YAML
 
 import loopback
+import stages
 import tiny
 from distillery.config.load import validate_section
 from distillery.config.schema import SPLITS, ApiConfig
@@ -258,14 +259,14 @@ def test_a_stage_queries_an_endpoint_once_and_writes_the_key_nowhere(server, tmp
             assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout + done.stderr
 
-        printed = run("distillery", "strip") + run("distillery", "run", "01_data", "-p", "source", "finance")
-        printed += run("distillery", "inputs", "teachers") + run(
-            "distillery", "run", "02_teach", "-p", "teacher", "far"
-        )
+        tiny.prepare_data(repo)
+        printed = run("distillery", "strip") + run("distillery", "inputs", "teachers")
+        printed += run("distillery", "run", "02_teach", "-p", "teacher", "far")
         calls, signals = sum(proxy.calls.values()), repo / "data/teacher/far/signals.parquet"
         assert set(proxy.delivered.values()) == {1}
         before = signals.read_bytes()
-        printed += run("distillery", "run", "02_teach", "-p", "teacher", "far")
+        signals.unlink()
+        stages.run_notebook(repo, "02_teach", teacher="far")
         assert sum(proxy.calls.values()) == calls and signals.read_bytes() == before
     frame = pd.read_parquet(signals)
     known = frame["label"].notna()

@@ -1,7 +1,9 @@
 """Every mistake a user makes ends in one clear line, a code other than 0, and no output that looks valid.
 
 Each case is made as a user would make it: a file is edited in a small experiment on tiny models, or the network or the
-disk is taken away, and the real command is run. ``python tests/test_errors.py`` prints all of them as a table.
+disk is taken away, and the real command is run. Where the command runs a notebook, most cases run the notebook alone,
+and all in one process: what a stage makes of a mistake in its notebook is the same for all, see tests/test_stage.py.
+``python tests/test_errors.py`` prints all of them as a table.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+import stages
 import tiny
+from distillery.tasks.schema import load_task
 
 STRIP = ("-m", "distillery", "strip")
 DATA = ("-m", "distillery", "run", "01_data", "-p", "source", "finance")
@@ -54,6 +57,11 @@ class Case:
     line: str
     env: dict[str, str] = field(default_factory=dict)
     disk: tuple[str, str] | None = None  # a folder that lies on a disk of its own, and that disk's size
+
+    @property
+    def notebook_is_enough(self) -> bool:
+        """Whether the notebook without its stage shows the mistake: not a full disk, nor what is read at the start."""
+        return self.command in (DATA, TEACH) and not self.disk and "HF_ENDPOINT" not in self.env
 
     def __str__(self) -> str:
         return re.sub(r"\W+", "-", self.done).strip("-")
@@ -161,7 +169,8 @@ def unknown_words(repo: Path) -> None:
     path = repo / "tasks/finance-sentiment.yaml"
     words = "verbalizer: {positive: hyvä, neutral: tavallinen, negative: huono}\n"
     path.write_text(path.read_text(encoding="utf-8") + words, encoding="utf-8")
-    ready(repo, STRIP, DATA)
+    prepared = repo / "data/processed/finance/task.json"
+    prepared.write_text(load_task("finance-sentiment", repo / "tasks").model_dump_json(), encoding="utf-8")
 
 
 def smaller_vocabulary(repo: Path) -> None:
@@ -526,28 +535,49 @@ def run(case: Case, base: Path, folder: Path) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr, before, outputs(repo))
 
 
+def run_notebooks(cases: list[Case], base: Path, folder: Path) -> dict[str, Ended]:
+    """Make each mistake in a copy of the experiment `base`, run the notebook of its command, and look around."""
+    attempts, before = [], []
+    for case in cases:
+        repo = shutil.copytree(base, folder / str(case), symlinks=True)
+        case.change(repo)
+        before.append(outputs(repo))
+        _, _, _, notebook, _, selector, value = case.command
+        attempts.append(stages.Attempt(repo, notebook, {selector: value}, case.env | {"NO_PROXY": "127.0.0.1"}))
+    ended = zip(cases, attempts, before, stages.users_mistakes(attempts), strict=True)
+    return {
+        str(case): Ended(int(bool(line)), "", f"error: {line}\n", old, outputs(attempt.repo))
+        for case, attempt, old, line in ended
+    }
+
+
+def run_all(cases: list[Case], base: Path, folder: Path) -> dict[str, Ended]:
+    """How each of `cases` ends in a copy of the experiment `base`."""
+    notebooks = [case for case in cases if case.notebook_is_enough]
+    ended = run_notebooks(notebooks, base, folder) if notebooks else {}
+    return ended | {str(case): run(case, base, folder / str(case)) for case in cases if case not in notebooks}
+
+
 def make_base(folder: Path, models: Path) -> Path:
     """An experiment whose data lie ready."""
     repo = tiny.experiment(folder, models)
-    ready(repo, STRIP, DATA)
+    ready(repo, STRIP)
+    tiny.prepare_data(repo)
     return repo
 
 
 @pytest.fixture(scope="module")
-def ended(request, tiny_models, tmp_path_factory) -> Iterator[dict[str, Future]]:
-    """How each selected case ended; two run at a time."""
+def ended(request, tiny_models, tmp_path_factory) -> dict[str, Ended]:
+    """How each selected case ended."""
     base = make_base(tmp_path_factory.mktemp("base") / "repo", tiny_models)
-    folder = tmp_path_factory.mktemp("cases")
     specs = (getattr(item, "callspec", None) for item in request.session.items)
     wanted = [spec.params["case"] for spec in specs if spec and isinstance(spec.params.get("case"), Case)]
-    with ThreadPoolExecutor(2) as pool:
-        yield {str(case): pool.submit(run, case, base, folder / str(case)) for case in wanted}
-        pool.shutdown(cancel_futures=True)
+    return run_all(wanted, base, tmp_path_factory.mktemp("cases"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_users_mistake_ends_in_one_line_and_no_output(case, ended):
-    result = ended[str(case)].result()
+    result = ended[str(case)]
     assert result.code > 0  # ended by itself, not by a signal
     assert len(result.lines) == 1 and re.fullmatch("error: " + case.line, result.lines[0]), result.stderr
     assert "Traceback" not in result.stdout + result.stderr
@@ -559,13 +589,13 @@ def test_a_users_mistake_ends_in_one_line_and_no_output(case, ended):
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(2) as pool:
+    with tempfile.TemporaryDirectory() as scratch:
         tiny.build_models(Path(scratch) / "models")
         base = make_base(Path(scratch) / "base", Path(scratch) / "models")
-        results = [pool.submit(run, case, base, Path(scratch) / str(case)) for case in CASES]
+        results = run_all(CASES, base, Path(scratch))
         print("| what was done | command | the line printed | exit code |\n|---|---|---|---|")
-        for case, result in zip(CASES, results, strict=True):
-            done = result.result()
+        for case in CASES:
+            done = results[str(case)]
             shown = " ".join(["python", *case.command]).replace("python -m dvc", "dvc")
             line = re.sub(r"[0-9a-f]{64}", lambda found: found[0][:8] + "…", " / ".join(done.lines))
             line = line.replace(f"{Path(scratch) / str(case)}/", "")

@@ -156,3 +156,16 @@ def experiment(folder: Path, models: Path | None = None) -> Path:
     ):
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return folder
+
+
+def prepare_data(repo: Path) -> None:
+    """Write the rows of every source of an experiment, as its stages `data` do."""
+    from distillery.config.load import load_params
+    from distillery.data.prepare import prepare_source
+    from distillery.data.storage import write_source
+    from distillery.files import Paths
+    from distillery.tasks.schema import load_task
+
+    for name, spec in load_params(repo / "params.yaml").data.items():
+        task = load_task(spec.task, repo / "tasks")
+        write_source(prepare_source(name, spec, task, repo), Paths(repo).processed(name))
