@@ -14,6 +14,19 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DVC_NO_A
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
+# The files that take longest, the longest first. Each process of `make test` runs whole files: one of these that starts
+# last runs on alone.
+LONGEST_FILES = [
+    f"test_{name}.py"
+    for name in ("pipeline", "notebooks", "training", "errors", "api", "stage", "lessons", "smoke_tasks", "phrasebank")
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> Path:
     """A folder with `tiny-llama` and `tiny-bert`: hidden 32, 4 layers, word-level tokenizers."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import stages
 import tiny
 from distillery.errors import UserError
 from distillery.pipeline.lessons import run_lessons
@@ -94,10 +95,10 @@ def checked_outputs(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_a_lesson_runs_with_tiny_parameters(path, tmp_path, kernel):
+def test_a_lesson_runs_with_tiny_parameters(path, tmp_path):
     assert set(TINY[path.stem]) <= set(notebook_parameters(path))
     output = tmp_path / path.name
-    execute_notebook(path.relative_to(tiny.ROOT), output, TINY[path.stem], tmp_path / "failed.ipynb")
+    stages.run_lesson(path, output, TINY[path.stem])
     kinds = checked_outputs(output)
     assert kinds.count("image/png") >= 2 and kinds.count("text/markdown") >= 5 and kinds.count("text/html") >= 2
 
