@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -35,6 +34,7 @@ from distillery.teachers.api.failures import error_message, retry_after_seconds
 from distillery.teachers.api.probabilities import label_probabilities
 from distillery.teachers.api.teacher import ApiTeacher
 from distillery.teachers.cache import Answer, AnswerStore
+from forked import fork_context
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 KEY, SECRET = "DISTILLERY_TEST_KEY", "sk-test-7f3e9a1c5b2d4e6f8a0b"
@@ -169,19 +169,11 @@ def test_every_fault_is_survived_and_no_answer_is_requested_twice(server, tmp_pa
     assert not leaks and SECRET not in "".join(opened.messages)
 
 
-PREDICT = """
-import json, sys
-from distillery.config.load import validate_section
-from distillery.config.schema import ApiConfig
-from distillery.tasks.schema import load_task
-from distillery.teachers.api.client import Endpoint
-from distillery.teachers.api.teacher import ApiTeacher
-from distillery.teachers.cache import AnswerStore
-settings, path, texts = json.loads(sys.argv[1])
-spec = validate_section(ApiConfig, settings, "params.yaml")
-task = load_task("finance-sentiment")
-ApiTeacher(Endpoint("far", spec, AnswerStore(path)), task).predict_texts(texts)
-"""
+def predict(settings: dict[str, Any], path: str) -> None:
+    """Query an endpoint for TEXTS; runs in a process of its own."""
+    os.environ[KEY] = SECRET
+    spec = validate_section(ApiConfig, settings, "params.yaml")
+    ApiTeacher(Endpoint("far", spec, AnswerStore(Path(path))), TASK).predict_texts(TEXTS)
 
 
 def test_killed_twice_it_ends_as_if_it_had_not_been(server, tmp_path):
@@ -190,15 +182,15 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(server, tmp_path):
     with loopback.Proxy(port, share=0.3, seed=2, key=SECRET) as proxy:
         settings = {"model": model, "base_url": proxy.url, "key": KEY, "max_tokens": 1, "timeout": 1.0}
         settings |= {"max_attempts": 20, "concurrency": 4}
-        command = [sys.executable, "-c", PREDICT, json.dumps([settings, str(path), TEXTS])]
-        environment = os.environ | {"PYTHONPATH": str(tiny.ROOT / "src")}
-        for part in (20, 40):
-            process = subprocess.Popen(command, env=environment, cwd=tiny.ROOT, stdout=subprocess.DEVNULL)
-            while process.poll() is None and proxy.calls["whole"] < part:
+        for part in (20, 40, None):
+            process = fork_context().Process(target=predict, args=(settings, str(path)))
+            process.start()
+            while part and process.is_alive() and proxy.calls["whole"] < part:
                 time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-            process.wait(10)
-        assert subprocess.run(command, env=environment, cwd=tiny.ROOT, stdout=subprocess.DEVNULL).returncode == 0
+            if part:
+                process.kill()
+            process.join(60)
+        assert process.exitcode == 0
         # an answer that was on its way when the process died was not received: at most one a connection and kill
         assert 60 <= proxy.calls["whole"] <= 60 + 2 * 4
         opened = teacher(proxy.url, model, tmp_path, timeout=1.0)
