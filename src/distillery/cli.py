@@ -106,8 +106,14 @@ def study(name: str, parameters: Sequence[Sequence[str]]) -> None:
     run_study(name, parameters)
 
 
-def recipe(name: str, scale: str | None) -> None:
-    """Run a published system in a folder of its own."""
+def recipe(name: str, scale: str | None, plan: bool, gpu: str | None) -> None:
+    """Run a published system in a folder of its own, or plan it without its weights."""
+    if plan:
+        from distillery.pipeline.plan.command import DEFAULT_GPU, run_plan
+
+        if scale:
+            raise UserError("--plan is for the full scale: leave --scale out")
+        return run_plan(name, gpu or DEFAULT_GPU)
     from distillery.pipeline.recipe import run_recipe_command
 
     run_recipe_command(name, scale)
@@ -167,6 +173,10 @@ def parser() -> argparse.ArgumentParser:
     running_recipe = verb(recipe)
     running_recipe.add_argument("name", help="a file of recipes/ without folder and ending")
     running_recipe.add_argument("--scale", help="an overlay of the recipe: small stand-ins for its models and data")
+    running_recipe.add_argument(
+        "--plan", action="store_true", help="check it at full scale without weights; the name `all` takes every recipe"
+    )
+    running_recipe.add_argument("--gpu", help="of the plan, such as h100-80gb")
     verb(times).add_argument(
         "--since", type=float, default=0.0, help="only stages that ended later; seconds since 1970"
     )

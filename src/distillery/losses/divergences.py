@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distillery.losses.tensors import as_float, shape_text
+from distillery.losses.tensors import any_true, as_float, shape_text
 
 LOG_FLOOR = math.log(torch.finfo(torch.float32).tiny)  # -87.34
 IGNORE_INDEX = -100  # the target of a row without a label, as in torch
@@ -147,7 +147,7 @@ def cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
             f"one target per row: student_logits {shape_text(student_logits)}, targets {shape_text(targets)}"
         )
     invalid = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= logits.shape[1]))
-    if bool(invalid.any()):
+    if any_true(invalid):
         raise ValueError(
             f"targets must be in 0..{logits.shape[1] - 1} (or {IGNORE_INDEX}), not {int(targets[invalid][0])}"
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distillery.losses.divergences import IGNORE_INDEX, LOG_FLOOR, cross_entropy
-from distillery.losses.tensors import as_float, shape_text
+from distillery.losses.tensors import any_true, as_float, shape_text
 
 
 def mix_teachers(logprobs: Tensor, weights: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def mix_teachers(logprobs: Tensor, weights: Tensor) -> Tensor:
         )
     logprobs = as_float(logprobs)
     weights = weights.to(logprobs.dtype)
-    if bool((weights < 0).any()) or not bool((weights.sum(0) > 0).all()):
+    if any_true(weights < 0) or any_true(~(weights.sum(0) > 0)):
         raise ValueError("weights must not be negative and must have a positive sum")
     weights = (weights / weights.sum(0)).reshape(len(logprobs), -1, 1)
     return torch.logsumexp(logprobs.log_softmax(-1) + weights.log(), 0)

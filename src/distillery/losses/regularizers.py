@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distillery.losses.divergences import LOG_FLOOR
-from distillery.losses.tensors import as_float, shape_text
+from distillery.losses.tensors import any_true, as_float, shape_text
 
 
 def shortcut_penalty(student_logits: Tensor, prior: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def shortcut_penalty(student_logits: Tensor, prior: Tensor) -> Tensor:
         raise ValueError(
             f"student_logits [n > 0, K] and prior [K], not {shape_text(student_logits)} and {shape_text(prior)}"
         )
-    if bool((prior < 0).any()) or not bool(prior.sum() > 0):
+    if any_true(prior < 0) or any_true(~(prior.sum() > 0)):
         raise ValueError("prior must not be negative and must have a positive sum")
     logits = as_float(student_logits)
     log_mean = torch.logsumexp(logits.log_softmax(-1), 0) - math.log(len(logits))

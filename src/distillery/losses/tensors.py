@@ -11,6 +11,11 @@ def as_float(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def any_true(condition: Tensor) -> bool:
+    """Whether any element of `condition` is true; False on the `meta` device, where no value is known."""
+    return not condition.is_meta and bool(condition.any())
+
+
 def shape_text(tensor: Tensor) -> str:
     """The shape of `tensor` for a message: `[3, 4]`."""
     return str(list(tensor.shape))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,12 +21,26 @@ NO_4_BIT = ("mps",)  # bitsandbytes has no kernels there
 NO_DETERMINISM = ("mps",)  # operations without a deterministic algorithm warn there, and raise on the others
 CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch wants it for deterministic matrix products
 
+_chosen: ContextVar[torch.device | None] = ContextVar("chosen", default=None)  # by shapes_alone
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Models that are loaded in this context are on torch's `meta` device: they have shapes, and no weights."""
+    token = _chosen.set(torch.device("meta"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
 
 def default_device() -> torch.device:
     """The device of all models: the one that :data:`VARIABLE` names, else the first of :data:`DEVICES` that works.
 
     Raises UserError when the variable names no device, or one that does not work here.
     """
+    if chosen := _chosen.get():
+        return chosen
     named = os.environ.get(VARIABLE)
     if not named:
         return torch.device(next(device for device in DEVICES if _is_usable(device)))
@@ -48,7 +66,8 @@ def working_dtype(dtype: str) -> str:
 
     bfloat16 needs macOS 14 on Apple's GPU. float16 does not take its place: its range is smaller.
     """
-    return dtype if _multiplies(default_device().type, getattr(torch, dtype)) else "float32"
+    device = default_device().type
+    return dtype if device == "meta" or _multiplies(device, getattr(torch, dtype)) else "float32"
 
 
 def move_tensor(tensor: Tensor, device: torch.device) -> Tensor:
@@ -56,6 +75,11 @@ def move_tensor(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.dtype == torch.float64 and device.type in NO_FLOAT64:
         tensor = tensor.float()
     return tensor.to(device)
+
+
+def to_array(tensor: Tensor) -> np.ndarray:
+    """The values of `tensor`; zeros for one on the `meta` device, which has none."""
+    return np.zeros(tuple(tensor.shape), np.float32) if tensor.is_meta else tensor.cpu().numpy()
 
 
 def synchronize(device: torch.device) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -81,8 +81,10 @@ class LabelModel:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[Any]:
         """Products in the model's `dtype`; what must stay in float32 (trained weights, softmax) does."""
+        if self.device.type == "meta":
+            return nullcontext()  # it has no autocast
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def share_states(self, shared: SharedStates) -> None:

@@ -23,9 +23,11 @@ from transformers import (
 
 from distillery.errors import UserError
 from distillery.models.devices import weight_device
-from distillery.models.heads import read_head
+from distillery.models.heads import read_config, read_head
 from distillery.models.layers import head_layers, keep_layers
 from distillery.models.runtime import configure_runtime
+
+TIED = "tie_word_embeddings"  # key of a config
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -85,23 +87,26 @@ def load_model(
     holds no such model or the layers do not exist.
     """
     configure_runtime()
-    gc.collect()  # a trainer and its model refer to each other: a model that no name holds goes before the next comes
+    device = weight_device(quantize)
+    if device.type != "meta":
+        gc.collect()  # a trainer and its model refer to each other: a model that no name holds goes before the next
     torch.manual_seed(seed)
-    if quantize and layers != "all":
+    if quantize and layers != "all" and device.type != "meta":
         return _load_quantized_layers(
             folder, arch, layers=layers, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code
         )
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
-    device = weight_device(quantize)
-    if quantize:  # such weights are placed while they load
+    if device.type == "meta":
+        options, quantize = {"trust_remote_code": trust_remote_code}, False
+    elif quantize:  # such weights are placed while they load
         options |= {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
     try:
         if arch == "causal":
-            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model = _load(AutoModelForCausalLM, folder, device, **options)
         elif arch == "seq2seq":
-            model = AutoModelForSeq2SeqLM.from_pretrained(folder, **options)
+            model = _load(AutoModelForSeq2SeqLM, folder, device, **options)
         else:
-            model = _load_classifier(folder, labels, label_map, options)
+            model = _load_classifier(folder, labels, label_map, device, options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         if "trust_remote_code" in str(error):
@@ -117,6 +122,20 @@ def load_model(
     return model if quantize else model.to(device)
 
 
+def _load(auto_model: Any, folder: Path, device: torch.device, *, trust_remote_code: bool, **options: Any) -> Any:
+    """The model of the class `auto_model` in `folder`; on the `meta` device from its config alone, in float32."""
+    if device.type != "meta":
+        return auto_model.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    config = options.get("config") or AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with device:
+        model = auto_model.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and head.weight is embeddings.weight and not read_config(folder).get(TIED, True):
+            # transformers ties T5's head whatever its config has, and takes it apart where the weights' file has both
+            head.weight = nn.Parameter(torch.empty_like(head.weight))
+    return model
+
+
 def _load_quantized_layers(
     folder: Path, arch: str, *, layers: list[int] | str, seed: int, **options: Any
 ) -> PreTrainedModel:
@@ -129,7 +148,7 @@ def _load_quantized_layers(
 
 
 def _load_classifier(
-    folder: Path, labels: Sequence[str], label_map: Mapping[str, str] | None, options: dict[str, Any]
+    folder: Path, labels: Sequence[str], label_map: Mapping[str, str] | None, device: torch.device, options: dict
 ) -> PreTrainedModel:
     """The model in `folder` with a head for `labels`: its own if it has one for them, else one drawn anew."""
     own = read_head(folder, labels, label_map)
@@ -137,9 +156,8 @@ def _load_classifier(
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = None  # one label a text
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, config=config, ignore_mismatched_sizes=own.order is None, **options
-    )
+    options |= {"config": config, "ignore_mismatched_sizes": own.order is None}
+    model = _load(AutoModelForSequenceClassification, folder, device, **options)
     if own.order is None and own.names and len(own.names) == len(labels):
         _draw_head(model)
     elif own.order not in (None, list(range(len(labels)))):

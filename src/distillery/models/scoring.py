@@ -158,7 +158,8 @@ def seq2seq_token_logits(
     for i, completion in enumerate(flat):
         targets[i, : len(completion)] = torch.tensor(completion)
         mask[i, : len(completion)] = True
-    targets, mask = targets.to(device), mask.to(device)
+    of_completion, position = (index.to(device) for index in mask.nonzero(as_tuple=True))
+    targets = targets.to(device)
     start = torch.full((len(flat), 1), model.config.decoder_start_token_id, device=device)
     outputs = model(
         encoder_outputs=(encoded[row],),
@@ -167,14 +168,14 @@ def seq2seq_token_logits(
         use_cache=False,
         output_hidden_states=bool(layers),
     )
-    completion_index = torch.arange(len(flat), device=device)[:, None].expand(-1, width)[mask]
     prompt_states = None
     if layers:
         first = torch.tensor([0, *(len(of_row) for of_row in completions[:-1])], device=device).cumsum(0)
         prompt_states = torch.stack([outputs.decoder_hidden_states[j][first, 0] for j in layers], 1)
-    target_ids = targets[mask]
+    target_ids = targets[of_completion, position]
     index = torch.arange(len(target_ids), device=device)
-    return TokenLogits(outputs.logits[mask].float(), index, target_ids, completion_index, prompt_states)
+    logits = outputs.logits[of_completion, position].float()
+    return TokenLogits(logits, index, target_ids, of_completion, prompt_states)
 
 
 def completion_output(
@@ -199,6 +200,6 @@ def completion_output(
         output.label_logits = scores.view(len(scored), -1)[:, :n_labels]
     if supervised:
         mask = [k >= skip for row in scored for completion, skip in row for k in range(len(completion))]
-        mask = torch.tensor(mask, device=nll.device)
+        mask = torch.tensor(mask).nonzero()[:, 0].to(nll.device)
         output.completion_logits, output.completion_nll = tokens.logits[tokens.index[mask]], nll[mask]
     return output

@@ -120,7 +120,8 @@ class PhaseLoss:
             value = losses.reduce(losses.kl_top_k(logits, *(part.to(logits.device) for part in top_k)), weights, tokens)
             return self.weights["kl"] * value, {"kl": value.detach()}
         if batch.sampled is not None:
-            logits = logits[self._token_mask(batch, SAMPLED, logits)]
+            sampled = [k for k, kind in enumerate(batch.token_kinds) if kind == SAMPLED]
+            logits = logits[torch.tensor(sampled, device=logits.device)]
         teachers = [logprobs.to(logits.device) for logprobs in self.signals.token_logprobs(batch)]
         try:
             shared = [losses.shared_vocabulary(logits, logprobs) for logprobs in teachers]

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from distillery.config.schema import LoraSettings, ModelConfig, StudentConfig
+from distillery.errors import UserError
 from distillery.models.label_model import LabelModel
 from distillery.models.layers import find_layers, head_layers, layer_indices, stack_depths
 from distillery.models.load import load_model, load_tokenizer
@@ -26,10 +27,11 @@ LINEAR = (nn.Linear, Conv1D)  # GPT-2's layers are of the second kind
 def attach_adapters(model: Any, lora: LoraSettings | None, arch: str, seed: int) -> Any:
     """`model` with LoRA adapters in linear layers (Hu et al. 2022), or as it is when `lora` is None.
 
-    Raises UserError when `lora` names a layer that does not exist.
+    Raises UserError when `lora` names a layer, or a name of linear layers, that does not exist.
     """
     if lora is None:
         return model
+    _check_targets(model, lora)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.r,
@@ -45,6 +47,16 @@ def attach_adapters(model: Any, lora: LoraSettings | None, arch: str, seed: int)
             # peft would widen every input to the adapter's float32, for autocast to narrow it again
             module.cast_input_dtype_enabled = False
     return model
+
+
+def _check_targets(model: Any, lora: LoraSettings) -> None:
+    """Raise UserError for a name in `lora.targets` that no linear layer has: peft would leave it out."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
+    wanted = [] if lora.targets == "all-linear" else lora.targets
+    for target in wanted:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            raise UserError(f"targets: no linear layer is called `{target}`; there are: {known}")
 
 
 def _linear_layers(model: Any, lora: LoraSettings) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from distillery import losses
 from distillery.files import atomic_write
 from distillery.fingerprint import code_digest
+from distillery.models.devices import to_array
 from distillery.models.label_model import Completion, LabelModel, ModelOutput
 from distillery.models.layers import output_head
 from distillery.training.keys import result_key
@@ -149,15 +150,15 @@ def _store_outputs(arrays: dict[str, np.ndarray], rows: list[int], output: Model
         values = output.completion_logits.log_softmax(-1)
         if top_k:
             values, indices, log_tail = losses.to_top_k(values, top_k)
-            arrays["token_indices"][tokens] = indices.cpu().numpy()
-            arrays["tail_logprobs"][tokens] = log_tail.clamp_min(-6e4).cpu().numpy()
-        arrays["token_logprobs"][tokens] = values.cpu().numpy()  # float16: down to -65,504
+            arrays["token_indices"][tokens] = to_array(indices)
+            arrays["tail_logprobs"][tokens] = to_array(log_tail.clamp_min(-6e4))
+        arrays["token_logprobs"][tokens] = to_array(values)  # float16: down to -65,504
     if "states" in arrays:
-        arrays["states"][rows] = output.hidden_states.cpu().numpy()
+        arrays["states"][rows] = to_array(output.hidden_states)
     if "maps" in arrays:
         for j, i in enumerate(rows):
             start, end = arrays["text_offsets"][i : i + 2]
-            arrays["maps"][start:end] = output.activation_maps[j, :, : end - start].T.cpu().numpy()
+            arrays["maps"][start:end] = to_array(output.activation_maps[j, :, : end - start].T)
 
 
 def _allocate_arrays(

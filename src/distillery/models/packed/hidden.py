@@ -50,7 +50,9 @@ def completion_hidden_states(
     """
     body, device = transformer_body(model), next(model.parameters()).device
     options = {"use_cache": False, "output_hidden_states": bool(layers)}
-    tree = pack_token_tree(prompts, completions, prefix_kv).to(device)
+    tree = pack_token_tree(prompts, completions, prefix_kv)
+    inputs, positions = {}, tree.logit_positions
+    tree = tree.to(device)
     if packed and supports_token_trees(model):
         lower = above_frozen_layers(body, None if layers else frozen, tree, prompts, completions)
         with attend_by_tree(tree, body.config), lower as depth:
@@ -59,18 +61,17 @@ def completion_hidden_states(
             raise ValueError(f"only {tree.attended} of its {depth} layers are attention")
         if outputs.last_hidden_state.requires_grad and body.is_activation_checkpointing:
             _attend_by_tree_in_backward(outputs.last_hidden_state, tree, body.config)
-        positions = tree.logit_positions
     else:
         inputs, positions = _pad_rows(prompts, completions, device)
         outputs = body(**inputs, **options)
     prompt_states = None
     if layers:
         tokens_per_row = [sum(map(len, row)) for row in completions]
-        first = positions[torch.tensor([0, *tokens_per_row[:-1]], device=device).cumsum(0)]
+        first = positions[torch.tensor([0, *tokens_per_row[:-1]]).cumsum(0)].to(device)
         prompt_states = torch.stack([x.flatten(0, 1)[first] for x in layer_states(outputs, layers)], 1)
-    distinct, index = torch.unique(positions, return_inverse=True)
-    hidden = outputs.last_hidden_state.flatten(0, 1)[distinct]
-    return CompletionStates(hidden, index, tree.target_ids, tree.completion_index, prompt_states)
+    distinct, index = torch.unique(positions, return_inverse=True)  # of numbers that the CPU has
+    hidden = outputs.last_hidden_state.flatten(0, 1)[distinct.to(device)]
+    return CompletionStates(hidden, index.to(device), tree.target_ids, tree.completion_index, prompt_states)
 
 
 def layer_states(outputs: Any, layers: Sequence[int]) -> list[Tensor]:
@@ -100,7 +101,8 @@ def _pad_rows(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Without trees: each completion after its prompt as a padded row of its own.
 
-    Returns the model's inputs, and the positions in the flattened batch where completion tokens are predicted.
+    Returns the model's inputs on `device`, and the positions in the flattened batch where completion tokens are
+    predicted, on the CPU.
     """
     rows = [(list(prompt), c) for prompt, row in zip(prompts, completions, strict=True) for c in row]
     width = max(len(prompt) + len(completion) - 1 for prompt, completion in rows)
@@ -113,4 +115,4 @@ def _pad_rows(
         attention_mask[i, : len(tokens)] = 1
         positions += range(i * width + len(prompt) - 1, i * width + len(tokens))
     inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-    return inputs, torch.tensor(positions, device=device)
+    return inputs, torch.tensor(positions)

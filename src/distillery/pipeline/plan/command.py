@@ -1,0 +1,164 @@
+"""`distillery recipe <name> --plan`: print the plan of a recipe, and of all recipes one table in recipes/PLAN.md."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distillery.errors import UserError
+from distillery.files import atomic_write, repository_root
+from distillery.models.layers import count_parameters
+from distillery.models.runtime import configure_runtime
+from distillery.pipeline.plan.costs import api_costs, check_gpu, disk_bytes, stage_memory, training_hours
+from distillery.pipeline.plan.resolve import RecipePlan, resolve_recipe
+from distillery.pipeline.plan.resources import GPUS, UTILISATION, dense_bytes, nf4_bytes, size_text
+
+DEFAULT_GPU = "a100-80gb"
+COLUMNS = ("recipe", "optimizer steps", "GPU memory, GB", "of it activations", "stage", "disk, GB", "hours", "API, $")
+COLUMNS = (*COLUMNS, "failed", "unknown")
+HEADING = """# The recipes at full scale, without their weights
+
+`make recipe NAME=all PLAN=1` wrote this table ([how](README.md#the-plan-of-a-recipe)). GPU memory is that of the stage
+that needs most, activations counted in float32. Hours are those of trainings alone, on {gpu} at {share:.0%} of its
+peak. Figures are computed from shapes and numbers of rows; none is measured. `failed` and `unknown` count checks.
+
+"""
+
+
+def run_plan(name: str, gpu: str = DEFAULT_GPU) -> None:
+    """Print the plan of recipe `name`, or of `all`; exit with 1 when a check failed. Raises UserError."""
+    if gpu not in GPUS:
+        raise UserError(f"gpu: `{gpu}` is not known; there are: {', '.join(GPUS)}")
+    configure_runtime()
+    root, rows, failed = repository_root(), [], []
+    names = sorted(path.stem for path in (root / "recipes").glob("*.yaml")) if name == "all" else [name]
+    for recipe in names:
+        plan = resolve_recipe(root, recipe)
+        text, row = describe_plan(plan, gpu)
+        print(text, flush=True)
+        rows.append(row)
+        failed += [f"{recipe}: {finding.place}: {finding.text}" for finding in plan.failed]
+    if name == "all":
+        write_table(root / "recipes/PLAN.md", rows, gpu)
+        print("all recipes: recipes/PLAN.md")
+    if failed:
+        print("\n".join(f"failed: {line}" for line in failed), file=sys.stderr)
+        sys.exit(1)
+
+
+def describe_plan(plan: RecipePlan, gpu: str) -> tuple[str, Sequence[str]]:
+    """The tables of a plan as text, and its row in the table of all recipes."""
+    stages, disk, hours, costs = stage_memory(plan), disk_bytes(plan), training_hours(plan, gpu), api_costs(plan)
+    check_gpu(plan, stages, gpu)
+    parts = [f"\n{plan.name}: at full scale, from shapes alone", _models(plan), _sources(plan), _phases(plan, hours)]
+    header = ("stage", "weights", "gradients", "optimizer", "activations, at most", "total, GB")
+    sizes = [
+        (stage, *map(size_text, (m.weights, m.gradients, m.optimizer, m.activations, m.total)))
+        for stage, m in stages.items()
+    ]
+    parts.append(_table(header, sizes))
+    total = None if None in disk.values() else sum(size for size in disk.values() if size is not None)
+    parts.append(_table(("disk", "GB"), [(kind, size_text(size)) for kind, size in disk.items()]))
+    calls = [(name, *(_number(value) for value in vars(cost).values())) for name, cost in costs.items()]
+    parts += [_table(("endpoint", "requests", "input tokens", "output tokens", "dollars"), calls)] if calls else []
+    parts.append(_table(("check", "of", "result"), [(f.status, f.place, f.text) for f in plan.findings]))
+    parts.append(
+        f"hours: on {gpu} at {UTILISATION:.0%} of its peak, assumed; neither labelling nor decoding is counted"
+    )
+    stage, most = max(stages.items(), key=lambda item: item[1].total)
+    known = [cost.dollars for cost in costs.values() if cost.dollars is not None]
+    row = (
+        plan.name,
+        _number(_sum_known([phase.steps for phase in plan.phases])),
+        size_text(most.total),
+        size_text(most.activations),
+        stage,
+        size_text(total),
+        _number(_sum_known(list(hours.values()))),
+        f"{sum(known):.2f}" if known else "–",
+        str(len(plan.failed)),
+        str(sum(finding.status == "unknown" for finding in plan.findings)),
+    )
+    return "\n\n".join(parts), row
+
+
+def _models(plan: RecipePlan) -> str:
+    rows = []
+    for name, facts in plan.facts.items():
+        owners = [f"teachers.{t}" for t, spec in plan.params.teachers.items() if spec.model == name]
+        owners += [f"students.{s}" for s, spec in plan.params.students.items() if spec.model == name]
+        model = next((plan.models[owner].model for owner in owners if owner in plan.models), None)
+        config = facts.facts.get("config")
+        sizes = ("unknown",) * 3
+        if model is not None:
+            in_4_bits = "–" if plan.models and model.get_output_embeddings() is None else size_text(nf4_bytes(model))
+            sizes = f"{count_parameters(model)[0]:,}", size_text(dense_bytes(model, "bfloat16")), in_4_bits
+        architecture = config.value.get("model_type", "unknown") if config else "unknown"
+        tokenizer = facts.facts["tokenizer"].value["family"] if "tokenizer" in facts.facts else "unknown"
+        files = "unknown" if facts.files is None else f"{len(facts.files)} files"
+        origin = config.source if config else "unknown"
+        rows.append((name, facts.origin, architecture, *sizes, tokenizer, files, origin))
+    header = (
+        "model",
+        "origin",
+        "architecture",
+        "parameters",
+        "16 bits, GB",
+        "4 bits, GB",
+        "tokenizer",
+        "files",
+        "facts",
+    )
+    return _table(header, rows)
+
+
+def _sources(plan: RecipePlan) -> str:
+    rows = [
+        (name, *map(_number, source.counts.values()), source.origin, source.texts_origin)
+        for name, source in plan.sources.items()
+    ]
+    return _table(("data", "train", "pool", "validation", "test", "numbers of rows", "texts"), rows)
+
+
+def _phases(plan: RecipePlan, hours: dict[str, float | None]) -> str:
+    rows = [
+        (
+            phase.owner,
+            _number(phase.rows),
+            _number(phase.steps),
+            "unknown" if phase.tokens is None else f"{phase.tokens[0]:.0f}",
+            "unknown" if phase.tokens is None else str(phase.tokens[1]),
+            "unknown" if phase.step is None else f"{phase.step.flops / 1e12:.2f}",
+            _number(hours[phase.owner]),
+        )
+        for phase in plan.phases
+    ]
+    return _table(("training", "rows", "steps", "tokens a row", "longest", "TFLOP a batch", "hours"), rows)
+
+
+def _sum_known(values: Sequence[float | None]) -> float | None:
+    return None if any(value is None for value in values) else sum(value for value in values if value is not None)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, each as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+    return "\n".join(lines)
+
+
+def write_table(path: Path, rows: Sequence[Sequence[str]], gpu: str) -> None:
+    """Write the table of all recipes as Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] + ["--:"] * (len(COLUMNS) - 1), *rows)]
+    with atomic_write(path) as scratch:
+        scratch.write_text(HEADING.format(gpu=gpu, share=UTILISATION) + "\n".join(lines) + "\n", encoding="utf-8")
