@@ -8,11 +8,10 @@ from pathlib import Path
 
 from distillery.errors import UserError
 from distillery.files import atomic_write, repository_root
-from distillery.models.layers import count_parameters
 from distillery.models.runtime import configure_runtime
 from distillery.pipeline.plan.costs import api_costs, check_gpu, disk_bytes, stage_memory, training_hours
 from distillery.pipeline.plan.resolve import RecipePlan, resolve_recipe
-from distillery.pipeline.plan.resources import GPUS, UTILISATION, dense_bytes, nf4_bytes, size_text
+from distillery.pipeline.plan.resources import GPUS, UTILISATION, dense_bytes, merged_parameters, nf4_bytes, size_text
 
 DEFAULT_GPU = "a100-80gb"
 COLUMNS = ("recipe", "optimizer steps", "GPU memory, GB", "of it activations", "stage", "disk, GB", "hours", "API, $")
@@ -93,7 +92,7 @@ def _models(plan: RecipePlan) -> str:
         sizes = ("unknown",) * 3
         if model is not None:
             in_4_bits = "–" if plan.models and model.get_output_embeddings() is None else size_text(nf4_bytes(model))
-            sizes = f"{count_parameters(model)[0]:,}", size_text(dense_bytes(model, "bfloat16")), in_4_bits
+            sizes = f"{merged_parameters(model):,}", size_text(dense_bytes(model, "bfloat16")), in_4_bits
         architecture = config.value.get("model_type", "unknown") if config else "unknown"
         tokenizer = facts.facts["tokenizer"].value["family"] if "tokenizer" in facts.facts else "unknown"
         files = "unknown" if facts.files is None else f"{len(facts.files)} files"

@@ -15,6 +15,7 @@ from distillery.pipeline.plan.resources import (
     Memory,
     dense_bytes,
     frozen_format,
+    merged_parameters,
     prediction_bytes,
     training_memory,
 )
@@ -128,7 +129,7 @@ def disk_bytes(plan: RecipePlan) -> dict[str, float | None]:
 
 
 def _parameters(model: LabelModel) -> int:
-    return count_parameters(model.model)[0]
+    return merged_parameters(model.model)
 
 
 def training_hours(plan: RecipePlan, gpu: str) -> dict[str, float | None]:

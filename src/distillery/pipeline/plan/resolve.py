@@ -17,6 +17,7 @@ from distillery.models.label_model import LabelModel
 from distillery.models.layers import configured_layers, count_parameters
 from distillery.pipeline.plan import shapes
 from distillery.pipeline.plan.facts import ModelFacts, missing_files, read_model_facts
+from distillery.pipeline.plan.resources import merged_parameters
 from distillery.pipeline.plan.rows import SourceRows, count_phase_rows, read_all_rows, sample_phase_frame
 from distillery.pipeline.plan.shapes import StepShapes
 from distillery.pipeline.plan.tokenizers import write_stand_in
@@ -212,8 +213,7 @@ def _compare_parameters(plan: RecipePlan, place: str, student: LabelModel, spec:
     whole = spec.init.layers == "all" and spec.arch != "classifier"
     if not whole or "parameters" not in facts:
         return
-    total, trained = count_parameters(student.model)
-    own, published = total - (trained if spec.adapter.kind != "none" else 0), facts["parameters"].value
+    own, published = merged_parameters(student.model), facts["parameters"].value
     status = "ok" if own == published else "failed"
     plan.findings.append(Finding(status, place, f"{own:,} parameters; published: {published:,}"))
 

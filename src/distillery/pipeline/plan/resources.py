@@ -58,13 +58,19 @@ class Memory:
         return self.total - self.activations
 
 
+def merged_parameters(model: Any) -> int:
+    """The number of weights of `model` when its adapters, if it has any, are merged."""
+    total, trained = count_parameters(model)
+    return total - trained if hasattr(model, "peft_config") else total
+
+
 def dense_bytes(model: nn.Module, dtype: str) -> float:
-    """Bytes of the weights of `model` in `dtype`."""
-    return count_parameters(model)[0] * (FULL_BYTES if dtype == "float32" else HALF_BYTES)
+    """Bytes of the merged weights of `model` in `dtype`."""
+    return merged_parameters(model) * (FULL_BYTES if dtype == "float32" else HALF_BYTES)
 
 
 def nf4_bytes(model: nn.Module) -> float:
-    """Bytes of the weights of `model` with its linear layers but the output head in 4 bits, others in 16."""
+    """Bytes of the merged weights of `model`, linear layers but the output head in 4 bits, others in 16."""
     head = output_head(model)
     linear = {
         id(module.weight): module.weight.numel()
@@ -72,7 +78,7 @@ def nf4_bytes(model: nn.Module) -> float:
         if isinstance(module, nn.Linear | Conv1D) and module is not head and not _is_adapter(module, model)
     }
     small = sum(linear.values())
-    return NF4_BYTES * small + HALF_BYTES * (count_parameters(model)[0] - small)
+    return NF4_BYTES * small + HALF_BYTES * (merged_parameters(model) - small)
 
 
 def _is_adapter(module: nn.Module, model: Any) -> bool:
@@ -83,7 +89,7 @@ def training_memory(model: nn.Module, frozen: str, activations: float) -> Memory
     """What training `model` holds. frozen: number format of the weights that are not trained, or `nf4`."""
     total, trained = count_parameters(model)
     if frozen == "nf4":
-        weights = nf4_bytes(model) + (FULL_BYTES - HALF_BYTES) * trained
+        weights = nf4_bytes(model) + FULL_BYTES * trained
     else:
         weights = FULL_BYTES * trained + (total - trained) * (FULL_BYTES if frozen == "float32" else HALF_BYTES)
     return Memory(weights, GRADIENT_BYTES * trained, ADAMW_BYTES * trained, activations)
