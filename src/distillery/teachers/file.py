@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from distillery.config.schema import AnswerFilesConfig
+from distillery.data.nested import open_paths
 from distillery.data.readers import read_rows
 from distillery.data.records import normalize_text
 from distillery.errors import UserError
@@ -18,20 +19,27 @@ from distillery.tasks.schema import Task
 
 REPEATED = "repeats the answer before"
 UNREADABLE = "cannot be read"
+MAX_ROUNDING = 0.01  # by which rounded probabilities may miss 1
 
 
 def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.DataFrame:
     """Answers of an external LLM from files below `base`, one row per answer, in the order of the files.
 
     Returns at (file and line), key (id, or the text as :func:`normalize_text` returns it), label (None if it cannot be
-    read), explanation, status: `kept`, `repeats the answer before`, or `cannot be read`.
-    Raises UserError naming the file, and the line or the column, when something is missing there.
+    read), probabilities (of all labels, or None), explanation, status: `kept`, `repeats the answer before`, or `cannot
+    be read`. Raises UserError naming the file, and the line or the column, when something is missing there, and for
+    probabilities that are none.
     """
     columns, answers = spec.columns, []
     key_column = columns.id or columns.text
+    if columns.probabilities and set(columns.probabilities) != set(task.names):
+        raise UserError(
+            f"params.yaml: teachers: answers.columns.probabilities names {', '.join(columns.probabilities)}; "
+            f"the labels are {', '.join(task.names)}"
+        )
     for file in spec.files:
-        records, previous = read_rows(file, base), None
-        for column in filter(None, vars(columns).values()):
+        records, previous = open_paths(read_rows(file, base), columns.names), None
+        for column in columns.names:
             if column not in records.rows[0]:
                 raise UserError(f"{file}: no column `{column}`; there are: {', '.join(records.rows[0])}")
         for i, row in enumerate(records.rows):
@@ -39,6 +47,10 @@ def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.Dat
             if key in (None, ""):
                 raise UserError(f"{records.at(i)}: `{key_column}` is empty")
             label, explanation = _read_answer(spec, task, row)
+            probabilities = None
+            if columns.probabilities:
+                probabilities = _read_probabilities(columns.probabilities, task, row, records.at(i))
+                label = task.names[int(np.argmax(probabilities))]
             # a script that kept its last answer when a call failed repeats it for another text
             repeated = (
                 explanation and previous is not None and previous[0] != key and previous[1:] == (label, explanation)
@@ -47,17 +59,32 @@ def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.Dat
             status = "kept" if label else UNREADABLE
             if repeated and spec.repeats == "drop":
                 status = REPEATED
-            answers.append((records.at(i), normalize_text(str(key)), label, explanation, status))
-    return pd.DataFrame(answers, columns=["at", "key", "label", "explanation", "status"])
+            answers.append((records.at(i), normalize_text(str(key)), label, probabilities, explanation, status))
+    return pd.DataFrame(answers, columns=["at", "key", "label", "probabilities", "explanation", "status"])
+
+
+def _read_probabilities(columns: dict[str, str], task: Task, row: dict[str, Any], at: str) -> list[float]:
+    """The probabilities [labels] in one record, which sum to 1. Raises UserError otherwise."""
+    try:
+        values = [float(row[columns[name]]) for name in task.names]
+    except (TypeError, ValueError):
+        values = []
+    total = sum(values)
+    if not values or min(values) < 0 or not abs(total - 1) <= MAX_ROUNDING:
+        shown = ", ".join(f"{column} {row.get(column)}" for column in columns.values())
+        raise UserError(f"{at}: probabilities must be numbers from 0 to 1 that sum to 1, not {shown}")
+    return [value / total for value in values]
 
 
 def _read_answer(spec: AnswerFilesConfig, task: Task, row: dict[str, Any]) -> tuple[str | None, str]:
     """(label, explanation) of one record; the label is None if it cannot be read."""
     columns = spec.columns
+    explanation = str(row.get(columns.explanation) or "").strip() if columns.explanation else ""
+    if columns.probabilities:
+        return None, explanation
     if columns.answer:
         return parse_explained_label(task, str(row.get(columns.answer) or ""))
-    label = parse_label(task, str(row.get(columns.label) or ""))
-    return label, str(row.get(columns.explanation) or "").strip() if columns.explanation else ""
+    return parse_label(task, str(row.get(columns.label) or "")), explanation
 
 
 class FileTeacher:
@@ -78,12 +105,19 @@ class FileTeacher:
         return np.array([key in self.answers_by_key for key in self.keys(rows)], dtype=bool)
 
     def predict(self, rows: pd.DataFrame) -> np.ndarray:
-        """Share of the answers to each of `rows` that gave each label [n, labels]; NaN where none could be read."""
+        """The mean of the answers to each of `rows` [n, labels], a label without probabilities counting as sure.
+
+        NaN where none could be read.
+        """
         shares = np.full((len(rows), len(self.task.names)), np.nan)
         for i, key in enumerate(self.keys(rows)):
-            labels = self.answers_by_key[key]["label"].dropna() if key in self.answers_by_key else ()
-            if len(labels):
-                shares[i] = [(labels == name).mean() for name in self.task.names]
+            if key not in self.answers_by_key:
+                continue
+            answers = self.answers_by_key[key].dropna(subset="label")
+            if answers["probabilities"].notna().any():
+                shares[i] = np.mean(answers["probabilities"].tolist(), axis=0)
+            elif len(answers):
+                shares[i] = [(answers["label"] == name).mean() for name in self.task.names]
         return shares
 
     def explanations(self, rows: pd.DataFrame, labels: Sequence[str]) -> list[str | None]:

@@ -143,19 +143,27 @@ class AnswerColumns(Section):
     text: str | None = "text"
     """The row's text, to find the row by; or `id`."""
     label: str | None = None
-    """The label; or `answer`."""
+    """The label; or `probabilities` or `answer`."""
+    probabilities: dict[str, str] | None = None
+    """For each label of the task the column that holds its probability; or `label` or `answer`."""
     explanation: str | None = None
     """The explanation of the label."""
     answer: str | None = None
-    """Label and explanation in one text, as a language model wrote them."""
+    """Label and explanation in one text, as a language model wrote them; or `label` or `probabilities`."""
 
     @model_validator(mode="after")
     def _fits(self):
         if (self.id is None) == (self.text is None):
             raise ValueError("needs exactly one of `id` or `text`, by which answers find their rows (`text: null`)")
-        if (self.label is None) == (self.answer is None):
-            raise ValueError("needs exactly one of `label` or `answer`")
+        if sum(column is not None for column in (self.label, self.probabilities, self.answer)) != 1:
+            raise ValueError("needs exactly one of `label`, `probabilities` or `answer`")
         return self
+
+    @property
+    def names(self) -> list[str]:
+        """Every column that is read."""
+        columns = [self.id, self.text, self.label, *(self.probabilities or {}).values(), self.explanation, self.answer]
+        return [column for column in columns if column is not None]
 
 
 class AnswerFilesConfig(Section):
@@ -219,8 +227,8 @@ class TeacherConfig(Section):
     """Number format of the computation. `auto`: float32 or bfloat16, whichever is faster on this machine, for training
     and for prediction; timed once and kept in `.cache/dtype.json`."""
     quantize: Literal["none", "nf4", "int8"] = "none"
-    """For a teacher that is only prompted. `nf4`: linear layers in 4 bits, which saves memory. `int8`: products of 8-bit
-    integers, which are faster on a CPU that has instructions for them."""
+    """For a teacher that is only prompted. `nf4`: linear layers in 4 bits, which saves memory. `int8`: their products
+    in 8-bit integers, which is faster on a CPU with instructions for them, and does not work on a GPU."""
     seed: int = 0
     """Seed of fine-tuning, folds and sampled rows."""
 

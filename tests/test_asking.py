@@ -1,0 +1,140 @@
+"""Files of answers: asked row by row, continued after a stop, and read again as a teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from ruamel.yaml import YAML
+
+from distillery.config.load import validate_section
+from distillery.config.schema import AnswerFilesConfig
+from distillery.errors import UserError
+from distillery.tasks.schema import load_task
+from distillery.teachers import asking
+from distillery.teachers.asking import open_requested, read_request, write_answers
+from distillery.teachers.file import FileTeacher, read_answer_files
+from tiny import ROOT
+
+FILE = "data/answers/mine.yaml"
+LABELS = ["positive", "neutral", "negative"]
+COLUMNS = {"id": "id", "text": None, "probabilities": {label: f"probabilities.{label}" for label in LABELS}}
+
+
+def gold_rows(n: int) -> pd.DataFrame:
+    lines = (ROOT / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:n]
+    return pd.DataFrame([json.loads(line) for line in lines])[["id", "text"]]
+
+
+@pytest.fixture
+def request_file(tiny_models, tmp_path):
+    """A folder with rows, their task and a request of a tiny model for its answers; the request as written."""
+    rows = gold_rows(7)
+    (tmp_path / "data/answers").mkdir(parents=True)
+    (tmp_path / "tasks").mkdir()
+    shutil.copy(ROOT / "tasks/finance-sentiment.yaml", tmp_path / "tasks/finance-sentiment.yaml")
+    rows[["id", "text"]].to_json(tmp_path / "data/rows.jsonl", orient="records", lines=True)
+    request = {
+        "source": "data/rows.jsonl",
+        "task": "finance-sentiment",
+        "models": {"tiny": {"folder": str(tiny_models / "tiny-llama")}},
+        "teacher": {"kind": "lm", "model": "tiny", "few_shot": 1, "quantize": "int8", "batch_size": 2},
+    }
+    YAML().dump(request, tmp_path / FILE)
+    return request
+
+
+def read_answers(root, columns=COLUMNS) -> FileTeacher:
+    spec = validate_section(AnswerFilesConfig, {"files": ["data/answers/mine.jsonl"], "columns": columns}, "x")
+    task = load_task("finance-sentiment", root / "tasks")
+    return FileTeacher(read_answer_files(spec, task, root), task, "id")
+
+
+def test_answers_go_on_where_they_stopped_and_teach_as_the_model_would(request_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(asking, "BLOCK", 4)
+    predict, calls = asking.LabelModel.predict, []
+
+    def stopped(self, texts, *, cached, on_batch):
+        def on_first(*batch):
+            on_batch(*batch)
+            raise KeyboardInterrupt
+
+        return predict(self, texts, cached=cached, on_batch=on_first)
+
+    def counted(self, texts, *, cached, on_batch):
+        calls.append(sum(answer is None for answer in cached))
+        return predict(self, texts, cached=cached, on_batch=on_batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(asking.LabelModel, "predict", stopped)
+        write_answers(tmp_path, FILE)
+    assert not (tmp_path / "data/answers/mine.jsonl").exists()
+    monkeypatch.setattr(asking.LabelModel, "predict", counted)
+    path = write_answers(tmp_path, FILE)
+    assert calls == [2, 3]  # of the first block, of which two rows were answered, and of the second
+    monkeypatch.undo()
+    rows = gold_rows(7)
+    model = open_requested(tmp_path, read_request(tmp_path, FILE))
+    taught = read_answers(tmp_path).predict(rows)
+    assert np.allclose(taught, model.predict(rows["text"].tolist()), atol=2e-3)
+    assert np.allclose(taught.sum(1), 1)
+    origin = json.loads(path.with_suffix(".json").read_text())
+    assert origin["rows"] == 7 and origin["request"] == request_file and "{text}" in origin["prompt"]
+    assert not list((tmp_path / ".cache/answers").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"text": "sentence"}, "data/answers/mine.yaml: data/rows.jsonl has no column `sentence`"),
+        ({"source": "none.csv"}, "none.csv: no such file"),
+        (
+            {"teacher": {"kind": "lm", "model": "other"}},
+            "data/answers/mine.yaml: teacher: must be a `kind: lm` with the `model` of `models`, without `finetune`",
+        ),
+        ({"rows": 3}, "data/answers/mine.yaml: rows: unknown key"),
+    ],
+)
+def test_a_request_that_cannot_be_met_ends_in_one_line(request_file, tmp_path, change, line):
+    YAML().dump(request_file | change, tmp_path / FILE)
+    with pytest.raises(UserError) as caught:
+        write_answers(tmp_path, FILE)
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "line"),
+    [
+        (
+            [0.5, 0.5, 0.2],
+            {},
+            "data/answers/mine.jsonl, line 1: probabilities must be numbers from 0 to 1 that sum to 1",
+        ),
+        ([1.2, -0.2, 0.0], {}, "data/answers/mine.jsonl, line 1: probabilities must be numbers from 0 to 1"),
+        (["high", 0, 0], {}, "data/answers/mine.jsonl, line 1: probabilities must be numbers from 0 to 1"),
+        (
+            [1.0, 0.0, 0.0],
+            {"probabilities": {"up": "probabilities.positive"}},
+            "params.yaml: teachers: answers.columns.probabilities names up; the labels are positive, neutral, negative",
+        ),
+    ],
+)
+def test_probabilities_that_are_none_are_named(request_file, tmp_path, row, columns, line):
+    answer = {"id": "a", "probabilities": dict(zip(LABELS, row, strict=True))}
+    (tmp_path / "data/answers/mine.jsonl").write_text(json.dumps(answer) + "\n")
+    with pytest.raises(UserError) as caught:
+        read_answers(tmp_path, COLUMNS | columns)
+    assert str(caught.value).startswith(line)
+
+
+def test_several_answers_to_a_row_are_averaged(request_file, tmp_path):
+    lines = [[0.6, 0.4, 0.0], [0.2, 0.0, 0.8]]
+    answers = [{"id": "n0", "probabilities": dict(zip(LABELS, row, strict=True))} for row in lines]
+    (tmp_path / "data/answers/mine.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    teacher = read_answers(tmp_path)
+    rows = gold_rows(1).assign(id="n0")
+    assert teacher.predict(rows)[0].tolist() == pytest.approx([0.4, 0.2, 0.4])
+    assert teacher.answers["label"].tolist() == ["positive", "negative"]
