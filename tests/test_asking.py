@@ -12,7 +12,9 @@ from ruamel.yaml import YAML
 
 from distillery.config.load import validate_section
 from distillery.config.schema import AnswerFilesConfig
+from distillery.data.readers import read_rows
 from distillery.errors import UserError
+from distillery.models.folders import model_folder
 from distillery.tasks.schema import load_task
 from distillery.teachers import asking
 from distillery.teachers.asking import open_requested, read_request, write_answers
@@ -138,3 +140,27 @@ def test_several_answers_to_a_row_are_averaged(request_file, tmp_path):
     rows = gold_rows(1).assign(id="n0")
     assert teacher.predict(rows)[0].tolist() == pytest.approx([0.4, 0.2, 0.4])
     assert teacher.answers["label"].tolist() == ["positive", "negative"]
+
+
+KEPT = sorted(path.with_suffix(".yaml") for path in (ROOT / "data/answers").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_kept_answers_are_those_of_their_model(path):
+    """Every row that was requested has probabilities; a sample is asked again where the model is there."""
+    request = read_request(ROOT, path.relative_to(ROOT).as_posix())
+    rows = read_rows(request.source, ROOT).rows
+    lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
+    answers = {line["id"]: line["probabilities"] for line in map(json.loads, lines)}
+    origin = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert list(answers) == [row[request.id] for row in rows] and origin["rows"] == len(rows)
+    assert {tuple(answer) for answer in answers.values()} == {tuple(origin["labels"])}
+    assert all(abs(sum(answer.values()) - 1) < 1e-3 for answer in answers.values())
+    assert origin["request"] == request.model_dump(exclude_defaults=True)
+    ((name, spec),) = request.models.items()
+    if not model_folder(name, spec).exists():
+        return  # a large model that was not fetched here
+    sample = rows[:: len(rows) // 4]
+    probabilities = open_requested(ROOT, request).predict([row[request.text] for row in sample])
+    kept = [list(answers[row[request.id]].values()) for row in sample]
+    assert np.allclose(probabilities, kept, atol=0.1)

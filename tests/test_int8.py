@@ -9,7 +9,7 @@ from torch import nn
 
 from distillery.config.schema import ModelConfig, TeacherConfig
 from distillery.errors import UserError
-from distillery.models.int8 import Int8Linear, quantize_int8, quantize_rows
+from distillery.models.int8 import Int8Linear, quantize_int8, quantize_rows, rounding_error
 from distillery.models.layers import output_head
 from distillery.tasks.schema import load_task
 from distillery.teachers.identity import model_identity
@@ -60,6 +60,13 @@ def test_a_prompted_teacher_predicts_nearly_what_the_dense_one_does(tiny_models)
     assert np.allclose(quick.predict(TEXTS[1:]), probabilities[1:], atol=2e-3)  # whatever is predicted beside it
     origin = ModelConfig(folder=str(tiny_models / "tiny-llama"))
     assert [model_identity("m", origin, model)["quantization"] for model in (dense, quick)] == [None, "int8"]
+
+
+def test_methods_may_differ_by_the_rounding_to_bytes(tiny_models):
+    """A value near the middle of two bytes falls to either side with the last bit of a sum; no method is to blame."""
+    dense, quick = (teacher(tiny_models / "tiny-llama", quantize).model for quantize in ("none", "int8"))
+    assert rounding_error(dense, torch.float32) == torch.finfo(torch.float32).eps
+    assert rounding_error(quick, torch.float32) == pytest.approx(1 / 127)
 
 
 def test_a_gpu_has_no_such_products():

@@ -64,6 +64,15 @@ def test_a_recipe_has_a_folder_of_its_own(repository):
     assert (small / "src/distillery/config/load.py").stat().st_mtime_ns == kept
 
 
+def test_a_recipe_takes_the_answers_that_its_teacher_reads_along(repository, tmp_path):
+    (repository / "data/answers").mkdir()
+    (repository / "data/answers/far.csv").write_text("id,label\n1,positive\n")
+    raw, columns = load_recipe(repository, "other", None), {"id": "id", "text": None, "label": "label"}
+    raw["teachers"]["far"] = {"kind": "answers", "answers": {"files": ["data/answers/far.csv"], "columns": columns}}
+    folder = prepare_folder(repository, raw, tmp_path / "folder", "other")
+    assert (folder / "data/answers/far.csv").read_text() == "id,label\n1,positive\n"
+
+
 def key_order(section, path=""):
     """The keys of every section of a file, in their order."""
     if isinstance(section, list):

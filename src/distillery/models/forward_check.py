@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distillery.models.forward_methods import ForwardMethods
 from distillery.models.generation import end_tokens, generate_batch
 from distillery.models.head import head_is_direct
+from distillery.models.int8 import is_int8, rounding_error
 from distillery.models.layers import transformer_body
 from distillery.models.packed.attention import supports_token_trees
 from distillery.models.packed.decoding import compute_prefix_kv
@@ -57,7 +58,7 @@ def check_forward(
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.dtype
     # a trainer sets `use_cache`, which each method passes itself
     settings = {name: value for name, value in json.loads(config.to_json_string()).items() if name != "use_cache"}
-    key = (json.dumps(settings), str(weights.dtype), str(dtype), device)
+    key = (json.dumps(settings), str(weights.dtype), str(dtype), device, str(is_int8(model)))
     known = _checked.get(key)
     if known is not None and length <= known.length:
         return known
@@ -116,7 +117,7 @@ class _ComparedRows:
         self.reference = _log_probabilities(plain_token_logits(model, self.prompts, self.completions, ()))
         self.prefix_kv: Any = None
         # rounding errors of many operations add up; the known faults are larger by far
-        self.tolerance = torch.finfo(dtype).eps ** 0.75 * float(self.reference.abs().max())
+        self.tolerance = rounding_error(model, dtype) ** 0.75 * float(self.reference.abs().max())
 
     def choose_methods(self, length: int) -> ForwardMethods:
         """The methods to use for rows of up to `length` tokens."""

@@ -65,3 +65,8 @@ def quantize_int8(model: nn.Module) -> nn.Module:
 def is_int8(model: nn.Module) -> bool:
     """Whether :func:`quantize_int8` changed `model`."""
     return any(isinstance(layer, Int8Linear) for layer in model.modules())
+
+
+def rounding_error(model: nn.Module, dtype: torch.dtype) -> float:
+    """The relative rounding error of the products of `model`, which computes in `dtype`."""
+    return max(torch.finfo(dtype).eps, 1 / LARGEST if is_int8(model) else 0.0)

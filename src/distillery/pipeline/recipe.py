@@ -102,6 +102,9 @@ def _corpora(raw: dict[str, Any]) -> list[str]:
     files = [source["source"] for source in sources if source.get("source")]
     files += [file for source in sources if not source.get("source") for file in (source.get("splits") or {}).values()]
     files += [file for model in raw.get("models", {}).values() for file in (model.get("random") or {}).get("words", [])]
+    files += [
+        file for spec in raw.get("teachers", {}).values() for file in (spec.get("answers") or {}).get("files", [])
+    ]
     return [file for file in dict.fromkeys(files) if not file.startswith("hub:") and not Path(file).is_absolute()]
 
 
