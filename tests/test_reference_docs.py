@@ -33,9 +33,10 @@ def test_every_section_and_every_key_has_a_meaning(place, section):
 
 def test_sections_are_found_wherever_they_stand():
     places = dict(sections(Params))
-    assert {"", "data.<name>", "data.<name>.split", "students.<name>.phases[i].early_stopping"} <= set(places)
+    assert {"", "data.<name>", "data.<name>.split", "students.<name>.phases[i].pseudo_labels"} <= set(places)
+    assert "teachers.<name>.finetune.early_stopping" in places  # the first place of those that phases have, too
     assert "| `min_confidence` | number ≥ 0 and ≤ 1 | `0.0` |" in reference_markdown(Task)
-    assert "| `epochs` | number > 0 |  |" in reference_markdown(Task)
+    assert "| `epochs` | number > 0 or `auto` |  |" in reference_markdown(Task)
     assert "| `model` | name | required |" in reference_markdown(Task)
 
 
