@@ -37,9 +37,10 @@ from test_training import LABELS, TASK, learner, phase, toy, trained
 
 def test_settings_without_auto_give_what_they_gave_before():
     spec = phase({"ce": 1.0}, steps=40, warmup=0.1)
-    assert spec.stopping is None and count_optimizer_steps(999, spec) == 40
+    assert spec.stopping is None and count_optimizer_steps(999, spec) == 40 and spec.length == "40 steps"
     assert schedule_arguments(999, spec) == {"lr_scheduler_type": "linear", "warmup_steps": 4}
     constant = phase({"ce": 1.0}, epochs=2.0, schedule="constant", warmup=0.0)
+    assert constant.length == "2 epochs" and phase({"ce": 1.0}, epochs=1.0).length == "1 epoch"
     assert schedule_arguments(32, constant) == {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0}
 
 
@@ -60,6 +61,7 @@ def test_auto_has_an_upper_bound_and_looks_about_once_an_epoch(settings, rows, s
     spec = PhaseConfig(data=["toy/train"], loss={"ce": 1.0}, learning_rate=1e-3, **settings)
     assert count_optimizer_steps(rows, spec) == steps and evaluation_interval(rows, spec) == every
     assert PhaseConfig.model_validate(spec.model_dump()) == spec
+    assert spec.length.startswith("at most ") and spec.length.endswith("s (early stopping)")
     tuning = FinetuneConfig(on="toy/train", learning_rate=1e-3, **settings)
     assert tuning.as_phase() == spec
 

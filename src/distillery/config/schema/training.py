@@ -105,10 +105,10 @@ class TrainingConfig(Section):
 
     @property
     def length(self) -> str:
-        """The length for readers: `240 steps`, `1 epoch`, `at most 20 epochs`."""
+        """The length for readers: `240 steps`, `1 epoch`, `at most 20 epochs (early stopping)`."""
         number, unit = (self.most_steps, "step") if self.steps else (self.most_epochs, "epoch")
         text = f"{number:g} {unit}" + ("" if number == 1 else "s")
-        return f"at most {text}, up to the best score on validation rows" if self.is_auto else text
+        return f"at most {text} (early stopping)" if self.stopping else text
 
     @model_validator(mode="before")
     @classmethod
