@@ -3,7 +3,7 @@
     PYTHONPATH=src python benchmarks/imbalanced.py [--seeds 3]
 
 The 3-layer MiniLM of `params.yaml` (student `tiny-gold`) learns 300 gold rows of the finance corpus, drawn so that 80 %
-are neutral, 15 % positive and 5 % negative: for 240 optimizer steps of 16 rows, or until the score on the validation
+are neutral, 15 % positive and 5 % negative: for 160 optimizer steps of 16 rows, or until the score on the validation
 rows stops improving (`steps: auto`). Draw, seeds and rows are the same for all. Each finished run is a line of
 `imbalanced.csv` beside this file: a stopped benchmark goes on. Prints the optimizer steps that were run and the scores
 on the test rows, whose labels are not skewed, as differences from `none` with 95 % intervals over groups and seeds.
@@ -36,7 +36,7 @@ from distillery.training.student import build_student
 
 SHARES, ROWS, STUDENT = {"neutral": 0.8, "positive": 0.15, "negative": 0.05}, 300, "tiny-gold"
 PHASE = {"data": ["finance/train"], "loss": {"ce": 1.0}, "learning_rate": 2.0e-4}
-FIXED, AUTO = {"steps": 240}, {"steps": "auto", "max_steps": 960}
+FIXED, AUTO = {"steps": 160}, {"steps": "auto", "max_steps": 480}
 CHOICES = {
     "none": FIXED,
     "class_weights": FIXED | {"balance": "class_weights"},
