@@ -339,6 +339,18 @@ CASES = [
         pattern("params.yaml: students.tiny-kd.max_length: 1024 tokens are too many: the model reads 512 at most"),
     ),
     Case(
+        "longer texts than a teacher reads",
+        setting("teachers/encoder/max_length", 1024),
+        STRIP,
+        pattern("params.yaml: teachers.encoder.max_length: 1024 tokens are too many: the model reads 512 at most"),
+    ),
+    Case(
+        "long texts in windows for a model that writes",
+        setting("teachers/lm/long_texts", {"windows": 4}),
+        STRIP,
+        pattern("params.yaml: teachers.lm: `long_texts` is for `kind: classifier`, not lm"),
+    ),
+    Case(
         "a classifier that is to teach as it is, of a model without a head",
         setting("teachers/encoder", {"kind": "classifier", "model": "tiny-bert"}),
         STRIP,
