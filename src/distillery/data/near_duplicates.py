@@ -45,7 +45,8 @@ def ngram_vectors(texts: Sequence[str], masked: bool) -> csr_array:
     No inverse document frequency: the similarity of two texts must not depend on the other texts of the source.
     """
     counter = CountVectorizer(analyzer="char_wb", ngram_range=(4, 4), dtype=np.float32)
-    return csr_array(normalize(counter.fit_transform(mask_digits(t) if masked else t for t in texts)))
+    counts = counter.fit_transform(mask_digits(t) if masked else t for t in texts)
+    return csr_array(normalize(counts, copy=False))
 
 
 def similarity_blocks(left: csr_array, right: csr_array) -> Iterator[tuple[int, np.ndarray]]:
@@ -93,9 +94,11 @@ def near_duplicate_pairs(texts: Sequence[str], threshold: float, masked: bool = 
 
 def find_near_duplicates(texts: Sequence[str], threshold: float, shots: Sequence[str] = ()) -> NearDuplicates:
     """The pairs of near-duplicates among `texts`, with digits masked and as written; and the vectors of `shots`."""
-    both = {masked: ngram_vectors([*texts, *shots], masked) for masked in (True, False)}
-    vectors = {masked: both[masked][: len(texts)] for masked in both}
-    shot_vectors = {masked: both.pop(masked)[len(texts) :] for masked in (True, False)}
+    vectors, shot_vectors = {}, {}
+    for masked in (True, False):
+        both = ngram_vectors([*texts, *shots], masked)
+        vectors[masked], shot_vectors[masked] = both[: len(texts)], both[len(texts) :]
+        del both  # of a million rows, each copy has half a gigabyte
     i, j, similarity = _join_pairs(similar_pairs(vectors[True], threshold))
     # Two texts without numbers to mask are as similar as written as they are masked.
     with_numbers = np.array([mask_digits(text) != text for text in texts], dtype=bool)

@@ -48,7 +48,8 @@ def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> Pre
     raw = read_source(spec, base)
     rows, duplicate_groups, counts = clean_rows(raw, spec, task)
     rows, duplicate_groups, filtered = filter_rows(raw, rows, duplicate_groups, spec)
-    n_filtered = len(rows)
+    n_filtered, file = len(rows), raw.name
+    del raw  # of a million rows, the records of the file have half a gigabyte
     if spec.limit:
         rows, duplicate_groups = _limit_groups(rows, duplicate_groups, spec.limit, spec.seed)
     own_split = rows.pop(OWN_SPLIT_COLUMN) if OWN_SPLIT_COLUMN in rows else None
@@ -61,7 +62,7 @@ def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> Pre
     except UserError as error:
         by_name = "group" not in spec.columns.model_fields_set and file_groups.notna().any()
         hint = " (the column `group` was taken for its name; columns: {group: null} takes none)" if by_name else ""
-        raise UserError(f"{raw.name}: {error}{hint}") from None
+        raise UserError(f"{file}: {error}{hint}") from None
     dropped = {key: counts[key] for key in ("blank", "not_kept", "empty", "duplicates")}
     dropped["over_limit"] = n_filtered - len(rows)
     audit = {
