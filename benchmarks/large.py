@@ -109,12 +109,10 @@ def compare_joins(rows: list[str], planted: np.ndarray) -> None:
     for name, (function, arguments) in ways.items():
         seconds, pairs = timed(function, vectors, *arguments)
         reference, first_seconds = reference or pairs, first_seconds or seconds
-        found = [len(pairs & reference) / len(reference), len(pairs.intersection(similar)) / len(similar)]
-        print(
-            f"  {name:10} {seconds:7.2f} s, {first_seconds / seconds:5.1f} times as fast as the first way; {len(pairs):,} "
-            f"pairs, {100 * found[0]:.2f} % of its pairs, {100 * found[1]:.2f} % of {len(similar):,} planted ones",
-            flush=True,
-        )
+        recall = [len(pairs & reference) / len(reference), len(pairs.intersection(similar)) / len(similar)]
+        speed = f"{seconds:7.2f} s, {first_seconds / seconds:5.1f} times as fast as the first way"
+        shares = f"{100 * recall[0]:.2f} % of its pairs, {100 * recall[1]:.2f} % of {len(similar):,} planted ones"
+        print(f"  {name:10} {speed}; {len(pairs):,} pairs, {shares}", flush=True)
 
 
 def prepare(folder: Path) -> None:
@@ -135,10 +133,8 @@ def prepare(folder: Path) -> None:
         if time.process_time() - cell_start > 5:
             print(f"    {time.process_time() - cell_start:6.1f} s  {cell.strip().splitlines()[-1][:70]}", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"  01_data    {time.perf_counter() - start:8.1f} s, of them {time.process_time() - cpu:.1f} s of one processor, "
-        f"peak memory {peak:.2f} GiB"
-    )
+    seconds, of_processor = time.perf_counter() - start, time.process_time() - cpu
+    print(f"  01_data    {of_processor:.1f} s of one processor, {seconds:.1f} s in all, peak memory {peak:.2f} GiB")
     clusters = scope["prepared"].cluster
     planted = np.load(folder / "planted.npy")
     ids = scope["prepared"].rows["id"].str.slice(1).astype(int).to_numpy()

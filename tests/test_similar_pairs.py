@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillery.data import near_duplicates, pair_candidates, similar_pairs
+from distillery.config.schema import SourceConfig
+from distillery.data import near_duplicates, pair_candidates, prepare, similar_pairs
 from distillery.data.near_duplicates import (
     find_near_duplicates,
     has_near_duplicate,
@@ -18,7 +19,10 @@ from distillery.data.near_duplicates import (
     similarity_blocks,
 )
 from distillery.data.pair_candidates import rows_per_band
+from distillery.data.prepare import prepare_source
 from distillery.data.similar_pairs import SIMILARITY_SLACK
+from distillery.notebook.data import nearest_similarities
+from distillery.tasks.schema import Task
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,3 +136,33 @@ def test_of_too_many_rows_a_sample_is_compared(texts, monkeypatch):
     sample = near_duplicates.rows_to_compare(rows, 10)
     assert len(sample) == len(set(sample)) == near_duplicates.SAMPLED_ROWS
     assert list(sample) == sorted(sample)
+
+
+def test_a_source_with_too_many_rows_says_what_was_sampled(tmp_path, monkeypatch):
+    """The limits lowered to a few rows: MinHash, a sample of held-out rows, and pairs across splits all the same."""
+    rng = np.random.default_rng(0)
+    part = ["train"] * 40 + ["pool"] * 10 + ["validation"] * 10 + ["test"] * 30
+    words = rng.choice(list("abcdefgh"), (90, 9, 5))
+    rows = [
+        {"text": " ".join(map("".join, words[n])), "label": ["up", "down"][n % 2], "part": part[n]} for n in range(90)
+    ]
+    rows[0]["text"] = rows[60]["text"] + " x"  # of train and test
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = SourceConfig.model_validate({"source": "a.jsonl", "task": "t", "split_column": "part"})
+    task = Task.model_validate({"kind": "classification", "labels": {"up": "it rises", "down": "it falls"}})
+    whole = prepare_source("s", spec, task, tmp_path)
+    monkeypatch.setattr(similar_pairs, "MAX_EXACT", 20)
+    monkeypatch.setattr(prepare, "MAX_EXACT", 20)
+    monkeypatch.setattr(near_duplicates, "MAX_COMPARISONS", 100)
+    monkeypatch.setattr(near_duplicates, "SAMPLED_ROWS", 7)
+    sampled = prepare_source("s", spec, task, tmp_path)
+    assert list(sampled.cluster) == list(whole.cluster) and list(sampled.split) == list(whole.split)
+    for masked in ("digits_masked", "as_written"):
+        few, all_rows = sampled.audit["across_splits"][masked], whole.audit["across_splits"][masked]
+        assert few["pairs_above_by_splits"] == all_rows["pairs_above_by_splits"] == {"train-test": 1}
+        assert few["worst"][0] == all_rows["worst"][0]  # in the sample or not
+        assert few["nearest"]["highest"] == all_rows["nearest"]["highest"]
+        assert few["nearest"]["rows_compared"] == 7 and "rows_compared" not in all_rows["nearest"]
+    assert "MinHash" in sampled.audit["decisions"][-1] and "MinHash" not in str(whole.audit["decisions"])
+    nearest = nearest_similarities(sampled.near, sampled.split, 0)
+    assert {len(values) for values in nearest.values()} == {7}
