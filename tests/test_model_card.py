@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from distillery import metrics
 from distillery.config.schema import StudentConfig
+from distillery.deploy.settings import InferenceSettings
 from distillery.errors import UserError
 from distillery.report.model_card import render_card, write_cards
 from distillery.tasks.schema import load_task
@@ -118,3 +119,23 @@ def test_cards_of_every_run(tmp_path):
     (tmp_path / "runs/other-1/metrics.json").unlink()
     with pytest.raises(UserError, match="^runs/other-1/metrics.json: no such file; `dvc repro` makes it$"):
         write_cards(tmp_path, params)
+
+
+@pytest.mark.parametrize(
+    "threshold, sentence",
+    [
+        (
+            0.72,
+            "On the 31.0 % of the 202 validation rows with a calibrated confidence of at least 0.720 it was right in",
+        ),
+        (None, "At no confidence were 90.0 % of the validation rows right."),
+    ],
+)
+def test_the_confidence_from_which_predictions_can_be_used(card, threshold, sentence):
+    abstention = {"accuracy": 0.9, "threshold": threshold, "answered": 0.31, "accuracy_low": 0.81, "rows": 202}
+    task = {"kind": "classification", "labels": {"up": "", "flat": ""}}
+    values = {"student": "kd", "arch": "classifier", "task": task, "text_columns": ["text"], "max_length": 64}
+    settings = InferenceSettings.model_validate(values | {"temperature": 1.5, "abstention": abstention})
+    page = card(settings=settings)
+    assert sentence in page and "p^(1 / 1.50)" in page and "\n\n## Data" in page
+    assert "## Confidence" not in card()

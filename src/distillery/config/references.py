@@ -202,6 +202,12 @@ def _check_evaluation(params: Params, file: str) -> None:
                 f"{file}: search.phase: a search reads no validation rows, which `auto` needs: give `epochs` or `steps`"
             )
     _check_known(f"{file}: evaluate.headline", evaluate.headline, params.students, "student")
+    for i, name in enumerate(evaluate.export):
+        _check_known(f"{file}: evaluate.export.{i}", name, params.students, "student")
+        if (arch := params.students[name].arch) != "classifier":
+            raise UserError(f"{file}: evaluate.export.{i}: `{name}` is {arch}; only a classifier is exported")
+        if params.students[name].long_texts:
+            raise UserError(f"{file}: evaluate.export.{i}: `{name}` has `long_texts`; it is not exported")
 
 
 # Settings of a phase that only some loss terms use: the key, and those terms.

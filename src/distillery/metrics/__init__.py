@@ -8,10 +8,12 @@ from distillery.metrics.calibration import (
     PROBABILITY_FLOOR,
     apply_temperature,
     calibration,
+    conformal_threshold,
     fit_temperature,
     kl_divergence,
     log_loss,
     risk_coverage,
+    selective_threshold,
 )
 from distillery.metrics.classification import classification_report
 from distillery.metrics.counts import (
@@ -40,6 +42,7 @@ __all__ = [
     "calibration",
     "classification_report",
     "cluster_bootstrap",
+    "conformal_threshold",
     "confusion",
     "encode_labels",
     "entropy",
@@ -55,6 +58,7 @@ __all__ = [
     "permutation_test",
     "prediction_margin",
     "risk_coverage",
+    "selective_threshold",
     "smallest_detectable_difference",
     "suspect_labels",
     "token_overlap",

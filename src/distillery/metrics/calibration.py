@@ -98,3 +98,29 @@ def fit_temperature(true: np.ndarray, p: ArrayLike) -> float:
     return float(
         np.exp(optimize.minimize_scalar(lambda t: log_loss(true, apply_temperature(p, np.exp(t))), bounds=bounds).x)
     )
+
+
+def selective_threshold(true: np.ndarray, p: np.ndarray, accuracy: float, min_rows: int = 10) -> float | None:
+    """The lowest confidence at which the rows at or above it are right as often as `accuracy` (Geifman, El-Yaniv 2017).
+
+    true [n] are positions, p [n, K], accuracy in (0, 1]. None where fewer than `min_rows` rows reach it. It is an
+    estimate from these rows, no guarantee: take rows that neither trained the model nor score it.
+    """
+    confidence, correct = p.max(1), p.argmax(1) == true
+    levels, counts = np.unique(-confidence, return_counts=True)  # the most confident first
+    answered = np.cumsum(counts)
+    right = np.cumsum(correct[np.argsort(-confidence, kind="stable")])[answered - 1]
+    reached = np.flatnonzero((right / answered >= accuracy) & (answered >= min_rows))
+    return float(-levels[reached[-1]]) if len(reached) else None
+
+
+def conformal_threshold(true: np.ndarray, p: np.ndarray, coverage: float) -> float:
+    """The probability from which a label belongs to the prediction set of a row, in [0, 1].
+
+    true [n] are positions, p [n, K], coverage in (0, 1). Sets of the labels at or above it hold the gold label of a new
+    row of the same distribution with at least this probability (split conformal: Sadinle, Lei, Wasserman 2019). It is
+    0, so that a set holds all labels, where n is too small for `coverage`.
+    """
+    right = np.sort(p[np.arange(len(true)), true])
+    excluded = len(true) - int(np.ceil((len(true) + 1) * coverage - 1e-9))  # rows whose gold label may be outside
+    return float(right[excluded]) if excluded >= 0 else 0.0

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from distillery import metrics
 from distillery.config.schema import Params, StudentConfig
 from distillery.data.storage import read_task
+from distillery.deploy.settings import SETTINGS_FILE, InferenceSettings, read_settings
 from distillery.evaluation.reading import read_result_file
 from distillery.files import Paths, atomic_write
 from distillery.models.heads import read_config
@@ -40,6 +41,7 @@ def render_card(
     origin: str = "",
     base_model: str | None = None,
     timing: dict[str, float] | None = None,
+    settings: InferenceSettings | None = None,
 ) -> str:
     """The card of the model in `folder`, with metadata that the hub accepts.
 
@@ -47,6 +49,7 @@ def render_card(
     predictions: test rows (text, label, prediction, group); the first is the example. dataset: the source of the test
     rows by name, origin: by its file or `hub:owner/name`. base_model: the hub id of the model it starts from.
     timing: the content of `timing.json`: train_seconds, and of a GPU peak_gpu_memory_mb.
+    settings: its temperature and thresholds, where they are known.
     The intervals (95 %) are those of the report for one seed.
     """
     text = predictions["text"].iloc[0]
@@ -72,6 +75,7 @@ def render_card(
         intervals=_intervals(predictions, task),
         example=repr(text),
         percent=percent,
+        settings=settings,
         **_prompt_values(folder, spec, task),
     )
     return str(card).rstrip() + "\n"
@@ -157,6 +161,7 @@ def write_cards(root: Path, params: Params) -> None:
             timing = folder / "timing.json"
             rows = read_result_file(folder / "predictions.parquet", root)
             rows = rows[rows["split"] == "test"].assign(text=test["text"].to_numpy(), group=test["group"].to_numpy())
+            has_settings = (folder / "model" / SETTINGS_FILE).exists()
             card = render_card(
                 folder / "model",
                 spec,
@@ -167,6 +172,7 @@ def write_cards(root: Path, params: Params) -> None:
                 origin=params.data[source].origin,
                 base_model=params.models[spec.model].hub,
                 timing=read_result_file(timing, root) if timing.exists() else None,
+                settings=read_settings(folder / "model") if has_settings else None,
             )
             for path in (Paths(root).reports / f"cards/{folder.name}.md", folder / "model" / "README.md"):
                 with atomic_write(path) as scratch:

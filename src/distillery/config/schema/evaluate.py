@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from distillery.config.schema.base import Count, Name, Positive, Section
+from distillery.config.schema.base import Count, Fraction, Name, Positive, Section
 
 
 class EvaluateConfig(Section):
@@ -30,6 +30,17 @@ class EvaluateConfig(Section):
     """Predictions of single test rows shown in the report."""
     seed: int = 0
     """Seed of the bootstrap and of the rows that are drawn."""
+    selective_accuracy: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Accuracy wanted of the rows that `distillery predict --abstain` answers; the confidence for it is chosen on the
+    validation rows."""
+    conformal_coverage: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of rows whose gold label shall be in the prediction set that `distillery predict` then gives; no sets when
+    not given."""
+    export: list[Name] = []
+    """Students, all of them classifiers, that are also written as ONNX in float32 and int8 and scored so; needs the
+    extra `export`."""
+    export_tolerance: Fraction = 0.01
+    """Accuracy that an export may lose against its student; one that loses more is marked and not used."""
 
 
 class SearchConfig(Section):

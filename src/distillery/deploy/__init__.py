@@ -1,0 +1,1 @@
+"""A student in use: its settings for inference, exports, predictions of files, and a server."""

@@ -1,0 +1,109 @@
+"""`inference.json`: what a program needs beside a student's weights. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from distillery.config.load import validate_section
+from distillery.config.schema.base import Section
+from distillery.data.records import normalize_text
+from distillery.errors import UserError
+from distillery.tasks.schema import Task
+
+SETTINGS_FILE = "inference.json"
+
+
+class Abstention(Section):
+    """The confidence below which a prediction is left out, chosen on the validation rows."""
+
+    accuracy: float
+    """Wanted accuracy of the rows that are answered."""
+    threshold: float | None
+    """Lowest calibrated confidence of an answered row; none where no confidence reaches the accuracy."""
+    answered: float
+    """Share of the validation rows that are answered."""
+    accuracy_low: float | None
+    """Lower end of the 95 % interval of the accuracy of these rows (Wilson)."""
+    rows: int
+    """Validation rows."""
+
+
+class PredictionSets(Section):
+    """The probability from which a label belongs to the prediction set of a row."""
+
+    coverage: float
+    """Wanted share of rows whose gold label is in their set."""
+    threshold: float
+    """Lowest calibrated probability of a label in a set."""
+
+
+class InferenceSettings(Section):
+    """How the texts of a student are prepared, and how its probabilities are read."""
+
+    student: str
+    """Name of the student in `params.yaml`."""
+    arch: Literal["classifier", "causal", "seq2seq"]
+    """As in `params.yaml`."""
+    task: Task
+    """The task, with the labels in the order of the probabilities."""
+    text_columns: list[str]
+    """Columns that are joined with a space to the text of a row."""
+    cleaning: Literal["nfc-spaces"] = "nfc-spaces"
+    """Unicode NFC, runs of white space folded to one space: see `normalize_text`."""
+    max_length: int
+    """Tokens of a text, with its prompt; a longer text loses its end."""
+    prompt: str = "plain"
+    """As in `params.yaml`."""
+    few_shot: int = 0
+    """As in `params.yaml`."""
+    temperature: float
+    """Calibrated probabilities are proportional to p^(1 / temperature); fitted on the validation rows."""
+    abstention: Abstention | None
+    """When to abstain; none for free answers."""
+    prediction_sets: PredictionSets | None = None
+    """Conformal prediction sets, where `evaluate.conformal_coverage` is given."""
+
+
+def model_folder(student: Path) -> Path:
+    """The model folder of `student`, which is that folder or that of its run. Raises UserError for any other folder."""
+    for folder in (student, student / "model"):
+        if (folder / SETTINGS_FILE).exists():
+            return folder
+    if not student.is_dir():
+        raise UserError(f"{student}: no such folder; name that of a run, such as runs/tiny-kd-0")
+    raise UserError(f"{student}: no {SETTINGS_FILE} here or in model/; the evaluation writes it: run `dvc repro`")
+
+
+def read_settings(folder: Path) -> InferenceSettings:
+    """The settings in a model `folder`. Raises UserError when the file is missing or damaged."""
+    path = folder / SETTINGS_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path}: no JSON; `dvc repro` writes it anew") from None
+    return validate_section(InferenceSettings, content, str(path))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be written; half of a surrogate pair, which JSON can hold, is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def clean_text(row: Mapping[str, Any], columns: list[str], place: str) -> str:
+    """The text of a `row`, cleaned as in training; empty where the columns are. place: of the row, for messages.
+
+    Raises UserError for a value that is no text.
+    """
+    for column in columns:
+        if row.get(column) is not None and not isinstance(row[column], str):
+            raise UserError(f"{place}: `{column}` must be text, not {row[column]!r:.60}")
+    return normalize_text(" ".join(row.get(column) or "" for column in columns))

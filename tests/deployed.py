@@ -1,0 +1,54 @@
+"""A finished student of random weights with everything that its users need, in a folder of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import tiny
+from distillery.config.schema import StudentConfig
+from distillery.deploy.settings import SETTINGS_FILE, InferenceSettings
+from distillery.files import write_json
+from distillery.models.save import save_model
+from distillery.tasks.schema import Task, load_task
+from distillery.training.student import build_student
+
+TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
+MAX_LENGTH = 32
+LONG = " ".join(tiny.texts()[:20])  # more words than a student of `MAX_LENGTH` tokens reads
+
+
+def rows(n: int) -> pd.DataFrame:
+    """Rows (id, text, label, group) of the finance corpus, as often as needed, then one that is cut."""
+    corpus = pd.read_json(tiny.ROOT / "data/corpora/finance.jsonl", lines=True)[["id", "text", "label"]]
+    taken = pd.concat([corpus] * (n // len(corpus) + 1), ignore_index=True).head(n - 1)
+    taken = pd.concat([taken, pd.DataFrame({"id": ["long"], "text": [LONG], "label": ["neutral"]})], ignore_index=True)
+    return taken.assign(group=[f"g{i}" for i in range(n)])
+
+
+def write_student(
+    base: Path, folder: Path, arch: str = "classifier", task: Task = TASK, long_texts: dict | None = None, **changes
+) -> InferenceSettings:
+    """Save a student of the tiny model in `base` to `folder`, with its settings; returns these."""
+    length = MAX_LENGTH if arch == "classifier" else 256  # a prompt takes more
+    spec = StudentConfig(model="m", arch=arch, phases=[], prompt="plain", max_length=length, long_texts=long_texts)
+    student = build_student(spec, base, task, seed=0)
+    for parameter in student.model.parameters():  # so that its predictions differ from row to row
+        parameter.data.mul_(6 if parameter.dim() > 1 else 1)
+    save_model(student.model, student.tokenizer, folder)
+    values = {"student": "s", "arch": arch, "task": task, "text_columns": ["text"], "max_length": spec.max_length}
+    values |= {"temperature": 2.0, "abstention": ABSTENTION}
+    settings = InferenceSettings(**values | changes)
+    write_json(folder / SETTINGS_FILE, settings.model_dump())
+    return settings
+
+
+ABSTENTION = {"accuracy": 0.9, "threshold": 0.5, "answered": 0.5, "accuracy_low": 0.8, "rows": 100}
+
+
+def softened(p: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities after temperature scaling."""
+    powers = np.asarray(p, dtype=float) ** (1 / temperature)
+    return powers / powers.sum(-1, keepdims=True)
