@@ -6,8 +6,10 @@ Each verb imports what it needs when it runs. A user's mistake ends with one lin
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from distillery.errors import UserError
 
@@ -147,6 +149,35 @@ def times(since: float) -> None:
     print(summarize_stage_times(repository_root(), since) or "no stage had to run")
 
 
+def predict(student: str, **options: Any) -> None:
+    """Predict the rows of a table with a finished student; a killed run continues when it is started again."""
+    from pathlib import Path
+
+    from distillery.deploy.predict import PredictOptions, predict_file
+
+    options["text_columns"] = tuple(options["text_columns"])
+    n = predict_file(Path(student), PredictOptions(**options))
+    print(f"{n:,} rows predicted", file=sys.stderr)
+
+
+def export(student: str) -> None:
+    """Write a finished classifier as ONNX in float32 and int8, and score both beside it."""
+    from pathlib import Path
+
+    from distillery.deploy.exports import export_folder
+
+    print(export_folder(Path(student)).T.to_string(header=False))
+
+
+def serve(student: str, **options: Any) -> None:
+    """Serve a finished student over HTTP: POST /predict, GET /health, GET /metrics."""
+    from pathlib import Path
+
+    from distillery.deploy.serve import run_server
+
+    run_server(Path(student), **options)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs; `command` holds the function to call."""
     top = argparse.ArgumentParser(prog="distillery", description="Distil large language models into small ones.")
@@ -192,7 +223,39 @@ def parser() -> argparse.ArgumentParser:
         "--since", type=float, default=0.0, help="only stages that ended later; seconds since 1970"
     )
     verb(search).add_argument("--write", action="store_true", help="put the best settings into params.yaml")
+    _add_deploy_arguments(verb)
     return top
+
+
+def _positive(text: str) -> int:
+    """A whole number above 0, for the parser."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _add_deploy_arguments(verb: Callable[[Callable[..., None]], argparse.ArgumentParser]) -> None:
+    """The verbs that use a finished student."""
+    exporting, predicting, serving = verb(export), verb(predict), verb(serve)
+    for added in (exporting, predicting, serving):
+        added.add_argument("student", help="the folder of a run, such as runs/tiny-kd-0, or a copy of its model folder")
+    for added in (predicting, serving):
+        engines = ("auto", "onnx-int8", "onnx-float32", "torch")
+        added.add_argument("--engine", choices=engines, default="auto", help="auto: an export if there is one")
+        added.add_argument("--threads", type=_positive, help="to compute with; all cores when not given")
+        added.add_argument("--abstain", action="store_true", help="leave out predictions of low confidence")
+    predicting.add_argument("--input", default="-", help="CSV, TSV, JSON lines or Parquet; - is standard input")
+    predicting.add_argument("--output", default="-", help="as --input; - is standard output")
+    formats = ("csv", "tsv", "jsonl", "parquet")
+    predicting.add_argument("--format", choices=formats, help="where no suffix shows it: of - and unknown suffixes")
+    predicting.add_argument(
+        "--text", dest="text_columns", nargs="+", default=[], metavar="COLUMN", help="joined to the text of a row"
+    )
+    predicting.add_argument("--encoding", default="utf-8-sig", help="of the input, such as cp1252")
+    predicting.add_argument("--probabilities", action="store_true", help="add a column for each label")
+    predicting.add_argument("--prefix", default="", help="of the names of the added columns")
+    serving.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines, too")
+    serving.add_argument("--port", type=int, default=8000, help="0 takes a free one")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -203,6 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command(**options)
     except UserError as mistake:
         sys.exit(f"error: {mistake}")
+    except BrokenPipeError:  # the reader of the output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] == "distillery":
             raise
