@@ -19,7 +19,7 @@ from distillery.errors import UserError
 from distillery.models.encoding import tokenize_labels
 from distillery.models.label_model import LabelModel
 from distillery.models.layers import count_parameters
-from distillery.models.load import load_model, load_tokenizer
+from distillery.models.load import _has, load_model, load_tokenizer
 from distillery.models.packed.token_tree import common_prefix
 from distillery.models.save import save_model
 from distillery.tasks.prompts import chat_turns, with_options
@@ -58,6 +58,8 @@ def test_a_head_is_drawn_from_the_seed_and_kept_when_it_fits(tiny_models, tmp_pa
 
 
 SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"  # one piece
+# the packages that its tokenizer lacks here
+PIECES = " and ".join(name for name in ("sentencepiece", "protobuf") if not _has(name))
 NO_PACKAGE = "pip install '.[tokenizers]' in the project's folder"
 
 
@@ -65,11 +67,11 @@ NO_PACKAGE = "pip install '.[tokenizers]' in the project's folder"
 @pytest.mark.parametrize(
     ("model_type", "tokenizer_class", "files", "reason"),
     [
-        ("llama", "LlamaTokenizer", {"tokenizer.model": SENTENCEPIECE}, "sentencepiece and protobuf"),
-        ("t5", "T5Tokenizer", {"spiece.model": SENTENCEPIECE}, "sentencepiece and protobuf"),
-        ("albert", None, {"spiece.model": SENTENCEPIECE}, "sentencepiece and protobuf"),
+        ("llama", "LlamaTokenizer", {"tokenizer.model": SENTENCEPIECE}, PIECES),
+        ("t5", "T5Tokenizer", {"spiece.model": SENTENCEPIECE}, PIECES),
+        ("albert", None, {"spiece.model": SENTENCEPIECE}, PIECES),
         ("llama", "PreTrainedTokenizerFast", {"tokenizer.model": b"IQ== 0\nIg== 1\n"}, "tiktoken"),
-        ("marian", "MarianTokenizer", {"source.model": SENTENCEPIECE}, "sentencepiece and protobuf"),
+        ("marian", "MarianTokenizer", {"source.model": SENTENCEPIECE}, PIECES),
         ("llama", "LlamaTokenizer", {}, None),
         ("qwen2", "Qwen2Tokenizer", {}, None),
     ],

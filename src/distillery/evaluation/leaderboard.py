@@ -38,6 +38,8 @@ COMPARISON_COLUMNS = (
     "verdict",
 )
 
+EXPORT_COLUMNS = ("agreement_with_student", "largest_difference")
+
 HEADLINE_SCORES = (
     *("accuracy", "macro_f1", "mcc", "ece", "pairs_right", "difference", "teacher_difference", "kl_to_teacher"),
     "agreement_with_teacher",
@@ -49,7 +51,8 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
 
     timing: as in :class:`Measurements` (wall clock).
     verdict, teacher_verdict: `better` or `worse` than its control, or its teacher, when p, corrected for the number of
-    all these comparisons (Holm), is under 1 - confidence; `no evidence` otherwise.
+    all these comparisons (Holm), is under 1 - confidence; `no evidence` otherwise. That of an export, which is compared
+    with its student: whether it is `within tolerance` or `loses too much`.
     """
     closeness = teacher_closeness(results).set_index(["model", "teacher"])
     rows = []
@@ -62,6 +65,9 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
     board = pd.DataFrame(rows).reindex(columns=_all_columns(results, rows))
     board[["parameters", "trainable"]] = board[["parameters", "trainable"]].astype("Int64")
     _add_verdicts(board, results.params.evaluate.confidence)
+    for i in board.index[board["role"] == "export"]:
+        too_much = board.at[i, "difference"] < -results.params.evaluate.export_tolerance
+        board.at[i, "verdict"] = "loses too much" if too_much else "within tolerance"
     order = [ROLES.index(role) for role in board["role"]]
     board = board.assign(_order=order).sort_values(["accuracy", "_order", "model"], ascending=[False, True, True])
     return board.drop(columns="_order").reset_index(drop=True)
@@ -75,6 +81,7 @@ def _all_columns(results: Results, rows: list[dict[str, Any]]) -> list[str]:
         *(score for score in TOKEN_SCORES if any(score in row for row in rows)),
         *(*AVERAGED_SCORES, *PROBABILITY_SCORES, *CALIBRATION_COLUMNS, "pairs_right", "pairs"),
         *(f"{score}_{label}" for score in LABEL_SCORES for label in labels),
+        *(column for column in EXPORT_COLUMNS if any(column in row for row in rows)),
         *("kl_to_teacher", "agreement_with_teacher", *SPEED_COLUMNS, "train_seconds", "training_mb"),
         *(column for column in GPU_COLUMNS if any(row.get(column) is not None for row in rows)),
         *(f"{prefix}{column}" for prefix in ("", "teacher_") for column in COMPARISON_COLUMNS),
@@ -139,8 +146,19 @@ def calibration_scores(results: Results, result: ModelResult) -> dict[str, float
 
 
 def _comparison_columns(results: Results, result: ModelResult) -> dict[str, Any]:
-    """A student's (or control's) accuracy minus that of its control and, of a student, of its teacher."""
+    """A student's (or control's) accuracy minus that of its control and, of a student, of its teacher.
+
+    Of an export, minus that of its student; without p: it is no comparison that a verdict on the student rests on.
+    """
     row: dict[str, Any] = {}
+    if result.role == "export":
+        student = results.find(result.key)
+        comparison = compare_accuracy(results, result, student)
+        row = {"versus": student.name, "difference": comparison["mean"]}
+        row |= {"difference_low": comparison["low"], "difference_high": comparison["high"]}
+        row["agreement_with_student"] = float((result.predictions == student.predictions).mean())
+        row["largest_difference"] = float(np.abs(result.probabilities - student.probabilities).max())
+        return row
     if result.role not in ("student", "control"):
         return row
     teacher = results.teacher_of(result) if result.role == "student" else None

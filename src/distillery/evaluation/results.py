@@ -20,7 +20,7 @@ ERROR_KINDS = (
     "right",
 )
 
-ROLES = ("student", "control", "teacher", "untrained", "majority")
+ROLES = ("student", "control", "export", "teacher", "untrained", "majority")
 
 TRAINED_ROLES = ("student", "control", "teacher")
 

@@ -35,7 +35,7 @@ def student_table(params: Params) -> pd.DataFrame:
 def comparison_table(board: pd.DataFrame) -> pd.DataFrame:
     """Every comparison of the leaderboard, a row each: of a student with its control, then with its teacher."""
     columns = ["versus", "difference", "difference_low", "difference_high", "p", "detectable", "verdict"]
-    lines = board.set_index("model")
+    lines = board[board["role"] != "export"].set_index("model")
     sides = [lines[[start + column for column in columns]].set_axis(columns, axis=1) for start in ("", "teacher_")]
     return pd.concat(sides).dropna(subset="verdict").reset_index()
 

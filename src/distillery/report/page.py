@@ -212,7 +212,7 @@ def leaderboard_markdown(board: pd.DataFrame) -> str:
             f"{percent(row[s])} ({100 * row[f'{s}_low']:.1f}–{100 * row[f'{s}_high']:.1f})" for s in metrics.SCORES
         ]
         cells += ["–" if pd.isna(speed) else f"{speed:.0f}"]
-        if pd.isna(row["p"]):
+        if not row["verdict"] or pd.isna(row["verdict"]):
             cells.append("")
         else:
             low, high = percentage_points(row["difference_low"]), percentage_points(row["difference_high"])

@@ -12,6 +12,7 @@ ROLE_COLOURS = {
     "student": "#2f6fde",
     "control": "#8fa3bf",
     "teacher": "#e08a00",
+    "export": "#2a9d6f",
     "untrained": "#b9c0ca",
     "majority": "#b9c0cb",
 }
