@@ -6,6 +6,7 @@ papermill and a process for each stage have their tests in tests/test_notebooks.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import traceback
@@ -79,6 +80,7 @@ def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _send_result(sender: Connection, environment: dict[str, str], function: Callable, arguments: tuple) -> None:
     os.environ |= {name: value for name, value in environment.items() if name not in os.environ}
+    gc.freeze()  # see tests/conftest.py
     try:
         sender.send((function(*arguments), ""))
     except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import multiprocessing
@@ -851,6 +852,7 @@ PHASES = {
 
 def run(kind: str, folder: str, out: str) -> None:
     """A whole training, as the notebook does it; runs in a process of its own."""
+    gc.freeze()  # see tests/conftest.py
     label_space = [
         {"loss": {"kl": 1.0}, "teachers": ["one", "two"]},
         {"loss": {"ce": 0.5, "kl": 0.5}, "temperature": 2.0},
