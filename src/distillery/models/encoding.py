@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,6 +43,21 @@ def truncate_prompt(
     if length < 1:
         raise UserError(f"max_length: {max_length} tokens are too few for the prompt of {len(ids)}")
     return encode(tokenizer.decode(text_ids[:length]))
+
+
+def cut_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    examples: Sequence[Any] | None,
+    encode: Callable[[str, Any], list[int]],
+    max_length: int,
+) -> list[list[int]]:
+    """As :func:`truncate_prompt` for each of `texts`, with `encode(text, examples of the text)`; None: with its own."""
+    solved = [None] * len(texts) if examples is None else examples
+    return [
+        truncate_prompt(tokenizer, text, lambda text, shots=shots: encode(text, shots), max_length)
+        for text, shots in zip(texts, solved, strict=True)
+    ]
 
 
 def check_token_ids(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

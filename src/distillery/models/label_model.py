@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillery.errors import UserError
-from distillery.models.encoding import Completion, batches_by_length, check_token_ids, tokenize_labels, truncate_prompt
+from distillery.models.encoding import Completion, batches_by_length, check_token_ids, cut_prompts, tokenize_labels
 from distillery.models.forward_check import check_forward
 from distillery.models.forward_methods import ForwardMethods
 from distillery.models.generation import end_tokens, first_line, first_paragraph, generate_batch, one_line
@@ -102,11 +101,7 @@ class LabelModel:
         if self.arch == "classifier":
             ids = encode_texts(self.tokenizer, texts, self.max_length, self.windows)
         else:
-            solved = [None] * len(texts) if shots is None else shots
-            ids = [
-                truncate_prompt(self.tokenizer, text, partial(self.prompt_ids, solved=examples), self.max_length)
-                for text, examples in zip(texts, solved, strict=True)
-            ]
+            ids = cut_prompts(self.tokenizer, texts, shots, self.prompt_ids, self.max_length)
         check_token_ids(ids, self.tokenizer, self.model)
         self._longest_row = max([self._longest_row, *map(len, ids)])
         return ids
