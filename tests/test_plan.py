@@ -212,7 +212,9 @@ def test_activations_and_operations_are_those_of_a_real_model(root, checkpointin
         model="small", arch="causal", prompt="plain", phases=[phase], gradient_checkpointing=checkpointing
     )
     task, frame = load_task("finance-sentiment"), pd.DataFrame({"text": SENTENCES, "label": LABELS})
-    write_stand_in(root / "here", LLAMA, "one", [*SENTENCES, *LABELS, task.prompt.instruction])
+    write_stand_in(
+        root / "here", LLAMA, "one", [*SENTENCES, *(f" {label}" for label in LABELS), task.prompt.instruction]
+    )
     steps = []
     for open_it in (shapes.open_student, real_student):
         student = open_it(spec, ModelConfig(folder="here"), root / "here", task)
