@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -80,11 +80,9 @@ class LabelModel:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Products in the model's `dtype`; what must stay in float32 (trained weights, softmax) does."""
-        if self.device.type == "meta":
-            return nullcontext()  # it has no autocast
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    def autocast(self) -> torch.autocast:
+        """Products in the model's `dtype`, not on `meta`; what must stay in float32 (trained weights, softmax) does."""
+        return torch.autocast(self.device.type.replace("meta", "cpu"), self.dtype, enabled=self.dtype != torch.float32)
 
     def share_states(self, shared: SharedStates) -> None:
         """Predict from the states in `shared`; those of new rows that were trained on go there. Weights must stay."""

@@ -99,7 +99,7 @@ def load_model(
     if device.type == "meta":
         options, quantize = {"trust_remote_code": trust_remote_code}, False
     elif quantize:  # such weights are placed while they load
-        options |= {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
+        options |= {"quantization_config": nf4_config(dtype), "device_map": {"": device.type}}
     try:
         if arch == "causal":
             model = _load(AutoModelForCausalLM, folder, device, **options)
