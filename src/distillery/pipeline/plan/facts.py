@@ -103,7 +103,7 @@ def _committed_facts(root: Path, spec: ModelConfig) -> dict[str, Fact]:
 
 @cache
 def _hub_is_reachable() -> bool:
-    """Whether the hub answers at all; asked once a process."""
+    """Whether the hub answers at all; requested once a process."""
     import httpx
     from huggingface_hub import constants
 

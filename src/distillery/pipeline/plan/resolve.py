@@ -69,7 +69,7 @@ class RecipePlan:
         return [finding for finding in self.findings if finding.status == "failed"]
 
     def check(self, place: str, action: Callable[[], Any], text: Callable[[Any], str]) -> Any:
-        """The result of `action`, None where it fails as the run would; a finding says which."""
+        """The result of `action`, None where it fails as the run would; a finding has the reason."""
         try:
             result = action()
         except (UserError, ValueError, RuntimeError, IndexError) as error:

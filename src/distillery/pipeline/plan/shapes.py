@@ -140,7 +140,7 @@ def without_checkpointing(spec: StudentConfig) -> StudentConfig:
     return spec.model_copy(update={"gradient_checkpointing": False})
 
 
-def with_checkpointing(kept: StepShapes, recomputed: StepShapes, layers: int) -> StepShapes:
+def with_checkpointing(stored: StepShapes, recomputed: StepShapes, layers: int) -> StepShapes:
     """The step whose layers are computed again: it holds their inputs, and all of one layer at a time."""
-    one_layer = max(0, kept.activations - recomputed.activations) // layers
+    one_layer = max(0, stored.activations - recomputed.activations) // layers
     return replace(recomputed, activations=recomputed.activations + one_layer)
