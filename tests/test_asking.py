@@ -97,6 +97,10 @@ def test_answers_go_on_where_they_stopped_and_teach_as_the_model_would(request_f
             {"teacher": {"kind": "lm", "model": "other"}},
             "data/answers/mine.yaml: teacher: must be a `kind: lm` with the `model` of `models`, without `finetune`",
         ),
+        (
+            {"teacher": {"kind": "lm", "model": "tiny", "calibrate": "batch"}},
+            "data/answers/mine.yaml: teacher: `prompts`, `examples_from` and `calibrate` need gold rows or a pool",
+        ),
         ({"rows": 3}, "data/answers/mine.yaml: rows: unknown key"),
     ],
 )

@@ -56,6 +56,10 @@ def read_request(root: Path, file: str) -> AnswerRequest:
     request = validate_section(AnswerRequest, read_yaml(root / file), file)
     if request.teacher.kind != "lm" or request.teacher.finetune or request.teacher.model not in request.models:
         raise UserError(f"{file}: teacher: must be a `kind: lm` with the `model` of `models`, without `finetune`")
+    if request.teacher.prompts or request.teacher.examples_from != "task" or request.teacher.calibrate != "none":
+        raise UserError(
+            f"{file}: teacher: `prompts`, `examples_from` and `calibrate` need gold rows or a pool: leave out"
+        )
     return request
 
 
