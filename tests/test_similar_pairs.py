@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from distillery.config.schema import SourceConfig
 from distillery.data import near_duplicates, pair_candidates, prepare, similar_pairs
 from distillery.data.near_duplicates import (
+    cluster_near_duplicates,
     find_near_duplicates,
     has_near_duplicate,
     near_duplicate_pairs,
@@ -127,6 +128,21 @@ def test_many_copies_of_one_text_are_pairs_too():
     masked = as_dict(near_duplicate_pairs(texts, 0.85))
     assert set(masked) == {(i, j) for i in range(4) for j in range(i + 1, 4)}
     assert {(0, 1), (0, 2), (1, 2)} <= set(as_dict(near_duplicate_pairs(texts, 0.99, masked=False)))
+
+
+def test_of_very_many_equal_rows_not_all_pairs_are_listed(monkeypatch):
+    """They stay one cluster, and each is seen beside others; a million would have more pairs than memory holds."""
+    texts = [f"Order {n} was shipped" for n in range(40)] + ["Order 7 was shipped now", "nothing like it"]
+    whole, words = cluster_near_duplicates(texts, 0.8), ["Order 5 was shipped", "Order 6 was returned to sender"]
+    pairs = len(as_dict(near_duplicate_pairs(texts, 0.8)))
+    near = has_near_duplicate(words, texts, 0.8), has_near_duplicate(texts, words, 0.8)
+    monkeypatch.setattr(similar_pairs, "MAX_SAME", 4)
+    few = as_dict(near_duplicate_pairs(texts, 0.8))
+    assert pairs == 40 * 39 / 2 + 40
+    assert len(few) == 4 * 3 / 2 + 36 + 4
+    assert list(cluster_near_duplicates(texts, 0.8)) == list(whole)
+    assert list(has_near_duplicate(words, texts, 0.8)) == list(near[0]) == [True, False]
+    assert list(has_near_duplicate(texts, words, 0.8)) == list(near[1]) == [True] * 41 + [False]
 
 
 def test_of_too_many_rows_a_sample_is_compared(texts, monkeypatch):

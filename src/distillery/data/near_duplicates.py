@@ -120,10 +120,13 @@ def _join_pairs(batches: Iterable[Pairs]) -> Pairs:
 def has_near_duplicate(texts: Sequence[str], others: Sequence[str], threshold: float) -> np.ndarray:
     """Which of `texts` have a near-duplicate in `others`, with digits masked or as written."""
     near = np.zeros(len(texts), dtype=bool)
-    is_text = np.arange(len(texts) + len(others)) < len(texts)
     for masked in (True, False) if len(texts) and len(others) else ():
-        for i, j, _ in similar_pairs(ngram_vectors([*texts, *others], masked), threshold, is_text):
-            near[i[~is_text[j]]] = True
+        forms = [list(dict.fromkeys(mask_digits(t) if masked else t for t in some)) for some in (texts, others)]
+        is_text = np.arange(len(forms[0]) + len(forms[1])) < len(forms[0])
+        near_forms = set()
+        for i, j, _ in similar_pairs(ngram_vectors(forms[0] + forms[1], masked), threshold, is_text):
+            near_forms.update(forms[0][n] for n in i[~is_text[j]])
+        near |= [(mask_digits(text) if masked else text) in near_forms for text in texts]
     return near
 
 

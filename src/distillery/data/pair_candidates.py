@@ -190,6 +190,11 @@ def pairs_in_runs(sizes: np.ndarray) -> Candidates:
     yield from pairs_of_runs(start[several], sizes[several], start[several], sizes[several], ordered=True)
 
 
+def within_runs(sizes: np.ndarray) -> np.ndarray:
+    """The place of each position inside its run, from 0. sizes: of the runs, one after the other."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
 def pairs_of_runs(
     start_i: np.ndarray, size_i: np.ndarray, start_j: np.ndarray, size_j: np.ndarray, ordered: bool = False
 ) -> Candidates:

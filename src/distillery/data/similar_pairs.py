@@ -9,15 +9,17 @@ from scipy.sparse import csr_array
 
 from distillery.data.pair_candidates import (
     ROUNDING,
+    Candidates,
     PairFilter,
     candidates_by_minhash,
     candidates_by_prefix,
-    pairs_in_runs,
     pairs_of_runs,
+    within_runs,
 )
 
 SIMILARITY_SLACK = 1e-5  # float32 puts identical texts a little below 1
 MAX_EXACT = 100_000  # different vectors; of more, MinHash finds the pairs
+MAX_SAME = 1000  # rows with the same vector of which all pairs are listed; a million have too many
 MAX_VERIFIED = 100_000  # pairs compared in full at a time
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows i, rows j, similarities
@@ -30,14 +32,15 @@ def similar_pairs(vectors: csr_array, threshold: float, left: np.ndarray | None 
     pair must have one of; None: all rows.
 
     The pairs of up to `MAX_EXACT` different vectors are exact. Of more, :func:`candidates_by_minhash` leaves out some
-    near the threshold; no pair is wrong.
+    near the threshold; no pair is wrong. Of more than `MAX_SAME` rows with the same vector, the further ones are paired
+    with the first alone.
     """
     left = np.ones(vectors.shape[0], dtype=bool) if left is None else left
     code = _same_vector(vectors)
     by_code = np.argsort(code, kind="stable")  # rows with the same vector stand together
     sizes = np.bincount(code)
-    starts = np.cumsum(sizes) - sizes
-    for i, j in pairs_in_runs(sizes):
+    starts, listed = np.cumsum(sizes) - sizes, np.minimum(sizes, MAX_SAME)
+    for i, j in _same_vector_pairs(starts, sizes):
         yield from _with_similarity(vectors, by_code[i], by_code[j], threshold, left)
     unique = vectors[by_code[starts]]
     any_left = np.zeros(len(sizes), dtype=bool)
@@ -47,8 +50,17 @@ def similar_pairs(vectors: csr_array, threshold: float, left: np.ndarray | None 
             part = slice(start, start + MAX_VERIFIED)
             close = _similarities(unique, a[part], b[part]) >= threshold - SIMILARITY_SLACK
             a_close, b_close = a[part][close], b[part][close]
-            for i, j in pairs_of_runs(starts[a_close], sizes[a_close], starts[b_close], sizes[b_close]):
+            for i, j in pairs_of_runs(starts[a_close], listed[a_close], starts[b_close], listed[b_close]):
                 yield from _with_similarity(vectors, by_code[i], by_code[j], threshold, left)
+
+
+def _same_vector_pairs(starts: np.ndarray, sizes: np.ndarray) -> Candidates:
+    """All pairs of positions in one run each, of the first `MAX_SAME`; and each further position with the first."""
+    listed, several = np.minimum(sizes, MAX_SAME), sizes > 1
+    runs = starts[several], listed[several]
+    yield from pairs_of_runs(*runs, *runs, ordered=True)
+    further = np.repeat(starts + listed, sizes - listed) + within_runs(sizes - listed)
+    yield np.repeat(starts, sizes - listed), further
 
 
 def _candidates(unique: csr_array, threshold: float, left: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
