@@ -237,7 +237,9 @@ def test_a_pattern_in_splits_and_files_with_other_columns(tmp_path):
     assert raw.splits == ["train"] * 3 + ["test"] * 2
     assert raw.at(2) == "parts/b.csv, line 2"
     (tmp_path / "parts/b.csv").write_text("message,label\nthree,up\n")
-    with pytest.raises(UserError, match="parts/b.csv: no column `text`, which other files have; there are: `message`"):
+    with pytest.raises(
+        UserError, match="parts/b.csv: no column `text`, which other files have; there are: `message`, `label`"
+    ):
         read_source(source("parts/*.csv"), tmp_path)
     with pytest.raises(UserError, match=r"parts/\*.txt: no file fits"):
         read_source(source("parts/*.txt"), tmp_path)
