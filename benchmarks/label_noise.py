@@ -6,7 +6,7 @@ Gold labels of the finance corpus (all rows but the test rows) are replaced by a
 regression on sentence vectors of MiniLM (frozen) gives out-of-fold probabilities, with whole groups in one fold;
 `metrics.suspect_labels` flags rows by them. The student is the same kind of model, scored on the untouched test rows:
 trained on the clean labels, on the noisy ones, without the flagged rows, without as many rows at random, without the
-worst flagged rows (as many as errors were planted), and without the rows that really are wrong, which no method can beat.
+worst flagged rows (as many as errors were planted), and without the rows that are wrong, which no method can beat.
 """
 
 from __future__ import annotations
