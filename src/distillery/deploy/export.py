@@ -111,7 +111,7 @@ def _quantize(whole: Path, path: Path) -> None:
     """Write the model `whole` with 8-bit weights: linear layers per output channel, embeddings per row.
 
     Activations are quantized when the model runs (dynamic quantization). A scale for the whole embedding, which is what
-    `quantize_dynamic` has, lost a percentage point of agreement with the student.
+    `quantize_dynamic` has, lost 0.8 percentage points of agreement on the finance corpus.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
