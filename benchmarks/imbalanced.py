@@ -1,6 +1,6 @@
 """What class weights, balanced batches and `auto` give on skewed gold rows, over seeds.
 
-    PYTHONPATH=src python benchmarks/imbalanced.py [--seeds 3]
+    PYTHONPATH=src python benchmarks/imbalanced.py [--seeds 3] [--report-only]
 
 The 3-layer MiniLM of `params.yaml` (student `tiny-gold`, its word vectors frozen) learns 300 gold rows of the finance
 corpus, drawn so that 80 % are neutral, 15 % positive and 5 % negative: for 120 optimizer steps of 8 rows, or until the
@@ -95,7 +95,8 @@ def report(table: pd.DataFrame, test: pd.DataFrame, names: list[str]) -> None:
     print(f"{'balance':>14} | {'steps':>13} | accuracy, and minus that of `none`  | macro-F1, and minus that of `none`")
     for choice, predicted in predictions.items():
         means = metrics.mean_scores(test["label"], predicted, names)
-        pair = (predicted, predictions["none"])
+        same_seeds = rows["none"]["seed"].isin(rows[choice]["seed"]).to_numpy()
+        pair = (predicted, predictions["none"][same_seeds])
         difference = metrics.paired_difference(test["label"], *pair, labels=names, groups=test["group"].to_numpy())
         cells = [f"{choice:>14}", f"{', '.join(map(str, rows[choice]['steps'])):>13}"]
         for score, mean in means.items():
@@ -108,7 +109,9 @@ def report(table: pd.DataFrame, test: pd.DataFrame, names: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    seeds = range(parser.parse_args().seeds)
+    parser.add_argument("--report-only", action="store_true", help="print the runs that the table has, train nothing")
+    settings = parser.parse_args()
+    seeds = range(settings.seeds)
     root, path = repository_root(), Path(__file__).with_suffix(".csv")
     spec = load_params().data["finance"]
     task = load_task(spec.task, root / "tasks")
@@ -116,7 +119,8 @@ def main() -> None:
     table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
     for seed in seeds:
         for choice in CHOICES:
-            if not ((table["choice"] == choice) & (table["seed"] == seed)).any():
+            done = ((table["choice"] == choice) & (table["seed"] == seed)).any()
+            if not done and not settings.report_only:
                 record = run(choice, seed, prepared, task, root)
                 table = pd.concat([table, pd.DataFrame([record], columns=COLUMNS)], ignore_index=True)
                 with atomic_write(path) as scratch:
