@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -180,38 +179,42 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(folder, tmp_path,
         open_predictor(folder, read_settings(folder))
 
 
-SMALL_WINDOWS = f"from distillery.deploy import tables; tables.WINDOW_ROWS = 20; {MAIN}"
+KILLED = """
+import os, signal, sys
+from distillery.cli import main
+from distillery.deploy import tables
+
+tables.WINDOW_ROWS = 20
+replace, calls, last = os.replace, [], int(sys.argv.pop(1))
+
+def count(source, target):  # every file is written under another name first
+    calls.append(target)
+    if len(calls) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = count
+main(sys.argv[1:])
+"""
 
 
 def test_two_kills_lose_and_repeat_nothing(folder, tmp_path, monkeypatch):
-    n, parts = 1500, tmp_path / ".o.csv.parts"
+    """The first comes while the second of 15 parts is written, the second while the parts are joined."""
+    n, parts = 300, tmp_path / ".o.csv.parts"
     rows(n).to_csv(tmp_path / "i.csv", index=False)
-    files = ["--input", str(tmp_path / "i.csv"), "--threads", "1", "--output"]
-    command = [
-        sys.executable,
-        "-c",
-        f"import sys; {SMALL_WINDOWS}",
-        "predict",
-        str(folder),
-        *files,
-        str(tmp_path / "o.csv"),
-    ]
+    files = ["--input", str(tmp_path / "i.csv"), "--output", str(tmp_path / "o.csv")]
     environment = os.environ | {"PYTHONPATH": str(tiny.ROOT / "src")}
-    for _ in range(2):
-        before = len(list(parts.glob("part-*")))
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-        while len(list(parts.glob("part-*"))) < before + 3:
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and not (tmp_path / "o.csv").exists()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "continuing after" in done.stderr, done.stderr
+    for last, left in ((3, 1), (15, 15), (0, 0)):
+        command = [sys.executable, "-c", KILLED, str(last), "predict", str(folder), "--threads", "1", *files]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == (-signal.SIGKILL if last else 0), done.stderr
+        assert len(list(parts.glob("part-*"))) == left and (tmp_path / "o.csv").exists() == (not last)
+    assert "continuing after 300 rows" in done.stderr
     monkeypatch.setattr(tables, "WINDOW_ROWS", 20)
     predict_file(folder, PredictOptions(str(tmp_path / "i.csv"), str(tmp_path / "unbroken.csv"), threads=1))
     assert pd.read_csv(tmp_path / "o.csv")["id"].tolist() == rows(n)["id"].tolist()
-    assert (tmp_path / "o.csv").read_bytes() == (tmp_path / "unbroken.csv").read_bytes() and not parts.exists()
+    assert (tmp_path / "o.csv").read_bytes() == (tmp_path / "unbroken.csv").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["i.csv", "o.csv", "unbroken.csv"]
 
 
 @pytest.fixture(scope="module")

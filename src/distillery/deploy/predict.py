@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from distillery.deploy.tables import (
 from distillery.errors import UserError
 from distillery.files import write_json
 
-RUN_FILE = "run.json"
+RUN_FILE, JOINED_FILE = "run.json", "joined"
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def _predict_to_file(job: _Job, kinds: tuple[str, str]) -> int:
             progress.update(len(window.rows))
     if columns is None:
         raise UserError(f"{_shown(job.options.input)}: no rows in it")
-    join_parts(_parts(folder), output, kinds[1], columns)
+    join_parts(_parts(folder), folder / JOINED_FILE, kinds[1], columns)  # a kill leaves nothing outside the folder
+    os.replace(folder / JOINED_FILE, output)
     shutil.rmtree(folder)
     return done
 
