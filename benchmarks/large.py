@@ -140,9 +140,9 @@ def prepare(folder: Path) -> None:
     ids = scope["prepared"].rows["id"].str.slice(1).astype(int).to_numpy()
     place = np.full(ids.max() + 1, -1)
     place[ids] = np.arange(len(ids))
-    kept = planted[(place[planted] >= 0).all(axis=1)]
-    together = (clusters[place[kept[:, 0]]] == clusters[place[kept[:, 1]]]).mean()
-    print(f"  {100 * together:.2f} % of {len(kept):,} copies are in the cluster of their original, below .85 or not")
+    present = planted[(place[planted] >= 0).all(axis=1)]
+    together = (clusters[place[present[:, 0]]] == clusters[place[present[:, 1]]]).mean()
+    print(f"  {100 * together:.2f} % of {len(present):,} copies are in the cluster of their original, below .85 or not")
 
 
 def main() -> None:

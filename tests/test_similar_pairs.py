@@ -154,7 +154,7 @@ def test_of_too_many_rows_a_sample_is_compared(texts, monkeypatch):
     assert list(sample) == sorted(sample)
 
 
-def test_a_source_with_too_many_rows_says_what_was_sampled(tmp_path, monkeypatch):
+def test_a_source_with_too_many_rows_names_the_sample(tmp_path, monkeypatch):
     """The limits lowered to a few rows: MinHash, a sample of held-out rows, and pairs across splits all the same."""
     rng = np.random.default_rng(0)
     part = ["train"] * 40 + ["pool"] * 10 + ["validation"] * 10 + ["test"] * 30

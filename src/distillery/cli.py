@@ -190,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
 
     verb(check)
     drafting = verb(new)
-    drafting.add_argument("file", help="a data file of the repository, such as data/mine.csv")
+    drafting.add_argument("file", help="a data file of the repository, such as data/reviews.csv")
     drafting.add_argument("--name", help="of the task and the source; the name of the file when not given")
     drafting.add_argument("--text", help="the column with the texts; guessed when not given")
     drafting.add_argument("--label", help="the column with the labels; guessed when not given")

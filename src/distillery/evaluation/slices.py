@@ -59,8 +59,8 @@ def slice_sentence(scores: pd.DataFrame, headline: str) -> str:
     if own.empty:
         return f"The test rows have no slices of at least {MIN_ROWS} rows."
     worst = own.loc[(own["accuracy"] - own["overall"]).idxmin()]
-    where = f"*{worst['column']}: {worst['value']}*"
-    text = f"{headline} is weakest on {where}: {100 * worst['accuracy']:.1f} % of {worst['rows']} rows "
+    worst_slice = f"*{worst['column']}: {worst['value']}*"
+    text = f"{headline} is weakest on {worst_slice}: {100 * worst['accuracy']:.1f} % of {worst['rows']} rows "
     text += f"({100 * worst['low']:.1f}–{100 * worst['high']:.1f}), {100 * worst['overall']:.1f} % of all rows. "
     if worst["high"] < worst["overall"]:
         return text + "**It reads these rows worse** than the rest."

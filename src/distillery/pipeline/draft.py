@@ -310,7 +310,7 @@ def new_experiment(root: Path, file: str, name: str | None, text: str | None, la
     if not path.is_relative_to(root.resolve()):
         raise UserError(f"{file}: outside the repository; copy it into {root.name}/data first")
     relative = path.relative_to(root.resolve()).as_posix()
-    name = name or re.sub(r"[^a-z0-9]+", "-", path.name.split(".")[0].casefold()).strip("-") or "mine"
+    name = name or re.sub(r"[^a-z0-9]+", "-", path.name.split(".")[0].casefold()).strip("-") or "data"
     task_path, params_path = Paths(root).task(name), Paths(root).params
     if task_path.exists():
         raise UserError(f"tasks/{name}.yaml: there already; take it away, or choose another name with --name")
