@@ -6,6 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no fault of a test: no example has a time limit.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # before anything imports torch; the environment's own tools (dvc, git hooks) come first in subprocesses too
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -159,7 +159,7 @@ def test_a_folder_in_place_of_a_file(tmp_path):
         read_source(source("a.jsonl"), tmp_path)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from([".jsonl", ".csv", ".tsv", ".parquet"]), st.binary(max_size=60))
 def test_any_bytes_are_read_or_reported(tmp_path_factory, suffix, content):
     folder = tmp_path_factory.getbasetemp()
@@ -528,7 +528,7 @@ def test_nothing_to_compare_to():
     assert [list(array) for array in nearest_texts([], ["a"])] == [[], []]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.text("ab 1", min_size=1).filter(str.strip), min_size=1, max_size=12), st.floats(0.3, 1))
 def test_blocks_do_not_change_the_result(lines, threshold):
     """Pairs found block by block are those of the whole matrix, and clusters are its connected parts."""
@@ -591,7 +591,7 @@ def grouped(draw):
     return list(groups), list(labels), SplitShares(train=train, pool=pool, validation=validation, test=test)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(grouped(), st.integers(0, 5))
 def test_split_properties(case, seed):
     groups, labels, shares = case

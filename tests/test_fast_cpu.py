@@ -13,7 +13,7 @@ from tiny import SMALL
 
 
 @given(st.integers(0, 2**31), st.sampled_from([0, None]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_partial_embedding_learns_what_a_full_one_learns(seed, padding):
     """AdamW without decay moves no row that has never had a gradient: then both are the same training."""
     draw = torch.Generator().manual_seed(seed)
@@ -52,7 +52,7 @@ def test_an_embedding_that_encoder_and_decoder_share_is_trained_whole():
 
 
 @given(st.integers(0, 2**31), st.floats(0.05, 0.9), st.sampled_from([(3,), (7, 5), (64, 33)]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_dropout_by_bits_drops_its_share_and_scales_what_stays(seed, p, shape):
     module = BitDropout(p)
     x = torch.ones(shape, requires_grad=True)

@@ -100,7 +100,7 @@ def test_activations_that_are_computed_again_get_no_states():
     assert compute_frozen_states(model, ROWS, COMPLETIONS) is None
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(PROMPTS)
 def test_any_batch_of_the_rows_may_be_scored_from_their_states(prompts):
     model = adapted_llama()

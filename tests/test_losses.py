@@ -110,7 +110,7 @@ def test_layer_map_as_in_the_paper():
 
 
 @by_term
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=seeds,
     scale=st.sampled_from([1e-3, 1.0, 20.0]),
@@ -130,7 +130,7 @@ def test_never_negative_and_zero_only_where_equal(name, seed, scale, temperature
 
 
 @by_term
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=seeds, shift=st.floats(-100, 100))
 def test_shifted_logits_and_permuted_outcomes_change_nothing(name, seed, shift):
     student, teacher = pair(seed)
@@ -141,7 +141,7 @@ def test_shifted_logits_and_permuted_outcomes_change_nothing(name, seed, shift):
     torch.testing.assert_close(permuted, value)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=seeds, beta=st.floats(0.01, 0.99))
 def test_jsd_swaps_sides_with_beta_and_is_bounded(seed, beta):
     student, teacher = pair(seed, scale=5.0)
@@ -153,7 +153,7 @@ def test_jsd_swaps_sides_with_beta_and_is_bounded(seed, beta):
     assert (forth <= -beta * math.log(beta) - (1 - beta) * math.log(1 - beta) + 1e-12).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=seeds, alpha=st.floats(0.01, 0.99))
 def test_skewed_terms_and_tvd_are_bounded(seed, alpha):
     student, teacher = pair(seed, scale=50.0)
@@ -363,7 +363,7 @@ def test_mixed_is_the_weighted_sum_of_its_terms():
     assert plain["kl"].item() * 9 == pytest.approx(values["kl"].item())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=seeds, cuts=st.lists(st.integers(1, 11), max_size=4, unique=True), masked=st.booleans())
 def test_uneven_micro_batches_add_up_to_the_gradient_of_the_big_batch(seed, cuts, masked):
     torch.manual_seed(seed)
@@ -457,7 +457,7 @@ def test_top_k_of_everything_is_exact():
     torch.testing.assert_close(losses.kl_top_k(student, values, indices, tail), losses.kl(student, teacher))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=seeds, k=st.integers(1, 49))
 def test_top_k_is_a_lower_bound_that_grows_with_k(seed, k):
     student, teacher = pair(seed, k=50)

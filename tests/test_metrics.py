@@ -33,7 +33,7 @@ def specificity_by_scikit_learn(gold, predicted) -> float:
     return float(np.mean([sk.recall_score(gold != label, predicted != label) for label in others]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # scikit-learn warns of classes that are absent
 def test_report_agrees_with_scikit_learn(case):
@@ -98,7 +98,7 @@ def test_wrong_input_is_refused(gold, predicted, p, message):
         metrics.classification_report(gold, predicted, p, LABELS)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases())
 def test_answer_bias_is_half_the_difference_of_shares(case):
     gold, predicted, _ = case
@@ -108,7 +108,7 @@ def test_answer_bias_is_half_the_difference_of_shares(case):
     assert report["commonest_answer"] == pytest.approx(max((predicted == label).mean() for label in LABELS))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(), st.integers(1, 20))
 def test_calibration_by_its_definition(case, bins):
     gold, _, p = case
@@ -139,7 +139,7 @@ def test_calibration_of_a_model_that_knows_its_errors():
     assert metrics.calibration(true, np.eye(3)[p.argmax(1)])["ece"] > 0.3
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases(), st.integers(0, 99))
 def test_risk_coverage_by_its_definition(case, seed):
     gold, _, p = case
@@ -155,7 +155,7 @@ def test_risk_coverage_by_its_definition(case, seed):
     assert metrics.risk_coverage(true[order], p[order])["area"] == pytest.approx(table["area"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases(), st.integers(0, 2**32))
 def test_kl_agrees_with_scipy(case, seed):
     p = case[2].astype(np.float64)
@@ -172,7 +172,7 @@ def test_kl_to_a_student_that_excludes_the_answer_is_finite():
         metrics.kl_divergence([[1.0, 0.0]], [[0.5, 0.2, 0.3]])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_no_temperature_on_a_grid_is_better_than_the_fitted_one(case):
     true, p = metrics.encode_labels(case[0], LABELS), case[2]
@@ -244,7 +244,7 @@ def squad(prediction: str, gold: str) -> tuple[float, float]:
 ANSWERS = st.lists(st.sampled_from(["the", "A", "Paris", "paris.", "of", "1,204", "-", "éa", "an", ""]), max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ANSWERS.map(" ".join), st.lists(ANSWERS.map(" ".join), min_size=1, max_size=3))
 def test_free_answers_agree_with_squad(prediction, aliases):
     scores = [squad(prediction, alias) for alias in aliases]
@@ -269,7 +269,7 @@ def slow_resamples(values, groups, n, seed):
         yield np.concatenate([np.flatnonzero(groups == names[g]) for g in row])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cases(), st.integers(0, 99), st.integers(1, 12))
 def test_bootstrap_is_what_a_loop_over_groups_gives(case, seed, kinds):
     gold, predicted, p = case
@@ -381,7 +381,7 @@ def test_paired_interval_holds_what_it_promises():
     assert 4 <= misses <= 30
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32), st.integers(2, 9), st.integers(1, 2))
 def test_permutation_test_agrees_with_scipy(seed, kinds, seeds):
     """SciPy tries all sign flips of the groups' summed differences; this test draws some."""
@@ -415,7 +415,7 @@ def test_permutation_test_knows_that_copies_are_no_evidence():
     assert metrics.permutation_test(*copied, np.arange(200), 4000) < once / 2
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_by_its_definition(p):
     adjusted = metrics.holm(p)

@@ -78,7 +78,7 @@ def test_all_architectures_but_alibi_models_take_trees():
 @pytest.mark.parametrize("kind", CAUSAL_KINDS)
 @pytest.mark.parametrize("labels", LABELS)
 def test_trees_score_as_plain_forward_passes_do(kind, labels):
-    @settings(max_examples=12, deadline=None, derandomize=True)
+    @settings(max_examples=12, derandomize=True)
     @given(PROMPTS)
     def check(prompts):
         completions = [LABELS[labels]] * len(prompts)

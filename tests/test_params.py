@@ -411,7 +411,7 @@ def test_missing_file_and_folder_in_its_place(folder):
         load_params(folder / "params.yaml")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), st.lists, max_leaves=4)
 )

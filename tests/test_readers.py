@@ -286,7 +286,7 @@ CELLS |= st.text("ab,;|\t\"'\\\n\r €", max_size=8)
 CELLS = CELLS.map(lambda text: text.strip("\r"))  # at the end of a line, nobody can tell it from the line's end
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_every_table_that_is_written_is_read_back_equal(tmp_path_factory, data):
     """Random cells in all delimiters, quotings, line ends, encodings and compressions; most of it is not named."""
@@ -394,7 +394,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.dictionaries(st.sampled_from(["text", "label", "x"]), JSON_VALUES, min_size=1), min_size=2, max_size=4),
     st.sampled_from([None, 2]),

@@ -64,7 +64,7 @@ def texts():
     return corpus_texts()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.text("ab 1", min_size=1).filter(str.strip), min_size=1, max_size=14),
     st.floats(0.05, 1),

@@ -183,7 +183,7 @@ def test_the_digests_of_all_files_are_dependencies(tmp_path):
         write_sources(tmp_path, params)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(["train", "pool", "test", "validation"]), min_size=12, max_size=40))
 def test_rows_stay_in_the_split_that_their_column_names(tmp_path_factory, parts):
     folder = tmp_path_factory.getbasetemp()
