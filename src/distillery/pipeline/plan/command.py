@@ -19,8 +19,9 @@ COLUMNS = (*COLUMNS, "failed", "unknown")
 HEADING = """# The recipes at full scale, without their weights
 
 `make recipe NAME=all PLAN=1` wrote this table ([how](README.md#the-plan-of-a-recipe)). GPU memory is that of the stage
-that needs most, activations counted in float32. Hours are those of trainings alone, on {gpu} at {share:.0%} of its
-peak. Figures are computed from shapes and numbers of rows; none is measured. `failed` and `unknown` count checks.
+that needs most, activations counted in float32. Steps are those of one seed. Hours are those of the trainings of all
+seeds, on {gpu} at {share:.0%} of its peak. Figures are computed from shapes and numbers of rows; none is measured.
+`failed` and `unknown` count checks.
 
 """
 
