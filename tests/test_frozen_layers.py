@@ -14,7 +14,7 @@ from distillery.config.schema import LoraSettings
 from distillery.errors import UserError
 from distillery.models.layers import find_layers, output_head, transformer_body
 from distillery.models.packed import frozen_layers
-from distillery.models.packed.frozen_layers import compute_frozen_states, count_frozen_layers
+from distillery.models.packed.frozen_layers import SharedStates, compute_frozen_states, count_frozen_layers
 from distillery.models.packed.hidden import completion_hidden_states
 from distillery.training.student import attach_adapters
 from test_packed import LABELS, PROMPTS
@@ -137,6 +137,29 @@ def test_a_model_whose_upper_layers_read_more_than_states_keeps_none():
     first.register_forward_hook(lambda layer, args, output: passed.append(output))
     last.register_forward_hook(lambda layer, args, output: output + passed.pop() if passed else output)
     assert compute_frozen_states(model, ROWS, COMPLETIONS) is None
+
+
+def test_states_are_shared_by_models_of_the_same_lower_layers_alone():
+    model, shared = adapted("llama"), SharedStates()
+    states = compute_frozen_states(model, ROWS, COMPLETIONS, shared)
+    other = adapted("llama", "last-1")
+    with torch.no_grad():
+        parent, attribute = find_layers(transformer_body(model), DEPTH)
+        for weight in getattr(parent, attribute)[2].parameters():
+            weight.add_(1)
+        calls = count_calls(model)
+        again = compute_frozen_states(model, ROWS[1:3], COMPLETIONS[1:3], shared)
+        assert not calls and again.states.items() >= states.states.items()
+        compute_frozen_states(model, [[3, 4, 5]], COMPLETIONS[:1], shared)
+        assert calls[0] > 0  # one row is new
+        lower = getattr(parent, attribute)[1]
+        changes = [shared.of(other, 3), shared.of(model.bfloat16(), 2)]
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            changes.append(shared.of(model, 2))
+        next(lower.parameters()).add_(1)
+        changes.append(shared.of(model, 2))
+    assert [known.states for known in changes] == [{}] * 4
 
 
 def test_states_that_need_too_much_memory_are_not_kept(monkeypatch):

@@ -34,7 +34,6 @@ from distillery.models import label_model
 from distillery.models.label_model import LabelModel
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.packed.frozen_layers import SharedStates
-from distillery.models.packed.token_tree import common_prefix
 from distillery.models.save import save_model, save_trained_weights
 from distillery.tasks.parsing import first_sentence
 from distillery.tasks.prompts import chat_turns, render_prompt
@@ -303,63 +302,51 @@ def test_saved_adapters_of_a_fold_predict_the_same(experiment, tmp_path):
     assert np.abs(untuned.predict(gold) - expected).max() > 1e-5
 
 
-@pytest.fixture(scope="module")
-def frozen_run(experiment, tmp_path_factory):
-    """The function that tunes `lm` with adapters in its last 2 of 4 layers, on 12 rows and on folds, and labels rows.
+FOLDS = np.arange(12) % 2
+PARTS = {"all": FOLDS >= 0, "0": FOLDS != 0, "1": FOLDS != 1}
 
-    It returns the adapters of each model, the signals, for each step the tokens that each layer computed, and the
-    number of tokens that all prompts begin with.
+
+def tune_above_frozen_layers(params: Params, work: Path, shared: SharedStates | None, **length):
+    """Tune `lm` with adapters in its last 2 of 4 layers on 12 rows, and without each of 2 folds.
+
+    Returns of each model its adapters, and the tokens that each layer computed.
     """
-    root, params = experiment
-    spec = params.teachers["lm"]
-    settings = {"steps": None, "epochs": 2, "batch_size": 4, "lora": LoraSettings(r=2, layers="last-2")}
+    spec, forward = params.teachers["lm"], LlamaDecoderLayer.forward
+    settings = {"batch_size": 4, "lora": LoraSettings(r=2, layers="last-2")} | length
     spec = spec.model_copy(update={"finetune": spec.finetune.model_copy(update=settings)})
     params = params.model_copy(update={"teachers": {"lm": spec}})
-    gold, fold = gold_rows(12), np.arange(12) % 2
-    rows = pd.concat([gold_rows(16)[12:].assign(split="pool"), gold], ignore_index=True)
+    tokens, adapters = {}, {}
 
-    def run(share: bool):
-        work, shared = tmp_path_factory.mktemp("frozen"), SharedStates() if share else None
-        tokens, adapters, forward = [], {}, LlamaDecoderLayer.forward
+    def count(layer, hidden_states, *args, **kwargs):
+        tokens[part][layer.self_attn.layer_idx] += hidden_states.shape[1]
+        return forward(layer, hidden_states, *args, **kwargs)
 
-        def count(layer, hidden_states, *args, **kwargs):
-            tokens[-1][layer.self_attn.layer_idx] += hidden_states.shape[1]
-            return forward(layer, hidden_states, *args, **kwargs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LlamaDecoderLayer, "forward", count)
-            for part, chosen in {"all": fold >= 0, "0": fold != 0, "1": fold != 1}.items():
-                tokens.append(Counter())
-                tuned, _ = finetune_teacher("lm", params, TASK, gold[chosen], folder=work, part=part, shared=shared)
-                adapters[part] = get_peft_model_state_dict(tuned.model)
-                save_trained_weights(tuned.model, tuned.tokenizer, work / part)
-            final = open_teacher(root, "lm", params, TASK, tuned=work / "all")
-            if share:
-                final.model.share_states(shared)
-            tokens.append(Counter())
-            signals = label_rows(final, rows, -1, 8)
-            tokens.append(Counter())
-            signals = cross_fit("lm", params, TASK, gold, fold, work, signals, shared)
-        return adapters, signals, tokens, common_prefix(final.model.encode(rows["text"].tolist()))
-
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaDecoderLayer, "forward", count)
+        for part, chosen in PARTS.items():
+            tokens[part] = Counter()
+            rows = gold_rows(12)[chosen]
+            tuned, _ = finetune_teacher("lm", params, TASK, rows, folder=work, part=part, shared=shared)
+            adapters[part] = get_peft_model_state_dict(tuned.model)
+            save_trained_weights(tuned.model, tuned.tokenizer, work / part)
+    return adapters, tokens
 
 
-def test_the_layers_below_all_adapters_run_once_for_a_teacher_and_its_folds(frozen_run):
-    (own, own_signals, own_tokens, _), (shared, signals, tokens, prefix) = frozen_run(False), frozen_run(True)
-    training, prediction = slice(1, 3), 4  # of the folds
-    assert [part[0] for part in tokens[training]] == [0, 0] and own_tokens[1][0] > 0
-    assert all(part[3] > 0 for part in tokens[training])
-    assert tokens[prediction][3] == own_tokens[prediction][3] == own_tokens[prediction][0]
-    assert tokens[prediction][0] == 2 * prefix  # whose keys and values every layer gives
-    for name, weight in own["all"].items():
-        assert torch.equal(weight, shared["all"][name])
-    for part in ("0", "1"):  # their rows shared batches with others below the adapters: rounding
+def test_the_layers_below_all_adapters_run_once_for_a_teacher_and_its_folds(experiment, tmp_path):
+    _, params = experiment
+    own, own_tokens = tune_above_frozen_layers(params, tmp_path / "own", None, steps=None, epochs=2)
+    shared, tokens = tune_above_frozen_layers(params, tmp_path / "shared", SharedStates(), steps=None, epochs=2)
+    assert [tokens[part][0] for part in ("0", "1")] == [0, 0] and own_tokens["0"][0] > 0 and tokens["0"][3] > 0
+    assert all(torch.equal(weight, shared["all"][name]) for name, weight in own["all"].items())
+    for part in ("0", "1"):  # its rows shared other batches below the adapters: rounding alone
         assert all(torch.allclose(weight, shared[part][name], atol=1e-5) for name, weight in own[part].items())
-        assert not all(torch.equal(weight, shared["all"][name]) for name, weight in own[part].items())
-    difference = np.stack(own_signals["probabilities"]) - np.stack(signals["probabilities"])
-    assert np.abs(difference).max() < 1e-5 and signals["fold"].tolist() == own_signals["fold"].tolist()
-    assert np.array_equal(difference[:4], np.zeros((4, 3)))
+        assert not any(torch.allclose(w, shared["all"][n], atol=1e-5) for n, w in own[part].items() if w.any())
+
+
+def test_no_states_are_computed_for_rows_that_are_drawn_once(experiment, tmp_path):
+    _, params = experiment
+    _, tokens = tune_above_frozen_layers(params, tmp_path, None, steps=1, epochs=None)
+    assert tokens["1"][0] == tokens["1"][3] > 0
 
 
 def test_scores_are_those_of_each_split(experiment):

@@ -16,7 +16,7 @@ from distillery.models.forward_check import check_forward
 from distillery.models.forward_methods import ForwardMethods
 from distillery.models.generation import end_tokens, first_line, first_paragraph, generate_batch, one_line
 from distillery.models.packed.decoding import compute_prefix_kv
-from distillery.models.packed.frozen_layers import FrozenStates, SharedStates
+from distillery.models.packed.frozen_layers import FrozenStates
 from distillery.models.packed.token_tree import common_prefix
 from distillery.models.runtime import configure_runtime
 from distillery.models.scoring import (
@@ -65,8 +65,7 @@ class LabelModel:
         self.prompt_style, self.few_shot, self.max_length = prompt, few_shot, max_length
         self.dtype = getattr(torch, dtype)
         self.batch_size, self.windows = batch_size, windows
-        self.frozen_states: FrozenStates | None = None  # for training
-        self.known_states: FrozenStates | None = None  # for prediction
+        self.frozen_states: FrozenStates | None = None
         self._methods, self._longest_row = ForwardMethods(), 0  # tokens of the longest text that was encoded
         if arch != "classifier":
             # the answers of a `qa` task are those of the rows at hand: see :meth:`set_answers`
@@ -83,11 +82,6 @@ class LabelModel:
     def autocast(self) -> torch.autocast:
         """Products in the model's `dtype`, not on `meta`; what must stay in float32 (trained weights, softmax) does."""
         return torch.autocast(self.device.type.replace("meta", "cpu"), self.dtype, enabled=self.dtype != torch.float32)
-
-    def share_states(self, shared: SharedStates) -> None:
-        """Predict from the states in `shared`; those of new rows that were trained on go there. Weights must stay."""
-        with self.autocast():
-            self.known_states = shared.of(self.model) if self.arch == "causal" else None
 
     def encode(self, texts: Sequence[str], shots: Sequence[Sequence[FewShotExample]] | None = None) -> list[list[int]]:
         """Token ids of every text, with the prompt around it for a generative model; at most `max_length` tokens.
@@ -170,7 +164,7 @@ class LabelModel:
         methods = self.forward_methods(ids, max(len(completion) for row in tokens for completion in row))
         with self.autocast():
             if self.arch == "causal":
-                frozen = self.frozen_states if torch.is_grad_enabled() else self.known_states
+                frozen = self.frozen_states if torch.is_grad_enabled() else None
                 token_logits = causal_token_logits(self.model, ids, tokens, layers, prefix_kv, methods, frozen)
             else:
                 token_logits = seq2seq_token_logits(self.model, self.tokenizer, ids, tokens, layers)

@@ -90,19 +90,16 @@ def cross_fit(
     fold: np.ndarray,
     folder: Path,
     signals: pd.DataFrame,
-    shared: SharedStates | None = None,
 ) -> pd.DataFrame:
     """`signals`, with those of the gold rows replaced by the signals of the fold models that were tuned without them.
 
     Gold rows of no fold lose their signal. gold: rows (source, split, id, text). fold: [len(gold)], see
-    :func:`assign_folds`. folder: the model of fold k lies in `folder/k`. shared: as in :func:`finetune_teacher`.
+    :func:`assign_folds`. folder: the model of fold k lies in `folder/k`.
     """
     spec, signals = params.teachers[name], signals.set_index(KEYS)
     signals = signals.drop(pd.MultiIndex.from_frame(gold.loc[fold < 0, KEYS]))
     for k in sorted(set(fold[fold >= 0])):
         model = load_teacher_model(name, spec, params.models[spec.model], task, tuned=folder / str(k))
-        if shared:
-            model.share_states(shared)
         held_out = label_rows(LocalTeacher(model), gold[fold == k], k, spec.max_new_tokens).set_index(KEYS)
         columns = held_out.columns.drop("probabilities")
         signals.loc[held_out.index, columns] = held_out[columns]
