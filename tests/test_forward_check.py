@@ -199,6 +199,25 @@ def test_models_of_one_config_are_checked_once_a_process(monkeypatch):
     assert compared[-1] == 100  # no more tokens than the model has positions
 
 
+def test_stages_share_a_comparison_and_its_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(forward_check.KEEP_CHECKS, "1")
+    printed, methods = [], []
+    for _stage in range(2):
+        monkeypatch.setattr(forward_check, "_checked", {})
+        methods.append(fresh("lfm2").forward_methods(ROWS, 2))
+        printed.append(capsys.readouterr().out)
+        monkeypatch.setattr(forward_check, "_ComparedRows", None)  # a second comparison would fail
+    assert methods[0] == methods[1] and methods[0].scoring == "padded"
+    assert printed[0] == printed[1] and "not packed" in printed[0]
+    half = fresh("lfm2")
+    half.model.bfloat16()
+    for model, length in ((half, 8), (fresh("lfm2"), 100)):  # another precision, and longer rows
+        with pytest.raises(TypeError):
+            model.forward_methods(drawn_rows(len(TOKENIZER), length), 2)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_check_leaves_no_trace(dtype):
     results = []

@@ -7,16 +7,22 @@ method is compared with the forward pass of `transformers` before it is used.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distillery.files import Paths, repository_root, write_json
+from distillery.fingerprint import code_digest
 from distillery.models.forward_methods import ForwardMethods
 from distillery.models.generation import end_tokens, generate_batch
 from distillery.models.head import head_is_direct
@@ -32,6 +38,8 @@ NEW_TOKENS = 2  # that each method generates after a row
 MIN_LENGTH = 64  # tokens of the long row; powers of two from here on, so that few lengths are compared
 POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")  # keys of a config
 
+KEEP_CHECKS = "DISTILLERY_KEEP_CHECKS"  # an environment variable that stages have
+
 _checked: dict[tuple[str, ...], ForwardMethods] = {}  # of this process
 
 
@@ -45,7 +53,8 @@ def check_forward(
 
     Compares log-probabilities over the vocabulary at short rows and at one of `length` tokens, and greedy tokens: once
     a process for models of equal config and precision, and again for longer rows. A method that differs beyond rounding
-    is not used, and a line is printed. Random state, gradients and modes of `model` stay as they are.
+    is not used, and a line is printed. Random state, gradients and modes of `model` stay as they are. The stages of a
+    run share what they found, see :class:`_StoredChecks`.
 
     autocast: gives the context in which the model runs.
     """
@@ -62,18 +71,52 @@ def check_forward(
     known = _checked.get(key)
     if known is not None and length <= known.length:
         return known
-    with _undisturbed(model), autocast():
-        torch.set_autocast_cache_enabled(False)  # weights that were narrowed without gradients would serve the training
-        compared = _ComparedRows(model, _compared_length(config, length), dtype, end_tokens(model, tokenizer))
-        methods = compared.choose_methods(length)
-    if compared.differences:
+    store = _StoredChecks(key, custom_code=hasattr(config, "auto_map"))
+    methods, differences = store.read(length)
+    if methods is None:
+        with _undisturbed(model), autocast():
+            torch.set_autocast_cache_enabled(False)  # weights narrowed without gradients would serve the training
+            compared = _ComparedRows(model, _compared_length(config, length), dtype, end_tokens(model, tokenizer))
+            methods, differences = compared.choose_methods(length), compared.differences
+        store.write(methods, differences)
+    if differences:
         print(
             f"{config.model_type}: rows are scored {methods.scoring} and continued {methods.generation}; "
-            f"{'; '.join(compared.differences)}",
+            f"{'; '.join(differences)}",
             flush=True,
         )
     _checked[key] = methods
     return methods
+
+
+class _StoredChecks:
+    """The methods of models of one config and precision, in a file of the run that all its stages read.
+
+    Where :data:`KEEP_CHECKS` is not set, and for models with code of their own, nothing is read or written.
+    """
+
+    def __init__(self, key: tuple[str, ...], custom_code: bool):
+        self.path = None
+        if os.environ.get(KEEP_CHECKS) and not custom_code:
+            self.path = Paths(repository_root()).cache / "forward_methods.json"
+            computation = [code_digest("models"), version("torch"), version("transformers"), torch.get_num_threads()]
+            self.key = hashlib.sha256(json.dumps([*key, *computation]).encode()).hexdigest()
+
+    def _records(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path and self.path.exists() else {}
+
+    def read(self, length: int) -> tuple[ForwardMethods | None, list[str]]:
+        """The kept methods for rows of up to `length` tokens, if there are any, and a phrase for each other method."""
+        record = self._records().get(self.key) if self.path else None
+        if record is None or record["methods"]["length"] < length:
+            return None, []
+        return ForwardMethods(**record["methods"]), record["differences"]
+
+    def write(self, methods: ForwardMethods, differences: list[str]) -> None:
+        """Keep `methods`, and the phrases `differences` on the others."""
+        if self.path:
+            record = {"methods": asdict(methods), "differences": differences}
+            write_json(self.path, self._records() | {self.key: record})
 
 
 def _compared_length(config: Any, length: int) -> int:
