@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distillery.models.encoding import Completion
 from distillery.models.forward_methods import ForwardMethods
 from distillery.models.head import output_logits
+from distillery.models.last_layer import classify
 from distillery.models.packed.frozen_layers import FrozenStates
 from distillery.models.packed.hidden import completion_hidden_states, layer_states
 
@@ -73,7 +74,7 @@ def classifier_output(
 ) -> ModelOutput:
     """Label logits of an encoder with a classification head for rows `ids`, and what is requested of `layers`."""
     batch = tokenizer.pad({"input_ids": list(ids)}, return_tensors="pt").to(model.device)
-    encoded = model(**batch, output_hidden_states=bool(layers))
+    encoded = classify(model, batch, whole=activation_maps, output_hidden_states=bool(layers))
     output = ModelOutput(encoded.logits.float())
     if layers:
         hidden = torch.stack([encoded.hidden_states[j] for j in layers], 1).float()

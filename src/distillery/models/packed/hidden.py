@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distillery.errors import UserError
+from distillery.models.last_layer import read_last_layer_at
 from distillery.models.layers import configured_layers, transformer_body
 from distillery.models.packed.attention import attend_by_tree, supports_token_trees
 from distillery.models.packed.frozen_layers import FrozenStates, continue_from
@@ -51,13 +52,15 @@ def completion_hidden_states(
     """
     body, device = transformer_body(model), next(model.parameters()).device
     options = {"use_cache": False, "output_hidden_states": bool(layers)}
-    tree = pack_token_tree(prompts, completions, prefix_kv)
-    inputs, positions = {}, tree.logit_positions
-    tree = tree.to(device)
-    if packed and supports_token_trees(model):
+    tree, trees = pack_token_tree(prompts, completions, prefix_kv), packed and supports_token_trees(model)
+    inputs, positions = ({}, tree.logit_positions) if trees else _pad_rows(prompts, completions, device)
+    distinct, index = torch.unique(positions, return_inverse=True)  # of numbers that the CPU has
+    distinct, tree = distinct.to(device), tree.to(device)
+    last_layer = read_last_layer_at(body, distinct)
+    if trees:
         states = frozen.pack(tree, prompts, completions) if frozen and not layers and prefix_kv is None else None
         lower = nullcontext() if states is None else continue_from(body, frozen.depth, states)
-        with attend_by_tree(tree, body.config), lower:
+        with attend_by_tree(tree, body.config), last_layer, lower:
             outputs = body(input_ids=tree.input_ids, position_ids=tree.position_ids, **options)
         depth = configured_layers(body.config) - (0 if states is None else frozen.depth)
         if tree.attended < depth:
@@ -65,15 +68,14 @@ def completion_hidden_states(
         if outputs.last_hidden_state.requires_grad and body.is_activation_checkpointing:
             _attend_by_tree_in_backward(outputs.last_hidden_state, tree, body.config)
     else:
-        inputs, positions = _pad_rows(prompts, completions, device)
-        outputs = body(**inputs, **options)
+        with last_layer:
+            outputs = body(**inputs, **options)
     prompt_states = None
     if layers:
         tokens_per_row = [sum(map(len, row)) for row in completions]
         first = positions[torch.tensor([0, *tokens_per_row[:-1]]).cumsum(0)].to(device)
         prompt_states = torch.stack([x.flatten(0, 1)[first] for x in layer_states(outputs, layers)], 1)
-    distinct, index = torch.unique(positions, return_inverse=True)  # of numbers that the CPU has
-    hidden = outputs.last_hidden_state.flatten(0, 1)[distinct.to(device)]
+    hidden = outputs.last_hidden_state.flatten(0, 1)[distinct]
     return CompletionStates(hidden, index.to(device), tree.target_ids, tree.completion_index, prompt_states)
 
 
