@@ -34,6 +34,7 @@ from distillery.models import label_model
 from distillery.models.label_model import LabelModel
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.packed.frozen_layers import SharedStates
+from distillery.models.packed.token_tree import common_prefix
 from distillery.models.save import save_model, save_trained_weights
 from distillery.tasks.parsing import first_sentence
 from distillery.tasks.prompts import chat_turns, render_prompt
@@ -341,6 +342,36 @@ def test_the_layers_below_all_adapters_run_once_for_a_teacher_and_its_folds(expe
     for part in ("0", "1"):  # its rows shared other batches below the adapters: rounding alone
         assert all(torch.allclose(weight, shared[part][name], atol=1e-5) for name, weight in own[part].items())
         assert not any(torch.allclose(w, shared["all"][n], atol=1e-5) for n, w in own[part].items() if w.any())
+
+
+def test_a_fold_predicts_from_the_states_of_the_teacher(experiment, tmp_path):
+    root, params = experiment
+    gold, states = gold_rows(12), SharedStates()
+    rows = pd.concat([gold_rows(16)[12:].assign(split="pool"), gold], ignore_index=True)
+    tune_above_frozen_layers(params, tmp_path, states, steps=None, epochs=2)
+    signals, tokens, forward = {}, {}, LlamaDecoderLayer.forward
+
+    def count(layer, hidden_states, *args, **kwargs):
+        tokens[shared][layer.self_attn.layer_idx] += hidden_states.shape[1]
+        return forward(layer, hidden_states, *args, **kwargs)
+
+    for shared in (None, states):
+        final = open_teacher(root, "lm", params, TASK, tuned=tmp_path / "all")
+        if shared:
+            final.share_states(shared)
+        whole = label_rows(final, rows, -1, 8)
+        with pytest.MonkeyPatch.context() as patch:
+            tokens[shared] = Counter()
+            patch.setattr(LlamaDecoderLayer, "forward", count)
+            signals[shared] = cross_fit("lm", params, TASK, gold, FOLDS, tmp_path, whole, shared)
+    prefix = common_prefix(final.model.encode(gold["text"].tolist()))
+    assert tokens[states][0] == 2 * prefix  # whose keys and values every layer gives
+    assert tokens[states][3] == tokens[None][3] == tokens[None][0]
+    own, continued = (np.stack(signals[shared]["probabilities"]) for shared in (None, states))
+    assert np.array_equal(continued[:4], own[:4])
+    assert np.abs(continued - own).max() < 1e-5 < np.abs(np.stack(whole["probabilities"]) - own)[4:].max()
+    kept = {prompt for _, prompt, _ in final.model.known_states.states}
+    assert kept == set(map(tuple, final.model.encode(gold["text"].tolist())))  # not those of the pool
 
 
 def test_no_states_are_computed_for_rows_that_are_drawn_once(experiment, tmp_path):

@@ -65,7 +65,8 @@ class LabelModel:
         self.prompt_style, self.few_shot, self.max_length = prompt, few_shot, max_length
         self.dtype = getattr(torch, dtype)
         self.batch_size, self.windows = batch_size, windows
-        self.frozen_states: FrozenStates | None = None
+        self.frozen_states: FrozenStates | None = None  # for training
+        self.known_states: FrozenStates | None = None  # for prediction
         self._methods, self._longest_row = ForwardMethods(), 0  # tokens of the longest text that was encoded
         if arch != "classifier":
             # the answers of a `qa` task are those of the rows at hand: see :meth:`set_answers`
@@ -164,7 +165,7 @@ class LabelModel:
         methods = self.forward_methods(ids, max(len(completion) for row in tokens for completion in row))
         with self.autocast():
             if self.arch == "causal":
-                frozen = self.frozen_states if torch.is_grad_enabled() else None
+                frozen = self.frozen_states if torch.is_grad_enabled() else self.known_states
                 token_logits = causal_token_logits(self.model, ids, tokens, layers, prefix_kv, methods, frozen)
             else:
                 token_logits = seq2seq_token_logits(self.model, self.tokenizer, ids, tokens, layers)

@@ -90,20 +90,24 @@ def cross_fit(
     fold: np.ndarray,
     folder: Path,
     signals: pd.DataFrame,
+    shared: SharedStates | None = None,
 ) -> pd.DataFrame:
     """`signals`, with those of the gold rows replaced by the signals of the fold models that were tuned without them.
 
     Gold rows of no fold lose their signal. gold: rows (source, split, id, text). fold: [len(gold)], see
-    :func:`assign_folds`. folder: the model of fold k lies in `folder/k`.
+    :func:`assign_folds`. folder: the model of fold k lies in `folder/k`. shared: as in :func:`finetune_teacher`.
     """
     spec, signals = params.teachers[name], signals.set_index(KEYS)
     signals = signals.drop(pd.MultiIndex.from_frame(gold.loc[fold < 0, KEYS]))
     for k in sorted(set(fold[fold >= 0])):
         model = load_teacher_model(name, spec, params.models[spec.model], task, tuned=folder / str(k))
-        held_out = label_rows(LocalTeacher(model), gold[fold == k], k, spec.max_new_tokens).set_index(KEYS)
+        teacher = LocalTeacher(model)
+        if shared:
+            teacher.share_states(shared)
+        held_out = label_rows(teacher, gold[fold == k], k, spec.max_new_tokens).set_index(KEYS)
         columns = held_out.columns.drop("probabilities")
         signals.loc[held_out.index, columns] = held_out[columns]
         for key, probabilities in held_out["probabilities"].items():
             signals.at[key, "probabilities"] = probabilities  # one by one: an array is no single value for `loc`
-        del model  # one is held at a time
+        del model, teacher  # one is held at a time
     return signals.reset_index()

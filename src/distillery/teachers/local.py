@@ -16,6 +16,7 @@ import torch
 
 from distillery.fingerprint import code_digest
 from distillery.models.label_model import LabelModel
+from distillery.models.packed.frozen_layers import SharedStates
 from distillery.tasks.prompts import render_answer
 from distillery.tasks.schema import FewShotExample, Task
 from distillery.teachers.cache import Answer, AnswerStore, Question
@@ -77,6 +78,11 @@ class LocalTeacher(PromptedTeacher):
     @property
     def task(self) -> Task:
         return self.model.task
+
+    def share_states(self, shared: SharedStates) -> None:
+        """Predict from the states in `shared`; those of other rows that were trained on go there. Weights must stay."""
+        with self.model.autocast():
+            self.model.known_states = shared.for_prediction(self.model.model) if self.model.arch == "causal" else None
 
     def render(self, text: str, solved: Sequence[FewShotExample] | None) -> str:
         """The prompt for `text` as one string; a classifier reads the text alone."""

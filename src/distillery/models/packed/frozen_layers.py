@@ -19,51 +19,89 @@ from distillery.models.packed.token_tree import TokenTree, pack_token_tree
 BATCH_SIZE = 32  # rows whose states are computed together
 MAX_BYTES = 2**30  # of all states of a training run
 
-RowKey = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+RowKey = tuple[int, tuple[int, ...], tuple[tuple[int, ...], ...]]
 
 
 @dataclass
 class FrozenStates:
-    """Hidden states below layer `depth` of rows that are trained on again and again.
+    """Hidden states below layer `depth` of rows that are computed again and again by the layers above.
 
-    states: for each row (its prompt and its completions) [tokens, d], of all tokens that :func:`pack_token_tree` feeds
-    for this row alone, its prompt first.
+    states: for each row (the tokens that it begins after, its prompt and its completions) [tokens, d], of all tokens
+    that :func:`pack_token_tree` feeds for this row alone, its prompt first. The prefix is missing where keys and values
+    of it were computed before. kept_prompts: a row that is computed whole is kept when its prompt is among these.
     """
 
     depth: int
     states: dict[RowKey, Tensor] = field(default_factory=dict)
+    kept_prompts: set[tuple[int, ...]] = field(default_factory=set)
 
     def hold(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> bool:
-        """Whether the states of all these rows are known."""
+        """Whether the states of all these rows, with their prefix, are known."""
         return all(_row_key(*row) in self.states for row in zip(prompts, completions, strict=True))
 
     def pack(
         self, tree: TokenTree, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
     ) -> Tensor | None:
         """States [1, T, d] of the tokens of `tree`, which was packed from these rows; None when one is not known."""
-        rows = [self.states.get(_row_key(*row)) for row in zip(prompts, completions, strict=True)]
+        skipped = _skipped_tokens(tree)
+        rows = [self.states.get(_row_key(*row, skipped)) for row in zip(prompts, completions, strict=True)]
         if any(row is None for row in rows):
             return None
-        packed = torch.cat([rows[0][: tree.prefix_length], *(row[tree.prefix_length :] for row in rows)])
+        fed_prefix = tree.prefix_length - skipped
+        packed = torch.cat([rows[0][:fed_prefix], *(row[fed_prefix:] for row in rows)])
         return nn.functional.pad(packed, (0, 0, 0, tree.input_ids.shape[1] - len(packed)))[None]
+
+    def keep(
+        self,
+        hidden: Tensor,
+        tree: TokenTree,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Sequence[int]]],
+    ) -> None:
+        """Keep what `hidden` [1, T, d], the states of the tokens of `tree`, holds of the kept prompts.
+
+        Once the states take :data:`MAX_BYTES`, no more are kept.
+        """
+        rows = zip(prompts, completions, _split_rows(hidden[0], tree, prompts, completions), strict=True)
+        held = sum(states.nbytes for states in self.states.values())
+        for prompt, row_completions, states in rows:
+            if tuple(prompt) in self.kept_prompts and held + states.nbytes <= MAX_BYTES:
+                self.states[_row_key(prompt, row_completions, _skipped_tokens(tree))] = states
+                held += states.nbytes
 
 
 class SharedStates:
     """Frozen states for models that differ above the same lower layers alone: a teacher and the copies for its folds.
 
+    depth: how many layers below all adapters the last trained model has. prompts: of the rows that it was trained on.
     Models whose lower layers differ, in number, weights or precision, do not see each other's states.
     """
 
     def __init__(self) -> None:
+        self.depth = 0
+        self.prompts: set[tuple[int, ...]] = set()
         self._by_layers: dict[str, FrozenStates] = {}
 
     def of(self, model: nn.Module, depth: int) -> FrozenStates:
         """The states below layer `depth` of models with the lower layers of `model`, in the context's precision."""
         return self._by_layers.setdefault(_digest_lower_layers(model, depth), FrozenStates(depth))
 
+    def for_prediction(self, model: nn.Module) -> FrozenStates | None:
+        """The states from which `model` predicts, and where those of rows that were trained on are kept, if any are."""
+        if not self.depth:
+            return None
+        states = self.of(model, self.depth)
+        states.kept_prompts = self.prompts
+        return states
 
-def _row_key(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> RowKey:
-    return tuple(prompt), tuple(map(tuple, completions))
+
+def _skipped_tokens(tree: TokenTree) -> int:
+    """How many tokens each row of `tree` begins after: those whose keys and values were computed before."""
+    return 0 if tree.prefix_kv is None else tree.prefix_length
+
+
+def _row_key(prompt: Sequence[int], completions: Sequence[Sequence[int]], skipped: int = 0) -> RowKey:
+    return skipped, tuple(prompt), tuple(map(tuple, completions))
 
 
 def _digest_lower_layers(model: nn.Module, depth: int) -> str:
@@ -129,6 +167,39 @@ def continue_from(body: nn.Module, depth: int, states: Tensor) -> Iterator[None]
             hook.remove()
 
 
+@contextmanager
+def above_frozen_layers(
+    body: nn.Module,
+    frozen: FrozenStates | None,
+    tree: TokenTree,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[Sequence[int]]],
+) -> Iterator[int]:
+    """Let `body` begin above the layers of which `frozen` knows the states of all rows of `tree`, within the context.
+
+    Where it does not know all, all layers run, and it keeps the states of the rows that it shall keep. Yields the
+    number of layers that run.
+    """
+    layers = configured_layers(body.config)
+    states = frozen.pack(tree, prompts, completions) if frozen else None
+    if states is not None:
+        with continue_from(body, frozen.depth, states):
+            yield layers - frozen.depth
+    elif frozen and frozen.kept_prompts.intersection(map(tuple, prompts)):
+        parent, attribute = find_layers(body, layers)
+        inputs: list[Tensor] = []
+        hook = getattr(parent, attribute)[frozen.depth].register_forward_pre_hook(
+            lambda _, args: inputs.append(args[0])
+        )
+        try:
+            yield layers
+        finally:
+            hook.remove()
+        frozen.keep(inputs[0].detach(), tree, prompts, completions)
+    else:
+        yield layers
+
+
 @torch.no_grad()
 def compute_frozen_states(
     model: nn.Module,
@@ -172,6 +243,9 @@ def compute_frozen_states(
     model.train(training)
     if frozen:
         known.states |= frozen.states
+    if frozen and shared is not None:
+        shared.depth = depth
+        shared.prompts |= set(map(tuple, prompts))
     return frozen
 
 
@@ -196,8 +270,9 @@ def _run_lower_layers(body: nn.Module, depth: int, tree: TokenTree) -> Tensor:
 def _split_rows(
     hidden: Tensor, tree: TokenTree, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
 ) -> list[Tensor]:
-    """The states [tokens, d] of each row of `tree`, those of the shared prefix before its own."""
-    prefix, start, rows = hidden[: tree.prefix_length], tree.prefix_length, []
+    """The states [tokens, d] of each row of `tree`, those of the shared prefix, where it is fed, before its own."""
+    start, rows = tree.prefix_length - _skipped_tokens(tree), []
+    prefix = hidden[:start]
     for prompt, row_completions in zip(prompts, completions, strict=True):
         end = start + len(prompt) - tree.prefix_length + sum(len(completion) - 1 for completion in row_completions)
         rows.append(torch.cat([prefix, hidden[start:end]]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from distillery.errors import UserError
 from distillery.models.last_layer import read_last_layer_at
-from distillery.models.layers import configured_layers, transformer_body
+from distillery.models.layers import transformer_body
 from distillery.models.packed.attention import attend_by_tree, supports_token_trees
-from distillery.models.packed.frozen_layers import FrozenStates, continue_from
+from distillery.models.packed.frozen_layers import FrozenStates, above_frozen_layers
 from distillery.models.packed.token_tree import TokenTree, pack_token_tree
 
 
@@ -47,7 +46,7 @@ def completion_hidden_states(
     The gather comes before the output head, which then gets one contiguous matrix of the wanted positions.
     layers: of which to return the prompts' states (0 the embeddings). prefix_kv: see :func:`compute_prefix_kv`.
     packed: whether rows are token trees, where the model takes them; else a padded batch.
-    frozen: states of the frozen lower layers, from which trees go on where it knows all rows; not with `layers`.
+    frozen: states of the frozen lower layers, see :func:`above_frozen_layers`; not with `layers`.
     Raises ValueError where a layer mixes tokens in another way than trees know.
     """
     body, device = transformer_body(model), next(model.parameters()).device
@@ -58,11 +57,9 @@ def completion_hidden_states(
     distinct, tree = distinct.to(device), tree.to(device)
     last_layer = read_last_layer_at(body, distinct)
     if trees:
-        states = frozen.pack(tree, prompts, completions) if frozen and not layers and prefix_kv is None else None
-        lower = nullcontext() if states is None else continue_from(body, frozen.depth, states)
-        with attend_by_tree(tree, body.config), last_layer, lower:
+        lower = above_frozen_layers(body, None if layers else frozen, tree, prompts, completions)
+        with attend_by_tree(tree, body.config), last_layer, lower as depth:
             outputs = body(input_ids=tree.input_ids, position_ids=tree.position_ids, **options)
-        depth = configured_layers(body.config) - (0 if states is None else frozen.depth)
         if tree.attended < depth:
             raise ValueError(f"only {tree.attended} of its {depth} layers are attention")
         if outputs.last_hidden_state.requires_grad and body.is_activation_checkpointing:
