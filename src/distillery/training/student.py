@@ -20,6 +20,7 @@ from distillery.models.positions import max_positions, require_positions
 from distillery.models.precision import resolve_dtype
 from distillery.models.windows import build_windows, store_windows, stored_windows
 from distillery.tasks.schema import Task
+from distillery.training.adapters import scale_low_rank
 
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's layers are of the second kind
 
@@ -46,6 +47,7 @@ def attach_adapters(model: Any, lora: LoraSettings | None, arch: str, seed: int)
         if isinstance(module, BaseTunerLayer):
             # peft would widen every input to the adapter's float32, for autocast to narrow it again
             module.cast_input_dtype_enabled = False
+            scale_low_rank(module)
     return model
 
 
