@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from keep import commit
-from torch.utils.flop_counter import FlopCounterMode
+from operations import count_operations
 
 from distillery import metrics
 from distillery.config.load import load_params
@@ -47,7 +47,7 @@ def run(name: str, adapters: str, seed: int, root: Path) -> dict:
     parts = {part: prepared.rows[prepared.split == part] for part in (split, "validation", "test")}
     gold = parts[split].assign(source=source, split=split).reset_index(drop=True)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, FlopCounterMode(display=False) as counter:
+    with tempfile.TemporaryDirectory() as folder, count_operations() as counter:
         teacher, _ = finetune_teacher(name, params, task, gold, folder=Path(folder))
     seconds = time.perf_counter() - start
     right = {}
