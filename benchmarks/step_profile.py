@@ -1,23 +1,34 @@
-"""Where a distillation step's milliseconds go, and what each change gave: a step of a causal and of an encoder student.
+"""Where a training step's milliseconds go, and what each reduction of the code gains: all ways in turns, in one run.
 
-    PYTHONPATH=src python benchmarks/step_profile.py
+    PYTHONPATH=src python benchmarks/step_profile.py [--rounds 5] [--batches 6]
 
-SmolLM2's first 15 layers with LoRA r=16 on all linear layers, bfloat16, 8 rows of the finance corpus with their label
-and end token, a JSD over the vocabulary with kept teacher log-probabilities (drawn at random here: their values cost
-nothing). Each way runs over the same 12 batches of different lengths twice; the second pass counts. Prints seconds a
-step, forward and backward, and the operators that took most of the time.
+The teacher of params.yaml (SmolLM2, adapters in its last layers) and the student half-kd (15 layers in 4 bits) take
+steps of their own trainers on rows of the finance corpus, each as it is and without one reduction. Then a student's
+loss over the vocabulary is computed in the ways that came one after the other, and MiniLM's layers 0, 2 and 5 take
+steps with all weights trained. Ways take turns over the same batches, in another order each round; the first round
+compiles kernels and is left out. Printed: seconds a step (median; of the processor where there is one thread, since
+other programs may run), the ratio with its range over the rounds, and the operators that take most of the time.
 
-Then MiniLM's layers 0, 2 and 5, all weights trained by AdamW, batches of 16, cross-entropy: forward, and backward with
-the optimizer's step.
+For the teacher also the share of the faster number format's speed that its step reaches: operations of its matrix
+products (`operations.py`) in its seconds, beside a lone product of a layer's size (`default_run.product_speed`).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import time
-from collections.abc import Callable
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
+from default_run import product_speed, seconds
+from operations import count_operations
+from peft.tuners.lora.layer import LoraLayer
 from torch.profiler import ProfilerActivity, profile
 
 from distillery import losses
@@ -29,11 +40,155 @@ from distillery.models.fetch import fetch_model
 from distillery.models.label_model import LabelModel
 from distillery.models.layers import output_head, transformer_body
 from distillery.models.packed import token_tree
-from distillery.tasks.schema import load_task
-from distillery.training.student import build_student
+from distillery.models.precision import DTYPES, resolve_dtype
+from distillery.tasks.schema import Task, load_task
+from distillery.training.adapters import SCALED
+from distillery.training.completions import StepCounts
+from distillery.training.rows import gold_rows
+from distillery.training.student import attach_adapters, build_student
+from distillery.training.teacher_models import load_teacher_model
+from distillery.training.trainers import build_trainer
 
-BATCH, BATCHES = 8, 12
+BATCH = 8  # rows of a step; the encoder has twice as many
 Step = Callable[[list[list[int]], list[list[int]]], torch.Tensor]
+Batches = list[list[int]]  # numbers of rows
+
+
+def compare(title: str, ways: dict[str, Callable[[Any], None]], batches: list, rounds: int, chain: bool) -> dict:
+    """Print and return the median seconds of each way's step, and how much faster a reduction makes it.
+
+    chain: whether each way is compared with the one before it; else the first has all reductions, the others lack one.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for round_number in range(rounds + 1):
+        order = list(ways.items())
+        for name, step in order[round_number % len(order) :] + order[: round_number % len(order)]:
+            start = seconds()
+            for batch in batches:
+                step(batch)
+            times[name].append((seconds() - start) / len(batches))
+    times = {name: values[1:] for name, values in times.items()}
+    print(f"\n{title}")
+    names = list(ways)
+    for i, name in enumerate(names):
+        line = f"  {name:<58} {statistics.median(times[name]):7.3f} s"
+        if i:
+            slow, fast = (names[i - 1], name) if chain else (name, names[0])
+            ratios = sorted(a / b for a, b in zip(times[slow], times[fast], strict=True))
+            line += f"  {statistics.median(ratios):5.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        print(line, flush=True)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def operators(step: Callable[[Any], None], batches: list, *named: str) -> dict[str, float]:
+    """Print the operators that take most of the time of `step`; returns the share of those `named`."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for batch in batches[::2]:
+            step(batch)
+    averages = profiled.key_averages()
+    whole = sum(op.self_cpu_time_total for op in averages)
+    largest = sorted(averages, key=lambda op: -op.self_cpu_time_total)[:8]
+    print("  " + ", ".join(f"{op.key} {op.self_cpu_time_total / whole:.0%}" for op in largest))
+    return {name: sum(op.cpu_time_total for op in averages if op.key == name) / whole for name in named}
+
+
+@contextmanager
+def outputs_scaled(model: torch.nn.Module) -> Iterator[None]:
+    """Adapters as peft has them: all outputs of a layer are multiplied."""
+    original = {scaled: layer for layer, scaled in SCALED.items()}
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and type(module) in original]
+    for layer in layers:
+        layer.__class__ = original[type(layer)]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = SCALED[type(layer)]
+
+
+class TrainerStep:
+    """A step of the trainer that trains `student` on `rows`, but for the optimizer's."""
+
+    def __init__(self, student: LabelModel, rows: pd.DataFrame, phase: Any):
+        training_rows = gold_rows(rows, student.task)
+        if phase.teachers:  # its distributions decide no time
+            training_rows.logprobs = torch.randn(len(rows), len(student.task.names)).log_softmax(-1)
+        folder, settings = Path(tempfile.mkdtemp()), {"seed": 0, "title": "", "checkpoint_every": 1}
+        self.trainer = build_trainer(student, training_rows, phase, folder=folder, **settings)
+        self.student, self.kept_states = student, student.frozen_states
+        student.model.train()
+
+    def __call__(self, batch: list[int], frozen: bool = True) -> None:
+        self.student.frozen_states = self.kept_states if frozen else None
+        micro_batch = self.trainer.completions.micro_batch(batch)
+        self.trainer.counts = StepCounts.of([micro_batch])
+        self.trainer.compute_loss(self.trainer.model, {"micro_batch": micro_batch}).backward()
+        self.student.model.zero_grad()
+
+    def scaling_outputs(self, batch: list[int]) -> None:
+        """The step with :func:`outputs_scaled`."""
+        with outputs_scaled(self.student.model):
+            self(batch)
+
+
+def profile_teacher(rows: pd.DataFrame, batches: Batches, task: Task, rounds: int) -> None:
+    """A step of the teacher of params.yaml that is a language model."""
+    params = load_params()
+    name = next(name for name, spec in params.teachers.items() if spec.kind == "lm")
+    spec, faster = params.teachers[name], resolve_dtype("auto", "training")
+    steps = {}
+    for dtype in sorted(DTYPES, key=lambda dtype: dtype != faster):
+        fixed = spec.model_copy(update={"dtype": dtype})
+        teacher = load_teacher_model(name, fixed, params.models[spec.model], task, use="training")
+        teacher.model = attach_adapters(teacher.model, spec.finetune.lora, teacher.arch, spec.seed)
+        steps[dtype] = TrainerStep(teacher, rows, spec.finetune.as_phase())
+    step, other = steps.values()
+    medians = compare(
+        f"teacher {name}, {spec.finetune.lora.layers}, r = {spec.finetune.lora.r}: a step, and without one reduction",
+        {
+            f"as it is, {faster}": step,
+            "the frozen layers in each step": lambda batch: step(batch, frozen=False),
+            f"the other number format, {next(dtype for dtype in steps if dtype != faster)}": other,
+            "adapters scale outputs": step.scaling_outputs,
+        },
+        batches,
+        rounds,
+        chain=False,
+    )
+    operators(step, batches)
+    with count_operations() as counter:
+        for batch in batches:
+            step(batch)
+    speed = counter.get_total_flops() / len(batches) / next(iter(medians.values())) / 1e9
+    speeds = {dtype: product_speed(getattr(torch, dtype)) for dtype in DTYPES}
+    share = speed / max(speeds.values())
+    print(f"  {speed:.0f} GFLOP/s: {share:.0%} of a lone product's; aim: 45 %. A lone product: ", end="")
+    print(", ".join(f"{value:.0f} GFLOP/s in {dtype}" for dtype, value in speeds.items()), flush=True)
+
+
+def profile_half(rows: pd.DataFrame, batches: Batches, task: Task, rounds: int) -> None:
+    """A step of the student half-kd, in 4 bits and in 16."""
+    params = load_params()
+    spec, steps = params.students["half-kd"], {}
+    for kind in ("qlora", "lora"):
+        adapted = spec.model_copy(update={"adapter": spec.adapter.model_copy(update={"kind": kind})})
+        student = build_student(adapted, fetch_model(spec.model, params.models[spec.model]), task, 0)
+        steps[kind] = TrainerStep(student, rows, spec.phases[0])
+    medians = compare(
+        "student half-kd, 4 bits: a step, and without one reduction (16 bits: without the saving of memory)",
+        {
+            "as it is": steps["qlora"],
+            "adapters scale outputs, and copy them": steps["qlora"].scaling_outputs,
+            "frozen weights in 16 bits": steps["lora"],
+        },
+        batches,
+        rounds,
+        chain=False,
+    )
+    shares = operators(steps["qlora"], batches, "bitsandbytes::dequantize_4bit", "bitsandbytes::gemm_4bit")
+    in_4_bits, in_16_bits = medians["as it is"], medians["frozen weights in 16 bits"]
+    print(f"  dequantizing: {1 - in_16_bits / in_4_bits:.0%} of the step by the difference from 16 bits, ", end="")
+    print(f"{shares['bitsandbytes::dequantize_4bit']:.0%} by the profile", flush=True)
 
 
 def ways(student: LabelModel) -> dict[str, Step]:
@@ -80,25 +235,16 @@ def ways(student: LabelModel) -> dict[str, Step]:
     }
 
 
-def encoder_step(
-    by_length: bool, profiled: bool, bits: bool
-) -> tuple[list[list[int]], Callable[[list[int]], tuple[float, float]]]:
-    """Batches of row numbers, and a step of the encoder student on one of them: seconds forward, seconds after it."""
-    root, size = repository_root(), 16
+def encoder_step(rows: pd.DataFrame, task: Task, profiled: bool, bits: bool) -> Callable[[list[int]], None]:
+    """A step of the encoder student on row numbers, its optimizer's too.
+
+    profiled: whether embeddings of words that occur are trained alone. bits: whether dropout takes 16 bits an element.
+    """
+    spec = {"model": "minilm-l6", "arch": "classifier", "init": {"layers": [0, 2, 5]}, "dtype": "auto", "phases": []}
     folder = fetch_model("minilm-l6", load_params().models["minilm-l6"])
-    task = load_task("finance-sentiment", root / "tasks")
-    spec = {
-        "model": "minilm-l6",
-        "arch": "classifier",
-        "init": {"layers": [0, 2, 5]},
-        "dtype": "bfloat16",
-        "phases": [],
-    }
     student = build_student(StudentConfig.model_validate(spec), folder, task, 0)
-    lines = (root / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[: size * BATCHES]
-    ids = student.encode([json.loads(line)["text"] for line in lines])
-    target = torch.tensor([task.names.index(json.loads(line)["label"]) for line in lines])
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i])) if by_length else list(range(len(ids)))
+    ids = student.encode(rows["text"].tolist())
+    target = torch.tensor([task.names.index(label) for label in rows["label"]])
     if profiled:
         train_used_embeddings(student.model, {student.tokenizer.pad_token_id, *(t for row in ids for t in row)})
     if bits:
@@ -107,72 +253,74 @@ def encoder_step(
     trained = [parameter for parameter in student.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
-    def step(rows: list[int]) -> tuple[float, float]:
-        start = time.perf_counter()
-        loss = losses.cross_entropy(student.forward([ids[i] for i in rows]).label_logits, target[rows]).mean()
-        middle = time.perf_counter()
-        loss.backward()
+    def step(batch: list[int]) -> None:
+        losses.cross_entropy(student.forward([ids[i] for i in batch]).label_logits, target[batch]).mean().backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return middle - start, time.perf_counter() - middle
 
-    return [order[a : a + size] for a in range(0, len(order), size)], step
+    return step
 
 
-def measure(name: str, batches: list, step: Callable[..., tuple[float, float]], before: float | None) -> float:
-    """Print and return the mean seconds of `step` over `batches`, the second time that they are met."""
-    for batch in batches:
-        step(batch)
-    times = torch.tensor([step(batch) for batch in batches])
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        for batch in batches[::4]:
-            step(batch)
-    ops = sorted(profiled.key_averages(), key=lambda op: -op.self_cpu_time_total)
-    whole = sum(op.self_cpu_time_total for op in ops)
-    forward, backward = times.mean(0).tolist()
-    total = forward + backward
-    gain = "" if before is None else f", {before / total:.2f} times as fast as the one above"
-    print(f"\n{name}: {total:.3f} s a step (forward {forward:.3f}, after it {backward:.3f}){gain}")
-    print("  " + ", ".join(f"{op.key} {op.self_cpu_time_total / whole:.0%}" for op in ops[:6]))
-    return total
+def profile_encoder(rows: pd.DataFrame, by_length: list[int], task: Task, rounds: int) -> None:
+    """Steps of the encoder student, each with one reduction more."""
+    size = 2 * BATCH
+    plain, used, bits = (encoder_step(rows, task, *settings) for settings in ((False,) * 2, (True, False), (True,) * 2))
+    pairs = [(list(range(a, a + size)), by_length[a : a + size]) for a in range(0, len(rows) - size + 1, size)]
+    ways = {
+        "encoder, batches as they come": lambda pair: plain(pair[0]),
+        "batches of like length": lambda pair: plain(pair[1]),
+        "only embeddings of words that occur are trained": lambda pair: used(pair[1]),
+        "16 random bits an element for dropout": lambda pair: bits(pair[1]),
+    }
+    compare(
+        "student of three layers of MiniLM, all weights trained: each way after the one before",
+        ways,
+        pairs,
+        rounds,
+        True,
+    )
+    operators(ways["16 random bits an element for dropout"], pairs)
+
+
+def profile_loss(rows: pd.DataFrame, batches: Batches, task: Task, rounds: int) -> None:
+    """Steps of a causal student with a loss over the vocabulary, computed in one way after the other."""
+    spec = {"model": "smollm2", "arch": "causal", "init": {"layers": "first-15"}, "adapter": {"kind": "lora", "r": 16}}
+    spec = StudentConfig.model_validate(spec | {"prompt": "plain", "dtype": "auto", "phases": []})
+    student = build_student(spec, fetch_model("smollm2", load_params().models["smollm2"]), task, 0)
+    student.model.train()
+    ids, answers = student.encode(rows["text"].tolist()), [student.label_completion(i % 3)[0] for i in range(BATCH)]
+    teacher = torch.randn(sum(map(len, answers)), output_head(student.model).weight.shape[0]).log_softmax(-1)
+
+    def step(way: Step) -> Callable[[list[int]], None]:
+        def run(batch: list[int]) -> None:
+            with student.autocast():
+                logits = way([ids[i] for i in batch], answers)
+            losses.jsd(logits, teacher).mean().backward()
+            student.model.zero_grad()
+
+        return run
+
+    title = "student of 15 layers, JSD over the vocabulary: each way of its logits after the one before"
+    compare(title, {name: step(way) for name, way in ways(student).items()}, batches, rounds, True)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=6)
+    settings = parser.parse_args()
     root = repository_root()
-    folder = fetch_model("smollm2", load_params().models["smollm2"])
-    spec = {"model": "smollm2", "arch": "causal", "init": {"layers": "first-15"}, "adapter": {"kind": "lora", "r": 16}}
-    spec = StudentConfig.model_validate(spec | {"prompt": "plain", "dtype": "bfloat16", "phases": []})
-    student = build_student(spec, folder, load_task("finance-sentiment", root / "tasks"), 0)
-    student.model.train()
-    lines = (root / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[: BATCH * BATCHES]
-    rows = sorted(student.encode([json.loads(line)["text"] for line in lines]), key=len)
-    batches = [rows[a : a + BATCH] for a in range(0, len(rows), BATCH)]
-    answers = [student.label_completion(i % 3)[0] for i in range(BATCH)]
-    teacher = torch.randn(sum(map(len, answers)), output_head(student.model).weight.shape[0]).log_softmax(-1)
-    before = None
-    for name, way in ways(student).items():
-
-        def step(prompts: list[list[int]], way: Step = way) -> tuple[float, float]:
-            start = time.perf_counter()
-            with student.autocast():
-                logits = way(prompts, answers)
-            loss = losses.jsd(logits, teacher).mean()
-            middle = time.perf_counter()
-            loss.backward()
-            end = time.perf_counter()
-            student.model.zero_grad()
-            return middle - start, end - middle
-
-        before = measure(name, batches, step, before)
-    before = None
-    for name, settings in {
-        "encoder, batches as they come": (False, False, False),
-        "batches of like length": (True, False, False),
-        "only embeddings of words that occur are trained": (True, True, False),
-        "16 random bits an element for dropout": (True, True, True),
-    }.items():
-        before = measure(name, *encoder_step(*settings), before)
+    task, n_rows = load_task("finance-sentiment", root / "tasks"), BATCH * settings.batches
+    lines = (root / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:n_rows]
+    rows = pd.DataFrame([json.loads(line) for line in lines])
+    by_length = sorted(range(n_rows), key=lambda i: len(rows["text"][i]))
+    batches = [by_length[a : a + BATCH] for a in range(0, n_rows, BATCH)]
+    print(f"{torch.get_num_threads()} threads, {n_rows} rows in {len(batches)} batches, {settings.rounds} rounds")
+    profile_teacher(rows, batches, task, settings.rounds)
+    profile_half(rows, batches, task, settings.rounds)
+    profile_loss(rows, batches, task, settings.rounds)
+    profile_encoder(rows, by_length, task, settings.rounds)
 
 
 if __name__ == "__main__":
