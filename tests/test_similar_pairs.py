@@ -116,9 +116,9 @@ def test_minhash_finds_nearly_all_pairs_and_no_wrong_one(texts, monkeypatch):
 
 
 def test_the_bands_by_hand():
-    # Two sets at a Jaccard similarity of .85² agree in one of 48 bands of 5 hashes with 1 - (1 - .7225⁵)⁴⁸ = .99997,
-    # and in one of 40 bands of 6 with 1 - (1 - .7225⁶)⁴⁰ = .9978.
-    assert rows_per_band(0.85) == 5
+    # Rows at a Jaccard similarity of .85³ = .614 agree in one of 60 bands of 4 hashes with 1 - (1 - .614⁴)⁶⁰ = .9999,
+    # and in one of 48 bands of 5 with 1 - (1 - .614⁵)⁴⁸ = .9876.
+    assert rows_per_band(0.85) == 4
     assert rows_per_band(1) == 16
     assert rows_per_band(0.1) == 1
 

@@ -13,7 +13,8 @@ MAX_CANDIDATES = 10_000_000  # products or pairs held in memory at a time (120 M
 CUTS = 31  # places at which the energy of a prefix is known
 BITS = 256  # of a bitmap, which holds the features of a row
 HASHES = 240
-RECALL = 0.999  # of pairs of sets at the threshold; repeated n-grams make it less
+MAX_COUNT = 4  # of a feature in a row, in a set
+RECALL = 0.999  # of pairs at the threshold, by MinHash
 MAX_ENTRIES = 100_000  # features hashed at a time, so that they stay in the cache of a processor
 
 Candidates = Iterator[tuple[np.ndarray, np.ndarray]]
@@ -134,11 +135,11 @@ def _by_candidates(prefixes: csr_array, rows: np.ndarray, transposed: csr_array)
 def rows_per_band(threshold: float) -> int:
     """Hashes of a band: the most with which two rows at `threshold` agree in one of the bands with `RECALL`.
 
-    threshold: cosine similarity. Where a row's features are among those of another, their Jaccard similarity is the
-    square of it, the lowest that it can be for two sets. Source: Broder 1997; Leskovec, Rajaraman and Ullman, "Mining
+    threshold: cosine similarity. Two sets with it have at least its square as Jaccard similarity; rows that repeat
+    features can have less, so its cube is taken. Source: Broder 1997; Leskovec, Rajaraman and Ullman, "Mining
     of massive datasets", section 3.4.
     """
-    agree = max(0.0, threshold) ** 2
+    agree = max(0.0, threshold) ** 3
     return max([r for r in range(1, 17) if 1 - (1 - agree**r) ** (HASHES // r) >= RECALL], default=1)
 
 
@@ -151,10 +152,11 @@ def candidates_by_minhash(
     """
     rng = np.random.default_rng(0)
     n, r = vectors.shape[0], rows_per_band(threshold)
-    filled = np.flatnonzero(pair_filter.n_features)
+    filled, (elements, indptr) = np.flatnonzero(pair_filter.n_features), _elements(vectors)
     pairs = np.zeros(0, dtype=np.int64)
     for _ in range(HASHES // r):
-        key = _band_keys(vectors, filled, rng.integers(2**32, size=(r, vectors.shape[1]), dtype=np.uint32))
+        hashes = rng.integers(2**32, size=(r, MAX_COUNT * vectors.shape[1]), dtype=np.uint32)
+        key = _band_keys(elements, indptr, filled, hashes)
         order = np.argsort(key, kind="stable")
         starts = np.flatnonzero(np.diff(key[order], prepend=~key[order[:1]]))
         new = [pairs]
@@ -169,14 +171,30 @@ def candidates_by_minhash(
         yield some // n, some % n
 
 
-def _band_keys(vectors: csr_array, filled: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """A number for all MinHash values of a band [filled rows]. hashes: a random value of each feature [r, features]."""
+def _elements(vectors: csr_array) -> tuple[np.ndarray, np.ndarray]:
+    """The elements of the rows as sets, and where those of each row begin [n + 1].
+
+    A feature that a row has twice is two elements, up to `MAX_COUNT`: rows that repeat features would have a low
+    Jaccard similarity otherwise, however similar they are. A count is the value in units of the smallest of the row.
+    """
+    lengths = np.diff(vectors.indptr)
+    smallest = np.ones(len(lengths), dtype=np.float32)
+    smallest[lengths > 0] = np.minimum.reduceat(vectors.data, vectors.indptr[:-1][lengths > 0])
+    counts = np.minimum(np.rint(vectors.data / np.repeat(smallest, lengths)), MAX_COUNT).astype(np.int32)
+    ends = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    elements = np.repeat(vectors.indices * MAX_COUNT, counts)
+    elements += np.arange(len(elements), dtype=elements.dtype) - np.repeat(ends[:-1], counts).astype(elements.dtype)
+    return elements, ends[vectors.indptr]
+
+
+def _band_keys(elements: np.ndarray, indptr: np.ndarray, filled: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """A number for all MinHash values of a band [filled rows]. hashes: a random value of each element [r, elements]."""
     key = np.zeros(len(filled), dtype=np.uint64)
-    for rows in np.array_split(np.arange(len(filled)), 1 + vectors.nnz // MAX_ENTRIES):
-        starts = vectors.indptr[filled[rows]]
+    for rows in np.array_split(np.arange(len(filled)), 1 + len(elements) // MAX_ENTRIES):
+        starts = indptr[filled[rows]]
         if not len(rows):
             continue
-        entries = vectors.indices[starts[0] : vectors.indptr[filled[rows[-1]] + 1]]
+        entries = elements[starts[0] : indptr[filled[rows[-1]] + 1]]
         for values in hashes:
             minimum = np.minimum.reduceat(values[entries], starts - starts[0])
             key[rows] = key[rows] * np.uint64(0x9E3779B97F4A7C15) + minimum
