@@ -76,9 +76,10 @@ def test_token_trees_by_hand(operations):
     hidden, inner, heads, kv_heads, layers, size = 16, 24, 4, 2, 2, 4
     tree = pack_token_tree(prompts, completions)
     tokens, prefix, (rows, width) = tree.input_ids.shape[1], tree.prefix_length, tree.own_index.shape
-    projections = hidden * (2 * heads + 2 * kv_heads) * size + 3 * hidden * inner
-    pairs = rows * width * (prefix + width) + prefix * prefix
-    expected = layers * (2 * tokens * projections + 2 * 2 * heads * size * pairs)
+    keys_values, token_wise = hidden * 2 * kv_heads * size, hidden * 2 * heads * size + 3 * hidden * inner
+    pairs, read = rows * width * (prefix + width) + prefix * prefix, 6  # the last layer reads two tokens of a row
+    products = layers * tokens * keys_values + ((layers - 1) * tokens + read) * token_wise
+    expected = 2 * products + layers * 2 * 2 * heads * size * pairs
     with torch.no_grad(), operations.count_operations() as counter:
         completion_hidden_states(model, prompts, completions)
     assert counter.get_total_flops() == expected

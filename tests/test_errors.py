@@ -234,8 +234,8 @@ CASES = [
         setting("students/tiny-kd/phases/0/schedule", "exponential"),
         STRIP,
         pattern(
-            "params.yaml: students.tiny-kd.phases.0.schedule: must be 'linear', 'cosine' or 'constant', "
-            "not 'exponential'"
+            "params.yaml: students.tiny-kd.phases.0.schedule: must be 'linear', 'cosine', 'constant' or "
+            "'inverse_sqrt', not 'exponential'"
         ),
     ),
     Case(

@@ -62,7 +62,8 @@ def test_a_head_for_other_labels_is_drawn_from_the_seed(kind, tokenizers, tmp_pa
     )
     assert torch.equal(first, same) and not torch.equal(first, other)
     assert sorted(first.tolist()) != sorted(logits(own).tolist())
-    assert first.abs().max() < logits(own).abs().max()  # with the spread of a new layer, not of the old one
+    if kind != "t5":  # whose new layers are as wide as the old head
+        assert first.abs().max() < logits(own).abs().max()  # with the spread of a new layer, not of the old one
 
 
 def folder_with(path, names):

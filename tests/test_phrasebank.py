@@ -111,6 +111,8 @@ def tiny_settings(folder, tiny_models, **pools):
         for phase in spec["phases"]:
             phase.pop("epochs", None)
             phase["steps"] = 1
+    for spec in tree["teachers"].values():
+        spec["adapter"].pop("targets")  # the names of MPNet's layers
     with open(folder / "params.yaml", "w") as file:
         YAML(typ="safe", pure=True).dump(tree, file)
     return folder / "params.yaml", tree

@@ -760,7 +760,8 @@ def test_activations_computed_again_change_no_weight(tiny_models, tmp_path):
         student = learner(tiny_models, "causal", SHORT, scale=3, adapter=adapter, gradient_checkpointing=again)
         trained(student, frame, phase({"kl": 1.0}, steps=3, batch_size=4, learning_rate=1e-2), tmp_path / str(again))
         weights.append([p.detach().clone() for p in student.model.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    # not to the bit: with activations computed again, the last layer computes all tokens, not only those that are read
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize("arch", ["classifier", "causal"])
