@@ -113,11 +113,14 @@ def run_stage(name: str, selectors: dict[str, Any]) -> None:
 
 def execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
     """Run the cells of `notebook` and write them with what they show to `executed`."""
+    import matplotlib
     from IPython.core.interactiveshell import InteractiveShell
     from IPython.utils.capture import capture_output
 
     shell = InteractiveShell.instance()
     shell.reset()
+    # that of a kernel; a server of processes that had to start again lacks the variable for it
+    matplotlib.use("module://matplotlib_inline.backend_inline")
     book = json.loads(notebook.read_text(encoding="utf-8"))
     for cell in (cell for cell in book["cells"] if cell["cell_type"] == "code"):
         with capture_output() as captured:
