@@ -40,6 +40,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def no_kept_checks(monkeypatch):
+    """A command that a test runs in this process sets the variable; kept comparisons would then serve other tests."""
+    monkeypatch.delenv("DISTILLERY_KEEP_CHECKS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> Path:
     """A folder with `tiny-llama` and `tiny-bert`: hidden 32, 4 layers, word-level tokenizers."""
