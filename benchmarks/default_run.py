@@ -125,10 +125,11 @@ def report(table: pd.DataFrame, revisions: dict[str, str]) -> None:
     print(f"{'TFLOP of matrix products':<70} {'before':>8} {'after':>8} {'ratio':>6}   after: {', '.join(KINDS)}")
 
     def line(title: str, before: pd.DataFrame, after: pd.DataFrame) -> None:
-        old, new = before["total"].sum() / 1e12, after["total"].sum() / 1e12
-        ratio = f"{old / new:6.2f}" if new else ""
+        old, new = (f"{lines['total'].sum() / 1e12:.2f}" if len(lines) else "-" for lines in (before, after))
+        both = len(before) and after["total"].sum()
+        ratio = f"{before['total'].sum() / after['total'].sum():.2f}" if both else ""
         kinds = "  ".join(f"{after[kind].sum() / 1e12:.2f}" for kind in KINDS)
-        print(f"{title:<70} {old:8.2f} {new:8.2f} {ratio:>6}   {kinds}")
+        print(f"{title:<70} {old:>8} {new:>8} {ratio:>6}   {kinds}")
 
     for stage in stages:
         rows = {key: lines[lines["stage"] == stage] for key, lines in totals.items()}
@@ -136,7 +137,8 @@ def report(table: pd.DataFrame, revisions: dict[str, str]) -> None:
         for part in dict.fromkeys([*rows["after"]["part"], *rows["before"]["part"]]):
             if part:
                 line(f"  {part}"[:70], **{key: lines[lines["part"] == part] for key, lines in rows.items()})
-    line("all stages", **totals)
+    counted_twice = set.intersection(*(set(lines["stage"]) for lines in totals.values()))
+    line("the stages with both", **{key: lines[lines["stage"].isin(counted_twice)] for key, lines in totals.items()})
     for (revision, stage), lines in table[table["full"].astype(bool)].groupby(["commit", "stage"]):
         whole = lines[KINDS].to_numpy().sum()
         estimate = sampled[(sampled["commit"] == revision) & (sampled["stage"] == stage)]["total"].sum()
@@ -164,19 +166,22 @@ def unchanged_repro(root: Path, finished: Path, rounds: int = 3) -> list[float]:
     """Seconds of `dvc repro` where nothing has changed, in a temporary clone that holds the results of `finished`."""
     with unpacked(root, "HEAD", finished) as folder:
         shutil.copytree(finished / "reports", folder / "reports", dirs_exist_ok=True)
-        environment = os.environ | {"PYTHONPATH": str(folder / "src")}
+        programs = Path(sys.executable).parent  # DVC and the `python` that stages call
+        dvc = str(programs / "dvc")
+        path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PYTHONPATH": str(folder / "src"), "PATH": path}
         git = ["git", "-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost"]
         for command in (
             [*git, "init", "-q"],
             [*git, "add", "-A"],
             [*git, "commit", "-q", "-m", "clone"],
-            ["dvc", "commit", "-f"],
+            [dvc, "commit", "-f"],
         ):
             subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
         times = []
         for _ in range(rounds + 1):  # the first run notes what the others compare with
             start = time.perf_counter()
-            done = subprocess.run(["dvc", "repro"], cwd=folder, env=environment, check=True, capture_output=True)
+            done = subprocess.run([dvc, "repro"], cwd=folder, env=environment, check=True, capture_output=True)
             times.append(time.perf_counter() - start)
             if b"run 0" in done.stdout:
                 raise UserError("the unchanged `dvc repro` ran a notebook")
