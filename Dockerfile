@@ -9,8 +9,8 @@ COPY requirements.lock ./
 RUN for name in annotated-types flatbuffers numpy onnxruntime packaging protobuf pyarrow pydantic pydantic-core \
       ruamel-yaml scipy tokenizers tqdm typing-extensions typing-inspection; do \
       awk -v name="$name" '/^[a-z]/ { keep = index($0, name "==") == 1 } keep' requirements.lock; \
-    done > /tmp/pins \
-    && pip install --no-cache-dir --no-deps --require-hashes -r /tmp/pins
+    done > pins.txt \
+    && pip install --no-cache-dir --no-deps --require-hashes -r pins.txt
 COPY src src
 COPY runs/${STUDENT}/model model
 ENV PYTHONPATH=/app/src PYTHONUNBUFFERED=1
