@@ -25,6 +25,7 @@ import tiny
 from distillery import losses, metrics
 from distillery.config.schema import FinetuneConfig, PhaseConfig, StudentConfig
 from distillery.errors import UserError
+from distillery.models import last_layer
 from distillery.models.fast_cpu import BitDropout, restore_full_embedding
 from distillery.models.label_model import LabelModel, ModelOutput
 from distillery.models.load import load_model, load_tokenizer
@@ -753,15 +754,19 @@ def test_the_shortcut_penalty_pulls_the_mean_prediction_to_the_gold_shares(tiny_
     np.testing.assert_allclose(student.predict(frame["text"]).mean(0), shares, atol=0.05)
 
 
-def test_activations_computed_again_change_no_weight(tiny_models, tmp_path):
+def test_activations_computed_again_change_no_weight(tiny_models, tmp_path, monkeypatch):
+    """To the bit where the last layer computes the same tokens: computed again, it computes all, not those read."""
     frame, weights = toy(8), []
-    for again in (False, True):
+    for name, again in (("read tokens", False), ("again", True), ("all tokens", False)):
+        if name == "all tokens":
+            monkeypatch.setattr(last_layer, "_token_wise_parts", lambda body: [])
         adapter = {"kind": "lora", "r": 2}
         student = learner(tiny_models, "causal", SHORT, scale=3, adapter=adapter, gradient_checkpointing=again)
-        trained(student, frame, phase({"kl": 1.0}, steps=3, batch_size=4, learning_rate=1e-2), tmp_path / str(again))
+        trained(student, frame, phase({"kl": 1.0}, steps=3, batch_size=4, learning_rate=1e-2), tmp_path / name)
         weights.append([p.detach().clone() for p in student.model.parameters() if p.requires_grad])
-    # not to the bit: with activations computed again, the last layer computes all tokens, not only those that are read
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*weights, strict=True))
+    read_tokens, again, all_tokens = weights
+    assert all(torch.equal(a, b) for a, b in zip(again, all_tokens, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again, read_tokens, strict=True))
 
 
 @pytest.mark.parametrize("arch", ["classifier", "causal"])
