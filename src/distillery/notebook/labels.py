@@ -35,7 +35,7 @@ def constant_sentence(model: str, label: pd.Series, prediction: pd.Series, tuned
     """
     accuracy, rows = float((label == prediction).mean()), len(label)
     majority = float(label.value_counts(normalize=True).max())
-    text = f"{accuracy:.1%} of {rows:,} validation rows, the commonest label alone on {majority:.1%}"
+    text = f"{100 * accuracy:.1f} % of {rows:,} validation rows, the commonest label alone on {100 * majority:.1f} %"
     if accuracy > majority:
         return f"{model} is right on {text}."
     return f"**{model} is not better than a constant answer**: it is right on {text}; {TUNED if tuned else PROMPTED}."
