@@ -59,7 +59,7 @@ CASES = [
     (
         labels.constant_sentence,
         ("m", GOLD, GOLD, True),
-        "m is right on 100.0% of 3",
+        "m is right on 100.0 % of 3",
         ("m", GOLD, pd.Series(list("aaa")), True),
         "**m is not better than a constant answer**",
     ),
