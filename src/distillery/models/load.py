@@ -174,6 +174,9 @@ def _draw_head(model: PreTrainedModel) -> None:
     new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, dtype=old.weight.dtype)
     model._init_weights(new)
     model.set_submodule(name, new.to(old.weight.device))
+    head = name.rpartition(".")[0]
+    if head:  # T5's has a rule of its own, narrower than that of a lone layer; what was read stays as it is
+        model._init_weights(model.get_submodule(head))
 
 
 def _reorder_head(model: PreTrainedModel, order: Sequence[int]) -> None:
