@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,6 +123,7 @@ def report(table: pd.DataFrame, revisions: dict[str, str]) -> None:
     parts = sampled.assign(part=sampled["part"].fillna(""))
     totals = {key: parts[parts["commit"] == revision] for key, revision in revisions.items()}
     stages = sorted(set(parts["stage"]))
+    print(f"before: {revisions['before']}, after: {revisions['after']}\n")
     print(f"{'TFLOP of matrix products':<70} {'before':>8} {'after':>8} {'ratio':>6}   after: {', '.join(KINDS)}")
 
     def line(title: str, before: pd.DataFrame, after: pd.DataFrame) -> None:
@@ -136,7 +138,10 @@ def report(table: pd.DataFrame, revisions: dict[str, str]) -> None:
         line(stage, **rows)
         for part in dict.fromkeys([*rows["after"]["part"], *rows["before"]["part"]]):
             if part:
-                line(f"  {part}"[:70], **{key: lines[lines["part"] == part] for key, lines in rows.items()})
+                line(
+                    "  " + textwrap.shorten(part, 68, placeholder=" …"),
+                    **{key: lines[lines["part"] == part] for key, lines in rows.items()},
+                )
     counted_twice = set.intersection(*(set(lines["stage"]) for lines in totals.values()))
     line("the stages with both", **{key: lines[lines["stage"].isin(counted_twice)] for key, lines in totals.items()})
     for (revision, stage), lines in table[table["full"].astype(bool)].groupby(["commit", "stage"]):
@@ -191,6 +196,7 @@ def unchanged_repro(root: Path, finished: Path, rounds: int = 3) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=repository_root())
+    parser.add_argument("--after", default=last_change(repository_root()), help="the commit that is `after`")
     parser.add_argument("--only", nargs="*", help="only count these stages, and print no table")
     parser.add_argument("--commits", nargs="*", default=["before", "after"], help="which of the two are counted")
     parser.add_argument("--full", nargs="*", help="stages that are counted a second time, every call")
@@ -203,7 +209,7 @@ def main() -> None:
         settings.target.write_text(json.dumps(parts))
         return
     root, path = repository_root(), Path(__file__).with_suffix(".csv")
-    revisions = {"before": BEFORE, "after": last_change(root)}
+    revisions = {"before": BEFORE, "after": settings.after}
     table = pd.read_csv(path, dtype={"commit": str}) if path.exists() else pd.DataFrame(columns=COLUMNS)
     for name in settings.commits:
         table = count_commit(root, revisions[name], settings, table)

@@ -42,7 +42,7 @@ FORMATS = {
 }
 
 
-def test_rows(n: int) -> pd.DataFrame:
+def finance_test_rows(n: int) -> pd.DataFrame:
     """The first `n` test rows (text, label) of the finance corpus as the default experiment splits it."""
     root, source = repository_root(), load_params().data["finance"]
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,7 +65,7 @@ def bytes_held(model: LabelModel) -> int:
 
 def main(rows: int, formats: list[str]) -> None:
     torch.set_num_threads(1)
-    frame = test_rows(rows)
+    frame = finance_test_rows(rows)
     texts, labels = frame["text"].tolist(), frame["label"].tolist()
     lines, reference = [], None
     for name in formats:

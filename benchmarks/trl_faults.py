@@ -23,8 +23,8 @@ def shown(values: list[float]) -> str:
 
 def main() -> None:
     print(
-        f"TRL {version('trl')}; a fault without a number was found since the list was made. DistillationTrainer is "
-        "on-policy alone: where it has no figure, the case does not arise.\n"
+        f"TRL {version('trl')}. Rows without a number are further faults. DistillationTrainer trains on-policy only: "
+        "where it has no figure, the case does not arise.\n"
     )
     print("| fault | test in `tests/test_faults.py` | figures | GKDTrainer | DistillationTrainer | Distillery |")
     print("|---|---|---|---:|---:|---:|")

@@ -83,8 +83,7 @@ def _attend_with_prefix(tree: TokenTree, query: Tensor, key: Tensor, value: Tens
     """:func:`tree_attention` where the sequence begins with the prefix.
 
     Rows are unpacked for the attention alone, so that no row is scored against another. On a CPU plain products beat
-    the fused kernel's backward pass at these lengths (`benchmarks/step_profile.py` shows both). The softmax is taken in
-    float32.
+    the fused kernel's backward pass at these lengths. The softmax is taken in float32.
     """
     prefix, (rows, width) = tree.prefix_length, tree.own_index.shape
     heads, kv_heads, size = query.shape[1], key.shape[1], query.shape[-1]
