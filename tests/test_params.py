@@ -335,12 +335,36 @@ def test_auto_and_early_stopping_need_validation_rows(folder):
         assert str(caught.value) == line
 
 
-def test_a_search_cannot_look_at_validation_rows(folder):
-    raw = changed("search", {"student": "gold", "learning_rate": [0.1, 0.2]})
-    raw["students"]["gold"]["phases"][0]["steps"] = "auto"
-    with pytest.raises(UserError, match="^params.yaml: search.phase: a search reads no validation rows, which `auto`"):
+@pytest.mark.parametrize(
+    ("settings", "choices", "line"),
+    [
+        # the schedule of `auto` would stay in the trials, and with --write the run would have another
+        ({"steps": "auto"}, {"steps": [20, 40]}, "phase: a search reads no validation rows, which `steps: auto` needs"),
+        ({"steps": "auto", "max_steps": 90}, {"steps": [20]}, "phase: a search reads no validation rows, which `steps"),
+        (
+            {"epochs": "auto"},
+            {"steps": [20, 40]},
+            "phase: a search reads no validation rows, which `epochs: auto` needs",
+        ),
+        ({"steps": 40}, {"epochs": [1, 2]}, "choices.epochs: the phase has `steps`: search that, or give it `epochs`"),
+        (
+            {"epochs": 1},
+            {"epochs": [2, "auto"]},
+            "choices.epochs: `auto` needs validation rows, and a search reads none",
+        ),
+    ],
+)
+def test_each_trial_of_a_search_is_a_phase_with_a_known_length(folder, settings, choices, line):
+    raw = changed("search", {"student": "gold", "choices": choices})
+    phase = raw["students"]["gold"]["phases"][0]
+    raw["students"]["gold"]["phases"][0] = {k: phase[k] for k in phase if k not in ("steps", "epochs")} | settings
+    with pytest.raises(UserError, match=f"^params.yaml: search.{line}"):
         load(folder, raw)
-    raw["search"]["choices"] = {"steps": [20, 40]}
+
+
+def test_a_search_may_list_lengths_of_its_phase(folder):
+    raw = changed("search", {"student": "gold", "choices": {"steps": [20, 40]}})
+    assert raw["students"]["gold"]["phases"][0]["steps"]
     assert load(folder, raw).search.choices == {"steps": [20, 40]}
 
 

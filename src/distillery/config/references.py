@@ -12,6 +12,7 @@ from distillery.config.schema import (
     WRITING_KINDS,
     Params,
     PhaseConfig,
+    SearchConfig,
     SplitRef,
     StudentConfig,
     TeacherConfig,
@@ -180,6 +181,25 @@ def _check_terms(params: Params, place: str, student: StudentConfig, phase: Phas
             raise UserError(f"{place}.teachers: `{name}` ({kind}) gives no hidden states")
 
 
+def _check_search(params: Params, file: str, search: SearchConfig) -> None:
+    """The searched phase exists, and each trial of it is the phase that a run with the same settings would have."""
+    _check_known(f"{file}: search.student", search.student, params.students, "student")
+    phases = params.students[search.student].phases
+    if search.phase > len(phases):
+        raise UserError(f"{file}: search.phase: `{search.student}` has no phase {search.phase}")
+    phase = phases[search.phase - 1]
+    length, other = ("epochs", "steps") if phase.epochs else ("steps", "epochs")
+    if phase.is_auto:  # its schedule and its upper bound would stay in the trials
+        raise UserError(
+            f"{file}: search.phase: a search reads no validation rows, which `{length}: auto` needs: give the phase a "
+            f"number of {length}, without `max_{length}`; `search.choices.{length}` may list others"
+        )
+    if other in search.choices:
+        raise UserError(f"{file}: search.choices.{other}: the phase has `{length}`: search that, or give it `{other}`")
+    if "auto" in search.choices.get(length, []):
+        raise UserError(f"{file}: search.choices.{length}: `auto` needs validation rows, and a search reads none")
+
+
 def _check_evaluation(params: Params, file: str) -> None:
     """The sections `evaluate` and `search`."""
     evaluate, search, writer = params.evaluate, params.search, params.augment.teacher
@@ -193,14 +213,7 @@ def _check_evaluation(params: Params, file: str) -> None:
         for source in sources:
             _check_known(f"{file}: evaluate.pretrained_on.{name}", source, params.data, "source")
     if search:
-        _check_known(f"{file}: search.student", search.student, params.students, "student")
-        phases = params.students[search.student].phases
-        if search.phase > len(phases):
-            raise UserError(f"{file}: search.phase: `{search.student}` has no phase {search.phase}")
-        if phases[search.phase - 1].is_auto and not {"epochs", "steps"} & set(search.choices):
-            raise UserError(
-                f"{file}: search.phase: a search reads no validation rows, which `auto` needs: give `epochs` or `steps`"
-            )
+        _check_search(params, file, search)
     _check_known(f"{file}: evaluate.headline", evaluate.headline, params.students, "student")
     for i, name in enumerate(evaluate.export):
         _check_known(f"{file}: evaluate.export.{i}", name, params.students, "student")
