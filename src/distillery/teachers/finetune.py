@@ -36,8 +36,8 @@ def finetune_teacher(
 
     Checkpoints lie in `folder` under a key of everything that decides the result; a killed run continues there.
     part: the name of these rows, for the key and for messages. validation: rows of the same columns, which early
-    stopping scores. shared: states of the layers below all adapters, for
-    the next model on some of these rows; give it to the model on all gold rows first.
+    stopping scores. shared: states of the layers below all adapters, for the next model on some of these rows; give it
+    to the model on all gold rows first.
     """
     spec = params.teachers[name]
     teacher = load_teacher_model(name, spec, params.models[spec.model], task, use="training")

@@ -89,13 +89,11 @@ class PhaseTrainerMixin:
                 student.frozen_states = compute_frozen_states(self.model, self.token_ids, scored, shared)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        entropy = None
+        lengths, entropy = [len(ids) for ids in self.token_ids], None
         if self.phase.balance == "batches":
-            lengths = [len(ids) for ids in self.token_ids]
             return BalancedSampler(lengths, self.phase.batch_size, self.seed, self.rows.targets)
         if self.rows.logprobs is not None:
             entropy = (-(self.rows.logprobs.exp() * self.rows.logprobs.clamp_min(-100)).sum(-1)).tolist()
-        lengths = [len(ids) for ids in self.token_ids]
         return LengthGroupedSampler(lengths, self.phase.batch_size, self.seed, self.phase.order, entropy)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
