@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from distillery import losses
 from distillery.config.load import validate_section
@@ -17,6 +17,7 @@ from distillery.config.schema import FinetuneConfig, ModelConfig, Params, PhaseC
 from distillery.errors import UserError
 from distillery.models.label_model import ModelOutput
 from distillery.teachers.finetune import finetune_teacher
+from distillery.training import run, trainers
 from distillery.training.completions import MicroBatch, PhaseCompletions, StepCounts
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.rows import TrainingRows, phase_rows
@@ -42,6 +43,23 @@ def test_settings_without_auto_give_what_they_gave_before():
     constant = phase({"ce": 1.0}, epochs=2.0, schedule="constant", warmup=0.0)
     assert constant.length == "2 epochs" and phase({"ce": 1.0}, epochs=1.0).length == "1 epoch"
     assert schedule_arguments(32, constant) == {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0}
+
+
+@pytest.mark.parametrize("length", [{"steps": 400}, {"steps": "auto", "max_steps": 400}])
+def test_the_inverse_square_root_has_one_meaning_whatever_gives_the_length(length):
+    """u = 100 steps: an epoch of 1600 rows."""
+    spec = phase({"ce": 1.0}, schedule="inverse_sqrt", warmup=0.0, **length)
+    arguments = TrainingArguments(use_cpu=True, report_to="none", **schedule_arguments(1600, spec))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=arguments.warmup_steps,
+        num_training_steps=400,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    rate = schedule.lr_lambdas[0]
+    assert rate(300) == pytest.approx(rate(0) / 2)  # sqrt(100 / 400)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +98,9 @@ def test_patience_counts_from_the_first_best_score(metric, sign):
     assert is_out_of_patience(log(0.1, math.nan, math.nan), stopping)
     for bound, settings in (("max_steps", {"steps": "auto"}), ("max_epochs", {"epochs": "auto"})):
         spec = phase({"ce": 1.0}, **settings, early_stopping={"metric": metric, "patience": 2})
+        never = end_sentence(log(math.nan, math.nan, math.nan), 90, spec)
+        kept = "so the last weights are kept: lower `learning_rate`"
+        assert never == f"30 of at most 90 steps; {metric} was never a number, {kept}"
         ended = end_sentence(log(0.1, 0.5, 0.4, 0.4), 90, spec)
         assert ended == f"40 of at most 90 steps; best {metric} 0.500 after 20 steps, whose weights are kept"
         assert end_sentence(log(0.1, 0.5), 20, spec).endswith(f"; its score may still have risen: raise `{bound}`")
@@ -109,6 +130,9 @@ def test_auto_stops_by_itself_and_its_rate_falls_with_the_root_of_the_steps(tiny
         "a better one end it"
     )
     assert end.startswith(f"training: {last} of at most 400 steps; best macro_f1 ") and "raise" not in end
+
+
+SCORES = ("accuracy", "macro_f1", "log_loss")
 
 
 class KilledError(Exception):
@@ -150,6 +174,32 @@ def test_a_killed_early_stopping_ends_like_an_unbroken_one(tiny_models, tmp_path
         assert saved == [step for step in unbroken if step > killed_at]
         pd.testing.assert_frame_equal(resumed, history)
         assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+def test_a_stopped_run_without_a_score_that_is_a_number_keeps_its_last_weights(tiny_models, tmp_path, monkeypatch):
+    """As it ends by itself, and as it continues when it was killed after it had stopped."""
+    validation = validation_rows(toy(6, seed=1), TASK)
+    stopping = {"metric": "loss", "patience": 1, "every": 2}
+    spec = phase({"ce": 1.0}, steps=20, batch_size=4, early_stopping=stopping)
+    monkeypatch.setattr(trainers, "score_predictions", lambda *_: dict.fromkeys(SCORES, math.nan))
+    unkilled = run.end_sentence
+
+    def killed(*_):
+        raise KilledError
+
+    def weights(folder):
+        student = learner(tiny_models, "classifier", scale=3)
+        trained(student, toy(12), spec, folder, validation=validation)
+        return student.model.state_dict()
+
+    unbroken = weights(tmp_path / "unbroken")
+    monkeypatch.setattr(run, "end_sentence", killed)
+    with pytest.raises(KilledError):
+        weights(tmp_path / "killed")
+    monkeypatch.setattr(run, "end_sentence", unkilled)
+    resumed = weights(tmp_path / "killed")
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in unbroken.items())
 
 
 # ------------------------------------------------------------------------------- rare labels
@@ -250,15 +300,23 @@ def test_a_balanced_batch_holds_as_many_rows_of_each_label(batch):
     assert list(BalancedSampler(lengths, batch, 1, labels)) != rows[0]
 
 
-def test_a_teacher_is_tuned_with_balanced_batches_until_it_stops_improving(tiny_models, tmp_path, capsys):
+def test_a_teacher_is_tuned_with_balanced_batches_until_it_stops_improving(tiny_models, tmp_path, capsys, monkeypatch):
     finetune = {"on": "toy/train", "steps": "auto", "max_steps": 20, "learning_rate": 1e-3, "balance": "batches"}
     spec = TeacherConfig(kind="classifier", model="small", finetune=FinetuneConfig(**finetune))
     origin = ModelConfig(folder=str(tiny_models / "tiny-bert"))
     params = Params.model_construct(teachers={"small": spec}, models={"small": origin})
-    rows = toy(9).assign(label=LABELS[0])
+    micro_batch = PhaseCompletions.micro_batch
+    rows, rare, batches = toy(9).assign(label=[LABELS[0]] * 8 + [LABELS[1]]), 8, []
+
+    def recorded_batch(self, drawn, *args):
+        batches.append(drawn)
+        return micro_batch(self, drawn, *args)
+
+    monkeypatch.setattr(PhaseCompletions, "micro_batch", recorded_batch)
     for watched in (toy(6, 1), toy(6, 2)):
         teacher, history = finetune_teacher("small", params, TASK, rows, folder=tmp_path, validation=watched)
         assert history["step"].tolist() == [10, 20]
+    assert len(batches) == 2 * 20 and all(drawn.count(rare) in (4, 5) for drawn in batches)  # of the 9 of an epoch
     assert teacher.predict(["profit"]).shape == (1, 3)
     assert capsys.readouterr().out.count("macro_f1 on 6 validation rows is looked at every 20 steps") == 2
     assert len(list(tmp_path.iterdir())) == 2  # other validation rows are another training

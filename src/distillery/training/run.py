@@ -104,7 +104,7 @@ def train_phase(
 
 
 def _train_or_restore(trainer: Any, checkpoint: str | None, title: str) -> None:
-    """Train on from `checkpoint` (None: from the start), or only load the best weights where that run had stopped.
+    """Train on from `checkpoint` (None: from the start), or only load its weights where that run had stopped.
 
     Prints what early stopping will watch, and when it ended the training.
     """
@@ -113,7 +113,10 @@ def _train_or_restore(trainer: Any, checkpoint: str | None, title: str) -> None:
         print(f"{title}: {plan_sentence(len(trainer.rows), len(trainer.validation), phase)}", flush=True)
     if had_stopped(checkpoint, stopping):
         trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        trainer._load_best_model()
+        if trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
+        else:  # no score was a number
+            trainer._load_from_checkpoint(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     if stopping:

@@ -28,7 +28,8 @@ def count_optimizer_steps(rows: int, phase: PhaseConfig) -> int:
 def default_interval(rows: int, phase: PhaseConfig) -> int:
     """Optimizer steps between two evaluations where `phase` gives none: about an epoch, in tens.
 
-    With `auto`, the learning rate rises for as long, and then falls with the square root of steps over this number.
+    With `auto`, the learning rate rises for as long. `schedule: inverse_sqrt` falls with the square root of steps over
+    this number.
     """
     epoch = min(max(steps_per_epoch(rows, phase), SHORTEST_INTERVAL), LONGEST_INTERVAL)
     return 10 * math.ceil(epoch / 10)
@@ -44,10 +45,10 @@ def schedule_arguments(rows: int, phase: PhaseConfig) -> dict[str, Any]:
     """The learning rate's course as keyword arguments of `TrainingArguments`."""
     kind = "constant_with_warmup" if phase.schedule == "constant" else phase.schedule
     steps = count_optimizer_steps(rows, phase)
-    if not phase.is_auto:
-        return {"lr_scheduler_type": kind, "warmup_steps": int(phase.warmup * steps)}
-    unit = default_interval(rows, phase)
-    arguments = {"lr_scheduler_type": kind, "warmup_steps": min(unit, steps) if phase.warmup else 0}
+    unit, warmup = default_interval(rows, phase), int(phase.warmup * steps)
+    if phase.is_auto:
+        warmup = min(unit, steps) if phase.warmup else 0
+    arguments = {"lr_scheduler_type": kind, "warmup_steps": warmup}
     return arguments | ({"lr_scheduler_kwargs": {"timescale": unit}} if kind == "inverse_sqrt" else {})
 
 
@@ -98,11 +99,13 @@ def plan_sentence(rows: int, validation: int, phase: PhaseConfig) -> str:
 
 
 def end_sentence(history: Sequence[dict[str, Any]], steps: int, phase: PhaseConfig) -> str:
-    """After how many of at most `steps` steps a training ended, and at which step its score was best."""
+    """After how many of at most `steps` steps a training ended, and at which step its score was best, if any."""
     taken, scores = evaluated_scores(history, phase.stopping.metric)
     best = scores.index(max(scores))
-    text = f"{taken[-1]:,} of at most {steps:,} steps; best {phase.stopping.metric} {abs(scores[best]):.3f} after "
-    text += f"{taken[best]:,} steps, whose weights are kept"
+    text = f"{taken[-1]:,} of at most {steps:,} steps; "
+    if math.isinf(scores[best]):
+        return f"{text}{phase.stopping.metric} was never a number, so the last weights are kept: lower `learning_rate`"
+    text += f"best {phase.stopping.metric} {abs(scores[best]):.3f} after {taken[best]:,} steps, whose weights are kept"
     if not phase.is_auto or is_out_of_patience(history, phase.stopping):
         return text
     bound = "max_epochs" if phase.epochs == "auto" else "max_steps"
