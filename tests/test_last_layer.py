@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
@@ -128,6 +130,28 @@ def test_the_comparison_leaves_no_trace():
     torch.random.set_rng_state(state)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(classify(model, BATCH).logits, logits)
+
+
+def test_the_comparison_leaves_modes_as_they_were_even_when_it_fails():
+    model = classifier("bert", attention_probs_dropout_prob=0.3).train()
+    model.bert.embeddings.eval()
+    modes = [module.training for module in model.modules()]
+    for token in (10**6, 5):
+        batch = {name: x.clone() for name, x in BATCH.items()}
+        batch["input_ids"][0, 1] = token
+        with pytest.raises(IndexError) if token > 5 else nullcontext():
+            classify(model, batch)
+        assert [module.training for module in model.modules()] == modes
+
+
+def test_the_config_is_written_as_text_once_a_model(monkeypatch):
+    model, write, written = classifier("bert").eval(), transformers.BertConfig.to_json_string, []
+    monkeypatch.setattr(transformers.BertConfig, "to_json_string", lambda self: written.append(self) or write(self))
+    for _ in range(3):
+        classify(model, BATCH)
+    assert len(written) == 1
+    classify(classifier("bert").eval(), {name: x[:, :1] for name, x in BATCH.items()})
+    assert len(written) == 1  # nothing to compare
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -31,6 +31,7 @@ from distillery.models.layers import transformer_body
 from distillery.models.packed.attention import supports_token_trees
 from distillery.models.packed.decoding import compute_prefix_kv
 from distillery.models.scoring import TokenLogits, causal_token_logits, plain_token_logits
+from distillery.models.undisturbed import undisturbed
 
 PREFIX = 4  # tokens that all compared rows begin with
 SHORT_ROWS = (8, 5)  # tokens of the compared rows beside the long one
@@ -74,7 +75,7 @@ def check_forward(
     store = _StoredChecks(key, custom_code=hasattr(config, "auto_map"))
     methods, differences = store.read(length)
     if methods is None:
-        with _undisturbed(model), autocast():
+        with undisturbed(model), autocast():
             torch.set_autocast_cache_enabled(False)  # weights narrowed without gradients would serve the training
             compared = _ComparedRows(model, _compared_length(config, length), dtype, end_tokens(model, tokenizer))
             methods, differences = compared.choose_methods(length), compared.differences
@@ -123,21 +124,6 @@ def _compared_length(config: Any, length: int) -> int:
     """The next power of two from `length` on, or the model's highest length where that is less."""
     limits = [getattr(config, key, None) for key in POSITION_LIMITS]
     return min([max(MIN_LENGTH, 2 ** math.ceil(math.log2(length))), *(limit for limit in limits if limit)])
-
-
-@contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients, of which nothing stays: neither drawn random numbers nor a mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    cache_enabled = torch.is_autocast_cache_enabled()
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cache_enabled)
-        for module, training in modes:
-            module.training = training
 
 
 class _ComparedRows:

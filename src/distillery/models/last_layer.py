@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from distillery.errors import UserError
 from distillery.models.layers import configured_layers, find_layers, transformer_body
+from distillery.models.undisturbed import undisturbed
 
 # parts of a layer whose output at a token needs that token alone, unlike keys and values; of Llama's and BERT's kind
 TOKEN_WISE = ("self_attn.q_proj", "self_attn.o_proj", "mlp") + (
@@ -22,7 +24,9 @@ TOKEN_WISE = ("self_attn.q_proj", "self_attn.o_proj", "mlp") + (
     "output.dense",
 )
 
-_read_first_token: dict[str, bool] = {}  # of this process
+_read_first_token: dict[str, bool] = {}  # by kind, of this process
+# the kind and config of a model as text, written once and not at every forward pass
+_kinds: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def _token_wise_parts(body: nn.Module) -> list[nn.Module]:
@@ -89,22 +93,22 @@ def _at_first_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Any:
     return read_last_layer_at(transformer_body(model), first)
 
 
-@torch.no_grad()
 def _reads_first_token(model: nn.Module, batch: dict[str, Tensor]) -> bool:
     """Whether the logits of a classifier depend on the first token's last state alone, by its first rows of `batch`.
 
     Compares once a process for models of one kind and config.
     """
-    key, dtype = f"{type(model).__name__} {model.config.to_json_string()}", next(model.parameters()).dtype
     if batch["input_ids"].shape[1] == 1 or batch["input_ids"].is_meta:
         return False  # there is no other token to compare with, or no value
-    if key not in _read_first_token:
-        few, training = {name: x[:2] for name, x in batch.items()}, model.training
-        model.eval()
-        with torch.autocast(batch["input_ids"].device.type, enabled=False):  # its cache would serve the training
+    if model not in _kinds:
+        _kinds[model] = f"{type(model).__name__} {model.config.to_json_string()}"
+    kind = _kinds[model]
+    if kind not in _read_first_token:
+        few, dtype = {name: x[:2] for name, x in batch.items()}, next(model.parameters()).dtype
+        # the cache of autocast would serve the training
+        with undisturbed(model), torch.autocast(batch["input_ids"].device.type, enabled=False):
             whole = model(**few).logits
             with _at_first_tokens(model, few):
                 difference = (model(**few).logits - whole).abs().max()
-            _read_first_token[key] = bool(difference <= torch.finfo(dtype).eps ** 0.75 * whole.abs().max())
-        model.train(training)
-    return _read_first_token[key]
+            _read_first_token[kind] = bool(difference <= torch.finfo(dtype).eps ** 0.75 * whole.abs().max())
+    return _read_first_token[kind]
