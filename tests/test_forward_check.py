@@ -216,6 +216,10 @@ def test_stages_share_a_comparison_and_its_line(tmp_path, monkeypatch, capsys):
     for model, length in ((half, 8), (fresh("lfm2"), 100)):  # another precision, and longer rows
         with pytest.raises(TypeError):
             model.forward_methods(drawn_rows(len(TOKENIZER), length), 2)
+    monkeypatch.setattr(forward_check, "_checked", {})
+    monkeypatch.setattr(forward_check, "cpu_model", lambda: "another processor")  # other kernels, other rounding
+    with pytest.raises(TypeError):
+        fresh("lfm2").forward_methods(ROWS, 2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

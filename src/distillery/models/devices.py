@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -80,6 +83,16 @@ def move_tensor(tensor: Tensor, device: torch.device) -> Tensor:
 def to_array(tensor: Tensor) -> np.ndarray:
     """The values of `tensor`; zeros for one on the `meta` device, which has none."""
     return np.zeros(tuple(tensor.shape), np.float32) if tensor.is_meta else tensor.cpu().numpy()
+
+
+def cpu_model() -> str:
+    """The name of the processor and a hash of what it can do, which a virtual machine may restrict."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    name, flags = (
+        next((x for x in lines if x.startswith(key)), "").partition(":")[2] for key in ("model name", "flags")
+    )
+    return f"{name.strip() or platform.processor()} {hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def synchronize(device: torch.device) -> None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillery.files import Paths, repository_root, write_json
 from distillery.fingerprint import code_digest
+from distillery.models.devices import cpu_model
 from distillery.models.forward_methods import ForwardMethods
 from distillery.models.generation import end_tokens, generate_batch
 from distillery.models.head import head_is_direct
@@ -100,7 +101,8 @@ class _StoredChecks:
         self.path = None
         if os.environ.get(KEEP_CHECKS) and not custom_code:
             self.path = Paths(repository_root()).cache / "forward_methods.json"
-            computation = [code_digest("models"), version("torch"), version("transformers"), torch.get_num_threads()]
+            versions = [code_digest("models"), version("torch"), version("transformers")]
+            computation = [*versions, cpu_model(), torch.get_num_threads()]
             self.key = hashlib.sha256(json.dumps([*key, *computation]).encode()).hexdigest()
 
     def _records(self) -> dict[str, Any]:

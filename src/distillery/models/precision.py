@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -18,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distillery.files import Paths, repository_root, write_json
-from distillery.models.devices import default_device, synchronize, working_dtype
+from distillery.models.devices import cpu_model, default_device, synchronize, working_dtype
 from distillery.models.layers import output_head
 from distillery.models.packed.hidden import completion_hidden_states
 
@@ -57,7 +55,7 @@ def describe_dtypes(dtype: str, uses: Sequence[Use] = USES) -> str:
 def faster_dtypes(path: Path) -> dict[Use, str]:
     """For training and prediction the faster number format on this machine, from the file `path` if it is there."""
     records = json.loads(path.read_text()) if path.exists() else {}
-    machine = json.dumps([_cpu_model(), torch.get_num_threads(), default_device().type, version("torch")])
+    machine = json.dumps([cpu_model(), torch.get_num_threads(), default_device().type, version("torch")])
     if machine not in records:
         seconds = time_dtypes()
         records[machine] = {"dtypes": {use: choose_dtype(times) for use, times in seconds.items()}, "seconds": seconds}
@@ -68,16 +66,6 @@ def faster_dtypes(path: Path) -> dict[Use, str]:
 def choose_dtype(seconds: dict[str, float]) -> str:
     """bfloat16 if it is at least :data:`MIN_SPEEDUP` times as fast as float32, else float32."""
     return "bfloat16" if seconds["float32"] >= MIN_SPEEDUP * seconds.get("bfloat16", inf) else "float32"
-
-
-def _cpu_model() -> str:
-    """The name of the processor and a hash of what it can do, which a virtual machine may restrict."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    name, flags = (
-        next((x for x in lines if x.startswith(key)), "").partition(":")[2] for key in ("model name", "flags")
-    )
-    return f"{name.strip() or platform.processor()} {hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def time_dtypes() -> dict[Use, dict[str, float]]:
