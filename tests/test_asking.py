@@ -16,8 +16,8 @@ from distillery.data.readers import read_rows
 from distillery.errors import UserError
 from distillery.models.folders import model_folder
 from distillery.tasks.schema import load_task
-from distillery.teachers import asking
-from distillery.teachers.asking import open_requested, read_request, write_answers
+from distillery.teachers import asking, cache
+from distillery.teachers.asking import AnswerRequest, open_requested, read_request, write_answers
 from distillery.teachers.file import FileTeacher, read_answer_files
 from tiny import ROOT
 
@@ -37,7 +37,8 @@ def request_file(tiny_models, tmp_path):
     rows = gold_rows(7)
     (tmp_path / "data/answers").mkdir(parents=True)
     (tmp_path / "tasks").mkdir()
-    shutil.copy(ROOT / "tasks/finance-sentiment.yaml", tmp_path / "tasks/finance-sentiment.yaml")
+    for task in ("finance-sentiment", "math", "commonsense"):
+        shutil.copy(ROOT / f"tasks/{task}.yaml", tmp_path / f"tasks/{task}.yaml")
     rows[["id", "text"]].to_json(tmp_path / "data/rows.jsonl", orient="records", lines=True)
     request = {
         "source": "data/rows.jsonl",
@@ -55,37 +56,44 @@ def read_answers(root, columns=COLUMNS) -> FileTeacher:
     return FileTeacher(read_answer_files(spec, task, root), task, "id")
 
 
-def test_answers_go_on_where_they_stopped_and_teach_as_the_model_would(request_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop", ["before a write", "within a write", "after a write"])
+def test_answers_go_on_where_they_stopped_and_teach_as_the_model_would(request_file, tmp_path, monkeypatch, stop):
     monkeypatch.setattr(asking, "BLOCK", 4)
-    predict, calls = asking.LabelModel.predict, []
+    insert, forward, batches = cache._insert_answers, asking.LabelModel.forward, []
 
-    def stopped(self, texts, *, cached, on_batch):
-        def on_first(*batch):
-            on_batch(*batch)
-            raise KeyboardInterrupt
+    def counted(self, ids, **settings):
+        batches.append(len(ids))
+        return forward(self, ids, **settings)
 
-        return predict(self, texts, cached=cached, on_batch=on_first)
+    def stopped(connection, answered):
+        if len(batches) < 2:  # the second batch of two rows is the one that is lost or kept
+            return insert(connection, answered)
+        if stop == "within a write":
+            insert(connection, answered[:1])
+        if stop == "after a write":
+            insert(connection, answered)
+            connection.commit()
+        raise KeyboardInterrupt
 
-    def counted(self, texts, *, cached, on_batch):
-        calls.append(sum(answer is None for answer in cached))
-        return predict(self, texts, cached=cached, on_batch=on_batch)
-
+    monkeypatch.setattr(asking.LabelModel, "forward", counted)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(asking.LabelModel, "predict", stopped)
+        patch.setattr(cache, "_insert_answers", stopped)
         write_answers(tmp_path, FILE)
-    assert not (tmp_path / "data/answers/mine.jsonl").exists()
-    monkeypatch.setattr(asking.LabelModel, "predict", counted)
+    assert batches == [2, 2] and not (tmp_path / "data/answers/mine.jsonl").exists()
+    kept = 4 if stop == "after a write" else 2
+    batches.clear()
     path = write_answers(tmp_path, FILE)
-    assert calls == [2, 3]  # of the first block, of which two rows were answered, and of the second
-    monkeypatch.undo()
+    origin, lines = json.loads(path.with_suffix(".json").read_text()), path.read_text()
+    assert batches == ([2, 1] if kept == 4 else [2, 2, 1])
+    assert origin["rows"] == 7 and origin["computed_rows"] == 7 - kept
+    assert origin["request"] == request_file and "{text}" in origin["prompt"]
     rows = gold_rows(7)
     model = open_requested(tmp_path, read_request(tmp_path, FILE))
     taught = read_answers(tmp_path).predict(rows)
     assert np.allclose(taught, model.predict(rows["text"].tolist()), atol=2e-3)
     assert np.allclose(taught.sum(1), 1)
-    origin = json.loads(path.with_suffix(".json").read_text())
-    assert origin["rows"] == 7 and origin["request"] == request_file and "{text}" in origin["prompt"]
-    assert not list((tmp_path / ".cache/answers").iterdir())
+    (tmp_path / cache.STORE_PATH).unlink()
+    assert write_answers(tmp_path, FILE).read_text() == lines  # without a stop
 
 
 @pytest.mark.parametrize(
@@ -102,6 +110,8 @@ def test_answers_go_on_where_they_stopped_and_teach_as_the_model_would(request_f
             "data/answers/mine.yaml: teacher: `prompts`, `examples_from` and `calibrate` need gold rows or a pool",
         ),
         ({"rows": 3}, "data/answers/mine.yaml: rows: unknown key"),
+        ({"task": "math"}, "tasks/math.yaml: answers are asked for a classification only"),
+        ({"task": "commonsense"}, "tasks/commonsense.yaml: answers are asked for a classification only"),
     ],
 )
 def test_a_request_that_cannot_be_met_ends_in_one_line(request_file, tmp_path, change, line):
@@ -147,23 +157,32 @@ def test_several_answers_to_a_row_are_averaged(request_file, tmp_path):
 
 
 KEPT = sorted(path.with_suffix(".yaml") for path in (ROOT / "data/answers").glob("*.jsonl"))
+every_kept = pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
-def test_kept_answers_are_those_of_their_model(path):
-    """Every row that was requested has probabilities; a sample is asked again where the model is there."""
+def kept_answers(path) -> tuple[AnswerRequest, list[dict], dict[str, dict[str, float]]]:
+    """The request in `path`, its rows, and their kept probabilities by id."""
     request = read_request(ROOT, path.relative_to(ROOT).as_posix())
-    rows = read_rows(request.source, ROOT).rows
-    lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
-    answers = {line["id"]: line["probabilities"] for line in map(json.loads, lines)}
+    lines = map(json.loads, path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines())
+    return request, read_rows(request.source, ROOT).rows, {line["id"]: line["probabilities"] for line in lines}
+
+
+@every_kept
+def test_kept_answers_are_those_that_were_requested(path):
+    request, rows, answers = kept_answers(path)
     origin = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     assert list(answers) == [row[request.id] for row in rows] and origin["rows"] == len(rows)
     assert {tuple(answer) for answer in answers.values()} == {tuple(origin["labels"])}
     assert all(abs(sum(answer.values()) - 1) < 1e-3 for answer in answers.values())
     assert origin["request"] == request.model_dump(exclude_defaults=True)
+
+
+@every_kept
+def test_kept_answers_are_those_of_their_model(path):
+    request, rows, answers = kept_answers(path)
     ((name, spec),) = request.models.items()
     if not model_folder(name, spec).exists():
-        return  # a large model that was not fetched here
+        pytest.skip(f"{name} is not fetched here; `make answers` fetches it")
     sample = rows[:: len(rows) // 4]
     probabilities = open_requested(ROOT, request).predict([row[request.text] for row in sample])
     kept = [list(answers[row[request.id]].values()) for row in sample]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
-import re
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -25,12 +22,16 @@ from distillery.config.schema.base import Section
 from distillery.data.readers import read_rows
 from distillery.errors import UserError
 from distillery.files import Paths, atomic_write, read_yaml, write_json
+from distillery.models.devices import cpu_model
 from distillery.models.label_model import LabelModel
 from distillery.tasks.schema import load_task
+from distillery.teachers.cache import STORE_PATH, AnswerStore, Question
+from distillery.teachers.identity import model_identity
+from distillery.teachers.local import AnswerCache, LocalTeacher
 from distillery.training.teacher_models import load_teacher_model
 
 DIGITS = 4  # of a probability in the file
-BLOCK = 256  # rows that share batches; a stopped run keeps whole blocks of the file, not its short rows
+BLOCK = 256  # rows that share batches; whole blocks, so that no answer depends on where a run stopped
 SECONDS_BETWEEN_LINES = 60.0
 
 
@@ -64,83 +65,91 @@ def read_request(root: Path, file: str) -> AnswerRequest:
 
 
 def open_requested(root: Path, request: AnswerRequest) -> LabelModel:
-    """The model that `request` names, with its task and prompt."""
+    """The model that `request` names, with its task and prompt. Raises UserError for a task without fixed labels."""
     name = request.teacher.model
     task = load_task(request.task, Paths(root).tasks)
+    if task.kind != "classification":
+        raise UserError(f"tasks/{request.task}.yaml: answers are asked for a classification only")
     return load_teacher_model(name, request.teacher, request.models[name], task)
 
 
 @dataclass
-class Asking:
-    """The rows of a request, and the answers that are there: `answers[i]` is None or the probabilities [labels].
+class Progress:
+    """How far the answers to `rows` rows are. cached: rows of earlier starts; computed: rows of this one."""
 
-    partial: the file in `.cache/answers/` where answers collect, so that a stopped run goes on where it was.
-    """
+    name: str
+    rows: int
+    cached: int = 0
+    computed: int = 0
+    started: float = field(default_factory=time.monotonic)
+    printed: float = field(default_factory=time.monotonic)
 
-    ids: list[str]
-    texts: list[str]
-    partial: Path
-    answers: list[list[float] | None]
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
 
-    def ask(self, model: LabelModel, rows: Sequence[int]) -> None:
-        """Ask `model` for those of `rows` that have no answer, and keep the answers batch by batch."""
-        name, start, printed = self.partial.stem, time.monotonic(), time.monotonic()
-        first = len(self.answers) - self.answers.count(None)
-
-        def keep(indices: list[int], probabilities: np.ndarray) -> None:
-            nonlocal printed
-            with open(self.partial, "a", encoding="utf-8") as file:
-                for i, values in zip(indices, probabilities.astype(float).tolist(), strict=True):
-                    file.write(json.dumps({"row": block[i], "probabilities": values}) + "\n")
-                    self.answers[block[i]] = values
-            done, now = len(self.answers) - self.answers.count(None), time.monotonic()
-            if now - printed >= SECONDS_BETWEEN_LINES or done == len(self.answers):
-                rate, printed = (done - first) / max(now - start, 1e-3), now
-                print(f"{name}: {done} of {len(self.answers)} rows, {rate:.2f} rows/s", flush=True)
-
-        for begin in range(0, len(rows), BLOCK):
-            block = rows[begin : begin + BLOCK]
-            cached = [self.answers[row] for row in block]
-            model.predict([self.texts[row] for row in block], cached=cached, on_batch=keep)
+    def add_computed(self, rows: int) -> None:
+        """Count `rows` more that this start computed; a line is printed once a minute and at the end."""
+        self.computed += rows
+        done, now = self.cached + self.computed, time.monotonic()
+        if now - self.printed >= SECONDS_BETWEEN_LINES or done == self.rows:
+            rate, self.printed = self.computed / max(self.seconds, 1e-3), now
+            print(f"{self.name}: {done} of {self.rows} rows, {rate:.2f} rows/s", flush=True)
 
 
-def read_asking(root: Path, file: str, request: AnswerRequest) -> Asking:
-    """The rows that the request in `file` is about, with the answers that an earlier run left."""
+@dataclass(frozen=True)
+class CountingCache(AnswerCache):
+    """An answer cache that counts in `progress` what it gives and what it gets."""
+
+    progress: Progress
+
+    def texts(self, questions: Sequence[Question]) -> list[str | None]:
+        cached = super().texts(questions)
+        self.progress.cached += len(cached) - cached.count(None)
+        return cached
+
+    def writer(self, questions: Sequence[Question]) -> Callable[[list[int], Sequence[str]], None]:
+        write = super().writer(questions)
+
+        def write_and_count(indices: list[int], texts: Sequence[str]) -> None:
+            write(indices, texts)
+            self.progress.add_computed(len(indices))
+
+        return write_and_count
+
+
+def read_columns(root: Path, file: str, request: AnswerRequest) -> tuple[list[str], list[str]]:
+    """The ids and the texts of the rows that the request in `file` is about."""
     records = read_rows(request.source, root)
     for column in (request.id, request.text):
         if column not in records.rows[0]:
             raise UserError(f"{file}: {request.source} has no column `{column}`")
     ids, texts = ([str(row[column]) for row in records.rows] for column in (request.id, request.text))
-    task = Paths(root).task(request.task).read_bytes()
-    key = hashlib.sha256(request.model_dump_json().encode() + task + "\n".join(texts).encode()).hexdigest()[:12]
-    partial = Paths(root).cache / "answers" / f"{Path(file).stem}-{key}.jsonl"
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.touch()
-    asking = Asking(ids, texts, partial, [None] * len(ids))
-    for line in partial.read_text(encoding="utf-8").splitlines():
-        answer = json.loads(line)
-        asking.answers[answer["row"]] = answer["probabilities"]
-    return asking
+    return ids, texts
 
 
 def write_answers(root: Path, file: str) -> Path:
     """Ask for the label probabilities of all rows that `file` (below `root`) requests; the file that holds them.
 
-    `<name>.jsonl` gets a line {id, probabilities: {label: p}} a row, `<name>.json` the origin of the answers. Raises
-    UserError for a wrong request.
+    `<name>.jsonl` gets a line {id, probabilities: {label: p}} a row, `<name>.json` the origin of the answers. Every
+    batch is kept in the answer store of `root`, so a stopped run goes on with the next one. Raises UserError for a
+    wrong request and for a full disk.
     """
     request = read_request(root, file)
-    asking, model, started = read_asking(root, file, request), open_requested(root, request), time.monotonic()
-    asking.ask(model, range(len(asking.ids)))
-    path, seconds = (root / file).with_suffix(".jsonl"), time.monotonic() - started
+    ids, texts = read_columns(root, file, request)
+    model, path, name = open_requested(root, request), (root / file).with_suffix(".jsonl"), request.teacher.model
+    progress = Progress(path.stem, len(ids))
+    identity = model_identity(name, request.models[name], model) | {"seed": request.teacher.seed}
+    teacher = LocalTeacher(model, CountingCache(AnswerStore(root / STORE_PATH), identity, progress))
+    blocks = [teacher.predict_texts(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
     with atomic_write(path) as temporary:
         lines = [
             json.dumps({"id": i, "probabilities": _rounded(model.task.names, row)}, ensure_ascii=False)
-            for i, row in zip(asking.ids, asking.answers, strict=True)
+            for i, row in zip(ids, np.concatenate(blocks).astype(float).tolist(), strict=True)
         ]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(path.with_suffix(".json"), _origin(root, request, model, len(asking.ids), seconds))
-    asking.partial.unlink()
+    write_json(path.with_suffix(".json"), _origin(root, request, model, progress))
     return path
 
 
@@ -148,19 +157,18 @@ def _rounded(names: list[str], row: list[float]) -> dict[str, float]:
     return {name: round(value, DIGITS) for name, value in zip(names, row, strict=True)}
 
 
-def _origin(root: Path, request: AnswerRequest, model: LabelModel, rows: int, seconds: float) -> dict[str, Any]:
-    """What gave the answers: model, prompt, code, machine and time."""
+def _origin(root: Path, request: AnswerRequest, model: LabelModel, progress: Progress) -> dict[str, Any]:
+    """What gave the answers: model, prompt, code, machine, and the time for the rows that the last start computed."""
     head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    cpu = Path("/proc/cpuinfo")
-    processor = re.search(r"model name\s*:\s*(.*)", cpu.read_text()) if cpu.exists() else None
     return {
         "request": request.model_dump(exclude_defaults=True),
         "prompt": model.prompt_for("{text}", model.few_shot),
         "labels": model.task.names,
-        "rows": rows,
+        "rows": progress.rows,
+        "computed_rows": progress.computed,
         "commit": head,
         "date": str(date.today()),
-        "seconds": round(seconds),
-        "machine": f"{processor[1] if processor else platform.processor()}, {torch.get_num_threads()} threads",
+        "seconds": round(progress.seconds),
+        "machine": f"{cpu_model()}, {torch.get_num_threads()} threads",
         "versions": {package: version(package) for package in ("torch", "transformers")},
     }
