@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import socket
@@ -166,7 +167,7 @@ def test_a_gguf_file_in_pieces_becomes_a_model_and_goes_on_where_it_was_stopped(
         patch.setattr("distillery.models.pieces.shutil.copyfileobj", stop_halfway)
         fetch_model("tiny", spec, cache)
     folder = fetch_model("tiny", spec, cache)
-    assert [path.name for path in cache.iterdir()] == [folder.name]
+    assert {path.name for path in cache.iterdir()} == {folder.name, f".{folder.name}.pieces.lock"}
     model = load_model(folder, "causal")
     weights = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "whole.gguf").tensors}
     assert np.allclose(
@@ -191,7 +192,25 @@ def test_pieces_that_differ_from_params_end_in_one_line(pieces, shelf, tmp_path)
     with pytest.raises(UserError, match=wrong):
         fetch_model("tiny", ModelConfig(**pieces), cache)
     digest = model_folder("tiny", ModelConfig(**pieces), cache).name
-    assert not [path.name for path in cache.iterdir() if digest in path.name]
+    assert [path.name for path in cache.iterdir() if digest in path.name] == [f".{digest}.pieces.lock"]
+
+
+def test_a_process_that_waited_for_pieces_goes_on_when_the_first_one_deleted_them(pieces, shelf, tmp_path, monkeypatch):
+    spec, cache, lock = ModelConfig(**pieces), tmp_path / "cache", fcntl.flock
+    right = (shelf / "piece_3-0.1-py3-none-any.whl").rename(tmp_path / "right.whl")
+    package(shelf, "piece-3", {"piece_3/part03.bin": b"another file"})
+
+    def lock_late(file, operation):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="nothing kept$"):
+            patch.setattr(fcntl, "flock", lock)
+            fetch_model("tiny", spec, cache)  # the process that had the lock
+        right.replace(shelf / "piece_3-0.1-py3-none-any.whl")
+        lock(file, operation)
+        with open(file.name) as third, pytest.raises(BlockingIOError):
+            lock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    assert (fetch_model("tiny", spec, cache) / "model.safetensors").exists()
 
 
 def test_pieces_need_space_for_all_of_them_and_the_model(pieces, tmp_path, monkeypatch):

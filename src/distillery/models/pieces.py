@@ -30,12 +30,14 @@ def joined_pieces(name: str, spec: ModelConfig, folder: Path) -> Iterator[Path]:
     has too little space, and when the whole file has another sha256 than `spec`; the file is then deleted.
     """
     path = folder.with_name(f".{folder.name}.pieces")
-    with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits, and finds the model there
+    # a lock file that stays: a process that waited for a deleted one would hold a lock on nothing
+    with open(path.with_name(f"{path.name}.lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and finds the model there
         if folder.exists():
-            path.unlink(missing_ok=True)
+            _delete(path)
             yield path
             return
+        path.touch()
         _append_missing(name, spec, path)
         digest = spec.sha256 if isinstance(spec.sha256, str) else spec.sha256[0]
         if (actual := file_digest(path)) != digest:
