@@ -220,6 +220,11 @@ MISTAKES = {
     "same": ({"i.csv": b"text\na\n"}, {"output": "i.csv"}, "is the input, too; give --output another name"),
     "target": ({"i.csv": b"text\na\n"}, {"output": "none/o.csv"}, "cannot be written: its folder is missing"),
     "new key": ({"i.jsonl": b'{"text": "a"}\n{"text": "a", "b": 1}\n'}, {"window": 1}, "line 2: a new key `b`"),
+    "new key, Parquet": (
+        {"i.jsonl": b'{"text": "a"}\n{"text": "a", "b": 1}\n'},
+        {"window": 1, "output": "o.parquet"},
+        "line 2: a new key `b`",
+    ),
     "no export": ({"i.csv": b"text\na\n"}, {"engine": "onnx-int8"}, "no export `onnx-int8` here"),
 }
 
@@ -237,7 +242,7 @@ def test_a_mistake_ends_in_one_line(folder, tmp_path, monkeypatch, capsys, case)
     with pytest.raises(SystemExit) as stop:
         main(command)
     assert line in stop.value.code and stop.value.code.startswith("error: ") and "\n" not in stop.value.code
-    assert not (tmp_path / "o.csv").exists()
+    assert not any((tmp_path / name).exists() for name in ("o.csv", "o.parquet"))
 
 
 def test_a_student_that_no_confidence_makes_right_cannot_abstain(folder, tmp_path):

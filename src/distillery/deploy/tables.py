@@ -169,13 +169,19 @@ def write_rows(file: IO[str], kind: str, columns: Sequence[str], window: Window)
     if kind == "jsonl":
         file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in window.rows)
         return
-    writer, known = csv.writer(file, delimiter=DELIMITERS[kind], lineterminator="\n"), set(columns)
+    _check_keys(columns, window)
+    writer = csv.writer(file, delimiter=DELIMITERS[kind], lineterminator="\n")
+    writer.writerows([_cell(row.get(column)) for column in columns] for row in window.rows)
+
+
+def _check_keys(columns: Sequence[str], window: Window) -> None:
+    """Raise UserError for a row of `window` with a key that is no column: only JSON lines can hold it."""
+    known = set(columns)
     for row, place in zip(window.rows, window.places, strict=True):
         if other := row.keys() - known:
             raise UserError(
                 f"{place}: a new key `{min(other)}`, which the first rows do not have; write JSON lines instead"
             )
-        writer.writerow([_cell(row.get(column)) for column in columns])
 
 
 def write_header(file: IO[str], kind: str, columns: Sequence[str]) -> None:
@@ -195,6 +201,7 @@ def write_part(path: Path, kind: str, columns: Sequence[str], window: Window) ->
 
 
 def _arrow_table(columns: Sequence[str], window: Window) -> pa.Table:
+    _check_keys(columns, window)
     try:
         fields = []
         for column in columns:
