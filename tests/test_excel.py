@@ -31,6 +31,13 @@ def workbook(*rows: str, shared: str = "", target: str = "worksheets/sheet1.xml"
     return file.getvalue()
 
 
+def listed(offset: int, value: bytes) -> bytes:
+    """A workbook of which each entry in the zip file's list has the bytes `value` at `offset`."""
+    entry = b"PK\x01\x02"
+    first, *entries = workbook(inline("a"), inline("x")).split(entry)
+    return entry.join([first, *(part[: offset - 4] + value + part[offset - 4 + len(value) :] for part in entries)])
+
+
 def inline(*texts: str) -> str:
     return "".join(f'<c t="inlineStr"><is><t>{text}</t></is></c>' for text in texts)
 
@@ -85,6 +92,9 @@ def test_cells_stand_where_their_reference_names_and_targets_may_be_absolute():
         (workbook(inline("a", "a"), inline("x", "y")), "a.xlsx, row 1: the column `a` is there twice"),
         (workbook(), "a.xlsx: empty, there are no rows in it"),
         (workbook(inline("text", "label")), "a.xlsx: empty"),
+        (listed(10, b"\x08"), "not an Excel workbook"),  # as if compressed
+        (listed(20, b"\xff\xff\x00\x00" * 2), "not an Excel workbook"),  # longer than the file
+        (listed(8, b"\x01"), "damaged, or with a password"),
         (workbook(inline("a"), "<c"), "not an Excel workbook"),
         (workbook(inline("a"), '<c t="s"><v>3</v></c>'), "not an Excel workbook"),
     ],

@@ -6,6 +6,7 @@ import io
 import posixpath
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from xml.etree import ElementTree
@@ -13,6 +14,16 @@ from xml.etree import ElementTree
 from distillery.data.records import RawRows
 from distillery.errors import UserError
 
+DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    RuntimeError,
+    KeyError,
+    IndexError,
+    ValueError,
+    ElementTree.ParseError,
+)
 MAIN = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 RELATION = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
 
@@ -27,7 +38,7 @@ def read_xlsx(name: str, content: bytes, has_header: bool = True) -> RawRows:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             sheets = _sheets(archive)
             rows = list(_sheet_rows(archive, sheets[0][1]))
-    except (zipfile.BadZipFile, KeyError, IndexError, ValueError, ElementTree.ParseError, NotImplementedError):
+    except DAMAGED:  # a RuntimeError is that of a password, or of a way to compress that Python lacks
         raise UserError(f"{name}: not an Excel workbook in .xlsx, damaged, or with a password") from None
     decisions = []
     if len(sheets) > 1:
