@@ -114,7 +114,8 @@ def test_a_bad_length_is_answered_before_the_body_is_read(server, length, status
     connection.putrequest("POST", "/predict")
     connection.putheader("Content-Length", length)
     connection.endheaders()
-    assert connection.getresponse().status == status
+    response = connection.getresponse()
+    assert response.status == status and response.getheader("Connection") == "close"
     connection.close()
 
 
