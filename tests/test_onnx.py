@@ -147,6 +147,21 @@ def test_what_cannot_be_exported_is_one_line(tiny_models, tmp_path, arch, model,
         write_exports(tmp_path / "model", settings)
 
 
+@pytest.mark.parametrize("name", ["onnx/exports.json", "tokenizer.json"])
+def test_a_run_does_not_continue_with_other_exports_or_another_tokenizer(folder, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(tables, "WINDOW_ROWS", 2)
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "i.csv").write_text("text\na\nb\na,b\n")
+    options = PredictOptions(str(tmp_path / "i.csv"), str(tmp_path / "o.csv"), threads=1)
+    for line in ("predicting", "continuing after 2 rows", "starting anew"):
+        with pytest.raises(UserError, match="2 cells, but the header has 1"):
+            predict_file(tmp_path / "model", options)
+        assert line in capsys.readouterr().err
+        if line.startswith("continuing"):
+            path = tmp_path / "model" / name
+            path.write_text(path.read_text() + "\n")
+
+
 def run_without(modules: str, command: str, *arguments: str) -> subprocess.CompletedProcess:
     """Run `command` in a Python that cannot import `modules`."""
     code = f"import sys; sys.modules.update(dict.fromkeys({modules!r}.split())); {command}"

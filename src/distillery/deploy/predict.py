@@ -14,7 +14,15 @@ from typing import Any
 from tqdm import tqdm
 
 from distillery.deploy.decisions import check_usable, decide, output_columns
-from distillery.deploy.predictors import EXPORT_NAMES, EXPORTS, WEIGHTS_FILE, Predictor, open_predictor
+from distillery.deploy.predictors import (
+    EXPORT_NAMES,
+    EXPORTS,
+    EXPORTS_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    Predictor,
+    open_predictor,
+)
 from distillery.deploy.settings import InferenceSettings, clean_text, model_folder, read_settings
 from distillery.deploy.tables import (
     STANDARD,
@@ -84,14 +92,12 @@ class _Job:
         self._predictor: Predictor | None = None
 
     def columns(self, window: Window) -> list[str]:
-        """The columns of the output: those of the input, then the added ones. Raises UserError where they collide."""
+        """The columns of the output: those of the input, then the added ones. Raises UserError where no text is."""
         names = list(dict.fromkeys(name for row in window.rows for name in row))
         for name in self.text_columns:
             if name not in names:
                 known = ", ".join(names) or "none"
                 raise UserError(f"{self.options.input}: no column `{name}`; it has: {known}; --text names another")
-        if taken := [name for name in self.added.values() if name in names]:
-            raise UserError(f"{self.options.input}: has a column `{taken[0]}` already; --prefix renames the new ones")
         return [*names, *self.added.values()]
 
     def complete(self, window: Window) -> None:
@@ -113,13 +119,19 @@ class _Job:
             row |= {self.added[name]: value for name, value in decision.items()}
 
     def windows(self, kind: str, skip: int) -> Iterator[Window]:
-        """The windows of the input after its first `skip` rows."""
-        return read_windows(self.options.input, kind, skip, self.options.encoding)
+        """The windows of the input after its first `skip` rows. Raises UserError for a row with an added column."""
+        added = set(self.added.values())
+        for window in read_windows(self.options.input, kind, skip, self.options.encoding):
+            for row, place in zip(window.rows, window.places, strict=True):
+                if taken := row.keys() & added:
+                    raise UserError(f"{place}: has a column `{min(taken)}` already; --prefix renames the new ones")
+            yield window
 
     def key(self) -> dict[str, Any]:
         """All that decides the output, as far as a glance at the files shows it: another key starts anew."""
         files = [Path(self.options.input)] if self.options.input != STANDARD else []
-        files += [self.folder / WEIGHTS_FILE, *(self.folder / EXPORTS / name for name in EXPORT_NAMES.values())]
+        files += [self.folder / name for name in (WEIGHTS_FILE, TOKENIZER_FILE)]
+        files += [self.folder / EXPORTS / name for name in (EXPORTS_FILE, *EXPORT_NAMES.values())]
         stamps = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.exists()]
         options = asdict(self.options) | {"text_columns": self.text_columns, "threads": None}
         return {"options": options, "files": stamps, "settings": self.settings.model_dump()}

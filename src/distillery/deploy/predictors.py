@@ -19,7 +19,7 @@ EXPORTS = "onnx"  # folder below that of the model; its file `exports.json` desc
 EXPORTS_FILE = "exports.json"
 EXPORT_NAMES = {"onnx-int8": "model_int8.onnx", "onnx-float32": "model.onnx"}  # the faster one first
 ENGINES = ("auto", *EXPORT_NAMES, "torch")
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE, TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
 
 
 class Predictor(Protocol):
@@ -68,7 +68,7 @@ class OnnxPredictor:
         options.log_severity_level = 3
         try:
             self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         except Exception as error:  # both libraries raise errors of their own classes, or Exception itself
             raise UserError(f"{file}: cannot be loaded: {str(error).splitlines()[0]:.200}") from None
         self._inputs = [tensor.name for tensor in self._session.get_inputs()]
