@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,9 +76,9 @@ def read_windows(name: str, kind: str, skip: int = 0, encoding: str = "utf-8-sig
 
 
 def _open_text(name: str, encoding: str) -> IO[str]:
-    if name == STANDARD:
-        return io.TextIOWrapper(sys.stdin.buffer, encoding, newline="")
     try:
+        if name == STANDARD:
+            return io.TextIOWrapper(sys.stdin.buffer, encoding, newline="")
         if name.endswith(".gz"):
             return io.TextIOWrapper(gzip.open(name), encoding, newline="")
         return open(name, encoding=encoding, newline="")
@@ -98,7 +99,9 @@ def _decoded(name: str, file: IO[str], encoding: str) -> Iterator[str]:
         byte = f"byte 0x{error.object[error.start]:02x}"
         shown = encoding.removesuffix("-sig")
         raise UserError(f"{name}, after line {number}: {byte} is not {shown}; --encoding names another") from None
-    except (OSError, EOFError) as error:
+    except UnicodeError as error:  # of UTF-16 and UTF-32 without the mark at the start
+        raise UserError(f"{name}, after line {number}: {error}; --encoding names another") from None
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{name}, after line {number}: damaged: {error}") from None
 
 
@@ -233,10 +236,10 @@ def join_parts(parts: Sequence[Path], output: Path, kind: str, columns: Sequence
 def _join_parquet(parts: Sequence[Path], scratch: Path, columns: Sequence[str]) -> None:
     try:
         schema = pa.unify_schemas([pq.read_schema(part) for part in parts], promote_options="permissive")
+        # a column without any value has the type null, which readers do not expect of texts
+        fields = [field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in schema]
+        with pq.ParquetWriter(scratch, pa.schema(fields or [(column, pa.string()) for column in columns])) as writer:
+            for part in parts:
+                writer.write_table(pq.read_table(part).cast(writer.schema))
     except pa.ArrowException as error:
         raise UserError(f"rows of several types: {str(error).splitlines()[0]:.150}; write JSON lines instead") from None
-    # a column without any value has the type null, which readers do not expect of texts
-    fields = [field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in schema]
-    with pq.ParquetWriter(scratch, pa.schema(fields or [(column, pa.string()) for column in columns])) as writer:
-        for part in parts:
-            writer.write_table(pq.read_table(part).cast(writer.schema))
