@@ -6,8 +6,8 @@ ARG STUDENT=tiny-kd-0
 WORKDIR /app
 COPY requirements.lock ./
 # What the server imports, at the versions and with the hashes of the lock.
-RUN for name in annotated-types flatbuffers numpy onnxruntime packaging protobuf pyarrow pydantic pydantic-core \
-      ruamel-yaml scipy tokenizers tqdm typing-extensions typing-inspection; do \
+RUN for name in annotated-types numpy onnxruntime pydantic pydantic-core ruamel-yaml scipy tokenizers \
+      typing-extensions typing-inspection; do \
       awk -v name="$name" '/^[a-z]/ { keep = index($0, name "==") == 1 } keep' requirements.lock; \
     done > pins.txt \
     && pip install --no-cache-dir --no-deps --require-hashes -r pins.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -183,6 +184,38 @@ def test_an_exported_student_predicts_without_torch(folder, tmp_path):
     assert (tmp_path / "o.csv").read_text() == (tmp_path / "here.csv").read_text()
     done = run_without("torch", MAIN, "predict", str(folder), *names, "--engine", "torch")
     assert done.returncode == 1 and "has no package `torch`" in done.stderr and "Traceback" not in done.stderr
+
+
+SERVED = """
+import json, re, sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+packages, start = set(sys.argv[2:]), set(sys.modules)
+owners = {
+    module: {re.sub("[-_.]+", "-", name.lower()) for name in names}
+    for module, names in packages_distributions().items() if module not in start | {"distillery"}
+}
+sys.modules.update((module, None) for module, names in owners.items() if not names & packages)
+import distillery.cli
+from distillery.deploy.serve import open_server
+
+with open_server(Path(sys.argv[1]), "127.0.0.1", 0, threads=1) as server:
+    (row,) = server.predict(["Profit rose."])
+used = set().union(*(names for module, names in owners.items() if sys.modules.get(module)))
+print(json.dumps([server.predictor.engine, row["prediction"], sorted(packages - used)]))
+"""
+
+
+def test_the_server_of_the_dockerfile_imports_each_package_in_it_and_no_other(folder):
+    dockerfile = (tiny.ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    packages = re.search(r"for name in ([^;]+);", dockerfile)[1].split()
+    environment = os.environ | {"PYTHONPATH": str(tiny.ROOT / "src")}
+    command = [sys.executable, "-c", SERVED, str(folder), *packages]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    engine, prediction, unused = json.loads(done.stdout)
+    assert engine == "onnx-int8" and prediction in TASK.names and unused == []
 
 
 def test_a_missing_package_is_named_with_the_way_to_install_it(folder, tmp_path, monkeypatch):
