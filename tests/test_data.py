@@ -24,14 +24,13 @@ from distillery.data.near_duplicates import (
     cluster_near_duplicates,
     find_near_duplicates,
     mask_digits,
-    near_duplicate_pairs,
     nearest_texts,
     ngram_vectors,
 )
 from distillery.data.prepare import PreparedSource, prepare_source
 from distillery.data.readers import read_source
 from distillery.data.records import RawRows, normalize_text
-from distillery.data.similar_pairs import SIMILARITY_SLACK
+from distillery.data.similar_pairs import SIMILARITY_SLACK, similar_pairs
 from distillery.data.splitting import split_groups
 from distillery.data.storage import read_split, read_task, write_source
 from distillery.errors import UserError
@@ -539,16 +538,18 @@ def test_blocks_do_not_change_the_result(lines, threshold):
     margin = np.abs(whole - (threshold - SIMILARITY_SLACK)).min()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("distillery.data.near_duplicates.MAX_SIMILARITIES", 2 * n)  # two rows at a time
-        pairs = [
-            (int(a), int(b)) for i, j, _ in near_duplicate_pairs(lines, threshold) for a, b in zip(i, j, strict=True)
-        ]
+        pairs, unmasked = (
+            [
+                (int(a), int(b))
+                for i, j, _ in similar_pairs(ngram_vectors(lines, masked), threshold)
+                for a, b in zip(i, j, strict=True)
+            ]
+            for masked in (True, False)
+        )
         cluster = cluster_near_duplicates(lines, threshold)
     if margin > 1e-6:  # else float32 may fall on either side
         assert set(pairs) == expected
     assert len(pairs) == len(set(pairs))
-    unmasked = {
-        (int(a), int(b)) for i, j, _ in near_duplicate_pairs(lines, threshold, False) for a, b in zip(i, j, strict=True)
-    }
     component = list(range(n))
     for _ in range(n):  # the smallest number of a neighbour, until no number changes
         for i, j in (*pairs, *unmasked):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -195,6 +196,12 @@ def test_rows_steps_memory_and_disk_by_hand(root):
     assert (training.gradients, training.optimizer) == (4 * trained, 8 * trained)
     assert stages["02_teach, big"].total == 2 * (WEIGHTS + OTHERS)
     assert stages["05_evaluate"].total == 3 * 2 * (WEIGHTS + OTHERS)
+    kd = plan.params.students["kd"]
+    for name, prompt, held in (("same", "plain", 3), ("chat", "chat", 4)):  # another prompt is another shape
+        students = {"kd": kd, name: kd.model_copy(update={"prompt": prompt})}
+        two = replace(plan, params=plan.params.model_copy(update={"students": students}))
+        two.models = plan.models | {f"students.{name}": plan.models["students.kd"]}
+        assert stage_memory(two)["05_evaluate"].total == held * 2 * (WEIGHTS + OTHERS)
     disk = disk_bytes(plan)
     assert disk["fetched models"] == 2 * 4 * (WEIGHTS + OTHERS)
     assert disk["students and tuned teachers, twice (DVC's cache)"] == 2 * 2 * 2 * (WEIGHTS + OTHERS)
@@ -220,7 +227,7 @@ def test_activations_and_operations_are_those_of_a_real_model(root, checkpointin
         student = open_it(spec, ModelConfig(folder="here"), root / "here", task)
         with sdpa_kernel(SDPBackend.MATH):
             steps.append(shapes.run_step(student, phase, frame.assign(split_ref="demo/train"), {}))
-    assert steps[0] == steps[1] and steps[0].activations > 0 and steps[0].flops > 2 * steps[0].forward_flops
+    assert steps[0] == steps[1] and steps[0].activations > 0 and steps[0].flops > 6 * WEIGHTS
 
 
 def real_student(spec: StudentConfig, origin: ModelConfig, folder, task):

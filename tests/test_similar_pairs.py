@@ -14,7 +14,6 @@ from distillery.data.near_duplicates import (
     cluster_near_duplicates,
     find_near_duplicates,
     has_near_duplicate,
-    near_duplicate_pairs,
     nearest_texts,
     ngram_vectors,
     similarity_blocks,
@@ -43,6 +42,11 @@ def as_dict(batches):
     pairs = [(int(i), int(j), s) for batch in batches for i, j, s in zip(*batch, strict=True)]
     assert len({(i, j) for i, j, _ in pairs}) == len(pairs)
     return {(i, j): s for i, j, s in pairs}
+
+
+def pairs_of(texts, threshold, masked=True):
+    """(i, j) -> similarity of the pairs that the join finds."""
+    return as_dict(similar_pairs.similar_pairs(ngram_vectors(texts, masked), threshold))
 
 
 def corpus_texts(n_copies=2):
@@ -86,7 +90,7 @@ def test_the_join_of_real_texts_is_exact_in_any_parts(texts, threshold, monkeypa
     assert not close and (len(expected) > 100 or threshold == 1)
     monkeypatch.setattr(pair_candidates, "MAX_CANDIDATES", 3000)
     monkeypatch.setattr(similar_pairs, "MAX_VERIFIED", 50)
-    got = as_dict(near_duplicate_pairs(texts, threshold))
+    got = pairs_of(texts, threshold)
     assert set(got) == set(expected)
     assert all(got[pair] == pytest.approx(similarity, abs=SIMILARITY_SLACK) for pair, similarity in expected.items())
 
@@ -110,7 +114,7 @@ def test_near_duplicates_between_two_lists(texts):
 def test_minhash_finds_nearly_all_pairs_and_no_wrong_one(texts, monkeypatch):
     expected, _ = all_pairs(texts, 0.85)
     monkeypatch.setattr(similar_pairs, "MAX_EXACT", 0)
-    got = as_dict(near_duplicate_pairs(texts, 0.85))
+    got = pairs_of(texts, 0.85)
     assert set(got) <= set(expected)
     assert len(got) >= 0.99 * len(expected)
 
@@ -125,19 +129,19 @@ def test_the_bands_by_hand():
 
 def test_many_copies_of_one_text_are_pairs_too():
     texts = ["Order 1 was shipped"] * 3 + ["Order 22 was shipped", "nothing like it"]
-    masked = as_dict(near_duplicate_pairs(texts, 0.85))
+    masked = pairs_of(texts, 0.85)
     assert set(masked) == {(i, j) for i in range(4) for j in range(i + 1, 4)}
-    assert {(0, 1), (0, 2), (1, 2)} <= set(as_dict(near_duplicate_pairs(texts, 0.99, masked=False)))
+    assert {(0, 1), (0, 2), (1, 2)} <= set(pairs_of(texts, 0.99, masked=False))
 
 
 def test_of_very_many_equal_rows_not_all_pairs_are_listed(monkeypatch):
     """They stay one cluster, and each is seen beside others; a million would have more pairs than memory holds."""
     texts = [f"Order {n} was shipped" for n in range(40)] + ["Order 7 was shipped now", "nothing like it"]
     whole, words = cluster_near_duplicates(texts, 0.8), ["Order 5 was shipped", "Order 6 was returned to sender"]
-    pairs = len(as_dict(near_duplicate_pairs(texts, 0.8)))
+    pairs = len(pairs_of(texts, 0.8))
     near = has_near_duplicate(words, texts, 0.8), has_near_duplicate(texts, words, 0.8)
     monkeypatch.setattr(similar_pairs, "MAX_SAME", 4)
-    few = as_dict(near_duplicate_pairs(texts, 0.8))
+    few = pairs_of(texts, 0.8)
     assert pairs == 40 * 39 / 2 + 40
     assert len(few) == 4 * 3 / 2 + 36 + 4
     assert list(cluster_near_duplicates(texts, 0.8)) == list(whole)

@@ -84,14 +84,6 @@ def nearest_vectors(left: csr_array, right: csr_array) -> tuple[np.ndarray, np.n
     return np.minimum(highest, 1.0), nearest
 
 
-def near_duplicate_pairs(texts: Sequence[str], threshold: float, masked: bool = True) -> Iterator[Pairs]:
-    """All pairs i < j of `texts` with a similarity of at least `threshold`, in batches (i, j, similarity).
-
-    See :func:`similar_pairs` on very many texts.
-    """
-    return similar_pairs(ngram_vectors(texts, masked), threshold)
-
-
 def find_near_duplicates(texts: Sequence[str], threshold: float, shots: Sequence[str] = ()) -> NearDuplicates:
     """The pairs of near-duplicates among `texts`, with digits masked and as written; and the vectors of `shots`."""
     vectors, shot_vectors = {}, {}

@@ -92,7 +92,7 @@ def resolve_recipe(root: Path, name: str, raw: dict[str, Any] | None = None) -> 
         plan = RecipePlan(name, params, facts, read_all_rows(root, name, params))
         folders = {model: known for model, fact in facts.items() if (known := _check_model(plan, fact, scratch))}
         for teacher in params.teachers:
-            _check_teacher(plan, teacher, folders, scratch)
+            _check_teacher(plan, teacher, folders)
         steps: dict[str, StepShapes] = {}
         for student in params.students:
             _check_student(plan, student, folders, scratch, steps)
@@ -140,7 +140,7 @@ def _task_of(plan: RecipePlan, owner: StudentConfig | TeacherConfig, name: str) 
     return plan.sources[plan.params.teacher_sources(name)[0]].task
 
 
-def _check_teacher(plan: RecipePlan, name: str, folders: dict[str, Path], scratch: Path) -> None:
+def _check_teacher(plan: RecipePlan, name: str, folders: dict[str, Path]) -> None:
     spec, place = plan.params.teachers[name], f"teachers.{name}"
     if spec.model is None:
         return

@@ -11,6 +11,7 @@ import pandas as pd
 from distillery.config.load import validate_section
 from distillery.config.schema import SPLITS, Params, PhaseConfig, SourceConfig, SplitRef
 from distillery.data.prepare import prepare_source
+from distillery.files import read_yaml
 from distillery.pipeline.plan.facts import read_data_facts
 from distillery.pipeline.recipe import load_recipe
 from distillery.tasks.schema import Task, load_task
@@ -107,8 +108,6 @@ def _small_source(root: Path, recipe: str, name: str) -> SourceConfig | None:
 
 def load_recipe_scales(root: Path, recipe: str) -> list[str]:
     """The names of the recipe's scales."""
-    from distillery.files import read_yaml
-
     return list(read_yaml(root / "recipes" / f"{recipe}.yaml").get("scale") or {})
 
 

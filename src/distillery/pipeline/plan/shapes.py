@@ -34,11 +34,10 @@ CHECKED_TOKENS = 64  # of an answer at most
 class StepShapes:
     """What one micro-batch of a phase takes. flops: of forward and backward pass. activations: bytes that are saved for
     the backward pass, in float32. projections: (from, to) widths of the learned maps. signal_bytes: of a teacher's
-    stored outputs for one row. forward_flops: of the forward pass alone.
+    stored outputs for one row.
     """
 
     flops: int
-    forward_flops: int
     activations: int
     projections: list[tuple[int, int]] = field(default_factory=list)
     signal_bytes: int = 0
@@ -102,19 +101,16 @@ def run_step(
     ids = student.encode(rows.texts)
     student.forward_methods(ids, CHECKED_TOKENS)  # of a model with weights: compared before the count begins
     weights = [*student.model.parameters(), *student.model.buffers()]
-    with FlopCounterMode(display=False) as forward, saved_tensors(weights) as saved:
-        outputs = student.forward(ids, batch.completions, **loss_of_phase.requested_outputs)
-        loss, _ = loss_of_phase(outputs, batch, StepCounts.of([batch]))
-    with FlopCounterMode(display=False) as backward:
+    with FlopCounterMode(display=False) as counter:
+        with saved_tensors(weights) as saved:
+            outputs = student.forward(ids, batch.completions, **loss_of_phase.requested_outputs)
+            loss, _ = loss_of_phase(outputs, batch, StepCounts.of([batch]))
         loss.backward()
     student.model.zero_grad(set_to_none=True)
     maps = [part for module in signals.projections.values() for part in module]
     stored = sum(path.stat().st_size for output in signals.outputs.values() for path in output.folder.glob("*.npy"))
-    flops = forward.get_total_flops()
     widths = sorted({(part.in_features, part.out_features) for part in maps})
-    return StepShapes(
-        flops + backward.get_total_flops(), flops, sum(saved.values()), widths, round(stored / max(1, len(rows)))
-    )
+    return StepShapes(counter.get_total_flops(), sum(saved.values()), widths, round(stored / max(1, len(rows))))
 
 
 @contextmanager
