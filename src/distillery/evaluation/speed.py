@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from distillery.config.schema import Params
+from distillery.config.schema import Params, StudentConfig
 from distillery.evaluation.results import TRAINED_ROLES, ModelResult, Results
 from distillery.evaluation.robustness import measure_robustness, paraphrase_test_rows
 from distillery.files import Paths
@@ -166,10 +166,14 @@ def _load_model(root: Path, params: Params, task: Task, result: ModelResult) -> 
 
 
 def _shape(params: Params, result: ModelResult) -> str:
-    """A text that is equal for students that differ in their weights alone."""
+    """The key of what is measured once: a teacher, or all students of one shape."""
     if result.role == "teacher":
         return result.name
-    spec = params.students[result.key]
+    return student_shape(params.students[result.key])
+
+
+def student_shape(spec: StudentConfig) -> str:
+    """A text that is equal for students that differ in their weights alone: they are equally large and fast."""
     return str(
         [spec.model, spec.arch, spec.init, spec.prompt, spec.few_shot, spec.dtype, spec.max_length, spec.long_texts]
     )

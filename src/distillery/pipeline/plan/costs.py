@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from distillery.evaluation.speed import student_shape
 from distillery.models.label_model import LabelModel
 from distillery.models.layers import count_parameters
 from distillery.pipeline.plan.resolve import MEASURED_ROWS, Finding, PhasePlan, RecipePlan
@@ -85,10 +86,8 @@ def _evaluation_bytes(plan: RecipePlan) -> float:
     for name in dict.fromkeys(names):
         spec, model = params.students[name], plan.models.get(f"students.{name}")
         if model and params.test_source(name) == source:
-            held.setdefault(
-                (spec.model, spec.arch, str(spec.init), spec.few_shot, spec.dtype, spec.max_length),
-                dense_bytes(model.model, "float32" if spec.arch == "classifier" else spec.dtype),
-            )
+            dtype = "float32" if spec.arch == "classifier" else spec.dtype
+            held.setdefault(student_shape(spec), dense_bytes(model.model, dtype))
     first = next(iter(held.values()), 0.0)
     teachers = [
         prediction_bytes(model.model, params.teachers[name])
