@@ -108,6 +108,20 @@ def test_a_name_is_made_from_the_file_or_given(tmp_path):
     assert load_params(tmp_path / "params.yaml").data["my-data-2"].source == "data/My Data (2).csv"
 
 
+@pytest.mark.parametrize("file", ["2024", "null", "2024-01-31", "on"])
+def test_a_file_whose_name_is_no_text_in_yaml_is_drafted(tmp_path, file):
+    new_experiment(tmp_path, table(tmp_path, rows_of(), f"data/{file}.csv"), None, None, None)
+    params = load_params(tmp_path / "params.yaml")
+    assert list(params.data) == [params.data[file].task] == [params.augment.source] == [file]
+
+
+@pytest.mark.parametrize("name", ["a/b", "../../x", "a.b", "two words", "a\n"])
+def test_a_name_that_no_source_can_have_ends_in_one_line(tmp_path, name):
+    with pytest.raises(UserError, match="must be a name of letters, digits, `_` and `-`"):
+        new_experiment(tmp_path, table(tmp_path, rows_of()), name, None, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "dvc.yaml"}
+
+
 def test_models_are_those_of_the_default_experiment(tmp_path):
     _, params, _, _ = draft(tmp_path, rows_of())
     assert params.models == load_params(ROOT / "params.yaml").models

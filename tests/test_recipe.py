@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import tiny
+from distillery.cli import main
 from distillery.config.load import load_params, validate_section
 from distillery.config.schema import DIVERGENCES, Params
 from distillery.files import read_yaml, repository_root
@@ -27,6 +28,12 @@ def test_an_overlay_changes_keys_items_and_takes_away():
         "h": {"i": 6},
     }
     assert base["a"]["b"] == 1
+
+
+def test_a_gpu_without_a_plan_starts_no_run(monkeypatch):
+    monkeypatch.setattr(recipe, "run_recipe_command", lambda *_: pytest.fail("the recipe was started"))
+    with pytest.raises(SystemExit, match="error: --gpu is of the plan: add --plan, or leave --gpu out"):
+        main(["recipe", "stepbystep-gpt2", "--gpu", "h100-80gb"])
 
 
 @pytest.fixture
