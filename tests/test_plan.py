@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -209,6 +210,28 @@ def test_rows_steps_memory_and_disk_by_hand(root):
     phase = plan.phases[0]
     flops = 2 * phase.steps * phase.step.flops * phase.tokens[0] / phase.tokens[1]
     assert hours == pytest.approx(flops / (UTILISATION * GPUS["a100-80gb"].half) / 3600)
+
+
+def test_the_mean_of_tokens_is_that_of_all_rows_and_the_step_that_of_the_longest(root):
+    """600 rows of two lengths, one in two of them long; a second source has short rows alone."""
+    words = ["".join(letters) for letters in itertools.product("abcdefghij", repeat=3)][:600]
+    labels = ["positive", "neutral", "negative"]
+    rows = [
+        {"text": f"{word} rose" + " by a lot" * (number % 2 * 20), "label": labels[number // 2 % 3]}
+        for number, word in enumerate(words)
+    ]
+    for name, some in (("demo", rows), ("short", rows[::2])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    raw = recipe([PHASE, PHASE | {"data": ["demo/train", "short/train"]}])
+    raw["data"]["short"] = raw["data"]["demo"] | {"source": "short.jsonl"}
+    plan = resolve_recipe(root, "demo", raw)
+    student, (alone, with_short) = plan.models["students.kd"], plan.phases
+    short, long = ([len(student.encode([row["text"]])[0]) for row in rows[n::2]] for n in (0, 1))
+    half, (mean, longest) = (sum(short) / 300 + sum(long) / 300) / 2, alone.tokens
+    assert longest == max(long) and abs(mean - half) < 0.2 * half
+    mean, longest = with_short.tokens
+    assert longest == max(long) and mean < 0.9 * half
+    assert with_short.step.flops == alone.step.flops  # both are of the longest rows, in the first source
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

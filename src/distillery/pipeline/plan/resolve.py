@@ -18,7 +18,13 @@ from distillery.models.layers import configured_layers, count_parameters
 from distillery.pipeline.plan import shapes
 from distillery.pipeline.plan.facts import ModelFacts, missing_files, read_model_facts
 from distillery.pipeline.plan.resources import merged_parameters
-from distillery.pipeline.plan.rows import SourceRows, count_phase_rows, read_all_rows, sample_phase_frame
+from distillery.pipeline.plan.rows import (
+    SourceRows,
+    count_phase_rows,
+    read_all_rows,
+    sample_phase_frame,
+    sample_phase_texts,
+)
 from distillery.pipeline.plan.shapes import StepShapes
 from distillery.pipeline.plan.tokenizers import write_stand_in
 from distillery.pipeline.recipe import load_recipe
@@ -261,8 +267,9 @@ def _check_phase(
         planned.step = plan.check(place, lambda: shapes.run_step(model, phase, frame, teachers), _step_text)
     if planned.step:
         steps[key] = planned.step
-        lengths = [len(ids) for ids in model.encode(sample_phase_frame(phase, plan.sources, MEASURED_ROWS)["text"])]
-        planned.tokens = sum(lengths) / len(lengths), max(lengths)
+        lengths = [len(ids) for ids in model.encode(sample_phase_texts(phase, plan.sources, MEASURED_ROWS))]
+        longest = [len(ids) for ids in model.encode(frame["text"])]
+        planned.tokens = sum(lengths) / len(lengths), max(lengths + longest)
 
 
 def _step_text(step: StepShapes) -> str:

@@ -126,17 +126,24 @@ def count_phase_rows(phase: PhaseConfig, sources: dict[str, SourceRows], per_row
 def sample_phase_frame(phase: PhaseConfig, sources: dict[str, SourceRows], limit: int) -> pd.DataFrame | None:
     """At most `limit` rows as a student's `rows.parquet` has them, for `phase`; None where no text is at hand.
 
-    The rows are the longest of the phase's sources, so that what they need is an upper bound. Teachers are uniform.
+    The rows are the longest of the source with the longest text, so that what they need is an upper bound. Teachers
+    are uniform.
     """
-    parts = [sources[SplitRef.parse(ref).source] for ref in phase.data]
-    if any(part.texts is None for part in parts):
+    parts = [(ref, sources[SplitRef.parse(ref).source]) for ref in phase.data]
+    if any(part.texts is None for _, part in parts):
         return None
-    source = parts[-1]
+    split_ref, source = max(parts, key=lambda part: part[1].texts["text"].str.len().max())
     rows = source.texts.loc[source.texts["text"].str.len().sort_values(ascending=False).index[:limit]]
-    frame = rows.reset_index(drop=True).assign(split_ref=phase.data[-1], rationale="It moves the price, as it is news.")
+    frame = rows.reset_index(drop=True).assign(split_ref=split_ref, rationale="It moves the price, as it is news.")
     names = source.task.names
     for teacher in phase.teachers:
         frame[f"probabilities_{teacher}"] = [[1 / len(names)] * len(names)] * len(frame)
         frame[f"fold_{teacher}"] = -1
         frame[f"answer_{teacher}"] = "an answer"
     return frame
+
+
+def sample_phase_texts(phase: PhaseConfig, sources: dict[str, SourceRows], limit: int) -> list[str]:
+    """At most `limit` texts of the phase's sources, drawn at random and the same each time; all must be at hand."""
+    texts = pd.concat([sources[SplitRef.parse(ref).source].texts["text"] for ref in phase.data], ignore_index=True)
+    return texts.sample(min(limit, len(texts)), random_state=0).tolist()
