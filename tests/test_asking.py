@@ -110,8 +110,8 @@ def test_answers_go_on_where_they_stopped_and_teach_as_the_model_would(request_f
             "data/answers/mine.yaml: teacher: `prompts`, `examples_from` and `calibrate` need gold rows or a pool",
         ),
         ({"rows": 3}, "data/answers/mine.yaml: rows: unknown key"),
-        ({"task": "math"}, "tasks/math.yaml: answers are asked for a classification only"),
-        ({"task": "commonsense"}, "tasks/commonsense.yaml: answers are asked for a classification only"),
+        ({"task": "math"}, "tasks/math.yaml: `make answers` takes a task of `kind: classification`"),
+        ({"task": "commonsense"}, "tasks/commonsense.yaml: `make answers` takes a task of `kind: classification`"),
     ],
 )
 def test_a_request_that_cannot_be_met_ends_in_one_line(request_file, tmp_path, change, line):

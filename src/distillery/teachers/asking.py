@@ -69,7 +69,7 @@ def open_requested(root: Path, request: AnswerRequest) -> LabelModel:
     name = request.teacher.model
     task = load_task(request.task, Paths(root).tasks)
     if task.kind != "classification":
-        raise UserError(f"tasks/{request.task}.yaml: answers are asked for a classification only")
+        raise UserError(f"tasks/{request.task}.yaml: `make answers` takes a task of `kind: classification`")
     return load_teacher_model(name, request.teacher, request.models[name], task)
 
 
