@@ -4,45 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from scipy import special
 
 from distillery.deploy.settings import InferenceSettings
 from distillery.errors import UserError
 from distillery.files import file_digest
+from distillery.models.batches import batches_by_length
 
 BATCH_SIZE = 32  # as a student predicts in its evaluation
 EXPORTS = "onnx"  # folder below that of the model; its file `exports.json` describes the exports in it
 EXPORTS_FILE = "exports.json"
 EXPORT_NAMES = {"onnx-int8": "model_int8.onnx", "onnx-float32": "model.onnx"}  # the faster one first
-ENGINES = ("auto", *EXPORT_NAMES, "torch")
 WEIGHTS_FILE, TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
 
 
 class Predictor(Protocol):
     """A model that is ready to predict."""
 
-    engine: str  # one of `ENGINES`
+    engine: str  # a name of `EXPORT_NAMES`, or torch
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
         """Probabilities of the labels [n, labels], float32, not calibrated."""
         ...
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of `logits` along the last axis."""
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
-
-
-def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
-    """Indices of rows in batches of `batch_size`, the shortest first."""
-    order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
 
 
 def thread_count() -> int:
@@ -79,11 +67,11 @@ class OnnxPredictor:
         """Probabilities of the labels [n, labels], float32, not calibrated."""
         rows = self._tokenizer.encode_batch(list(texts))
         probabilities: np.ndarray | None = None
-        for batch in batches_by_length([len(row.ids) for row in rows], BATCH_SIZE):
+        for batch in batches_by_length([row.ids for row in rows], BATCH_SIZE):
             logits = self._logits([rows[i] for i in batch])
             if probabilities is None:
                 probabilities = np.zeros((len(rows), logits.shape[-1]), dtype=np.float32)
-            probabilities[batch] = softmax(logits)
+            probabilities[batch] = special.softmax(logits, axis=-1)
         return np.zeros((0, 0), dtype=np.float32) if probabilities is None else probabilities
 
     def _logits(self, rows: list) -> np.ndarray:

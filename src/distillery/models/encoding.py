@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,3 @@ def check_token_ids(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenize
             f"{Path(tokenizer.name_or_path).name}: its tokenizer gives token {highest}, but its weights know "
             f"0 to {size - 1}; tokenizer and weights are of different models"
         )
-
-
-def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of `rows` in batches of `batch_size`, the shortest rows first."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]

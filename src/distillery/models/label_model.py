@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillery.errors import UserError
-from distillery.models.encoding import Completion, batches_by_length, check_token_ids, cut_prompts, tokenize_labels
+from distillery.models.batches import batches_by_length
+from distillery.models.encoding import Completion, check_token_ids, cut_prompts, tokenize_labels
 from distillery.models.forward_check import check_forward
 from distillery.models.forward_methods import ForwardMethods
 from distillery.models.generation import end_tokens, first_line, first_paragraph, generate_batch, one_line
@@ -79,6 +80,11 @@ class LabelModel:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens that the longest label with its end token takes behind a prompt; 0 of a classifier."""
+        return 0 if self.arch == "classifier" else max(map(len, self.label_token_ids), default=0) + 1
 
     def autocast(self) -> torch.autocast:
         """Products in the model's `dtype`, not on `meta`; what must stay in float32 (trained weights, softmax) does."""

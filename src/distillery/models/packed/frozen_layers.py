@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillery.models.encoding import Completion, batches_by_length
+from distillery.models.batches import batches_by_length
+from distillery.models.encoding import Completion
 from distillery.models.layers import configured_layers, find_layers, transformer_body
 from distillery.models.packed.attention import attend_by_tree, supports_token_trees
 from distillery.models.packed.token_tree import TokenTree, pack_token_tree
