@@ -15,6 +15,7 @@ from distillery.data.storage import read_split, write_source
 from distillery.evaluation.gather import gather_results
 from distillery.evaluation.leaderboard import leaderboard
 from distillery.evaluation.robustness import measure_robustness
+from distillery.evaluation.slices import slice_scores
 from distillery.evaluation.speed import Measurements
 from distillery.report.page import write_report
 from distillery.tasks.schema import load_task
@@ -148,7 +149,7 @@ def evaluate(root, params, speeds=None):
     results = gather_results(root, params)
     measured = invented_measurements(results, speeds) if speeds else Measurements()
     board = leaderboard(results, measured.timing)
-    write_report(root, results, board, measured)
+    write_report(root, results, board, measured, slice_scores(results))
     return results, board.set_index("model")
 
 

@@ -23,6 +23,7 @@ from distillery.config.load import load_params
 from distillery.config.schema.evaluate import EvaluateConfig
 from distillery.data.storage import read_split, read_task
 from distillery.deploy import tables
+from distillery.deploy.calibrate import write_settings
 from distillery.deploy.export import compare_exports, compare_probabilities, write_exports
 from distillery.deploy.exports import add_exports
 from distillery.deploy.predict import PredictOptions, predict_file
@@ -31,6 +32,7 @@ from distillery.deploy.settings import read_settings
 from distillery.errors import UserError
 from distillery.evaluation.gather import gather_results
 from distillery.evaluation.leaderboard import leaderboard
+from distillery.evaluation.slices import slice_scores
 from distillery.evaluation.speed import Measurements
 from distillery.files import write_json
 from distillery.notebook.evaluate import comparison_table
@@ -296,6 +298,7 @@ def project(tiny_models, tmp_path_factory):
 def test_exports_have_lines_of_their_own_on_leaderboard_and_page(project):
     params = load_params(project / "params.yaml")
     plain = gather_results(project, params)
+    write_settings(project, params)
     results, measured = add_exports(project, plain, Measurements())
     label = results.tests["demo"]["label"].to_numpy(dtype=object)
     wrong = np.where(label == "up", "down", "up")[None]  # of the int8 export, which comes last
@@ -313,7 +316,7 @@ def test_exports_have_lines_of_their_own_on_leaderboard_and_page(project):
     assert small["megabytes"] < whole["megabytes"] / 2
     assert not comparison_table(board)["model"].str.contains("ONNX").any() and lines["p"].notna().sum() == 1
     assert "| tiny-kd, ONNX int8 | export | – |" in leaderboard_markdown(board)
-    write_report(project, results, board, measured)
+    write_report(project, results, board, measured, slice_scores(results))
     page = (project / "reports/index.html").read_text()
     assert page.count("within tolerance") == 1 and page.count("loses too much") == 1 and "over tiny-kd" in page
 

@@ -15,6 +15,7 @@ import pytest
 
 from distillery.data.storage import read_split
 from distillery.evaluation.rows import disagreements
+from distillery.evaluation.slices import slice_scores
 from distillery.evaluation.speed import Measurements
 from distillery.report.page import MAX_BROWSER_ROWS, render_page
 from distillery.report.sentences import Comparison, Facts, describe_result, render_facts, result_facts
@@ -410,7 +411,8 @@ def test_a_small_p_is_shown_as_a_bound(finished):
     figures = dict.fromkeys(
         ("leaderboard", "labels", "cost", "confusion", "reliability", "coverage", "history"), "<svg/>"
     )
-    html = unescape(render_page(root, results, board.reset_index().assign(p=1e-5), figures, Measurements()))
+    board, parts = board.reset_index().assign(p=1e-5), slice_scores(results)
+    html = unescape(render_page(root, results, board, figures, Measurements(), parts))
     assert 'title="p < 0.001 after correction;' in html and "p 0.000" not in html and "p = 0.000" not in html
 
 

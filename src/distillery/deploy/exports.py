@@ -46,11 +46,9 @@ def export_run(root: Path, params: Params, student: str, seed: int) -> dict[str,
 def add_exports(root: Path, results: Results, measured: Measurements) -> tuple[Results, Measurements]:
     """`results` and `measured` with a model for each export of the students under `evaluate.export`.
 
-    Their rows a second are those of the first seed.
+    Their rows a second are those of the first seed. :func:`distillery.deploy.calibrate.write_settings` comes before.
     """
     params, models, timing = results.params, list(results.models), dict(measured.timing)
-    if params.evaluate.export:
-        write_settings(root, params)
     for student in params.evaluate.export:
         runs = [export_run(root, params, student, seed) for seed in params.seeds]
         folder = Paths(root).run(student, params.seeds[0]) / "model"

@@ -24,7 +24,7 @@ from distillery.evaluation.leaderboard import (
 )
 from distillery.evaluation.results import ERROR_KINDS, TRAINED_ROLES, Results
 from distillery.evaluation.rows import disagreements
-from distillery.evaluation.slices import slice_scores, slice_sentence
+from distillery.evaluation.slices import slice_sentence
 from distillery.evaluation.speed import LATENCY_ROWS, WARM_UP_ROWS, Measurements
 from distillery.files import Paths, atomic_write
 from distillery.models.precision import resolve_dtypes
@@ -58,13 +58,16 @@ MAX_TEXT_CHARACTERS = 500  # characters of a text or rationale shown there
 LONG_TEXTS = ("text", "rationale", "teacher_rationale", "accepted", "student_answer", "teacher_answer")
 
 
-def write_report(root: Path, results: Results, board: pd.DataFrame, measured: Measurements | None = None) -> None:
+def write_report(
+    root: Path, results: Results, board: pd.DataFrame, measured: Measurements, parts: pd.DataFrame
+) -> None:
     """Write `reports/`: leaderboard.csv, metrics.json, timing.json, figures/, plots/ and index.html.
 
+    parts: see :func:`distillery.evaluation.slices.slice_scores`.
     `metrics.json` holds no wall-clock figure and is the same, byte for byte, for the same runs.
     Raises UserError when the disk is full.
     """
-    folder, head, measured = Paths(root).reports, results.headline, measured or Measurements()
+    folder, head = Paths(root).reports, results.headline
     figures = {name: figure_svg(figure) for name, figure in all_figures(results, board).items()}
     timing = {"models": measured.timing, "rows": results.params.evaluate.throughput_rows}
     timing |= {"latency_rows": LATENCY_ROWS, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -80,9 +83,9 @@ def write_report(root: Path, results: Results, board: pd.DataFrame, measured: Me
         "plots/history.csv": results.history.to_csv(index=False),
         "plots/predictions.csv": predictions.to_csv(index=False),
         "plots/scores.csv": score_table(board).to_csv(index=False),
-        "plots/slices.csv": slice_scores(results).to_csv(index=False),
+        "plots/slices.csv": parts.to_csv(index=False),
         "plots/reliability.csv": reliability_table(results).to_csv(index=False),
-        "index.html": render_page(root, results, board, figures, measured),
+        "index.html": render_page(root, results, board, figures, measured, parts),
     }
     if results.params.recipe:
         files["plots/published.csv"] = compare_with_published(results.params, board).to_csv(index=False)
@@ -97,12 +100,20 @@ def _json(value: Any) -> str:
 
 
 def render_page(
-    root: Path, results: Results, board: pd.DataFrame, figures: dict[str, str], measured: Measurements
+    root: Path,
+    results: Results,
+    board: pd.DataFrame,
+    figures: dict[str, str],
+    measured: Measurements,
+    parts: pd.DataFrame,
 ) -> str:
-    """The self-contained page: no network, every text of the data escaped. figures: name -> SVG text."""
+    """The self-contained page: no network, every text of the data escaped. figures: name -> SVG text.
+
+    parts: see :func:`distillery.evaluation.slices.slice_scores`.
+    """
     rows = board.astype(object).where(board.notna(), None).to_dict("records")
     head, compared = results.headline, [result.name for result in results.compared]
-    params_file, parts = root / "params.yaml", slice_scores(results)
+    params_file = root / "params.yaml"
     return ENVIRONMENT.get_template("report.html").render(
         description=describe_result(results, board),
         warnings=[c for c in results.checks if not c.passed and (not c.models or {*compared} & {*c.models})],
