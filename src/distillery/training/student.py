@@ -112,9 +112,8 @@ def build_student(
     store_windows(model, windows)
     settings = {"prompt": spec.prompt, "few_shot": spec.few_shot, "max_length": spec.max_length}
     student = LabelModel(model, tokenizer, task, spec.arch, dtype=dtype, windows=windows, **settings)
-    longest_answer = max(map(len, student.label_token_ids), default=0) + 1 if spec.arch != "classifier" else 0
     place = f"params.yaml: max_length of a student of `{spec.model}`"
-    require_positions(place, spec.max_length, max_positions(model), longest_answer)
+    require_positions(place, spec.max_length, max_positions(model), student.longest_answer)
     return student
 
 

@@ -73,8 +73,7 @@ def load_teacher_model(
         store_windows(model, windows)
     teacher = LabelModel(model, tokenizer, task, arch, dtype=dtype, max_length=max_length, windows=windows, **settings)
     if spec.max_length:
-        longest_answer = max(map(len, teacher.label_token_ids), default=0) + 1 if arch != "classifier" else 0
-        require_positions(f"{place}.max_length", max_length, limit, longest_answer)
+        require_positions(f"{place}.max_length", max_length, limit, teacher.longest_answer)
     elif arch != "classifier" and spec.finetune is None:
         teacher.max_length = max_prompt_tokens(teacher)
     return teacher
