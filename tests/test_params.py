@@ -220,6 +220,11 @@ MISTAKES = [
         {"kind": "answers", "answers": {"files": ["a.csv"], "columns": {}}},
         "teachers.llm.answers.columns: needs exactly one of `label`, `probabilities` or `answer`",
     ),
+    (
+        "teachers.llm",
+        {"kind": "answers", "answers": {"files": ["a.csv"], "columns": {"label": "label"}}, "calibrate": "batch"},
+        "teachers.llm: `kind: answers` can be calibrated by `calibrate: batch` alone, and only if its files hold",
+    ),
     ("models.llm.labels", {"LABEL_0": "a", "LABEL_1": "b"}, "models.llm.labels: are for a classifier, and no"),
     ("models.encoder.labels", {"LABEL_0": "a"}, "models.encoder.labels: needs at least 2"),
     # augment

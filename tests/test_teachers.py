@@ -696,6 +696,29 @@ def test_answers_from_a_file_teach_without_those_that_repeat_the_one_before(tmp_
     assert file_teacher(tmp_path, "keep").covered(rows).all()
 
 
+def test_probabilities_from_a_file_are_calibrated_by_their_mean(experiment):
+    root, params = experiment
+    columns = {"text": None, "id": "id", "probabilities": {name: f"p.{name}" for name in LABELS}}
+    spec = {"kind": "answers", "answers": {"files": ["biased.jsonl"], "columns": columns}, "calibrate": "batch"}
+    config = validate_section(TeacherConfig, spec, "x")
+    params = params.model_copy(update={"teachers": params.teachers | {"biased": config}})
+    rows = gold_rows(300)
+    rows.loc[100:, "split"], rows.loc[200:, "split"] = "validation", "pool"
+    p = np.random.default_rng(0).dirichlet([4.0, 1.0, 1.0], len(rows))
+    lines = [json.dumps({"id": i, "p": dict(zip(LABELS, row, strict=True))}) for i, row in zip(rows["id"], p, strict=True)]
+    (root / "biased.jsonl").write_text("\n".join(lines))
+    table, prompting = compare_prompts(root, "biased", params, TASK, rows)
+    assert table["calibrate"].tolist() == ["none", "batch"] and prompting["prompt"] is None
+    assert np.allclose(prompting["prior"], p[200:].mean(0), atol=1e-6)  # of all rows of the pool
+    expected = p / p[200:].mean(0)
+    teacher = open_teacher(root, "biased", params, TASK, prompting=prompting)
+    assert np.allclose(teacher.predict(rows), expected / expected.sum(1, keepdims=True), atol=1e-4)
+    plain = open_teacher(root, "biased", params, TASK, prompting={"prompt": None, "prior": None})
+    assert np.allclose(plain.predict(rows), p)
+    with pytest.raises(UserError, match="^params.yaml: teachers.biased.calibrate: no row of pool or train to take the"):
+        compare_prompts(root, "biased", params, TASK, rows[rows["split"] == "validation"])
+
+
 def test_a_teacher_from_a_file_generates_nothing(tmp_path):
     teacher = file_teacher(tmp_path)
     with pytest.raises(UserError, match="^params.yaml: teachers: `kind: answers` generates no text$"):

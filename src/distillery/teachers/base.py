@@ -102,7 +102,8 @@ def open_teacher(
     """
     spec = params.teachers[name]
     if spec.kind == "answers":
-        return open_file_teacher(root, name, params, task)
+        prompting = prompting or _read_prompting(root, name, task)
+        return open_file_teacher(root, name, params, task, _label_prior(prompting))
     if tuned is not None:
         return LocalTeacher(load_teacher_model(name, spec, params.models[spec.model], task, tuned=tuned))
     prompting = prompting or _read_prompting(root, name, task)
@@ -111,7 +112,7 @@ def open_teacher(
     store = AnswerStore(root / STORE_PATH)
     settings = {
         "examples": _gold_examples(root, name, params),
-        "label_prior": None if prompting["prior"] is None else np.array(prompting["prior"]),
+        "label_prior": _label_prior(prompting),
     }
     if spec.kind == "api":
         # imported here, so that teachers of other kinds do not depend on the API client
@@ -129,10 +130,19 @@ def open_teacher(
     return LocalTeacher(model, cache, **settings)
 
 
-def open_file_teacher(root: Path, name: str, params: Params, task: Task) -> FileTeacher:
-    """The teacher `name` of `kind: answers`; the paths of its files are relative to `root`."""
+def open_file_teacher(
+    root: Path, name: str, params: Params, task: Task, label_prior: np.ndarray | None = None
+) -> FileTeacher:
+    """The teacher `name` of `kind: answers`; the paths of its files are relative to `root`.
+
+    label_prior: [labels], by which its probabilities are divided; None: not at all.
+    """
     spec = params.teachers[name].answers
-    return FileTeacher(read_answer_files(spec, task, root), task, "id" if spec.columns.id else "text")
+    return FileTeacher(read_answer_files(spec, task, root), task, "id" if spec.columns.id else "text", label_prior)
+
+
+def _label_prior(prompting: dict[str, Any]) -> np.ndarray | None:
+    return None if prompting["prior"] is None else np.array(prompting["prior"])
 
 
 def _read_prompting(root: Path, name: str, task: Task) -> dict[str, Any]:

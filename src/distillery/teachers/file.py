@@ -16,6 +16,7 @@ from distillery.data.records import normalize_text
 from distillery.errors import UserError
 from distillery.tasks.parsing import first_sentence, parse_explained_label, parse_label
 from distillery.tasks.schema import Task
+from distillery.teachers.prompted import divide_by_prior
 
 REPEATED = "repeats the answer before"
 UNREADABLE = "cannot be read"
@@ -88,12 +89,15 @@ def _read_answer(spec: AnswerFilesConfig, task: Task, row: dict[str, Any]) -> tu
 
 
 class FileTeacher:
-    """Answers from files as a teacher. answers: see :func:`read_answer_files`. by: the column of rows with the keys."""
+    """Answers from files as a teacher. answers: see :func:`read_answer_files`. by: the column of rows with the keys.
+
+    label_prior: [labels], see :func:`distillery.teachers.prompt_search.estimate_label_prior`; None: not calibrated.
+    """
 
     model = None
 
-    def __init__(self, answers: pd.DataFrame, task: Task, by: str = "text"):
-        self.answers, self.task, self.by = answers, task, by
+    def __init__(self, answers: pd.DataFrame, task: Task, by: str = "text", label_prior: np.ndarray | None = None):
+        self.answers, self.task, self.by, self.label_prior = answers, task, by, label_prior
         self.answers_by_key = dict(list(answers[answers["status"] != REPEATED].groupby("key")))
 
     def keys(self, rows: pd.DataFrame) -> list[str]:
@@ -118,7 +122,7 @@ class FileTeacher:
                 shares[i] = np.mean(answers["probabilities"].tolist(), axis=0)
             elif len(answers):
                 shares[i] = [(answers["label"] == name).mean() for name in self.task.names]
-        return shares
+        return divide_by_prior(shares, self.label_prior)
 
     def explanations(self, rows: pd.DataFrame, labels: Sequence[str]) -> list[str | None]:
         """The first sentence of its explanation of each label, one label per row; None where it gave another label."""

@@ -18,7 +18,7 @@ from distillery.teachers.signals import signal_table
 
 NO_CONTENT = ["N/A", "[MASK]", ""]  # Zhao et al. 2021
 CALIBRATIONS = ("none", "contextual", "batch")
-PRIOR_ROWS = 128  # rows over which `calibrate: batch` takes its mean
+PRIOR_ROWS = 128  # rows over which `calibrate: batch` takes its mean, of a teacher that must label them for it
 
 
 def estimate_label_prior(teacher: Teacher, calibration: str, unlabelled: pd.DataFrame) -> np.ndarray | None:
@@ -45,14 +45,19 @@ def compare_prompts(
     spec, lines, candidates = params.teachers[name], [], []
     validation = rows[rows["split"] == "validation"].reset_index(drop=True)
     unlabelled = rows[rows["split"] == ("pool" if (rows["split"] == "pool").any() else "train")]
-    unlabelled = unlabelled.head(PRIOR_ROWS).reset_index(drop=True)
+    if spec.kind != "answers":  # whose predictions cost nothing
+        unlabelled = unlabelled.head(PRIOR_ROWS)
+    unlabelled = unlabelled.reset_index(drop=True)
+    if unlabelled.empty and spec.calibrate == "batch":
+        raise UserError(f"params.yaml: teachers.{name}.calibrate: no row of pool or train to take the mean over")
+    calibrations = {"api": ["none", spec.calibrate], "answers": ["none", "batch"]}.get(spec.kind, CALIBRATIONS)
     for prompt in [None, *spec.prompts]:
         if prompt is not None and prompt not in task.prompts:
             known = ", ".join(task.prompts) or "none"
             raise UserError(f"params.yaml: teachers.{name}.prompts: the task has no `{prompt}`; it has: {known}")
         teacher = open_teacher(root, name, params, task, prompting={"prompt": prompt, "prior": None})
         probabilities = teacher.predict(validation)
-        for calibration in dict.fromkeys(["none", spec.calibrate] if spec.kind == "api" else CALIBRATIONS):
+        for calibration in dict.fromkeys(calibrations):
             prior = estimate_label_prior(teacher, calibration, unlabelled)
             scores = _score(validation, divide_by_prior(probabilities, prior), task.names)
             lines.append({"prompt": prompt or "prompt", "calibrate": calibration} | scores)

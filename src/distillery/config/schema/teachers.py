@@ -182,7 +182,8 @@ class TeacherConfig(Section):
     """A model that gives signals for rows: labels, probabilities, rationales. Without `finetune` a language model is
     only prompted, and a classifier predicts with the head that its model brings for these labels.
 
-    `prompts`, `examples_from` and `calibrate` are for teachers that are only prompted.
+    `prompts`, `examples_from` and `calibrate` are for teachers that are only prompted; `calibrate: batch` also for
+    probabilities from files.
     """
 
     kind: Literal["lm", "classifier", "seq2seq", "api", "answers"]
@@ -251,6 +252,13 @@ class TeacherConfig(Section):
         if (self.examples_from == "similar") != (self.embeddings is not None):
             raise ValueError("`examples_from: similar` and `embeddings` (an encoder of `models`) go together")
         prompted = self.prompts or self.examples_from != "task" or self.calibrate != "none"
+        if self.kind == "answers":
+            prompted = self.prompts or self.examples_from != "task"
+            if self.calibrate == "contextual" or (self.calibrate == "batch" and not self.answers.columns.probabilities):
+                raise ValueError(
+                    "`kind: answers` can be calibrated by `calibrate: batch` alone, and only if its files hold "
+                    "probabilities (`answers.columns.probabilities`)"
+                )
         if prompted and (self.finetune or self.kind in ("classifier", "answers")):
             raise ValueError("`prompts`, `examples_from` and `calibrate` are for teachers that are only prompted")
         return self
