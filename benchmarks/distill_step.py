@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PrinterCallback, TrainerCallback
+from transformers import AutoConfig, PrinterCallback, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.utils import DataCollatorForChatML
 
@@ -39,6 +40,7 @@ from distillery.config.schema import PhaseConfig, StudentConfig
 from distillery.files import repository_root
 from distillery.models.fetch import fetch_model
 from distillery.models.label_model import Completion, LabelModel
+from distillery.models.layers import configured_layers
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.packed.token_tree import common_prefix
 from distillery.tasks.prompts import chat_turns
@@ -56,6 +58,15 @@ TEMPLATE = (
     "{% for turn in messages %}{% if not loop.first %}\n{% endif %}<|im_start|>{{ turn.role }}\n{{ turn.content }}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}\n<|im_start|>assistant\n{% endif %}"
 )
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Folders of a teacher and of the model that its student begins as, and which of the latter's layers it keeps."""
+
+    teacher: Path
+    student: Path
+    layers: str
 
 
 @dataclass
@@ -111,12 +122,12 @@ def tokenizer_of(folder: Path):
     return tokenizer
 
 
-def student_of(folder: Path, task: Task) -> LabelModel:
+def student_of(folder: Path, task: Task, layers: str = "first-15") -> LabelModel:
     spec = StudentConfig.model_validate(
         {
             "model": "smollm2",
             "arch": "causal",
-            "init": {"layers": "first-15"},
+            "init": {"layers": layers},
             "adapter": {"kind": "lora", "r": 16},
             "dtype": "bfloat16",
             "phases": [],
@@ -142,10 +153,10 @@ def rows_of(task: Task, rationales: bool) -> tuple[TrainingRows, Dataset]:
     return TrainingRows(texts, targets, rationales=reasons), Dataset.from_dict({"messages": messages})
 
 
-def with_trl(folder: Path, task: Task, rationales: bool, measured: Measured, check: bool) -> None:
+def with_trl(pair: ModelPair, task: Task, rationales: bool, measured: Measured, check: bool) -> None:
     reset_peak()
     _, data = rows_of(task, rationales)
-    student, teacher = student_of(folder, task), teacher_of(folder, task)
+    student, teacher = student_of(pair.student, task, pair.layers), teacher_of(pair.teacher, task)
     with tempfile.TemporaryDirectory() as output_folder:
         arguments = GKDConfig(
             output_dir=output_folder,
@@ -190,13 +201,13 @@ def with_trl(folder: Path, task: Task, rationales: bool, measured: Measured, che
     measured.peak = max(measured.peak, peak())
 
 
-def with_distillery(folder: Path, task: Task, rationales: bool, measured: Measured, check: bool) -> None:
+def with_distillery(pair: ModelPair, task: Task, rationales: bool, measured: Measured, check: bool) -> None:
     reset_peak()
     rows, _ = rows_of(task, rationales)
     phase = PhaseConfig.model_validate(
         {
             "data": ["finance/train"],
-            "teachers": ["smollm2"],
+            "teachers": ["teacher"],
             "loss": {"jsd": 1.0},
             "space": "vocabulary",
             "rationales": rationales,
@@ -206,10 +217,12 @@ def with_distillery(folder: Path, task: Task, rationales: bool, measured: Measur
         }
     )
     with tempfile.TemporaryDirectory() as output_folder:
-        teacher = OpenableTeacher(lambda fold: teacher_of(folder, task), "smollm2", 30, Path(output_folder) / "signals")
-        student = student_of(folder, task)
+        depth = configured_layers(AutoConfig.from_pretrained(pair.teacher))
+        open_teacher = partial(teacher_of, pair.teacher, task)
+        teacher = OpenableTeacher(lambda fold: open_teacher(), "teacher", depth, Path(output_folder) / "signals")
+        student = student_of(pair.student, task, pair.layers)
         start = time.perf_counter()
-        teacher_of(folder, task)
+        open_teacher()
         opening = time.perf_counter() - start
         start = time.perf_counter()
         trainer = build_trainer(
@@ -220,7 +233,7 @@ def with_distillery(folder: Path, task: Task, rationales: bool, measured: Measur
             seed=0,
             title="distillery",
             checkpoint_every=10**6,
-            teachers={"smollm2": teacher},
+            teachers={"teacher": teacher},
         )
         # opening the teacher is not asking it: TRL's trainer is not charged for that, either
         cache = (time.perf_counter() - start - opening) / (ROWS / BATCH)
@@ -240,17 +253,17 @@ def with_distillery(folder: Path, task: Task, rationales: bool, measured: Measur
             trainer.term_values.clear()
         trainer.train()
         if check:
-            size = trainer.signals.outputs["smollm2"].bytes_a_token
+            size = trainer.signals.outputs["teacher"].bytes_a_token
             print(f"  signals: {size:,.0f} bytes a supervised token on the disk")
     measured.seconds += np.diff(clock.ends).tolist()
     measured.peak = max(measured.peak, peak())
 
 
-def compare_losses(folder: Path, task: Task, rationales: bool) -> None:
+def compare_losses(pair: ModelPair, task: Task, rationales: bool) -> None:
     """TRL's loss and Distillery's of three batches, in float32 and in bfloat16. TRL takes the log-softmax in the
     precision of the logits, so its formula on logits widened to float32 is shown, too."""
     rows, data = rows_of(task, rationales)
-    student, teacher = student_of(folder, task), teacher_of(folder, task)
+    student, teacher = student_of(pair.student, task, pair.layers), teacher_of(pair.teacher, task)
     collate = DataCollatorForChatML(tokenizer=student.tokenizer, max_length=1024)
     completions = [
         student.row_completions(int(t), r) for t, r in zip(rows.targets, rows.rationales or [None] * ROWS, strict=True)
@@ -285,9 +298,13 @@ def compare_losses(folder: Path, task: Task, rationales: bool) -> None:
 
 
 def main(rounds: int = 2) -> None:
-    root = repository_root()
     folder = fetch_model("smollm2", load_params().models["smollm2"])
-    task = load_task("finance-sentiment", root / "tasks")
+    compare_steps(ModelPair(folder, folder, "first-15"), rounds)
+
+
+def compare_steps(pair: ModelPair, rounds: int) -> None:
+    """Measure both trainers on both workloads, and print the figures and ratios."""
+    task = load_task("finance-sentiment", repository_root() / "tasks")
     speed = matrix_peak()
     print(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, bfloat16 products at {speed / 1e9:,.0f} GFLOP/s"
@@ -295,15 +312,15 @@ def main(rounds: int = 2) -> None:
     ratios = {}
     for workload in ("label", "rationale"):
         trl, distillery = Measured(), Measured()
-        prompts = student_of(folder, task).encode(rows_of(task, False)[0].texts)
+        prompts = student_of(pair.student, task, pair.layers).encode(rows_of(task, False)[0].texts)
         print(
             f"\n{workload}: {ROWS} rows, prompts of {np.mean([len(p) for p in prompts]):.0f} tokens, "
             f"of which all begin with the same {common_prefix(prompts)}"
         )
-        compare_losses(folder, task, workload == "rationale")
+        compare_losses(pair, task, workload == "rationale")
         for k in range(rounds):
-            with_trl(folder, task, workload == "rationale", trl, check=k == 0)
-            with_distillery(folder, task, workload == "rationale", distillery, check=k == 0)
+            with_trl(pair, task, workload == "rationale", trl, check=k == 0)
+            with_distillery(pair, task, workload == "rationale", distillery, check=k == 0)
         for name, m in (("TRL GKDTrainer", trl), ("distillery", distillery)):
             step = median(m.seconds)
             spread = f"{min(m.seconds):.3f} to {max(m.seconds):.3f}, n={len(m.seconds)}"
