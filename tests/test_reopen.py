@@ -69,18 +69,28 @@ def test_a_student_predicts_the_same_after_it_was_saved(folders, tmp_path, arch,
     assert names == {name for name, _ in original.model.named_parameters()}  # of the same classes, layer by layer
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["none", "lora"])
-@pytest.mark.parametrize("arch, kind", [(arch, kind) for arch, names in kinds.ARCHS.items() for kind in names])
-def test_a_tuned_teacher_predicts_the_same_after_it_was_saved(folders, tmp_path, arch, kind, lora):
+TUNED = [
+    (arch, kind, adapter)
+    for arch, names in kinds.ARCHS.items()
+    for kind in names
+    for adapter in ("none", "lora", "qlora")[: 2 if arch == "classifier" else 3]
+]
+
+
+@pytest.mark.parametrize("arch, kind, adapter", TUNED)
+def test_a_tuned_teacher_predicts_the_same_after_it_was_saved(folders, tmp_path, arch, kind, adapter):
+    lora = None if adapter == "none" else {"r": 4}
     spec = TeacherConfig(
         kind={"causal": "lm"}.get(arch, arch),
         model=kind,
         prompt="plain",
+        quantize="nf4" if adapter == "qlora" else "none",
         finetune={"on": "finance/train", "steps": 4, "learning_rate": 0.02, "lora": lora},
     )
     origin = ModelConfig(folder=str(folders / kind))
     teacher = load_teacher_model(kind, spec, origin, TASK)
     teacher.model = attach_adapters(teacher.model, spec.finetune.lora, arch, spec.seed)
+    assert (adapter == "qlora") == any("Linear4bit" in type(module).__name__ for module in teacher.model.modules())
     train(teacher)
     texts = tiny.texts()[:8]
     trained = teacher.predict(texts)

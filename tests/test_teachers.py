@@ -480,8 +480,12 @@ def test_a_teacher_in_four_bits_answers_and_its_answers_have_a_key_of_their_own(
     assert np.isfinite(q).all() and np.abs(p - q).max() < 0.2 and (p != q).any()
     identities = [model_identity("tiny-llama", params.models["tiny-llama"], model) for model in models_]
     assert [identity["quantization"] for identity in identities] == [None, "nf4"]
-    with pytest.raises(ValueError, match="`quantize` is for a `kind: lm` or `seq2seq` that is only prompted"):
-        TeacherConfig.model_validate(params.teachers["lm"].model_dump() | {"quantize": "nf4"})
+    tuned = params.teachers["lm"].model_dump()
+    assert TeacherConfig.model_validate(tuned | {"quantize": "nf4"}).finetune.lora  # QLoRA
+    whole = tuned | {"finetune": tuned["finetune"] | {"lora": None}}
+    for refused in (tuned | {"quantize": "int8"}, whole | {"quantize": "nf4"}):
+        with pytest.raises(ValueError, match="`quantize` is for a `kind: lm` or `seq2seq` that is only prompted, or"):
+            TeacherConfig.model_validate(refused)
 
 
 def test_labels_are_predicted_in_batches_of_the_teachers_size(experiment, monkeypatch):
@@ -705,7 +709,9 @@ def test_probabilities_from_a_file_are_calibrated_by_their_mean(experiment):
     rows = gold_rows(300)
     rows.loc[100:, "split"], rows.loc[200:, "split"] = "validation", "pool"
     p = np.random.default_rng(0).dirichlet([4.0, 1.0, 1.0], len(rows))
-    lines = [json.dumps({"id": i, "p": dict(zip(LABELS, row, strict=True))}) for i, row in zip(rows["id"], p, strict=True)]
+    lines = [
+        json.dumps({"id": i, "p": dict(zip(LABELS, row, strict=True))}) for i, row in zip(rows["id"], p, strict=True)
+    ]
     (root / "biased.jsonl").write_text("\n".join(lines))
     table, prompting = compare_prompts(root, "biased", params, TASK, rows)
     assert table["calibrate"].tolist() == ["none", "batch"] and prompting["prompt"] is None

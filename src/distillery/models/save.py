@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from distillery.files import atomic_write
@@ -33,15 +33,19 @@ def _merge_dequantized(model: PeftModel) -> nn.Module:
     """`model` dequantized, with its adapters merged after that: merged into 4 bits they would be rounded away."""
     with tempfile.TemporaryDirectory() as adapters:
         model.save_pretrained(adapters)
-        base = model.unload()
-        convolutions = [name for name, module in base.named_modules() if getattr(module, "source_cls", None) is Conv1D]
-        merged = PeftModel.from_pretrained(base.dequantize(), adapters).merge_and_unload()
+        return merge_adapters(dequantize(model.unload()), Path(adapters))
+
+
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with its 4-bit weights widened to the precision of its products, and layers of the classes they had."""
+    convolutions = [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
+    model = model.dequantize()
     for name in convolutions:  # of GPT-2: dequantized they are linear layers, whose weights lie transposed
-        linear = merged.get_submodule(name)
+        linear = model.get_submodule(name)
         layer = Conv1D(linear.out_features, linear.in_features)
         layer.weight, layer.bias = nn.Parameter(linear.weight.T.contiguous()), linear.bias
-        merged.set_submodule(name, layer)
-    return merged
+        model.set_submodule(name, layer)
+    return model
 
 
 def _write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -18,7 +18,7 @@ from distillery.models.layers import count_layers
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.positions import max_positions, require_positions
 from distillery.models.precision import Use, resolve_dtype
-from distillery.models.save import merge_adapters
+from distillery.models.save import dequantize, merge_adapters
 from distillery.models.windows import build_windows, store_windows
 from distillery.tasks.schema import Task
 
@@ -37,6 +37,7 @@ def load_teacher_model(
 ) -> LabelModel:
     """The teacher `name` as fetched from `origin`, or, with `tuned`, from that folder (a whole model, or adapters).
 
+    One that was tuned in 4 bits is opened dequantized: merged into 4 bits its adapters would be rounded away.
     use: what it is opened for, which decides what `dtype: auto` means.
     Raises UserError when it is a classifier without `finetune` whose model has no head for the labels, and when it does
     not read `max_length` tokens.
@@ -55,7 +56,7 @@ def load_teacher_model(
         label_map=label_map,
         dtype=dtype if arch != "classifier" and not trained else "float32",
         seed=spec.seed,
-        quantize=spec.quantize == "nf4",
+        quantize=spec.quantize == "nf4" and folder != tuned,
         trust_remote_code=origin.trust_remote_code,
     )
     if spec.quantize == "int8":
@@ -63,7 +64,7 @@ def load_teacher_model(
     if arch == "classifier" and spec.finetune is None:
         read_head(folder, task.names, label_map).require(name, spec.model, task.names)
     if adapters:
-        model = merge_adapters(model, tuned)
+        model = merge_adapters(dequantize(model) if spec.quantize == "nf4" else model, tuned)
     tokenizer = load_tokenizer(folder, origin.trust_remote_code)
     settings = {"prompt": spec.prompt, "few_shot": spec.few_shot, "batch_size": spec.batch_size}
     limit, place = max_positions(model), f"params.yaml: teachers.{name}"

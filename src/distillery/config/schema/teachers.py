@@ -228,15 +228,20 @@ class TeacherConfig(Section):
     """Number format of the computation. `auto`: float32 or bfloat16, whichever is faster on this machine, for training
     and for prediction; timed once and kept in `.cache/dtype.json`."""
     quantize: Literal["none", "nf4", "int8"] = "none"
-    """For a teacher that is only prompted. `nf4`: linear layers in 4 bits, which saves memory. `int8`: their products
-    in 8-bit integers, which is faster on a CPU with instructions for them, and does not work on a GPU."""
+    """`nf4`: linear layers in 4 bits, which saves memory; with `finetune.lora` while it is tuned (QLoRA, Dettmers et
+    al. 2023), after which it is whole again. `int8`: their products in 8-bit integers, which is faster on a CPU with
+    instructions for them, and does not work on a GPU; for a teacher that is only prompted."""
     seed: int = 0
     """Seed of fine-tuning, folds and sampled rows."""
 
     @model_validator(mode="after")
     def _kind_fits(self):
-        if self.quantize != "none" and (self.kind not in ("lm", "seq2seq") or self.finetune):
-            raise ValueError("`quantize` is for a `kind: lm` or `seq2seq` that is only prompted, without `finetune`")
+        tuned = self.finetune is not None and not (self.quantize == "nf4" and self.finetune.lora)
+        if self.quantize != "none" and (self.kind not in ("lm", "seq2seq") or tuned):
+            raise ValueError(
+                "`quantize` is for a `kind: lm` or `seq2seq` that is only prompted, or with `nf4` tuned by "
+                "`finetune.lora`"
+            )
         required = self.kind if self.kind in ("api", "answers") else "model"
         for key in ("model", "api", "answers"):
             if (getattr(self, key) is not None) != (key == required):

@@ -48,6 +48,7 @@ def stage_memory(plan: RecipePlan) -> dict[str, Memory]:
         stages[f"02_teach, {name}"] = Memory(prediction_bytes(model.model, spec))
         if spec.finetune:
             frozen = spec.dtype if spec.finetune.lora and spec.kind != "classifier" else "float32"
+            frozen = "nf4" if spec.quantize == "nf4" else frozen
             stages[f"02_teach, {name}, fine-tuning"] = training_memory(
                 model.model, frozen, _activations(plan, f"teachers.{name}.")
             )

@@ -104,7 +104,7 @@ def frozen_format(spec: StudentConfig) -> str:
 
 def prediction_bytes(model: nn.Module, spec: TeacherConfig) -> float:
     """Bytes of the weights of a teacher that predicts."""
-    if spec.quantize == "nf4":
+    if spec.quantize == "nf4" and not spec.finetune:
         return nf4_bytes(model)
     return dense_bytes(model, "float32" if spec.kind == "classifier" else spec.dtype)
 
