@@ -29,7 +29,7 @@ from distillery.data.near_duplicates import (
 )
 from distillery.data.prepare import PreparedSource, prepare_source
 from distillery.data.readers import read_source
-from distillery.data.records import RawRows, normalize_text
+from distillery.data.records import RawRows, normalize_text, without_punctuation
 from distillery.data.similar_pairs import SIMILARITY_SLACK, similar_pairs
 from distillery.data.splitting import split_groups
 from distillery.data.storage import read_split, read_task, write_source
@@ -253,6 +253,30 @@ def test_options_are_shuffled_and_the_answer_moves_with_them():
     pd.testing.assert_frame_equal(frame, chosen(rows))  # and is always the same
 
 
+def test_options_may_keep_their_order():
+    rows = [{"text": text, "options": ["red", "blue", "green"], "label": i % 3} for i, text in enumerate(texts(9))]
+    frame = chosen(rows, shuffle_options=False)
+    assert {text.partition("\n")[2] for text in frame["text"]} == {"1) red\n2) blue\n3) green"}
+    assert frame["label"].tolist() == ["1", "2", "3"] * 3
+
+
+def test_a_question_may_lose_wrong_options():
+    """The right one stays, at any position; each wrong one goes about as often; more options than labels then fit."""
+    rows = [{"text": text, "options": ["red", "blue", "green"], "label": 1} for text in texts(90)]
+    frame = chosen(rows, LETTERS, max_options=2)
+    lines = [text.split("\n")[1:] for text in frame["text"]]
+    assert all(line["AB".index(label)] == f"{label}) blue" for line, label in zip(lines, frame["label"], strict=True))
+    wrong = Counter(option[3:] for line in lines for option in line if "blue" not in option)
+    assert sum(wrong.values()) == 90 and min(wrong["red"], wrong["green"]) > 25
+    assert frame["n_options"].tolist() == [2] * 90 and min(Counter(frame["label"]).values()) > 25
+    other = [row | {"options": ["green", "red", "blue"], "label": 2} for row in rows]
+    pd.testing.assert_frame_equal(chosen(other, LETTERS, max_options=2), frame)
+    two = [{"text": "x", "options": ["no", "yes"], "label": 0}]
+    pd.testing.assert_frame_equal(chosen(two, max_options=2), chosen(two))  # nothing to take away
+    with pytest.raises(ValueError, match=r"`max_options` keeps the right option, and `label: null` names none"):
+        ColumnNames(max_options=2, label=None)
+
+
 def test_the_same_question_in_another_order_is_the_same_row():
     rows = [
         {"text": "which", "options": order, "label": order.index("b")} for order in (["a", "b", "c"], ["c", "b", "a"])
@@ -385,6 +409,20 @@ def test_the_pool_of_questions_holds_no_answer(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ cleaning
+
+
+def test_punctuation_goes_and_letters_of_all_scripts_stay():
+    assert without_punctuation("Up 5.2 % - says «Firma_X», (Q3)!") == "Up 5 2 says Firma X Q3"
+    hindi = "\u0939\u093f\u0928\u094d\u0926\u0940"  # vowel signs are marks, no letters
+    assert without_punctuation(f"{hindi}, café; 日本。") == f"{hindi} café 日本"
+
+
+def test_a_source_may_lose_its_punctuation(tmp_path):
+    rows = [row | {"text": f"“{row['text']}” – no. {i}!"} for i, row in enumerate(records())]
+    plain, bare = prepare(tmp_path, rows), prepare(tmp_path, rows, remove_punctuation=True)
+    assert plain.rows["text"][0].startswith("“") and bare.rows["text"][0] == f"{records()[0]['text']} no 0"
+    with pytest.raises(UserError, match="empty"):
+        prepare(tmp_path, [row | {"text": "?!"} for row in rows], remove_punctuation=True)
 
 
 def test_clean_by_hand():

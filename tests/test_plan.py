@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hub
 import tiny
-from distillery.config.schema import ModelConfig, OwnSplits, PhaseConfig, SourceConfig, StudentConfig
+from distillery.config.schema import ModelConfig, OwnSplits, PhaseConfig, SourceConfig, StudentConfig, TrainingConfig
 from distillery.errors import UserError
 from distillery.models import devices
 from distillery.models.layers import count_parameters
 from distillery.pipeline.plan import command, facts, shapes
 from distillery.pipeline.plan.costs import api_costs, disk_bytes, stage_memory, training_hours
 from distillery.pipeline.plan.resolve import RecipePlan, resolve_recipe
-from distillery.pipeline.plan.resources import GPUS, NF4_BYTES, UTILISATION
+from distillery.pipeline.plan.resources import GPUS, NF4_BYTES, UTILISATION, optimizer_bytes
 from distillery.pipeline.plan.rows import count_hub_rows, count_slice
 from distillery.pipeline.plan.tokenizers import write_stand_in
 from distillery.tasks.schema import load_task
@@ -183,6 +183,15 @@ def test_what_is_not_known_is_no_failure(root):
 
 
 # ------------------------------------------------------------------------------- figures
+
+
+def test_states_of_8_bits_take_a_quarter_of_the_memory():
+    def phase(optimizer: str) -> TrainingConfig:
+        return TrainingConfig(steps=1, learning_rate=1.0, optimizer=optimizer)
+
+    bytes_of = {name: optimizer_bytes([phase(name)]) for name in ("adamw", "paged_adamw_32bit", "paged_adamw_8bit")}
+    assert bytes_of == {"adamw": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}
+    assert optimizer_bytes([phase("adamw_8bit"), phase("adamw")]) == 8 and optimizer_bytes([]) == 0
 
 
 def test_rows_steps_memory_and_disk_by_hand(root):

@@ -154,6 +154,10 @@ def test_a_task_without_perturbations_checks_neither_tickers_nor_directions():
 
 def test_a_good_paraphrase_near_a_held_out_row_is_dropped_and_thresholds_are_those_of_params():
     good = "In 2010 the net sales of IBM rose by 48% and came to EUR 1200 mn as servers sold."
+    off = ParaphraseFilter(same_facts=False, same_label=False, max_similarity=1.0, min_similarity=0.0)
+    for text in ("The company lost 9 EUR", SOURCE, "x"):
+        assert rejection_reason(SOURCE, text, keep=off, perturbations=RULES) == "kept"
+    assert "held-out" in rejection_reason(SOURCE, good, keep=off, perturbations=RULES, overlap=True)
     assert "held-out" in rejection_reason(SOURCE, good, keep=KEEP, perturbations=RULES, overlap=True)
     assert rejection_reason(SOURCE, good, keep=ParaphraseFilter(max_similarity=0.3), perturbations=RULES) == "copy"
     assert rejection_reason(SOURCE, good, keep=ParaphraseFilter(min_similarity=0.9), perturbations=RULES) == "off topic"

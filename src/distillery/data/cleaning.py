@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from distillery.config.schema import SourceConfig
 from distillery.data.labels import LabelReader, join_answers, name_text, value_text, whole_number_text
-from distillery.data.records import RawRows, normalize_text, value_kind
+from distillery.data.options import order_options, read_options
+from distillery.data.records import RawRows, normalize_text, value_kind, without_punctuation
 from distillery.data.selection import DuplicateGroup, select_records
 from distillery.errors import UserError
 from distillery.tasks.prompts import with_options
@@ -52,6 +50,7 @@ class RowCleaner:
 
     def __init__(self, raw: RawRows, spec: SourceConfig, task: Task):
         self.raw, self.task, self.columns = raw, task, spec.columns
+        self.normalize = without_punctuation if spec.remove_punctuation else normalize_text
         self.labels = LabelReader(task.names, self._named_values())
         file_columns = list(dict.fromkeys(column for record in raw.rows for column in record))
         roles = ("text", "options", "label", "id", "group", "rationale")
@@ -84,13 +83,13 @@ class RowCleaner:
             value = record.get(column)
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{at}: `{column}` must be text, not {value_kind(value)} ({value!r:.60})")
-        text = normalize_text(" ".join(record.get(column) or "" for column in self.text_columns))
+        text = self.normalize(" ".join(record.get(column) or "" for column in self.text_columns))
         if not _visible(text):
             return None
         answers, n_options = None, None
         names = {role: self._name(at, role, record) for role in ("id", "group")}
         if self.task.kind == "choice":
-            text, label, n_options = self._shuffle_options(at, text, record)
+            text, label, n_options = self._add_options(at, text, record)
         elif self.task.kind == "qa" and columns.label is not None:
             answers = join_answers(at, columns.label, record.get(columns.label))
             label, _ = ANSWER_LABELS  # these are the accepted answers
@@ -143,39 +142,31 @@ class RowCleaner:
             raise UserError(f"{at}: {problem}; allowed: {', '.join(self.task.names)}{proposal}")
         return label
 
-    def _shuffle_options(self, at: str, text: str, record: dict[str, Any]) -> tuple[str, str | None, int]:
-        """`text` with its options in a shuffled order, the label of the right one, and the number of options.
+    def _add_options(self, at: str, text: str, record: dict[str, Any]) -> tuple[str, str | None, int]:
+        """`text` with its options, the label of the right one, and the number of options: see :func:`order_options`.
 
-        The text and the options alone decide the order. So the position of an option holds no information, and two
-        copies of a question read the same. Raises UserError when the options or the answer do not fit the task.
+        Raises UserError when the options or the answer do not fit the task.
         """
-        option_columns, first, names = self.option_columns, self.columns.first, self.task.names
-        raw_options = [record.get(column) for column in option_columns]
-        raw_options = raw_options[0] if len(option_columns) == 1 else raw_options
-        shown = "`, `".join(option_columns)
-        if not isinstance(raw_options, list) or not all(
-            isinstance(option, str) and normalize_text(option) for option in raw_options
-        ):
-            raise UserError(f"{at}: `{shown}` must be a list of texts, none of them empty, not {raw_options!r:.60}")
-        options = [normalize_text(option) for option in raw_options]
-        if first == "A" and all(re.match(rf"\(?{chr(65 + n)}\)", option) for n, option in enumerate(options)):
-            # "A)21": `with_options` writes its own letters
-            options = [re.sub(r"^\(?[A-Z]\)\s*", "", option) for option in options]
-        if not 2 <= len(options) <= len(names):
-            raise UserError(f"{at}: `{shown}` holds {len(options)} options; allowed: 2 to {len(names)}")
-        seed = hashlib.sha256("\n".join([text, *sorted(options)]).encode()).digest()
-        # equal options keep the order of the file among themselves
-        by_option = sorted(range(len(options)), key=lambda n: (options[n], n))
-        order = np.random.default_rng(list(seed)).permutation(by_option)
-        label = None
-        if self.columns.label is not None:
-            allowed = [chr(65 + n) if first == "A" else str(first + n) for n in range(len(options))]
-            answer = self._answer(at, record)
-            if answer not in allowed:
-                problem = f"unknown answer {answer!r:.60}" if answer else f"`{self.columns.label}` is empty"
-                raise UserError(f"{at}: {problem}; allowed: {', '.join(allowed)}")
-            label = names[int(np.flatnonzero(order == allowed.index(answer))[0])]
-        return with_options(self.task, text, [options[n] for n in order]), label, len(options)
+        options, names = read_options(at, record, self.option_columns, self.columns.first), self.task.names
+        right = self._right_option(at, record, len(options))
+        order = order_options(text, options, right, self.columns)
+        if not 2 <= len(order) <= len(names):
+            shown = "`, `".join(self.option_columns)
+            raise UserError(f"{at}: `{shown}` holds {len(order)} options; allowed: 2 to {len(names)}")
+        label = None if right is None else names[order.index(right)]
+        return with_options(self.task, text, [options[n] for n in order]), label, len(order)
+
+    def _right_option(self, at: str, record: dict[str, Any], n_options: int) -> int | None:
+        """The position of the right option in the file, from 0; None where the source has no labels."""
+        if self.columns.label is None:
+            return None
+        first = self.columns.first
+        allowed = [chr(65 + n) if first == "A" else str(first + n) for n in range(n_options)]
+        answer = self._answer(at, record)
+        if answer not in allowed:
+            problem = f"unknown answer {answer!r:.60}" if answer else f"`{self.columns.label}` is empty"
+            raise UserError(f"{at}: {problem}; allowed: {', '.join(allowed)}")
+        return allowed.index(answer)
 
     def _answer(self, at: str, record: dict[str, Any]) -> str | None:
         """The number or letter of the right option."""

@@ -53,6 +53,12 @@ def normalize_text(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def without_punctuation(text: str) -> str:
+    """`text` with letters, their marks and digits of all scripts; single spaces stand for everything else."""
+    kept = (character if unicodedata.category(character)[0] in "LMN" else " " for character in text)
+    return normalize_text("".join(kept))
+
+
 def value_kind(value: Any) -> str:
     """The type of `value` in plain words, for messages."""
     names = {bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}

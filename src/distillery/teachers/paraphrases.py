@@ -56,15 +56,22 @@ def rejection_reason(
         return "copy"
     if similarity < keep.min_similarity:
         return "off topic"
+    if keep.same_facts and (change := changed_fact(source, text, perturbations)):
+        return change
+    if overlap:
+        return "near-duplicate of a held-out row"
+    return "kept"
+
+
+def changed_fact(source: str, text: str, perturbations: Perturbations) -> str:
+    """Which fact of `source` the paraphrase `text` changes, or an empty text."""
     if numbers(source) != numbers(text):
         return "numbers changed"
     if tickers(source, perturbations.tickers) - tickers(text, perturbations.tickers):
         return "tickers lost"
     if directions(source, perturbations.directions) != directions(text, perturbations.directions):
         return "direction changed"
-    if overlap:
-        return "near-duplicate of a held-out row"
-    return "kept"
+    return ""
 
 
 def generate_paraphrases(root: Path, params: Params, task: Task, gold: pd.DataFrame) -> pd.DataFrame:

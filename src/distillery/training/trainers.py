@@ -242,6 +242,7 @@ def training_arguments(
         "learning_rate": phase.learning_rate,
         **schedule_arguments(rows, phase),
         "weight_decay": phase.weight_decay,
+        **({} if phase.optimizer == "adamw" else {"optim": phase.optimizer}),
         "max_grad_norm": phase.max_grad_norm,
         "seed": seed,
         "data_seed": seed,

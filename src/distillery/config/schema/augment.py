@@ -14,6 +14,8 @@ class ParaphraseFilter(Section):
 
     same_label: bool = True
     """The teacher must predict the row's label for the paraphrase, too."""
+    same_facts: bool = True
+    """Numbers, tickers and direction words of the row's text must stay as they are."""
     max_similarity: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Largest similarity to the row's text, by characters: above it the paraphrase is a copy."""
     min_similarity: Fraction = 0.2

@@ -69,6 +69,10 @@ class ColumnNames(Section):
     """The options of a `choice` task: one column with a list, or one column for each option."""
     first: Literal[0, 1, "A"] = 0
     """The value in the column `label` that stands for the first option."""
+    shuffle_options: bool = True
+    """Shuffle the options of each row, so that their position tells nothing; false keeps the order of the file."""
+    max_options: Annotated[int, Field(ge=2)] | None = None
+    """Largest number of options: the right one and others drawn at random; all when not given."""
     id: str | None = "id"
     """A unique name of the row; optional. null: no column, even where one is called `id`."""
     group: str | None = "group"
@@ -81,6 +85,12 @@ class ColumnNames(Section):
         is_text = {isinstance(key, str) for key in self.values or {}}
         if len(is_text) > 1:  # DVC sorts the keys
             raise ValueError("the keys of `values` must be all numbers or all text: write the numbers in quotes, too")
+        return self
+
+    @model_validator(mode="after")
+    def _right_option_is_known(self):
+        if self.max_options and self.label is None:
+            raise ValueError("`max_options` keeps the right option, and `label: null` names none")
         return self
 
 
@@ -127,6 +137,8 @@ class SourceConfig(Section):
     given, the first that fits."""
     header: bool = True
     """The first row of a table names the columns; false: they are called `column1`, `column2`, …"""
+    remove_punctuation: bool = False
+    """Take punctuation and special characters out of the texts: letters, digits and single spaces stay."""
     max_empty: Fraction = 0.05
     """Largest share of the rows whose text is empty. They are left out and counted; above it they are an error."""
     hub_config: str | None = None

@@ -51,7 +51,7 @@ class EarlyStoppingConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Settings of gradient descent (AdamW). Exactly one of `epochs` and `steps` gives its length."""
+    """Settings of gradient descent. Exactly one of `epochs` and `steps` gives its length."""
 
     epochs: Positive | Literal["auto"] | None = None
     """Passes over the rows. `auto`: until the score on the validation rows stops improving, see `early_stopping`."""
@@ -75,6 +75,9 @@ class TrainingConfig(Section):
     instead, unless this is 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Weight decay."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW; `8bit`: with its two states in 8 bits (Dettmers et al. 2022); `paged`: with states that move to the CPU's
+    memory while the GPU's is full (Dettmers et al. 2023). On a CPU a paged one is the same without pages."""
     max_grad_norm: Positive = 1.0
     """Norm to which longer gradients are clipped."""
     balance: Literal["none", "class_weights", "batches"] = "none"

@@ -17,6 +17,7 @@ from distillery.pipeline.plan.resources import (
     dense_bytes,
     frozen_format,
     merged_parameters,
+    optimizer_bytes,
     prediction_bytes,
     training_memory,
 )
@@ -50,13 +51,14 @@ def stage_memory(plan: RecipePlan) -> dict[str, Memory]:
             frozen = spec.dtype if spec.finetune.lora and spec.kind != "classifier" else "float32"
             frozen = "nf4" if spec.quantize == "nf4" else frozen
             stages[f"02_teach, {name}, fine-tuning"] = training_memory(
-                model.model, frozen, _activations(plan, f"teachers.{name}.")
+                model.model, frozen, optimizer_bytes([spec.finetune]), _activations(plan, f"teachers.{name}.")
             )
     for name, spec in plan.params.students.items():
         model = plan.models.get(f"students.{name}")
         if model is None:
             continue
-        training = training_memory(model.model, frozen_format(spec), _activations(plan, f"students.{name}."))
+        activations = _activations(plan, f"students.{name}.")
+        training = training_memory(model.model, frozen_format(spec), optimizer_bytes(spec.phases), activations)
         beside = max((_teacher_beside(plan, phase) for phase in spec.phases), default=0.0)
         stages[f"04_distill, {name}, training"] = Memory(
             training.weights + beside, training.gradients, training.optimizer, training.activations

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from distillery.config.schema import StudentConfig, TeacherConfig
+from distillery.config.schema import StudentConfig, TeacherConfig, TrainingConfig
 from distillery.models.layers import count_parameters, output_head
 
 # 4 bits, and a scale for each 64 weights of 8 bits and 32 / 256 more (Dettmers et al. 2023, section 3)
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 FULL_BYTES, HALF_BYTES = 4, 2
-GRADIENT_BYTES, ADAMW_BYTES = 4, 8  # of a trained weight, in float32
+GRADIENT_BYTES, ADAMW_BYTES, ADAMW_8BIT_BYTES = 4, 8, 2  # of a trained weight, in float32 but the last
 UTILISATION = 0.3  # share of the peak that a training of this kind reaches; assumed
 
 
@@ -85,14 +86,22 @@ def _is_adapter(module: nn.Module, model: Any) -> bool:
     return hasattr(model, "peft_config") and module.weight.requires_grad
 
 
-def training_memory(model: nn.Module, frozen: str, activations: float) -> Memory:
-    """What training `model` holds. frozen: number format of the weights that are not trained, or `nf4`."""
+def optimizer_bytes(phases: Sequence[TrainingConfig]) -> int:
+    """Bytes of the optimizer's states for each trained weight, in the phase that has most."""
+    return max((ADAMW_8BIT_BYTES if "8bit" in phase.optimizer else ADAMW_BYTES for phase in phases), default=0)
+
+
+def training_memory(model: nn.Module, frozen: str, states: int, activations: float) -> Memory:
+    """What training `model` holds. frozen: number format of the weights that are not trained, or `nf4`.
+
+    states: bytes of the optimizer for each trained weight.
+    """
     total, trained = count_parameters(model)
     if frozen == "nf4":
         weights = nf4_bytes(model) + FULL_BYTES * trained
     else:
         weights = FULL_BYTES * trained + (total - trained) * (FULL_BYTES if frozen == "float32" else HALF_BYTES)
-    return Memory(weights, GRADIENT_BYTES * trained, ADAMW_BYTES * trained, activations)
+    return Memory(weights, GRADIENT_BYTES * trained, states * trained, activations)
 
 
 def frozen_format(spec: StudentConfig) -> str:
