@@ -27,6 +27,7 @@ from distillery.config.schema import SPLITS, ApiConfig
 from distillery.errors import UserError
 from distillery.files import read_yaml
 from distillery.tasks.parsing import parse_label
+from distillery.tasks.prompts import EXPLANATION_REQUEST
 from distillery.tasks.schema import Task, load_task
 from distillery.teachers.api.budget import max_call_tokens
 from distillery.teachers.api.client import MAX_EMPTY_ANSWERS, Endpoint
@@ -893,6 +894,44 @@ def test_log_probabilities_of_a_server_are_kept_after_the_reasoning(server, tmp_
     mass = np.array([0.81, 0, 0.1] if not reasoning else [0.9 * 0.81, 0, 0.1 + 0.9 * 0.1])  # `\n\n` comes first
     expected = mass / mass.sum()
     np.testing.assert_allclose(p, [expected] * 2, rtol=1e-6)
+
+
+REASONS = {
+    "profit": "positive\nProfit went up. More follows.",
+    "loss": "Negative: The loss grew.",
+    "none": "no idea",
+}
+
+
+def test_label_and_reason_come_in_one_answer(server, tmp_path):
+    """One request a text, for both; none for a label that another answer gave, nor when the answers are stored."""
+    rows = pd.DataFrame({"id": ["a", "b", "c"], "text": ["Up: profit", "Down: loss", "Nothing: none"]})
+
+    def reply(request, status, answer):
+        text = request["messages"][-1]["content"]
+        answer["choices"][0]["message"]["content"] = next(v for k, v in REASONS.items() if f": {k}" in text)
+        return status, answer
+
+    with loopback.Proxy(server[0], alter=reply) as proxy:
+        opened = teacher(proxy.url, server[1], tmp_path, labels="explained", max_tokens=48)
+        opened.few_shot = 2
+        p = opened.predict(rows)
+        reasons = opened.explanations(rows, ["positive", "positive", "neutral"])
+        reasons_of_own = opened.explanations(rows[:2], ["positive", "negative"])
+        sent = proxy.requests
+    assert [TASK.names[row.argmax()] for row in p[:2]] == ["positive", "negative"] and np.isnan(p[2]).all()
+    assert reasons == ["Profit went up.", None, None] and reasons_of_own == ["Profit went up.", "The loss grew."]
+    assert len(sent) == 3
+    turns = next(request["messages"] for request in sent if "Up: profit" in request["messages"][-1]["content"])
+    solved = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    assert solved == [f"{TASK.word(shot.label)}\n{shot.rationale}" for shot in TASK.few_shot[:2]]
+    assert all(turn["content"].endswith(EXPLANATION_REQUEST) for turn in turns if turn["role"] == "user")
+
+
+def test_a_reason_needs_room():
+    spec = {"model": "m", "labels": "explained", "max_tokens": 16}
+    with pytest.raises(UserError, match=r"`labels: explained` needs room for a sentence: `max_tokens` 32 or more"):
+        validate_section(ApiConfig, spec, "params.yaml")
 
 
 def test_a_structured_answer_can_only_be_a_label(tmp_path):

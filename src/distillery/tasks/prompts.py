@@ -11,6 +11,7 @@ from distillery.errors import UserError
 from distillery.tasks.schema import FewShotExample, Task
 
 PLAIN_SEPARATOR = "\n\n"
+EXPLANATION_REQUEST = "Write the label first, and on the next line one short sentence on why it holds."
 RATIONALE_CUE = "\nReason:"  # between an answer and its rationale
 
 
@@ -42,6 +43,18 @@ def chat_turns(task: Task, text: str, few_shot: int | Sequence[FewShotExample] =
             {"role": "assistant", "content": task.word(example.label)},
         ]
     return [*turns, {"role": "user", "content": user_turn(task, text)}]
+
+
+def explained_turns(task: Task, text: str, few_shot: int | Sequence[FewShotExample] = 0) -> list[dict[str, str]]:
+    """As :func:`chat_turns`, for the label of `text` and on the next line its explanation."""
+    turns = chat_turns(task, text, few_shot)
+    examples = iter(task.few_shot[:few_shot] if isinstance(few_shot, int) else few_shot)
+    for i, turn in enumerate(turns):
+        if turn["role"] == "user":
+            turns[i] = turn | {"content": f"{turn['content']}\n\n{EXPLANATION_REQUEST}"}
+        elif turn["role"] == "assistant":
+            turns[i] = turn | {"content": f"{turn['content']}\n{next(examples).rationale}".rstrip()}
+    return turns
 
 
 def without_system_turn(turns: Sequence[dict[str, str]]) -> list[dict[str, str]]:

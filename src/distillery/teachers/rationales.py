@@ -22,7 +22,8 @@ def add_rationales(
     """`signals` with rationales for a sample of training and pool rows, and whether each contradicts its label.
 
     The rationale is for the gold label of a training row and for the teacher's label of a pool row. A teacher of
-    `kind: answers` brings its own explanations, for all of these rows.
+    `kind: answers` brings its own explanations, for all of these rows. With `api.labels: explained` a rationale is what
+    followed the label in the teacher's answer; where that is another label, there is none.
 
     rows: source, split, id, text, gold label of all rows of `signals`, in any order; further rows are ignored.
     """
@@ -37,10 +38,13 @@ def add_rationales(
     explained = trainable["label"].where(trainable["split"] == "pool", trainable["gold"])
     sample = np.random.default_rng(spec.seed).permutation(trainable.index)[: spec.rationales]
     sample = [i for i in sample if isinstance(explained[i], str)]  # an unreadable answer has no reason
-    prompts = rationale_prompts(task, rows["text"][sample].tolist(), explained[sample].tolist())
     teacher = open_teacher(root, name, params, task)
-    texts = teacher.generate(prompts, max_new_tokens=spec.max_new_tokens)
-    signals.loc[sample, "rationale"] = [first_sentence(text) for text in texts]
+    if spec.api and spec.api.labels == "explained":
+        signals.loc[sample, "rationale"] = teacher.explanations(rows.loc[sample], explained[sample].tolist())
+    else:
+        prompts = rationale_prompts(task, rows["text"][sample].tolist(), explained[sample].tolist())
+        texts = teacher.generate(prompts, max_new_tokens=spec.max_new_tokens)
+        signals.loc[sample, "rationale"] = [first_sentence(text) for text in texts]
     return _flag_contradictions(task, signals, [explained.get(i) for i in signals.index])
 
 

@@ -25,7 +25,13 @@ from distillery.config.schema.base import (
     SplitRef,
 )
 from distillery.config.schema.data import ColumnNames, OwnSplits, RowFilter, SourceConfig, SplitShares
-from distillery.config.schema.evaluate import EvaluateConfig, PublishedScores, RecipeConfig, SearchConfig
+from distillery.config.schema.evaluate import (
+    EvaluateConfig,
+    PublishedScores,
+    PublishedSetting,
+    RecipeConfig,
+    SearchConfig,
+)
 from distillery.config.schema.experiment import Params
 from distillery.config.schema.models import ModelConfig, RandomModelConfig
 from distillery.config.schema.students import PhaseConfig, PseudoLabelFilter, StudentConfig, StudentInit
@@ -71,6 +77,7 @@ __all__ = [
     "Positive",
     "PseudoLabelFilter",
     "PublishedScores",
+    "PublishedSetting",
     "RandomModelConfig",
     "RecipeConfig",
     "RowFilter",

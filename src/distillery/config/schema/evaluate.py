@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from distillery.config.schema.base import Count, Fraction, Name, Positive, Section
 
@@ -88,6 +88,17 @@ class PublishedScores(Section):
     """Anything a reader must know to compare them."""
 
 
+class PublishedSetting(Section):
+    """A setting of a published system, for one key of this file."""
+
+    setting: str
+    """The key; `*` in it is any name or position, and `tasks.<name>` starts a key of a task file."""
+    source: JsonValue
+    """The source's value as this file would have it; of a section the list of its names. null: the source has none."""
+    place: str
+    """Where the source names it, such as `section 3.2`."""
+
+
 class RecipeConfig(Section):
     """What a recipe reproduces."""
 
@@ -95,6 +106,9 @@ class RecipeConfig(Section):
     """The published system."""
     published: list[PublishedScores] = []
     """Its figures."""
+    settings: list[PublishedSetting] = []
+    """Its settings, for the full scale: those that this file does not have are also keys of `differences`, or of
+    `guesses` where the source contradicts itself."""
     guesses: dict[str, str] = {}
     """By setting of this file (`students.*.phases.*.epochs`; `*` is any name or position): what the source leaves open
     or contradicts, and what was chosen."""

@@ -11,6 +11,8 @@ from distillery.config.schema.base import TRIMMED_TEXT, URL, VARIABLE, Count, Na
 from distillery.config.schema.texts import LongTextsConfig
 from distillery.config.schema.training import FinetuneConfig
 
+MIN_EXPLAINED_TOKENS = 32  # of a label and a short sentence
+
 
 class ApiPrice(Section):
     """Price in US dollars for a million tokens."""
@@ -65,8 +67,9 @@ class ApiConfig(Section):
     """Address of the endpoint; the vendor's own when not given."""
     key: Annotated[str, Field(pattern=VARIABLE)] | None = None
     """Name of the environment variable that holds the key."""
-    labels: Literal["text", "structured", "logprobs"] = "text"
-    """Origin of the label: parsed from free text, from text that the endpoint restricts to the labels, or from the
+    labels: Literal["text", "explained", "structured", "logprobs"] = "text"
+    """Origin of the label: parsed from free text, from text in which a rationale follows it (`rationales` are then
+    those, without a request of their own), from text that the endpoint restricts to the labels, or from the
     probabilities of the answer's first token."""
     samples: Annotated[int, Field(gt=0)] = 1
     """Answers to each question; with several, the share of each label is its probability."""
@@ -107,6 +110,10 @@ class ApiConfig(Section):
             raise ValueError("`samples` above 1 need a `temperature` above 0, or all answers are equal")
         if self.labels == "logprobs" and self.client == "anthropic":
             raise ValueError("`labels: logprobs` is not for `client: anthropic`, which returns none")
+        if self.labels == "explained" and self.max_tokens < MIN_EXPLAINED_TOKENS:
+            raise ValueError(
+                f"`labels: explained` needs room for a sentence: `max_tokens` {MIN_EXPLAINED_TOKENS} or more"
+            )
         return self
 
     @model_validator(mode="after")
@@ -254,6 +261,8 @@ class TeacherConfig(Section):
             raise ValueError(f"`max_length` is for local models, not `kind: {self.kind}`")
         if self.finetune and required != "model":
             raise ValueError(f"`kind: {self.kind}` cannot be fine-tuned here: leave `finetune` out")
+        if self.api and self.api.labels == "explained" and self.examples_from != "task":
+            raise ValueError("`labels: explained` takes `examples_from: task`: gold rows bring no rationales")
         if (self.examples_from == "similar") != (self.embeddings is not None):
             raise ValueError("`examples_from: similar` and `embeddings` (an encoder of `models`) go together")
         prompted = self.prompts or self.examples_from != "task" or self.calibrate != "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distillery.evaluation.speed import student_shape
@@ -22,7 +23,7 @@ from distillery.pipeline.plan.resources import (
     training_memory,
 )
 from distillery.pipeline.plan.tokenizers import PIECE
-from distillery.tasks.prompts import chat_turns
+from distillery.tasks.prompts import chat_turns, explained_turns
 from distillery.training.disk import disk_need
 
 PIECES = re.compile(rf"[^\W\d_]{{1,{PIECE}}}|\d|[^\w\s]")  # of a text, as stand-in tokenizers cut it
@@ -167,11 +168,13 @@ def api_costs(plan: RecipePlan) -> dict[str, ApiCost]:
             costs[name] = ApiCost(None, None, None, None)
             continue
         texts = sources[0].texts["text"].head(MEASURED_ROWS)
-        prompts = [_prompt_tokens(sources[0].task, text, spec.few_shot) for text in texts]
+        turns = explained_turns if spec.api.labels == "explained" else chat_turns
+        prompts = [_prompt_tokens(turns(sources[0].task, text, spec.few_shot)) for text in texts]
         labels = sum(counts) * spec.api.samples
-        requests = labels + spec.rationales
+        rationales = 0 if spec.api.labels == "explained" else spec.rationales
+        requests = labels + rationales
         input_tokens = round(requests * sum(prompts) / len(prompts))
-        output_tokens = labels * spec.api.max_tokens + spec.rationales * spec.max_new_tokens
+        output_tokens = labels * spec.api.max_tokens + rationales * spec.max_new_tokens
         price, dollars = spec.api.price, None
         if price:
             dollars = (input_tokens * price.input + output_tokens * price.output) / 1e6
@@ -184,8 +187,8 @@ def api_costs(plan: RecipePlan) -> dict[str, ApiCost]:
     return costs
 
 
-def _prompt_tokens(task: object, text: str, few_shot: int) -> int:
-    return sum(len(PIECES.findall(turn["content"])) for turn in chat_turns(task, text, few_shot))
+def _prompt_tokens(turns: Sequence[dict[str, str]]) -> int:
+    return sum(len(PIECES.findall(turn["content"])) for turn in turns)
 
 
 def check_gpu(plan: RecipePlan, stages: dict[str, Memory], gpu: str) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from distillery.errors import UserError
-from distillery.tasks.parsing import parse_label, without_reasoning
-from distillery.tasks.prompts import chat_turns
+from distillery.tasks.parsing import first_sentence, parse_explained_label, parse_label, without_reasoning
+from distillery.tasks.prompts import chat_turns, explained_turns
 from distillery.tasks.schema import FewShotExample, Task
 from distillery.teachers.api.client import Endpoint
 from distillery.teachers.api.probabilities import label_probabilities
@@ -28,6 +28,7 @@ class ApiTeacher(PromptedTeacher):
     task: Task
     few_shot: int = 0
     row_ids: dict[str, str] = field(default_factory=dict)  # of texts, for messages
+    explained: dict[str, list[tuple[str | None, str]]] = field(default_factory=dict)  # label and reason of each sample
 
     model = None  # it is not on this machine
 
@@ -39,7 +40,8 @@ class ApiTeacher(PromptedTeacher):
         return identity | {"extra_body": extra} if extra else identity
 
     def _turns(self, text: str, solved: Sequence[FewShotExample] | None) -> list[dict[str, str]]:
-        return chat_turns(self.task, text, self.few_shot if solved is None else solved)
+        turns = explained_turns if self.endpoint.spec.labels == "explained" else chat_turns
+        return turns(self.task, text, self.few_shot if solved is None else solved)
 
     def render(self, text: str, solved: Sequence[FewShotExample] | None) -> str:
         """The turns of the conversation about `text` as one string."""
@@ -76,6 +78,10 @@ class ApiTeacher(PromptedTeacher):
         From the endpoint's log-probabilities (`labels: logprobs`), else the share of the samples that gave each label.
         """
         answers = self.endpoint.query(self.questions(texts, solved), self._is_readable)
+        if self.endpoint.spec.labels == "explained":
+            parsed = [parse_explained_label(self.task, answer.text) for answer in answers]
+            n = self.endpoint.spec.samples
+            self.explained |= {text: parsed[i * n : (i + 1) * n] for i, text in enumerate(texts)}
         samples = np.stack([self._read(answer) for answer in answers])
         samples = samples.reshape(len(texts), self.endpoint.spec.samples, -1)
         if n_options is not None:  # an option that a row does not have is no answer to it
@@ -97,6 +103,18 @@ class ApiTeacher(PromptedTeacher):
             return label_probabilities(steps, self.task, answer.metadata.get("finish"))
         label = parse_label(self.task, answer.text)
         return np.array([float(name == label) if label else math.nan for name in self.task.names])
+
+    def explanations(self, rows: pd.DataFrame, labels: Sequence[str]) -> list[str | None]:
+        """The first sentence that followed each of `labels` in the answers to `rows` (id, text), one label per row.
+
+        None where they gave another label or no explanation. Answers that are stored are not requested again.
+        """
+        self.predict(rows)
+        given = [
+            next((reason for found, reason in self.explained[text] if found == label and reason), "")
+            for text, label in zip(rows["text"], labels, strict=True)
+        ]
+        return [first_sentence(" ".join(reason.split())) or None for reason in given]
 
     def answer(self, rows: pd.DataFrame, max_new_tokens: int) -> list[str]:
         raise UserError("params.yaml: teachers: free answers come from `kind: lm` and `seq2seq` only, so far")
