@@ -52,8 +52,8 @@ coverage: $(VENV)/.installed ## the tests that run no stage, and the lines that 
 pipeline: $(VENV)/.installed ## the tests that run stages
 	@$(PYTEST) $(PIPELINE_TESTS)
 
-recipe: $(VENV)/.installed ## run a published system in a folder of its own: make recipe NAME=pkd-albert [SCALE=small] [PLAN=1]
-	@$(BIN)/python -m distillery recipe $(if $(NAME),'$(NAME)',$(error name a recipe: make recipe NAME=pkd-albert)) $(if $(SCALE),--scale '$(SCALE)') $(if $(PLAN),--plan $(if $(GPU),--gpu '$(GPU)'))
+recipe: $(VENV)/.installed ## run a published system in a folder of its own: make recipe NAME=pkd-albert [SCALE=small] [PLAN=1] [SETTINGS=1]
+	@$(BIN)/python -m distillery recipe $(if $(NAME),'$(NAME)',$(error name a recipe: make recipe NAME=pkd-albert)) $(if $(SCALE),--scale '$(SCALE)') $(if $(PLAN),--plan $(if $(GPU),--gpu '$(GPU)')) $(if $(SETTINGS),--settings)
 
 lessons: $(VENV)/.installed ## run the lessons in notebooks/lessons, minutes on a CPU, into reports/lessons
 	@$(BIN)/python -m distillery lesson

@@ -382,6 +382,20 @@ def test_hidden_states_of_a_teacher_that_reads_windows(folder):
     assert str(caught.value) == f"params.yaml: students.kd.phases.0.teachers: {line}"
 
 
+def test_a_student_may_be_scored_on_rows_that_it_learns_nothing_of(folder):
+    raw = changed("students.kd.test_source", "news")
+    raw["students"]["kd"]["phases"] = raw["students"]["kd"]["phases"][:1]
+    raw["students"]["kd"]["phases"][0]["data"] = ["bare/train"]
+    assert load(folder, raw).test_source("kd") == "news"
+    for source, line in (
+        ("none", "unknown source `none`; known: news, bare, other"),
+        ("other", "one task only, not mood, topic"),
+    ):
+        raw["students"]["kd"]["test_source"] = source
+        with pytest.raises(UserError, match=re.escape(line)):
+            load(folder, raw)
+
+
 def test_two_tasks_in_one_student(folder):
     raw = changed("students.gold.phases.0.data", ["news/train"])
     second = copy.deepcopy(raw["students"]["gold"]["phases"][0]) | {"data": ["other/train"]}

@@ -12,8 +12,17 @@ import tiny
 from distillery.cli import main
 from distillery.config.load import load_params, validate_section
 from distillery.config.schema import DIVERGENCES, Params
+from distillery.errors import UserError
 from distillery.files import read_yaml, repository_root
-from distillery.pipeline import recipe
+from distillery.pipeline import published_settings, recipe
+from distillery.pipeline.published_settings import (
+    SETTINGS_FILE,
+    recipe_settings,
+    setting_rows,
+    settings_at,
+    settings_page,
+    value_text,
+)
 from distillery.pipeline.recipe import load_recipe, merge_overlay, prepare_folder, prepare_recipe, run_recipe
 
 RECIPES = sorted(path.stem for path in (tiny.ROOT / "recipes").glob("*.yaml"))
@@ -167,27 +176,81 @@ def test_every_recipe_is_a_whole_experiment_at_every_scale(name, tmp_path):
 ORIGINS = ("hub", "revision", "wheel", "random", "hub_splits", "hub_config", "api")
 
 
-def settings_at(settings, path):
-    """The values at the dotted `path` below `settings`; `*` in it is any name or position."""
-    values = [settings]
-    for step in path.split("."):
-        sections = [dict(enumerate(value)) if isinstance(value, list) else value for value in values]
-        children = [{str(key): child for key, child in s.items()} for s in sections if isinstance(s, dict)]
-        values = [child for of_one in children for key, child in of_one.items() if step in ("*", key)]
-    return values
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_guess_and_difference_names_a_setting_of_the_recipe(name):
     for scale in [None, *(read_yaml(tiny.ROOT / "recipes" / f"{name}.yaml").get("scale") or {})]:
         params = validate_section(Params, load_recipe(tiny.ROOT, name, scale), name)
-        settings = params.model_dump()
+        settings = recipe_settings(tiny.ROOT, params)
         for notes in (params.recipe.guesses, params.recipe.differences) if params.recipe else ():
             assert [setting for setting in notes if not settings_at(settings, setting)] == []
             # nor does one speak of an origin that the models and data of this scale do not have
             origins = [path for path in notes if path.rpartition(".")[2] in ORIGINS]
             assert [path for path in origins if not any(settings_at(settings, path))] == []
             assert all(notes.values())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_setting_of_the_source_is_the_recipes_or_has_a_reason(name):
+    """And no reason is for a setting that does not differ; a guess is one where the source names two values."""
+    raw, rows = load_recipe(tiny.ROOT, name), setting_rows(tiny.ROOT, name)
+    assert bool(rows) == ("recipe" in raw)
+    different = {row.setting for row in rows if not row.same}
+    assert [row.setting for row in rows if not row.same and not row.why] == []
+    assert sorted(set(raw.get("recipe", {}).get("differences") or {}) - different) == []
+    same = {row.setting for row in rows if row.same}
+    assert [row.setting for row in rows if row.origin == "guesses" and row.setting not in same] == []
+    assert all(row.place for row in rows)
+
+
+def test_the_page_of_settings_is_that_of_the_recipes():
+    assert (tiny.ROOT / SETTINGS_FILE).read_text(encoding="utf-8") == settings_page(tiny.ROOT)
+
+
+def test_settings_are_found_by_names_positions_and_stars():
+    settings = {"a": {"b.c": {"d": 1}, "b": {"c": 3}}, "e": [{"f": 1}, {"f": 2}]}
+    assert settings_at(settings, "a.b.c.d") == [1] and settings_at(settings, "a.b.c") == [{"d": 1}, 3]
+    assert settings_at(settings, "e.*.f") == [1, 2] and settings_at(settings, "e.1.f") == [2]
+    assert (
+        settings_at(settings, "*.*.f") == [1, 2] and settings_at(settings, "e.2.f") == settings_at(settings, "x") == []
+    )
+    assert [value_text(value) for value in (None, [], False, 5e-5, 3367, {"ce": 0.5, "kl": [1, "a"]})] == [
+        "none",
+        "none",
+        "no",
+        "5e-05",
+        "3,367",
+        "ce 0.5, kl 1, a",
+    ]
+
+
+def test_settings_are_compared_with_those_of_the_recipe(repository, capsys, monkeypatch):
+    """A list of names with a section's, all values under a star with one; an unknown key ends in one line."""
+    path = repository / "recipes" / "other.yaml"
+    text = path.read_text()
+    named = [
+        {"setting": "seeds", "source": [7], "place": "1"},
+        {"setting": "students.*.phases.*.batch_size", "source": 99, "place": "2"},
+        {"setting": "tasks.finance-sentiment.labels", "source": ["positive", "neutral", "negative"], "place": "3"},
+        {"setting": "evaluate.headline", "source": "x|y", "place": "4"},
+    ]
+
+    def write(settings: list) -> None:
+        notes = {"differences": {"students.*.phases.*.batch_size": "smaller | here"}, "guesses": {}}
+        path.write_text(text + json.dumps({"recipe": {"source": "s", "settings": settings} | notes})[1:-1] + "\n")
+
+    write(named)
+    rows = setting_rows(repository, "other")
+    assert [row.same for row in rows] == [True, False, True, False]
+    assert [(row.why, row.origin) for row in rows[1::2]] == [("smaller | here", "differences"), ("", "")]
+    monkeypatch.setattr(published_settings, "repository_root", lambda: repository)
+    main(["recipe", "other", "--settings"])
+    assert "| `evaluate.headline` | x\\|y | 4 |" in capsys.readouterr().out
+    write([*named, {"setting": "students.*.phases.0.gone", "source": 1, "place": "5"}])
+    line = r"recipes/other.yaml: recipe.settings.4: the recipe has no key `students.\*.phases.0.gone`"
+    with pytest.raises(UserError, match=line):
+        setting_rows(repository, "other")
+    with pytest.raises(SystemExit, match="error: --settings is for the full scale, and alone"):
+        main(["recipe", "other", "--settings", "--scale", "small"])
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -108,14 +108,22 @@ def study(name: str, parameters: Sequence[Sequence[str]]) -> None:
     run_study(name, parameters)
 
 
-def recipe(name: str, scale: str | None, plan: bool, gpu: str | None) -> None:
-    """Run a published system in a folder of its own, or plan it without its weights."""
+def recipe(name: str, scale: str | None, plan: bool, gpu: str | None, settings: bool) -> None:
+    """Run a published system in a folder of its own, plan it without its weights, or show its settings."""
+    if settings:
+        from distillery.pipeline.published_settings import print_settings
+
+        if scale or plan:
+            raise UserError("--settings is for the full scale, and alone: leave --scale and --plan out")
+        return print_settings(name)
     if plan:
         from distillery.pipeline.plan.command import DEFAULT_GPU, run_plan
 
         if scale:
             raise UserError("--plan is for the full scale: leave --scale out")
         return run_plan(name, gpu or DEFAULT_GPU)
+    if gpu:
+        raise UserError("--gpu is of the plan: add --plan, or leave --gpu out")
     from distillery.pipeline.recipe import run_recipe_command
 
     run_recipe_command(name, scale)
@@ -219,6 +227,9 @@ def parser() -> argparse.ArgumentParser:
         "--plan", action="store_true", help="check it at full scale without weights; the name `all` takes every recipe"
     )
     running_recipe.add_argument("--gpu", help="of the plan, such as h100-80gb")
+    running_recipe.add_argument(
+        "--settings", action="store_true", help="its source's settings beside its own; `all` writes them for every one"
+    )
     verb(times).add_argument(
         "--since", type=float, default=0.0, help="only stages that ended later; seconds since 1970"
     )

@@ -120,6 +120,9 @@ def _check_student(params: Params, place: str, name: str, student: StudentConfig
     if student.adapter.kind == "qlora" and student.arch != "causal":
         raise UserError(f"{place}.adapter.kind: qlora is for `arch: causal`, not {student.arch}")
     tasks = set()
+    if student.test_source:
+        _check_split(params, f"{place}.test_source", f"{student.test_source}/test", ("test",))
+        tasks.add(params.data[student.test_source].task)
     for i, phase in enumerate(student.phases):
         refs = _check_phase_data(params, f"{place}.phases.{i}", phase)
         tasks |= {params.data[ref.source].task for ref in refs}

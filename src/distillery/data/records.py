@@ -55,8 +55,7 @@ def normalize_text(text: str) -> str:
 
 def without_punctuation(text: str) -> str:
     """`text` with letters, their marks and digits of all scripts; single spaces stand for everything else."""
-    kept = (character if unicodedata.category(character)[0] in "LMN" else " " for character in text)
-    return normalize_text("".join(kept))
+    return normalize_text("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text))
 
 
 def value_kind(value: Any) -> str:

@@ -36,7 +36,7 @@ API_KEYS_WITHOUT_EFFECT = {
 }
 
 # of a student: these keys change no weight
-STUDENT_KEYS_WITHOUT_EFFECT = {"control", "checkpoint_every"}
+STUDENT_KEYS_WITHOUT_EFFECT = {"control", "checkpoint_every", "test_source"}  # `source` of the record is the last
 
 Row = dict[str, Any]
 

@@ -70,7 +70,7 @@ class ColumnNames(Section):
     first: Literal[0, 1, "A"] = 0
     """The value in the column `label` that stands for the first option."""
     shuffle_options: bool = True
-    """Shuffle the options of each row, so that their position tells nothing; false keeps the order of the file."""
+    """Shuffle the options of each row, so that positions hold no information; false keeps the order of the file."""
     max_options: Annotated[int, Field(ge=2)] | None = None
     """Largest number of options: the right one and others drawn at random; all when not given."""
     id: str | None = "id"

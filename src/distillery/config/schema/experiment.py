@@ -40,7 +40,11 @@ class Params(Section):
     """Overlays by name that change this experiment, see `distillery recipe --scale`."""
 
     def test_source(self, student: str) -> str:
-        """The source `student` is scored on: the last that it learns from (without phases: the headline's)."""
+        """The source `student` is scored on: its own key's, or the last that it learns from (without phases: the
+        headline's).
+        """
+        if own := self.students[student].test_source:
+            return own
         phases = self.students[student].phases or self.students[self.evaluate.headline].phases
         return SplitRef.parse(phases[-1].data[-1]).source if phases else next(iter(self.data))
 

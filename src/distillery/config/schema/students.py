@@ -138,6 +138,8 @@ class StudentConfig(Section):
     """Phases of the training, one after the other; none leaves the model untrained."""
     control: Name | None = None
     """The student to compare with: trained alike, without teachers or with another loss."""
+    test_source: Name | None = None
+    """The source whose validation and test rows it is scored on; when not given, the last that it learns from."""
     prompt: Literal["chat", "plain"] = "chat"
     """Form of the prompt: the tokenizer's chat template, or the turns as plain text."""
     few_shot: Count = 0

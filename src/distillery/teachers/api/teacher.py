@@ -111,7 +111,7 @@ class ApiTeacher(PromptedTeacher):
         """
         self.predict(rows)
         given = [
-            next((reason for found, reason in self.explained[text] if found == label and reason), "")
+            next((reason for sampled, reason in self.explained[text] if sampled == label and reason), "")
             for text, label in zip(rows["text"], labels, strict=True)
         ]
         return [first_sentence(" ".join(reason.split())) or None for reason in given]
