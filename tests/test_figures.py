@@ -1,5 +1,8 @@
 """Figures hold the numbers of the leaderboard and of the predictions."""
 
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +11,7 @@ from sklearn import metrics as sk
 
 from distillery.evaluation.gather import gather_results
 from distillery.evaluation.leaderboard import leaderboard
+from distillery.notebook.distill import plot_training
 from distillery.report.figures import (
     all_figures,
     figure_confusion,
@@ -142,6 +146,29 @@ def test_losses_by_step_with_phases_counted_from_1(finished):
         rules = [line.get_xdata() for line in axes.lines if line.get_linestyle() == ":"]
         assert rules == [[3, 3]] and [text.get_text() for text in axes.texts] == ["phase 2"]
         assert axes.get_yscale() == "log"
+
+
+def test_validation_losses_are_dashed(finished):
+    results, _ = finished
+    looks = results.history["loss"].where(results.history["step"] % 2 == 0) / 2
+    with_looks = replace(results, history=results.history.assign(validation_loss=looks))
+    for axes in [axes for axes in figure_history(with_looks).axes if axes.get_visible()]:
+        dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+        assert [line.get_ydata().tolist() for line in dashed] == [[0.4], [0.25]] * 2  # a line a phase and seed
+        assert [line.get_xdata().tolist() for line in dashed] == [[2], [4]] * 2
+
+
+def test_training_curves_have_a_panel_of_looks():
+    history = pd.DataFrame({"phase": [1, 1, 2], "step": [10, 20, 10], "loss": [1.0, 0.8, 0.6]})
+    phases = pd.DataFrame({"phase": [0, 1], "split": "validation", "label": "a", "prediction": ["b", "a"]})
+    plot_training(history, phases)
+    assert len(plt.gcf().axes) == 2
+    looks = history.assign(validation_loss=[0.9, np.nan, 0.5], validation_accuracy=[0.5, np.nan, 1.0])
+    plot_training(looks, phases)
+    left, middle, _ = plt.gcf().axes
+    assert [line.get_linestyle() for line in left.lines] == ["-", "--", "-", "--"]
+    assert [line.get_xydata().tolist() for line in middle.lines] == [[[10, 0.5]], [[30, 1.0]]]
+    plt.close("all")
 
 
 def test_without_measured_speed_there_is_no_figure_of_latency(finished):

@@ -329,6 +329,7 @@ def test_auto_and_early_stopping_need_validation_rows(folder):
         ("steps", {"steps": "auto"}),
         ("epochs", {"steps": None, "epochs": "auto"}),
         ("early_stopping", {"early_stopping": {"every": 5}}),
+        ("validate_every", {"validate_every": 5}),
     ):
         raw = changed("data.pool", pool)
         phase = {"data": ["pool/pool"], "teachers": ["llm"], "loss": {"kl": 1.0}, "steps": 3, "learning_rate": 0.1}

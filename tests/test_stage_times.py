@@ -7,7 +7,7 @@ import pytest
 from distillery.pipeline import stage_times
 from distillery.pipeline.stage_times import read_stage_times, summarize_stage_times, timed_stage
 from distillery.training import trainers
-from distillery.training.trainers import ProgressPrinter, time_left
+from distillery.training.progress import ProgressPrinter, time_left
 
 
 class Clock:

@@ -11,15 +11,19 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+import tiny
 from distillery import losses
 from distillery.config.load import validate_section
 from distillery.config.schema import FinetuneConfig, ModelConfig, Params, PhaseConfig, TeacherConfig
 from distillery.errors import UserError
 from distillery.models.label_model import ModelOutput
+from distillery.models.predictions import predict_rows, score_predictions
+from distillery.tasks.schema import load_task
 from distillery.teachers.finetune import finetune_teacher
 from distillery.training import run, trainers
 from distillery.training.completions import MicroBatch, PhaseCompletions, StepCounts
 from distillery.training.phase_loss import PhaseLoss
+from distillery.training.progress import example_line
 from distillery.training.rows import TrainingRows, phase_rows
 from distillery.training.run import validation_rows
 from distillery.training.sampler import BalancedSampler
@@ -111,6 +115,55 @@ def test_early_stopping_without_validation_rows_is_one_line(tiny_models, tmp_pat
     for validation in (None, nothing):
         with pytest.raises(UserError, match="^training: `early_stopping` and `auto` need validation rows, and there"):
             trained(student, toy(6), phase({"ce": 1.0}, steps="auto"), tmp_path, validation=validation)
+
+
+def test_looks_at_validation_rows_change_no_weight_and_are_kept(tiny_models, tmp_path, capsys):
+    """At every second step: loss and accuracy in the history, a line with their mean so far, and a training row."""
+    validation, weights, histories = toy(9, seed=1), [], []
+    for every in (None, 2):
+        student = learner(tiny_models, "classifier", scale=4)
+        spec = phase({"kl": 1.0}, steps=6, batch_size=4, learning_rate=1e-2, validate_every=every)
+        rows = validation_rows(validation, TASK)
+        histories.append(trained(student, toy(8), spec, tmp_path / str(every), validation=rows))
+        weights.append(student.model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    plain, looked = histories
+    assert "validation_loss" not in plain and looked["step"].tolist() == [2, 4, 6]
+    report = score_predictions(predict_rows(student, validation), LABELS)  # at the end
+    assert looked["validation_loss"].iloc[-1] == pytest.approx(report["log_loss"], abs=1e-6)
+    assert looked["validation_accuracy"].iloc[-1] == report["accuracy"]
+    out = capsys.readouterr().out.splitlines()
+    lines = [line for line in out if "on validation rows" in line]
+    accuracies = looked["validation_accuracy"].tolist()
+    mean = f"{sum(accuracies) / 3:.4f}"
+    loss = f"{looked['validation_loss'].iloc[-1]:.4f}"
+    assert len(lines) == 3
+    assert lines[-1] == (
+        f"training: step 6, on validation rows loss {loss}, accuracy {accuracies[-1]:.4f}, mean of the last 3 {mean}"
+    )
+    shown = [line for line in out if line.startswith("row: ")]
+    frame = toy(8)
+    for step, line in zip((2, 4, 6), shown, strict=True):
+        teacher = LABELS[int(np.argmax(frame["probabilities_one"][step]))]
+        start = f"row: {frame['text'][step].strip()} | label: {frame['label'][step]} | teacher: {teacher} | student: "
+        assert line.startswith(start) and line.removeprefix(start) in LABELS
+
+
+def test_a_row_of_free_answers_is_shown_with_the_students_answer(tiny_models):
+    """Long texts are cut."""
+    task = load_task("trivia", tiny.ROOT / "tasks")
+    student = learner(tiny_models, "causal", task)
+    rows = TrainingRows(["who " * 99, "a b"], np.array([1, 0]), answers=["x", "y"])
+    student.set_answers(rows.answers)
+    first, second = example_line(student, rows, 4), example_line(student, rows, 5)
+    assert first.startswith(f"row: {('who ' * 99)[:200]}… | answer: y | student: ")
+    assert second == f"row: a b | answer: x | student: {student.answer_questions(['a b'])[0]}"
+
+
+def test_looks_without_validation_rows_are_one_line(tiny_models, tmp_path):
+    student = learner(tiny_models, "classifier")
+    with pytest.raises(UserError, match="^training: `validate_every` needs validation rows, and there are none"):
+        trained(student, toy(6), phase({"ce": 1.0}, validate_every=2), tmp_path)
 
 
 def test_auto_stops_by_itself_and_its_rate_falls_with_the_root_of_the_steps(tiny_models, tmp_path, capsys):

@@ -92,9 +92,11 @@ def _check_teacher(params: Params, place: str, name: str, teacher: TeacherConfig
 
 
 def _check_stopping(params: Params, place: str, training: TrainingConfig, source: str) -> None:
-    """`source` has the validation rows that early stopping or `auto` needs."""
-    if training.stopping and not params.data[source].holds("validation"):
+    """`source` has the validation rows that early stopping, `auto` or `validate_every` needs."""
+    looks = getattr(training, "validate_every", None)
+    if (training.stopping or looks) and not params.data[source].holds("validation"):
         key = "early_stopping" if training.early_stopping else "epochs" if training.epochs else "steps"
+        key = key if training.stopping else "validate_every"
         raise UserError(f"{place}.{key}: needs validation rows, and `{source}` has none")
 
 

@@ -20,6 +20,8 @@ from distillery.files import Paths
 
 UNPARSABLE = "no readable answer"
 
+VALIDATION_COLUMNS = ("validation_loss", "validation_accuracy")  # of a history, where a training looked at them
+
 TOKEN_SCORES = ("token_f1", "token_precision", "token_recall")  # of free answers
 
 HELD_OUT = ("test", "validation")
@@ -190,19 +192,21 @@ def _read_timing(folders: Sequence[Path], key: str) -> dict[str, float | None]:
 
 
 def _read_histories(root: Path, params: Params) -> pd.DataFrame:
-    """Model, seed, phase, step, loss of every run."""
+    """Model, seed, phase, step, loss of every run; validation_loss and validation_accuracy where a run has them."""
     tables = [
         _read_history(folder / "history.csv", root).assign(model=name, seed=seed)
         for name in params.students
         for seed, folder in zip(params.seeds, _run_folders(root, params, name), strict=True)
     ]
-    return pd.concat(tables, ignore_index=True)[["model", "seed", "phase", "step", "loss"]]
+    columns = [name for name in VALIDATION_COLUMNS if any(name in table for table in tables)]
+    return pd.concat(tables, ignore_index=True)[["model", "seed", "phase", "step", "loss", *columns]]
 
 
 def _read_history(path: Path, root: Path) -> pd.DataFrame:
-    """Phase (from 1), step, loss of one run, the steps counted through its phases."""
+    """Phase (from 1), step, loss and any validation scores of one run, the steps counted through its phases."""
     try:
-        rows = read_result_file(path, root)[["phase", "step", "loss"]]
+        rows = read_result_file(path, root)
+        rows = rows[["phase", "step", "loss", *(name for name in VALIDATION_COLUMNS if name in rows)]]
     except pd.errors.EmptyDataError:
         return pd.DataFrame({"phase": [], "step": [], "loss": []})
     parts, done = [], 0

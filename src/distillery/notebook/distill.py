@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from distillery.notebook.style import BLUE, join_words, percent
+from distillery.training.progress import LAST_LOOKS
 from distillery.training.rows import phase_rows
 
 if TYPE_CHECKING:
@@ -70,12 +71,24 @@ def phase_table(spec: StudentConfig) -> pd.DataFrame:
 def plot_training(history: pd.DataFrame, phases: pd.DataFrame) -> None:
     """The training loss over the optimizer steps, and the accuracy on validation rows after each phase.
 
-    history: phase, step, loss. phases: phase, split, label, prediction; phase 0 is the untrained student.
+    Where validation rows were looked at during the training, also their loss (dashed), and the mean accuracy of the
+    last 25 looks. history: phase, step, loss, and then validation_loss and validation_accuracy. phases: phase, split,
+    label, prediction; phase 0 is the untrained student.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), width_ratios=[2, 1])
+    looked = "validation_accuracy" in history
+    figure, (left, *middle, right) = plt.subplots(
+        1, 2 + looked, figsize=(9, 2.8), width_ratios=[2, *([1.5] * looked), 1]
+    )
     offset = 0
     for phase, part in history.groupby("phase"):
-        left.plot(part["step"] + offset, part["loss"], label=f"phase {phase}")
+        (line,) = left.plot(part["step"] + offset, part["loss"], label=f"phase {phase}")
+        for axes in middle:
+            looks = part.dropna(subset="validation_accuracy")
+            mean = looks["validation_accuracy"].rolling(LAST_LOOKS, min_periods=1).mean()
+            axes.plot(looks["step"] + offset, mean, ".-", color=line.get_color())
+            axes.set(title=f"validation accuracy, mean of {LAST_LOOKS} looks", xlabel="optimizer step", ylim=(0, 1))
+            if "validation_loss" in looks:
+                left.plot(looks["step"] + offset, looks["validation_loss"], "--", color=line.get_color())
         offset += part["step"].max()
     left.set(title="training loss", xlabel="optimizer step")
     if len(history):

@@ -198,7 +198,10 @@ def figure_labels(results: Results, board: pd.DataFrame) -> Figure:
 
 
 def figure_history(results: Results) -> Figure:
-    """Training loss of every student, one line a seed; a dotted rule begins each phase after the first."""
+    """Training loss of every student, one line a seed; a dotted rule begins each phase after the first.
+
+    Where validation rows were looked at during a training, their loss is a dashed line.
+    """
     with drawing():
         names = [name for name in results.params.students if (results.history["model"] == name).any()]
         across = 2 if len(names) > 1 else 1
@@ -213,6 +216,7 @@ def figure_history(results: Results) -> Figure:
         for axes in panels[:, 0]:
             axes.set_ylabel("loss, logarithmic")
         text = "optimizer step; one line a seed, bold its rolling mean; a dotted rule begins a phase"
+        text += "; dashed: loss on validation rows" if "validation_loss" in results.history else ""
         figure.supxlabel(text, fontsize=8, color=MUTED)
     return figure
 
@@ -225,6 +229,9 @@ def _draw_history(axes: Any, rows: pd.DataFrame) -> None:
         for _, phase in run.groupby("phase"):
             smooth = phase["loss"].rolling(max(3, len(phase) // 20), min_periods=1).mean()
             axes.plot(phase["step"], smooth, lw=1.4, color=colour, alpha=0.9)
+            if "validation_loss" in phase:
+                looks = phase.dropna(subset="validation_loss")
+                axes.plot(looks["step"], looks["validation_loss"], lw=1.2, color=colour, ls="--")
     for phase, start in rows.groupby("phase")["step"].min().iloc[1:].items():
         axes.axvline(start, color=MUTED, lw=0.8, ls=":")
         axes.annotate(f"phase {int(phase)}", (start, 1), (2, -2), xycoords=("data", "axes fraction"),

@@ -31,6 +31,7 @@ from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
 
 HISTORY_COLUMNS = ("step", "epoch", "loss", "learning_rate")
+VALIDATION_SCORES = ("loss", "accuracy")
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -62,13 +63,15 @@ def train_phase(
     checkpoint_every: optimizer steps between two checkpoints, unless early stopping sets them; it changes no weight.
     validation: the rows that early stopping scores. teachers: those whose tokens or hidden states the loss compares.
     shared: states of frozen layers, see :func:`compute_frozen_states`.
-    Returns the history, a row a logged step: step, epoch, loss, learning_rate and the terms' values.
+    Returns the history, a row a logged step: step, epoch, loss, learning_rate, the terms' values, and where validation
+    rows were looked at validation_loss (nats, not of free answers) and validation_accuracy, empty at other steps.
     Prints the size of a checkpoint and the disk that the training needs.
     Raises UserError when the disk has less, or is full, when a teacher does not fit the student, and when early
     stopping has no validation rows.
     """
-    if phase.stopping and not validation:
-        raise UserError(f"{title}: `early_stopping` and `auto` need validation rows, and there are none")
+    if (phase.stopping or phase.validate_every) and not validation:
+        keys = "`early_stopping` and `auto` need" if phase.stopping else "`validate_every` needs"
+        raise UserError(f"{title}: {keys} validation rows, and there are none")
     try:
         trainer = build_trainer(
             student,
@@ -95,12 +98,22 @@ def train_phase(
             del student.model.projections
         restore_full_embedding(student.model)
         student.frozen_states = None
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return _history(trainer.state.log_history, free_answers=student.task.kind == "qa")
+
+
+def _history(log: list[dict[str, Any]], free_answers: bool) -> pd.DataFrame:
+    """The history of :func:`train_phase` out of a trainer's log."""
+    logged = [entry for entry in log if "loss" in entry]
     history = pd.DataFrame(
         logged, columns=list(dict.fromkeys([*HISTORY_COLUMNS, *(k for entry in logged for k in entry)]))
     )
     terms = [k for k in history if k.startswith("term_")]
-    return history[[*HISTORY_COLUMNS, *terms]].rename(columns=lambda k: k.removeprefix("term_"))
+    history = history[[*HISTORY_COLUMNS, *terms]].rename(columns=lambda k: k.removeprefix("term_"))
+    scores = [name for name in VALIDATION_SCORES if not (free_answers and name == "loss")]
+    looks = {entry["step"]: entry for entry in log if "eval_accuracy" in entry}
+    for score in scores if looks else []:
+        history[f"validation_{score}"] = [looks.get(step, {}).get(f"eval_{score}") for step in history["step"]]
+    return history
 
 
 def _train_or_restore(trainer: Any, checkpoint: str | None, title: str) -> None:
@@ -146,7 +159,7 @@ def train_phases(
     frame: the rows of `rows.parquet`. validation: rows (id, text, label) for early stopping, predicted before the
     first phase and after each but the last. test: predicted before the first phase. scores: each teacher's validation
     accuracy. checkpoint_every: optimizer steps between two checkpoints; it changes no weight.
-    Returns the history (phase, step, epoch, loss, learning_rate, one column per loss term) and these predictions
+    Returns the history (phase, and the columns of :func:`train_phase`) and these predictions
     (phase, split, id, label, prediction, probabilities), phase 0 being the untrained student.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -25,6 +24,7 @@ from distillery.models.scoring import scored_completions
 from distillery.tasks.schema import N_OPTIONS
 from distillery.training.completions import PhaseCompletions, StepCounts
 from distillery.training.phase_loss import PhaseLoss
+from distillery.training.progress import LOG_EVERY, ProgressPrinter, example_line
 from distillery.training.rows import TrainingRows
 from distillery.training.sampler import BalancedSampler, LengthGroupedSampler
 from distillery.training.stopping import (
@@ -35,8 +35,6 @@ from distillery.training.stopping import (
 )
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.teacher_signals import TeacherSignals
-
-LOG_EVERY = 10  # optimizer steps
 
 
 class PhaseTrainerMixin:
@@ -142,7 +140,7 @@ class PhaseTrainerMixin:
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Scores on the validation rows, for early stopping."""
+        """Scores on the validation rows, for early stopping and curves."""
         rows, names = self.validation, self.student.task.names
         frame = pd.DataFrame({"id": "", "text": rows.texts, "label": [names[i] for i in rows.targets]})
         if rows.accepted_answers is not None:
@@ -154,6 +152,7 @@ class PhaseTrainerMixin:
         scores = {"eval_accuracy": report["accuracy"], "eval_macro_f1": f1, "eval_loss": report["log_loss"]}
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+        print(example_line(self.student, self.rows, self.state.global_step), flush=True)
         return scores
 
 
@@ -203,37 +202,13 @@ class OnPolicyTrainer(PhaseTrainerMixin, GKDTrainer):
         return [(tokens, 0) for tokens in generated]
 
 
-class ProgressPrinter(TrainerCallback):
-    """A line now and then: under papermill every redraw of a bar would become a line of the notebook."""
-
-    def __init__(self, title: str):
-        self.title = title
-        self.start: tuple[float, int] | None = None  # when the first step began, and how many came before it
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.start is None:
-            self.start = time.monotonic(), state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs and state.global_step % max(LOG_EVERY, state.max_steps // 80 * 10) == 0:
-            start, first = self.start or (time.monotonic(), state.global_step - 1)
-            left = (time.monotonic() - start) / (state.global_step - first) * (state.max_steps - state.global_step)
-            estimate = f", {time_left(left)}" if left else ""
-            line = f"{self.title}: step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}{estimate}"
-            print(line, flush=True)
-
-
-def time_left(seconds: float) -> str:
-    """An estimate in words: about 40 s left, about 3 min left."""
-    return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
-
-
 def training_arguments(
     phase: PhaseConfig, rows: int, folder: Path, seed: int, checkpoint_every: int, float16: bool, on_cpu: bool
 ) -> dict[str, Any]:
     """Keyword arguments of `TrainingArguments` for `phase` on `rows` rows, with checkpoints in `folder`."""
     stopping, steps = phase.stopping, count_optimizer_steps(rows, phase)
     every = evaluation_interval(rows, phase) if stopping else checkpoint_every
+    look = every if stopping else min(phase.validate_every or steps, steps)
     return {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -247,13 +222,13 @@ def training_arguments(
         "seed": seed,
         "data_seed": seed,
         # a checkpoint falls on a logged step, or a resumed run would average the loss over fewer steps
-        "logging_steps": math.gcd(min(LOG_EVERY, steps), every),
+        "logging_steps": math.gcd(min(LOG_EVERY, steps), every, look if phase.validate_every else 0),
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": every,
         "save_total_limit": 2,
-        "eval_strategy": "steps" if stopping else "no",
-        "eval_steps": every if stopping else None,
+        "eval_strategy": "steps" if stopping or phase.validate_every else "no",
+        "eval_steps": look if stopping or phase.validate_every else None,
         "load_best_model_at_end": bool(stopping),
         "metric_for_best_model": stopping.metric if stopping else None,
         "greater_is_better": stopping.metric != "loss" if stopping else None,
@@ -320,9 +295,12 @@ def build_trainer(
     inputs: dict[str, Any] = {
         "model": student.model,
         "train_dataset": data,
-        "eval_dataset": data if stopping else None,
+        "eval_dataset": data if stopping or phase.validate_every else None,
         "data_collator": lambda batch: {"index": torch.tensor([row["index"] for row in batch])},
-        "callbacks": [ProgressPrinter(title)] + ([PatienceCallback(stopping)] if stopping else []),
+        "callbacks": [
+            ProgressPrinter(title, free_answers=student.task.kind == "qa"),
+            *([PatienceCallback(stopping)] if stopping else []),
+        ],
     }
     trainer = _create_trainer(student, phase, arguments, inputs)
     trainer.remove_callback(PrinterCallback)

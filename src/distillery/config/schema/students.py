@@ -81,6 +81,9 @@ class PhaseConfig(TrainingConfig):
     """Largest length of a generated answer, in tokens."""
     sampling_temperature: Positive = 1.0
     """Temperature at which the student generates its answers."""
+    validate_every: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps between two looks at the validation rows, for curves of their loss and accuracy, each with a
+    printed training row. None when not given; with early stopping its `every` counts."""
     order: Literal["random", "confidence", "length"] = "random"
     """Order of the rows: random, from those the teachers are most confident in, or from the shortest."""
 
