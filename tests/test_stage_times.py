@@ -6,7 +6,7 @@ import pytest
 
 from distillery.pipeline import stage_times
 from distillery.pipeline.stage_times import read_stage_times, summarize_stage_times, timed_stage
-from distillery.training import trainers
+from distillery.training import progress
 from distillery.training.progress import ProgressPrinter, time_left
 
 
@@ -26,7 +26,7 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(stage_times, "time", clock)
-    monkeypatch.setattr(trainers, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     return clock
 
 
