@@ -86,6 +86,14 @@ def test_confusion_matrices_are_those_of_the_predictions(finished):
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == LABELS
 
 
+def test_confusion_matrices_of_the_models_that_params_names(finished):
+    """Without the untrained models that start from them; of models on other rows there are none."""
+    results, _ = finished
+    chosen = results.params.evaluate.model_copy(update={"confusion": ["other", "big"]})
+    results = replace(results, params=results.params.model_copy(update={"evaluate": chosen}))
+    assert [axes.get_title(loc="center") for axes in figure_confusion(results).axes] == ["other", "big"]
+
+
 def test_bars_are_precision_and_recall_of_each_label(finished):
     results, board = finished
     figure, rows = figure_labels(results, board), board.set_index("model")

@@ -20,7 +20,17 @@ from distillery.evaluation.speed import Measurements
 from distillery.report.page import MAX_BROWSER_ROWS, render_page
 from distillery.report.sentences import Comparison, Facts, describe_result, render_facts, result_facts
 from distillery.report.tables import MIN_BIN_ROWS
-from report_project import LABELS, SPEEDS, WORDS, evaluate, experiment, finished_project, qa_project, write_project
+from report_project import (
+    LABELS,
+    SPEEDS,
+    TASK,
+    WORDS,
+    evaluate,
+    experiment,
+    finished_project,
+    qa_project,
+    write_project,
+)
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +247,23 @@ def test_a_headline_that_is_a_control_has_no_teacher(tmp_path):
     results, board = evaluate(tmp_path, write_project(tmp_path, spec))
     text = " ".join(describe_result(results, board.reset_index())["sentences"])
     assert "tiny-gold names no control" in text and "was trained without a teacher" in text
+
+
+def test_alerts_are_in_the_report_the_most_severe_first(tmp_path, finished):
+    """Where the task has severities: as many as predictions of its labels, with text, label and severity."""
+    task = TASK + "severity: {down: 1.0, flat: 0.25}\n"
+    results, _ = evaluate(tmp_path, write_project(tmp_path, experiment(seeds=[0]), task=task))
+    html = unescape((tmp_path / "reports/index.html").read_text(encoding="utf-8"))
+    predicted = pd.Series(results.headline.predictions[0]).value_counts()
+    by_label = ", ".join(f"{n} {label}" for label, n in predicted.drop("up").sort_values(ascending=False).items())
+    n_rows = len(results.tests["demo"])
+    assert f"tiny-kd raises {predicted.drop('up').sum()} alerts on {n_rows} test rows: {by_label}. The" in html
+    severities = [float(text) for text in re.findall(r'<span class="chip">severity ([0-9.]+)</span>', html)]
+    assert len(severities) == 20 and severities == sorted(severities, reverse=True)
+    p = results.headline.probabilities[0]
+    is_alert = np.isin(results.headline.predictions[0], ["down", "flat"])
+    assert severities[0] == pytest.approx((p @ [0.0, 0.25, 1.0])[is_alert].max(), abs=0.005)
+    assert 'id="alerts"' not in (finished[0] / "reports/index.html").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------- the page

@@ -220,6 +220,9 @@ def _check_evaluation(params: Params, file: str) -> None:
     if search:
         _check_search(params, file, search)
     _check_known(f"{file}: evaluate.headline", evaluate.headline, params.students, "student")
+    for i, name in enumerate(evaluate.confusion):
+        known = [*params.students, *params.teachers]
+        _check_known(f"{file}: evaluate.confusion.{i}", name, known, "student or teacher")
     for i, name in enumerate(evaluate.export):
         _check_known(f"{file}: evaluate.export.{i}", name, params.students, "student")
         if (arch := params.students[name].arch) != "classifier":

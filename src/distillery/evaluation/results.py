@@ -95,6 +95,13 @@ class Results:
         related = [head, self.find(head.control), self.teacher_of(head)]
         return [result for result in related if result is not None and result.source == head.source]
 
+    @property
+    def of_confusion(self) -> list[ModelResult]:
+        """The models of `evaluate.confusion` that were tested on the headline's rows, or `compared`."""
+        source, keys = self.headline.source, self.params.evaluate.confusion
+        by_key = {m.key: m for m in self.models if m.role in TRAINED_ROLES and m.source == source}
+        return [by_key[key] for key in keys if key in by_key] or self.compared
+
 
 def main_teacher(params: Params, student: str) -> str | None:
     """The first teacher of `student`; a control is compared with the teacher of the student it is the control of."""

@@ -143,9 +143,9 @@ def _percent_axes(axes: Any) -> None:
 
 
 def figure_confusion(results: Results) -> Figure:
-    """Confusion matrices of the headline, its control and its teacher: shares of the rows of each label."""
+    """Confusion matrices of `evaluate.confusion`, or headline, control and teacher: shares of each label's rows."""
     with drawing():
-        compared = results.compared
+        compared = results.of_confusion
         labels, label = results.labels[compared[0].source], results.tests[compared[0].source]["label"]
         k, width = len(labels), max(1.6, min(4.0, 0.35 * len(labels)))
         size = (0.8 + width * len(compared), 0.7 + width)

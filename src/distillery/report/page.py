@@ -28,6 +28,7 @@ from distillery.evaluation.slices import slice_sentence
 from distillery.evaluation.speed import LATENCY_ROWS, WARM_UP_ROWS, Measurements
 from distillery.files import Paths, atomic_write
 from distillery.models.precision import resolve_dtypes
+from distillery.models.predictions import find_alerts
 from distillery.report.environment import ENVIRONMENT
 from distillery.report.figures import all_figures
 from distillery.report.sentences import describe_result
@@ -50,6 +51,8 @@ LIBRARIES = (
 )
 
 MAX_BROWSER_ROWS = 1000  # rows of the error browser: keeps the page under 3 MB
+
+MAX_ALERTS = 20  # rows that call for an alert
 
 MAX_LABEL_ERRORS = 20  # rows with a label that is probably wrong
 
@@ -143,6 +146,7 @@ def render_page(
         slices=group_records(parts, "column"),
         slice_sentence=slice_sentence(parts, head.name).replace("*", ""),
         label_errors=_label_errors(root, results),
+        alerts=_alerts(results),
         audits=results.audits,
         cut_texts={result.name: result.cut_texts for result in results.models if result.cut_texts},
         counts=results.counts,
@@ -164,6 +168,24 @@ def _label_errors(root: Path, results: Results) -> dict[str, Any] | None:
         "rows": rows.to_dict("records"),
         "number": len(errors),
         "by_split": errors["split"].value_counts().to_dict(),
+    }
+
+
+def _alerts(results: Results) -> dict[str, Any] | None:
+    """The alerts among the headline's predictions of its first run: their number by label, and the most severe."""
+    head = results.headline
+    task = results.tasks[head.source]
+    if not task.severity or head.probabilities is None:
+        return None
+    test = results.tests[head.source]
+    predictions = {"id": test["id"], "prediction": head.predictions[0], "probabilities": list(head.probabilities[0])}
+    alerts = find_alerts(pd.DataFrame(predictions), task)
+    rows = alerts.head(MAX_ALERTS).merge(test[["id", "text", "label"]], on="id", how="left")
+    return {
+        "rows": rows.assign(text=[_shorten(text) for text in rows["text"]]).to_dict("records"),
+        "number": len(alerts),
+        "tests": len(test),
+        "by_label": alerts["alert"].value_counts().to_dict(),
     }
 
 

@@ -26,6 +26,9 @@ class EvaluateConfig(Section):
     """Test rows predicted again after `augment.teacher` has paraphrased them; 0 for none."""
     pretrained_on: dict[Name, list[Name]] = {}
     """Models or teachers, and the sources that they were trained on before: their scores there are no test."""
+    confusion: list[Name] = []
+    """Students and teachers whose confusion matrices the report shows; the headline, its control and its teacher when
+    not given."""
     samples: Annotated[int, Field(gt=0)] = 12
     """Predictions of single test rows shown in the report."""
     seed: int = 0
