@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distillery.config.load import load_params
-from distillery.config.schema import SPLITS, ColumnNames, SourceConfig, SplitShares
+from distillery.config.schema import SPLITS, ColumnNames, RowFilter, SourceConfig, SplitShares
 from distillery.data.audit import split_leaks
 from distillery.data.cleaning import ROW_COLUMNS, clean_rows
+from distillery.data.filtering import related_words
 from distillery.data.near_duplicates import (
     cluster_near_duplicates,
     find_near_duplicates,
@@ -223,6 +224,53 @@ def test_names_of_the_hub_replace_integers():
     )
     frame, _, _ = clean_rows(raw, source("hub:a/b"), TASK)
     assert list(frame["label"]) == ["up", "down"]
+
+
+def themed_rows() -> list[dict]:
+    """Floods, which come with rivers, in two languages over three years; sports in one."""
+    rows = []
+    for i, row in enumerate(records(48)):
+        flood, seeded = i < 24, i % 4 < 2
+        words = ("river", "flood" if seeded else "levee") if flood else ("match", "said")
+        extra = {"theme": "water" if flood else "sport", "language": "en" if i % 4 or not flood else "de"}
+        rows.append(
+            row | extra | {"text": f"{row['text']} {' '.join(words)} said", "date": f"20{20 + i % 3}-01-{i:02}"}
+        )
+    return rows
+
+
+def test_keywords_are_expanded_by_the_words_that_come_with_them(tmp_path):
+    """`river` stands in texts with `flood` and seldom elsewhere; `said` is everywhere, the names in one text each."""
+    seeds = {"keywords": ["flood"]}
+    alone, more = (prepare(tmp_path, themed_rows(), filter=seeds | {"expand_keywords": n}) for n in (0, 5))
+    assert (len(alone.rows), alone.audit["filter"]["added_keywords"]) == (12, [])
+    assert (len(more.rows), more.audit["filter"]["added_keywords"]) == (24, ["river"])
+    assert more.audit["filter"]["steps"] == [{"step": "cleaned", "rows": 48}, {"step": "keywords", "rows": 24}]
+    with pytest.raises(ValueError, match="`expand_keywords` starts from `keywords`, and there are none"):
+        RowFilter(expand_keywords=3)
+
+
+def test_related_words_are_those_with_the_highest_likelihood_ratio():
+    """By hand: of 4 texts with the seed 3 hold `b` and 1 of 4 others; `c` 3 and none, `d` only 2; `e` 3 and 4."""
+    rows = ["seed bbb ccc ddd eee", "seed bbb ccc ddd eee", "Seed bbb CCC eee", "seed", "bbb eee", "eee", "eee", "eee"]
+    assert related_words(pd.Series(rows), ["SEED"], 9) == ["ccc", "bbb"]
+    assert related_words(pd.Series(rows), ["SEED"], 1) == ["ccc"]
+    assert related_words(pd.Series(rows), ["none"], 9) == [] == related_words(pd.Series(rows[:4]), ["seed"], 9)
+
+
+def test_the_audit_counts_what_a_filter_leaves_of_each_theme(tmp_path):
+    settings = {"languages": ["en"], "keywords": ["flood", "match"], "theme": "theme", "date": "date"}
+    audit = prepare(tmp_path, themed_rows(), filter=settings).audit["filter"]
+    assert [step["rows"] for step in audit["steps"]] == [48, 42, 30]
+    dates = {"first": "2020-01-00", "last": "2022-01-47"}
+    assert audit["themes"] == [
+        {"theme": "sport", "rows": 24, "left": 24, "languages": 1} | dates | {"first": "2020-01-24"},
+        {"theme": "water", "rows": 24, "left": 6, "languages": 2} | dates | {"last": "2022-01-23"},
+        {"theme": None, "rows": 48, "left": 30, "languages": 2} | dates,
+    ]
+    assert "filter" not in prepare(tmp_path, themed_rows()).audit
+    with pytest.raises(UserError, match="no column `topic`, which filter.theme names"):
+        prepare(tmp_path, themed_rows(), filter={"theme": "topic"})
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:a/b/c", "hub:a/b@", "hub:../a"])

@@ -12,9 +12,10 @@ import pandas as pd
 from distillery.config.schema import SPLITS, SourceConfig
 from distillery.data.audit import audit_source, few_shot_texts
 from distillery.data.cleaning import OWN_SPLIT_COLUMN, clean_rows
+from distillery.data.filtering import filter_rows
 from distillery.data.near_duplicates import NearDuplicates, cluster_pairs, find_near_duplicates, name_groups
 from distillery.data.readers import read_source
-from distillery.data.selection import DuplicateGroup, filter_rows, take_rows
+from distillery.data.selection import DuplicateGroup, take_rows
 from distillery.data.similar_pairs import MAX_EXACT
 from distillery.data.splits import complete_splits
 from distillery.data.splitting import split_groups
@@ -47,7 +48,7 @@ def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> Pre
     """
     raw = read_source(spec, base)
     rows, duplicate_groups, counts = clean_rows(raw, spec, task)
-    rows, duplicate_groups, filtered = filter_rows(raw, rows, duplicate_groups, spec)
+    rows, duplicate_groups, filtered, filter_report = filter_rows(raw, rows, duplicate_groups, spec)
     n_filtered, file = len(rows), raw.name
     del raw  # of a million rows, the records of the file have half a gigabyte
     if spec.limit:
@@ -71,6 +72,7 @@ def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> Pre
         "seed": spec.seed,
         "near_duplicate": spec.near_duplicate,
         "dropped": dropped | filtered,
+        **({"filter": filter_report} if filter_report else {}),
         "columns_left_out": counts["columns_left_out"],
         "mapped_labels": counts["mapped_labels"],
         "decisions": [*counts["decisions"], *decisions, *_search_decision(len(rows))],

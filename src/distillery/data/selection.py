@@ -1,8 +1,7 @@
-"""Which rows of a source are used: values to keep, answers of annotators, languages, keywords."""
+"""Which records of a source are used: values to keep, and answers of annotators."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,10 @@ def named_columns(spec: SourceConfig) -> list[str]:
     """The columns that params.yaml names, or takes by their names."""
     columns, row_filter = spec.columns, spec.filter
     roles = [columns.text, columns.label, columns.options, columns.id, columns.group, columns.rationale]
-    roles += [spec.split_column, *([*row_filter.keep, row_filter.language] if row_filter else [])]
+    roles += [
+        spec.split_column,
+        *([*row_filter.keep, row_filter.language, row_filter.theme, row_filter.date] if row_filter else []),
+    ]
     return [name for names in roles for name in ([names] if isinstance(names, str) else names or [])]
 
 
@@ -77,26 +79,3 @@ def take_rows(
     new_position = {int(old): new for new, old in enumerate(index)}
     taken = [(new_position[i], group) for i, group in duplicate_groups if i in new_position]
     return rows.iloc[index].reset_index(drop=True), taken
-
-
-def filter_rows(
-    raw: RawRows, rows: pd.DataFrame, duplicate_groups: list[DuplicateGroup], spec: SourceConfig
-) -> tuple[pd.DataFrame, list[DuplicateGroup], dict[str, int]]:
-    """The rows that pass `spec.filter`, and how many rows each step drops. Raises UserError when none are left."""
-    row_filter, counts = spec.filter, {}
-    if row_filter is None:
-        return rows, duplicate_groups, counts
-    passes = pd.Series(True, index=rows.index)
-    if row_filter.languages:
-        if row_filter.language not in rows:
-            raise UserError(f"{raw.name}: no column `{row_filter.language}` to filter languages by")
-        passes &= rows[row_filter.language].isin(row_filter.languages)
-        counts["other_language"] = int((~passes).sum())
-    if row_filter.keywords:
-        pattern = re.compile("|".join(rf"\b{re.escape(word.casefold())}\b" for word in row_filter.keywords))
-        n_keywords = rows["text"].map(lambda text: len(set(pattern.findall(text.casefold()))))
-        counts["without_keyword"] = int((passes & (n_keywords < row_filter.min_keywords)).sum())
-        passes &= n_keywords >= row_filter.min_keywords
-    if not passes.any():
-        raise UserError(f"{raw.name}: the filter leaves no row: {counts}")
-    return *take_rows(rows, duplicate_groups, np.flatnonzero(passes)), counts

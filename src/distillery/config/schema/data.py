@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from distillery.config.schema.base import SPLITS, Fraction, Name, Section
+from distillery.config.schema.base import SPLITS, Count, Fraction, Name, Section
 
 
 def _known_encoding(encoding: str) -> str:
@@ -107,6 +107,18 @@ class RowFilter(Section):
     """Words or phrases; a text must hold `min_keywords` of them."""
     min_keywords: Annotated[int, Field(gt=0)] = 1
     """Smallest number of `keywords` in a text."""
+    expand_keywords: Count = 0
+    """Largest number of words to add to `keywords`: those that most distinguish texts with a keyword from others."""
+    theme: str | None = None
+    """The column, such as `theme`, for whose values the audit counts rows before and after the filter."""
+    date: str | None = None
+    """The column with the date, for the first and the last one of each theme."""
+
+    @model_validator(mode="after")
+    def _something_to_expand(self):
+        if self.expand_keywords and not self.keywords:
+            raise ValueError("`expand_keywords` starts from `keywords`, and there are none")
+        return self
 
 
 class SourceConfig(Section):

@@ -1,0 +1,103 @@
+"""Filters by language and by keywords, and what each step leaves of every theme."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import xlogy
+from sklearn.feature_extraction.text import CountVectorizer
+
+from distillery.config.schema import RowFilter, SourceConfig
+from distillery.data.records import RawRows
+from distillery.data.selection import DuplicateGroup, take_rows
+from distillery.errors import UserError
+
+WORD = r"(?u)\b[^\W\d_]{3,}\b"
+MIN_TEXTS = 3  # with a keyword that hold a word, before the word may become one
+
+
+def filter_rows(
+    raw: RawRows, rows: pd.DataFrame, duplicate_groups: list[DuplicateGroup], spec: SourceConfig
+) -> tuple[pd.DataFrame, list[DuplicateGroup], dict[str, int], dict[str, Any]]:
+    """The rows that pass `spec.filter`, how many rows each step drops, and what `audit.json` holds about the filter.
+
+    Raises UserError when a column is missing or no row is left.
+    """
+    row_filter, counts = spec.filter, {}
+    if row_filter is None:
+        return rows, duplicate_groups, counts, {}
+    for key in ("theme", "date"):
+        column = getattr(row_filter, key)
+        if column is not None and column not in rows:
+            raise UserError(f"{raw.name}: no column `{column}`, which filter.{key} names")
+    passes = pd.Series(True, index=rows.index)
+    steps = [{"step": "cleaned", "rows": len(rows)}]
+    if row_filter.languages:
+        if row_filter.language not in rows:
+            raise UserError(f"{raw.name}: no column `{row_filter.language}` to filter languages by")
+        passes &= rows[row_filter.language].isin(row_filter.languages)
+        counts["other_language"] = int((~passes).sum())
+        steps.append({"step": "language", "rows": int(passes.sum())})
+    keywords = list(row_filter.keywords)
+    if keywords:
+        keywords += related_words(rows["text"][passes], keywords, row_filter.expand_keywords)
+        n_keywords = count_keywords(rows["text"], keywords)
+        counts["without_keyword"] = int((passes & (n_keywords < row_filter.min_keywords)).sum())
+        passes &= n_keywords >= row_filter.min_keywords
+        steps.append({"step": "keywords", "rows": int(passes.sum())})
+    if not passes.any():
+        raise UserError(f"{raw.name}: the filter leaves no row: {counts}")
+    report = {"steps": steps, "added_keywords": keywords[len(row_filter.keywords) :]}
+    report["themes"] = theme_counts(rows, passes, row_filter)
+    return *take_rows(rows, duplicate_groups, np.flatnonzero(passes)), counts, report
+
+
+def count_keywords(texts: pd.Series, keywords: Sequence[str]) -> pd.Series:
+    """How many different ones of `keywords` each text holds, in any case, as whole words."""
+    pattern = re.compile("|".join(rf"\b{re.escape(word.casefold())}\b" for word in keywords))
+    return texts.map(lambda text: len(set(pattern.findall(text.casefold()))))
+
+
+def related_words(texts: pd.Series, keywords: Sequence[str], number: int) -> list[str]:
+    """At most `number` words that most distinguish the `texts` with one of `keywords` from the other texts.
+
+    By the log-likelihood ratio of the numbers of texts that hold a word (Dunning 1993), the highest first; a word must
+    be more frequent in the texts with a keyword, and in at least `MIN_TEXTS` of them.
+    """
+    seeded = count_keywords(texts, keywords).to_numpy() > 0
+    if not number or not seeded.any() or seeded.all():
+        return []
+    counter = CountVectorizer(token_pattern=WORD, binary=True, lowercase=False, preprocessor=str.casefold)
+    present = counter.fit_transform(texts)
+    n = np.array([[seeded.sum()], [(~seeded).sum()]])
+    holding = np.array([np.asarray(present[part].sum(axis=0)).ravel() for part in (seeded, ~seeded)])
+    cells = np.stack([holding, n - holding])  # with the word and without it
+    expected = cells.sum(1, keepdims=True) * n / n.sum()
+    ratio = 2 * (xlogy(cells, cells) - xlogy(cells, expected)).sum((0, 1))
+    words = counter.get_feature_names_out()
+    parts = {part for keyword in keywords for part in keyword.casefold().split()}
+    usable = (holding[0] / n[0] > holding[1] / n[1]) & (holding[0] >= MIN_TEXTS) & ~np.isin(words, list(parts))
+    best = sorted(np.flatnonzero(usable), key=lambda i: (-ratio[i], words[i]))
+    return [str(words[i]) for i in best[:number]]
+
+
+def theme_counts(rows: pd.DataFrame, passes: pd.Series, row_filter: RowFilter) -> list[dict[str, Any]]:
+    """For each theme, and for all: rows before and after the filter, languages, first and last date; [] without one."""
+    if row_filter.theme is None:
+        return []
+    themes = rows[row_filter.theme].astype(str)
+    counts = []
+    for theme in [*sorted(themes.unique()), None]:
+        of_theme = pd.Series(True, index=rows.index) if theme is None else themes == theme
+        entry: dict[str, Any] = {"theme": theme, "rows": int(of_theme.sum()), "left": int((of_theme & passes).sum())}
+        if row_filter.language in rows:
+            entry["languages"] = int(rows[row_filter.language][of_theme].nunique())
+        if row_filter.date is not None:
+            dates = rows[row_filter.date][of_theme].dropna().astype(str)
+            entry |= {"first": min(dates, default=None), "last": max(dates, default=None)}
+        counts.append(entry)
+    return counts
