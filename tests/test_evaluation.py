@@ -293,10 +293,10 @@ def test_a_leak_fails_the_check(tmp_path):
     copied = test.head(7).assign(id=[f"leak{i}" for i in range(7)], group="another")
     masked = test[20:21].assign(id="leak7", group="a third", text=lambda rows: rows["text"].str.replace("100", "2,345"))
     pd.concat([read_split(folder, "train"), copied, masked]).to_parquet(folder / "train.parquet")
-    results = gather_results(tmp_path, params)
+    results, first = gather_results(tmp_path, params), test["id"][0]
     assert failed_checks(results, "leak") == [
-        f"8 of the {len(test)} test rows of demo are also in demo/train (7 the same, 1 nearly), which big, tiny-kd, "
-        "tiny-gold, other learned from: every score that depends on these rows is too high."
+        f"8 of the {len(test)} test rows of demo are also in demo/train (7 the same, 1 nearly; the first is {first}), "
+        "which big, tiny-kd, tiny-gold, other learned from: every score that depends on these rows is too high."
     ]
     assert failed_checks(results, "contamination") == [
         f"big was fine-tuned on 7 of the {len(test)} test rows that it is scored on."

@@ -91,7 +91,8 @@ MISTAKES = [
         "data.news: needs exactly one of `split` (shares), `splits`",
     ),
     ("data.news.split_column", "part", "data.news: needs exactly one of `split` (shares), `splits`"),
-    ("data.news.splits", {"test": "t"}, "data.news.splits: needs `validation`, or `train` to cut it from"),
+    ("data.news.splits", {"train": "t"}, "data.news.splits: needs `test`, or `pool` alone"),
+    ("data.news.splits", {}, "data.news.splits: needs `test`, or `pool` alone"),
     ("data.news", {"task": "mood", "split_column": "x"}, "data.news: needs `source`, or `splits` with a file for each"),
     (
         "data.news",
@@ -267,7 +268,11 @@ MISTAKES = [
         "students.kd.phases.0.data: `bare/pool` is empty: data.bare.split.pool",
     ),
     ("students.kd.phases.0.data", ["bare/augmented"], "students.kd.phases.0.data: `bare/augmented`: only `news` is"),
-    ("students.kd.phases.0.data", ["other/train"], "students.kd.phases.0.teachers: unknown teacher for `other` `llm`;"),
+    (
+        "students.kd.phases.0.data",
+        ["other/train"],
+        "students.kd.phases.0.data: `other/train`: no teacher labels these rows; see teachers.llm.data",
+    ),
     ("students.gold.phases.0.data", ["news/pool"], "students.gold.phases.0.loss: `ce` on a pool needs `teachers`"),
     ("students.gold.phases.0.order", "confidence", "students.gold.phases.0: `order: confidence` needs `teachers`"),
     ("students.gold.phases.0.early_stopping", {"evry": 1}, "students.gold.phases.0.early_stopping.evry: unknown key;"),
@@ -323,22 +328,21 @@ def test_mistakes_give_one_line(folder, key, value, line):
     assert "\n" not in message
 
 
-def test_auto_and_early_stopping_need_validation_rows(folder):
-    pool = {"source": "pool.csv", "task": "mood", "columns": {"label": None}}
-    for key, change in (
-        ("steps", {"steps": "auto"}),
-        ("epochs", {"steps": None, "epochs": "auto"}),
-        ("early_stopping", {"early_stopping": {"every": 5}}),
-        ("validate_every", {"validate_every": 5}),
-    ):
-        raw = changed("data.pool", pool)
-        phase = {"data": ["pool/pool"], "teachers": ["llm"], "loss": {"kl": 1.0}, "steps": 3, "learning_rate": 0.1}
-        raw["teachers"]["llm"]["data"].append("pool")
-        raw["students"]["kd"]["phases"] = [phase | change]
-        with pytest.raises(UserError) as caught:
-            load(folder, raw)
-        line = f"params.yaml: students.kd.phases.0.{key}: needs validation rows, and `pool` has none"
-        assert str(caught.value) == line
+def test_every_student_needs_validation_and_test_rows_of_its_task(folder):
+    pool, phase = {"source": "pool.csv", "task": "topic", "columns": {"label": None}}, {"data": ["pool/pool"]}
+    raw = changed("data", {"pool": pool, "bench": {"splits": {"test": "b.csv"}, "task": "topic"}})
+    raw["teachers"] = {"llm": {"kind": "lm", "model": "llm"}}
+    raw["augment"] |= {"source": "pool", "per_row": 0}
+    phase |= {"teachers": ["llm"], "loss": {"kl": 1.0}, "steps": 3, "learning_rate": 0.1}
+    raw["students"] = {"kd": {"model": "encoder", "arch": "classifier", "phases": [phase]}}
+    with pytest.raises(UserError) as caught:
+        load(folder, raw)
+    assert str(caught.value) == (
+        "params.yaml: students.kd: `pool` has no validation and no test rows, and no other source of the task `topic` "
+        "has both validation and test rows to choose and score it on"
+    )
+    raw["data"]["bench"]["splits"]["validation"] = "v.csv"
+    assert load(folder, raw).test_source("kd") == "bench"
 
 
 @pytest.mark.parametrize(

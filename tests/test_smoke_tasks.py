@@ -27,6 +27,10 @@ def ran(tmp_path_factory) -> tuple[Path, stages.Counts]:
     shutil.copy(tiny.ROOT / "tests/smoke_tasks.yaml", folder / "params.yaml")
     for name in ("pronoun", "trivia"):
         shutil.copy(tiny.ROOT / f"data/corpora/{name}.jsonl", folder / f"data/corpora/{name}.jsonl")
+    rows = [json.loads(line) for line in (folder / "data/corpora/pronoun.jsonl").read_text().splitlines()]
+    for name, part in (("bench", rows[200:212]), ("more", [row | {"answer": None} for row in rows[220:228]])):
+        kept = [{key: value for key, value in row.items() if value is not None} for row in part]
+        (folder / f"data/corpora/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     with (folder / "tasks/commonsense.yaml").open("a", encoding="utf-8") as file:
         file.write(PROMPTS)
     return folder, stages.run_experiment(folder)
@@ -79,13 +83,24 @@ def test_written_answers_are_scored_by_exact_match_and_shared_words(repo):
     assert metrics["token_f1"] == pytest.approx(test["token_f1"].mean())
 
 
+def test_a_pool_alone_teaches_and_a_benchmark_does_not(repo):
+    rows = pd.read_parquet(repo / "data/inputs/gkd/rows.parquet")
+    assert rows["split_ref"].value_counts()["more/pool"] == 8 and not rows["split_ref"].str.contains("bench").any()
+    assert set(pd.read_parquet(repo / "runs/gkd-0/predictions.parquet")["id"]) <= {
+        row_id for split in ("validation", "test") for row_id in pd.read_parquet(
+            repo / f"data/processed/pronoun/{split}.parquet")["id"]}  # fmt: skip
+
+
 def test_the_leaderboard_has_every_student_on_its_own_source(repo):
     board = pd.read_csv(repo / "reports/leaderboard.csv").set_index("model")
     assert board.loc[["gkd", "gold", "answers"], "source"].tolist() == ["pronoun", "pronoun", "trivia"]
     assert board.loc["gkd", "versus"] == "gold" and board.loc["answers", "token_f1"] >= 0
+    further = board[board["source"] == "bench"]
+    assert set(further.index) == {"gkd on bench", "gold on bench", "chooser on bench", "always 1 on bench"}
+    assert further["accuracy_low"].notna().all() and board.loc["gkd on bench", "versus"] == "gold on bench"
     # free answers have no most frequent label to compare with
     assert [name for name in board.index if name.startswith("always")] == [
-        name for name in board.index[board["role"] == "majority"] if board.loc[name, "source"] == "pronoun"
+        name for name in board.index[board["role"] == "majority"] if board.loc[name, "source"] != "trivia"
     ]
     page = (repo / "reports/index.html").read_text(encoding="utf-8")
     assert all(name in page for name in ("gkd", "gold", "answers"))

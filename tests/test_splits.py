@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from experiments import changed
 
 CASES = Path(__file__).parent / "cases"
 TASK = Task(kind="classification", labels={"up": "rises", "down": "falls", "flat": "neither"})
+SHARES = dict.fromkeys(("train", "pool", "validation", "test"), 0.25)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -206,8 +206,7 @@ def test_files_of_several_kinds_are_one_source(tmp_path):
 
 
 def source(pattern: str) -> SourceConfig:
-    raw = {"source": pattern, "task": "x", "split": dict.fromkeys(("train", "pool", "validation", "test"), 0.25)}
-    return validate_section(SourceConfig, raw, "params.yaml")
+    return validate_section(SourceConfig, {"source": pattern, "task": "x", "split": SHARES}, "params.yaml")
 
 
 def write_parts(folder: Path, texts_a: list[str], texts_b: list[str]) -> None:
@@ -247,7 +246,8 @@ def test_a_pattern_in_splits_and_files_with_other_columns(tmp_path):
 
 def test_a_change_of_any_file_of_a_pattern_is_noticed(tmp_path):
     write_parts(tmp_path, ["one"], ["two"])
-    params = SimpleNamespace(data={"s": source("parts/*.csv")})
+    raw = changed("data.s", {"source": "parts/*.csv", "task": "mood", "split": SHARES})
+    params = Params.model_validate(raw | {"data": {"s": raw["data"]["s"]}})
     records = []
     for text in ("two", "three", None):
         if text:

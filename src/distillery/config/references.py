@@ -16,7 +16,6 @@ from distillery.config.schema import (
     SplitRef,
     StudentConfig,
     TeacherConfig,
-    TrainingConfig,
 )
 from distillery.errors import UserError
 from distillery.files import Paths
@@ -53,8 +52,20 @@ def _check_split(params: Params, place: str, text: str, splits: Collection[str])
         raise UserError(f"{place}: {error}") from None
     _check_known(place, ref.source, params.data, "source")
     if ref.split != "augmented" and not params.data[ref.source].holds(ref.split):
-        raise UserError(f"{place}: `{ref}` is empty: data.{ref.source}.split.{ref.split} is 0")
+        raise UserError(f"{place}: `{ref}` is empty: {_reason_without_rows(params, ref)}")
     return ref
+
+
+def _reason_without_rows(params: Params, ref: SplitRef) -> str:
+    """Why the source of `ref` holds no row in that split, and what it is for."""
+    source = params.data[ref.source]
+    if source.held_splits == ["test"]:
+        return f"data.{ref.source} holds test rows only; they score every student of its task, and none learns from it"
+    if source.held_splits == ["pool"]:
+        return f"data.{ref.source} holds rows without labels only: name `{ref.source}/pool`, and teachers for it"
+    if source.splits:
+        return f"data.{ref.source}.splits has no `{ref.split}`"
+    return f"data.{ref.source}.split.{ref.split} is 0"
 
 
 def _check_data(params: Params, file: str, paths: Paths) -> None:
@@ -88,16 +99,6 @@ def _check_teacher(params: Params, place: str, name: str, teacher: TeacherConfig
             raise UserError(f"{place}.finetune.on: `{tuned_on}` has another task than its data")
         if tuned_on not in sources:
             raise UserError(f"{place}.finetune.on: `{tuned_on}` is not among its `data`: add it there")
-        _check_stopping(params, f"{place}.finetune", teacher.finetune, tuned_on)
-
-
-def _check_stopping(params: Params, place: str, training: TrainingConfig, source: str) -> None:
-    """`source` has the validation rows that early stopping, `auto` or `validate_every` needs."""
-    looks = getattr(training, "validate_every", None)
-    if (training.stopping or looks) and not params.data[source].holds("validation"):
-        key = "early_stopping" if training.early_stopping else "epochs" if training.epochs else "steps"
-        key = key if training.stopping else "validate_every"
-        raise UserError(f"{place}.{key}: needs validation rows, and `{source}` has none")
 
 
 def _check_augment(params: Params, file: str) -> None:
@@ -130,7 +131,6 @@ def _check_student(params: Params, place: str, name: str, student: StudentConfig
         tasks |= {params.data[ref.source].task for ref in refs}
         _check_terms(params, f"{place}.phases.{i}", student, phase)
         _check_phase_teachers(params, f"{place}.phases.{i}", phase, refs)
-        _check_stopping(params, f"{place}.phases.{i}", phase, params.test_source(name))
     if len(tasks) > 1:
         raise UserError(f"{place}.phases: one task only, not {', '.join(sorted(tasks))}")
 
@@ -159,6 +159,8 @@ def _check_phase_teachers(params: Params, place: str, phase: PhaseConfig, refs: 
                 )
         for ref in refs:
             teachers = [other for other in params.teachers if ref.source in params.teacher_sources(other)]
+            if not teachers:
+                raise UserError(f"{place}.data: `{ref}`: no teacher labels these rows; see teachers.{name}.data")
             _check_known(f"{place}.teachers", name, teachers, f"teacher for `{ref.source}`")
 
 
@@ -223,6 +225,14 @@ def _check_evaluation(params: Params, file: str) -> None:
     for i, name in enumerate(evaluate.confusion):
         known = [*params.students, *params.teachers]
         _check_known(f"{file}: evaluate.confusion.{i}", name, known, "student or teacher")
+    for name in params.students:
+        source = params.test_source(name)
+        missing = [split for split in ("validation", "test") if not params.data[source].holds(split)]
+        if missing:
+            raise UserError(
+                f"{file}: students.{name}: `{source}` has no {' and no '.join(missing)} rows, and no other source of "
+                f"the task `{params.data[source].task}` has both validation and test rows to choose and score it on"
+            )
     for i, name in enumerate(evaluate.export):
         _check_known(f"{file}: evaluate.export.{i}", name, params.students, "student")
         if (arch := params.students[name].arch) != "classifier":
@@ -255,7 +265,10 @@ def _has_effect(phase: PhaseConfig, key: str) -> bool:
 
 
 def unused_settings(params: Params) -> list[str]:
-    """One line for every `temperature`, `beta`, `alpha` or `sampling_temperature` that is set and has no effect."""
+    """One line for every `temperature`, `beta`, `alpha` or `sampling_temperature` that is set and has no effect.
+
+    Also one for every source that holds a pool alone and is named in no phase.
+    """
     lines = []
     for name, student in params.students.items():
         for i, phase in enumerate(student.phases):
@@ -263,6 +276,10 @@ def unused_settings(params: Params) -> list[str]:
                 if key in phase.model_fields_set and not _has_effect(phase, key):
                     needed = " or ".join(TERMS_THAT_USE.get(key, ("on_policy",)))
                     lines.append(f"students.{name}.phases.{i}.{key}: has no effect in this phase: it needs {needed}")
+    learned = {text for student in params.students.values() for phase in student.phases for text in phase.data}
+    for name, source in params.data.items():
+        if source.held_splits == ["pool"] and f"{name}/pool" not in learned:
+            lines.append(f"data.{name}: has no effect: it holds a pool alone, and no phase names `{name}/pool`")
     return lines
 
 

@@ -53,6 +53,8 @@ class RowCleaner:
         self.normalize = without_punctuation if spec.remove_punctuation else normalize_text
         self.labels = LabelReader(task.names, self._named_values())
         file_columns = list(dict.fromkeys(column for record in raw.rows for column in record))
+        if set(raw.splits or ()) == {"pool"} and "label" not in {*file_columns, *spec.columns.model_fields_set}:
+            self.columns = spec.columns.model_copy(update={"label": None})  # rows that have no labels at all
         roles = ("text", "options", "label", "id", "group", "rationale")
         mapped = {role: getattr(self.columns, role) for role in roles if role != "options" or task.kind == "choice"}
         mapped = {role: [name] if isinstance(name, str) else name or [] for role, name in mapped.items()}

@@ -92,17 +92,16 @@ def complete_splits(
 ) -> tuple[np.ndarray, list[str]]:
     """The split of each row, with validation rows cut from `train` where the source brings none; and a sentence on it.
 
-    Groups stay whole. own: the split of each row in the source. names: labels that validation rows must have.
+    Groups stay whole. own: the split of each row in the source. names: labels that validation rows must have. A source
+    without `train` needs no validation rows, and one that is all pool no test rows.
     Raises UserError when there are no test rows, or too few rows to cut validation rows from.
     """
     split = own.to_numpy(dtype=object, copy=True)
-    if not (split == "test").any():
+    if not (split == "test").any() and not (split == "pool").all():
         raise UserError("no row is in the split `test`")
-    if (split == "validation").any():
-        return split, []
     train = np.flatnonzero(split == "train")
-    if not len(train):
-        raise UserError("no row is in the split `validation`, and none in `train` to cut it from")
+    if (split == "validation").any() or not len(train):
+        return split, []
     shares = {"train": 1 - validation_share, "validation": validation_share}
     split[train] = split_groups(rows["group"].iloc[train], rows["label"].iloc[train], names, shares, seed)
     n_cut = int((split == "validation").sum())

@@ -42,8 +42,6 @@ def find_leaks(root: Path, params: Params, source: str, test: pd.DataFrame) -> l
     """
     checks, learned = [], _training_rows(root, params, source)
     for split_ref, rows in learned.items():
-        if rows.empty:
-            continue
         other = SplitRef.parse(split_ref).source
         same = test["text"].isin(rows["text"])
         if other == source:  # ids and groups are names inside one source
@@ -53,6 +51,7 @@ def find_leaks(root: Path, params: Params, source: str, test: pd.DataFrame) -> l
         if exact or near:
             models = _learners(params, split_ref)
             counts = ", ".join([f"{exact} the same"] * bool(exact) + [f"{near} nearly"] * bool(near))
+            counts += f"; the first is {test['id'][(same | close).to_numpy()].iloc[0]}"
             use = f"{', '.join(models)} learned from" if models else "choices were made on"
             text = f"{exact + near} of the {len(test):,} test rows of {source} are also in {split_ref} ({counts}), "
             text += f"which {use}: every score that depends on these rows is too high."
@@ -74,7 +73,7 @@ def _training_rows(root: Path, params: Params, source: str) -> dict[str, pd.Data
         augmented = Paths(root).augmented(other) / "rows.parquet"
         if other == params.augment.source and params.augment.per_row and augmented.exists():
             rows[f"{other}/augmented"] = pd.read_parquet(augmented)
-    return rows
+    return {split_ref: part for split_ref, part in rows.items() if len(part)}
 
 
 def _learners(params: Params, split_ref: str) -> list[str]:

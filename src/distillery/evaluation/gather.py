@@ -30,13 +30,17 @@ HELD_OUT = ("test", "validation")
 def gather_results(root: Path, params: Params) -> Results:
     """Read the predictions of everything that params names, and nothing else (a removed student is gone).
 
+    A student's predictions are those of its own source; :func:`add_further_sources` adds those of others.
+
     Raises UserError when a run's files are missing or belong to other rows.
     """
-    tested = {params.test_source(name) for name in params.students}
-    sources = [source for source in params.data if source in tested]
-    tasks = {source: read_task(Paths(root).processed(source)) for source in sources}
+    own = {params.test_source(name) for name in params.students}
+    further = {source for name in params.students for source in params.other_test_sources(name)}
+    sources = [source for source in params.data if source in own | further]
     held_out = {split: {s: read_split(Paths(root).processed(s), split) for s in sources} for split in HELD_OUT}
-    tests = held_out["test"]
+    sources = [source for source in sources if source in own or len(held_out["test"][source])]
+    held_out = {split: {source: rows[source] for source in sources} for split, rows in held_out.items()}
+    tasks, tests = {source: read_task(Paths(root).processed(source)) for source in sources}, held_out["test"]
     # Free answers are right or wrong: a model cannot always give one of them, nor prefer it.
     labelled = [source for source in sources if tasks[source].kind != "qa"]
     students = [_student_result(root, params, name, held_out) for name in params.students]
@@ -78,7 +82,7 @@ def _student_result(root: Path, params: Params, name: str, held_out: dict[str, d
         name,
         "control" if is_control and not any(phase.teachers for phase in spec.phases) else "student",
         source,
-        **_stack_predictions(test),
+        **stack_predictions(test),
         validation=_stack_probabilities(validation),
         parameters=metadata.get("parameters"),
         trainable=metadata.get("trainable_parameters"),
@@ -106,7 +110,7 @@ def _untrained_results(
             aligned = [_align_rows(rows, "test", tests[source], paths[0], root) for rows in tables]
             origin = {"parameters": student.parameters, "teacher": student.teacher}
             results[start] = ModelResult(
-                f"{name}, untrained", name, "untrained", source, **_stack_predictions(aligned), **origin
+                f"{name}, untrained", name, "untrained", source, **stack_predictions(aligned), **origin
             )
     return list(results.values())
 
@@ -133,7 +137,7 @@ def _teacher_results(
                 teacher,
                 "teacher",
                 source,
-                **_stack_predictions([test]),
+                **stack_predictions([test]),
                 validation=_stack_probabilities([validation]),
                 parameters=metadata.get("parameters"),
                 size_bytes=metadata.get("bytes_on_disk"),
@@ -164,11 +168,14 @@ def _align_rows(rows: pd.DataFrame, split: str, expected: pd.DataFrame, path: Pa
     return rows.set_index("id").loc[expected["id"]].reset_index()
 
 
-def _stack_probabilities(tables: Sequence[pd.DataFrame]) -> np.ndarray:
+def _stack_probabilities(tables: Sequence[pd.DataFrame]) -> np.ndarray | None:
+    """The probabilities [seeds, rows, K]; None where there are no rows, as in a source without validation rows."""
+    if not len(tables[0]):
+        return None
     return np.stack([np.stack(t["probabilities"].to_numpy()) for t in tables]).astype(np.float64)
 
 
-def _stack_predictions(tables: Sequence[pd.DataFrame]) -> dict[str, Any]:
+def stack_predictions(tables: Sequence[pd.DataFrame]) -> dict[str, Any]:
     """The fields of a :class:`ModelResult` that the tables of its seeds hold."""
     present = [score for score in TOKEN_SCORES if score in tables[0]]
     return {

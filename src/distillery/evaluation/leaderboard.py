@@ -73,6 +73,12 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
     return board.drop(columns="_order").reset_index(drop=True)
 
 
+def by_source(board: pd.DataFrame, first: str | None = None) -> dict[str, pd.DataFrame]:
+    """The rows of `board` for each source, that of `first` first, then in the order of their best models."""
+    parts = {source: rows.reset_index(drop=True) for source, rows in board.groupby("source", sort=False)}
+    return ({first: parts[first]} if first in parts else {}) | parts
+
+
 def _all_columns(results: Results, rows: list[dict[str, Any]]) -> list[str]:
     labels = dict.fromkeys(label for labels in results.labels.values() for label in labels)
     return [
@@ -162,7 +168,7 @@ def _comparison_columns(results: Results, result: ModelResult) -> dict[str, Any]
     if result.role not in ("student", "control"):
         return row
     teacher = results.teacher_of(result) if result.role == "student" else None
-    for other, prefix in ((results.find(result.control), ""), (teacher, "teacher_")):
+    for other, prefix in ((results.find(result.control, result.source), ""), (teacher, "teacher_")):
         comparison = compare_accuracy(results, result, other)
         if comparison:
             row[f"{prefix}versus"] = other.name

@@ -47,6 +47,7 @@ class ModelResult:
     training_gpu_mb: float | None = None  # as training_mb, on the GPU that it was trained on
     teacher: str | None = None  # key of the teacher it is compared with
     control: str | None = None  # key of the student it is compared with
+    is_further: bool = False  # a student on a source of its task that it was not chosen on
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,12 @@ class Results:
 
     @property
     def headline(self) -> ModelResult:
-        return next(m for m in self.models if m.key == self.params.evaluate.headline and m.role in TRAINED_ROLES[:2])
+        return self.find(self.params.evaluate.headline)
 
-    def find(self, key: str | None) -> ModelResult | None:
-        """The student (or control) called `key`; None when there is no such model."""
-        return next((m for m in self.models if m.key == key and m.role in TRAINED_ROLES[:2]), None)
+    def find(self, key: str | None, source: str | None = None) -> ModelResult | None:
+        """The student (or control) called `key` on `source`, or on its own one; None when there is no such model."""
+        named = [m for m in self.models if m.key == key and m.role in TRAINED_ROLES[:2]]
+        return next((m for m in named if (m.source == source if source else not m.is_further)), None)
 
     def teacher_of(self, result: ModelResult) -> ModelResult | None:
         """The teacher that `result` is compared with, on the same source; None when it has none."""
@@ -92,8 +94,8 @@ class Results:
     def compared(self) -> list[ModelResult]:
         """The headline, its control and its teacher, as far as they exist and were tested on the same rows."""
         head = self.headline
-        related = [head, self.find(head.control), self.teacher_of(head)]
-        return [result for result in related if result is not None and result.source == head.source]
+        related = [head, self.find(head.control, head.source), self.teacher_of(head)]
+        return [result for result in related if result is not None]
 
     @property
     def of_confusion(self) -> list[ModelResult]:

@@ -274,3 +274,30 @@ def few_shot_sentence(near: int, examples: int) -> str:
     if not near:
         return f"None of the {examples} solved examples is near a row of the data."
     return f"**{near} of the {examples} solved examples** are near a row: its answer stands in the prompt. Change them."
+
+
+def overlap_pairs(overlaps: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """The rows of the nearest pairs between the test rows of other sources and the rows here, two lines a pair."""
+    pairs = [(name, pair) for name, overlap in overlaps.items() for pair in overlap["pairs"]]
+    return pair_table(
+        [
+            pair
+            | {"rows": [{"source": source} | row for source, row in zip((name, "here"), pair["rows"], strict=True)]}
+            for name, pair in pairs
+        ]
+    )
+
+
+def overlap_sentence(overlaps: dict[str, dict[str, Any]]) -> str:
+    """How many test rows of other sources are among the rows here. overlaps: as in the audit, by source."""
+    sentences = []
+    for name, overlap in overlaps.items():
+        same, near, total = overlap["same"], overlap["near"], overlap["test_rows"]
+        if same + near:
+            sentences.append(
+                f"**{same + near:,} of the {total:,} test rows of {name}** are also here ({same} the same, {near} "
+                "nearly): models that learn from these rows score too well there. Take them out of this file."
+            )
+        else:
+            sentences.append(f"None of the {total:,} test rows of {name} is here, and none nearly.")
+    return " ".join(sentences) or "No other source of this task brings test rows of its own."

@@ -182,7 +182,7 @@ def student_rows(tables: StageTables, params: Params, name: str) -> tuple[list[R
 
     A row's rationale is the first of its teachers' rationales; its own, where it has no teacher. Left out are those
     for another label than the row's, and in a row without a label those of teachers that the others outvote.
-    Raises UserError when a teacher has no signal for a row it should teach.
+    Raises UserError when a phase names a split without rows, or a teacher has no signal for a row it should teach.
     """
     phases = params.students[name].phases
     with_rationales = any(phase.trains_on_rationales for phase in phases)
@@ -191,6 +191,8 @@ def student_rows(tables: StageTables, params: Params, name: str) -> tuple[list[R
     for split_ref in dict.fromkeys(split_ref for phase in phases for split_ref in phase.data):
         taught_by = {teacher for phase in phases if split_ref in phase.data for teacher in phase.teachers}
         rows = tables.rows(split_ref)
+        if not rows and SplitRef.parse(split_ref).split != "augmented":  # of paraphrases, all may have been dropped
+            raise UserError(f"students.{name}: `{split_ref}`, which a phase names, has no rows")
         rationales: dict[str, dict[str, str]] = {row["id"]: {} for row in rows}
         for teacher in teachers:
             signals = tables.signals(teacher, split_ref) if teacher in taught_by else {}
@@ -256,7 +258,11 @@ def write_table(path: Path, rows: list[Row], teachers: list[str] | None = None) 
 
 
 def write_teacher_records(root: Path, params: Params) -> None:
-    """Write `build/teachers/`. Raises UserError when a file of the stages before is missing."""
+    """Write `build/teachers/`. Raises UserError when a file is missing, or has no rows to tune on."""
+    tables = StageTables(root)
+    for name, teacher in params.teachers.items():
+        if teacher.finetune and not tables.rows(teacher.finetune.on):
+            raise UserError(f"teachers.{name}: `{teacher.finetune.on}`, which finetune.on names, has no rows")
     shutil.rmtree(root / "build/teachers", ignore_errors=True)
     (root / "build/teachers").mkdir(parents=True)
     for name in params.teachers:
@@ -272,4 +278,7 @@ def write_student_inputs(root: Path, params: Params) -> None:
         write_json(folder / "experiment.json", experiment_record(root, params, name))
         write_table(folder / "rows.parquet", *student_rows(tables, params, name))
         for split in ("validation", "test"):
-            write_table(folder / f"{split}.parquet", tables.rows(f"{source}/{split}"))
+            rows = tables.rows(f"{source}/{split}")
+            if not rows:
+                raise UserError(f"students.{name}: `{source}/{split}`, which it is scored on, has no rows")
+            write_table(folder / f"{split}.parquet", rows)

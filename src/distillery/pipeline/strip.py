@@ -25,7 +25,7 @@ from typing import Any
 from distillery import fingerprint
 from distillery.config.load import load_params
 from distillery.config.references import unused_settings
-from distillery.config.schema import Params
+from distillery.config.schema import Params, SourceConfig
 from distillery.errors import UserError
 from distillery.files import Paths, file_digest, matching_files, repository_root, write_json
 from distillery.pipeline.model_checks import check_models
@@ -109,15 +109,26 @@ def check_augmentation(params: Params) -> None:
 def write_sources(root: Path, params: Params) -> None:
     """Write `build/sources`. Raises UserError when the file of a source is missing."""
     for name, source in params.data.items():
-        record: dict[str, Any] = {"source": source.origin}
-        for split, file in source.files.items():  # an absolute path stays what it is
-            matching = matching_files(root, file)
-            if not (root / matching[0]).exists():
-                key = "source" if source.source else f"splits.{split}"
-                raise UserError(f"params.yaml: data.{name}.{key}: {file}: no such file")
-            digests = {one: file_digest(root / one) for one in matching}
-            record |= {"sha256" if source.source else split: digests if matching != [file] else digests[file]}
+        record: dict[str, Any] = {"source": source.origin} | _source_digests(root, name, source)
+        others = {  # the audit compares the rows of this source with them
+            other: {"section": spec.model_dump(mode="json"), "files": _source_digests(root, other, spec)}
+            for other, spec in params.sources_with_own_tests(name).items()
+        }
+        record |= {"tests_of_others": others} if others else {}
         write_json(Paths(root).build / "sources" / f"{name}.json", record)
+
+
+def _source_digests(root: Path, name: str, source: SourceConfig) -> dict[str, Any]:
+    """The sha256 of each file of a source, by split. Raises UserError when one is missing."""
+    record: dict[str, Any] = {}
+    for split, file in source.files.items():  # an absolute path stays what it is
+        matching = matching_files(root, file)
+        if not (root / matching[0]).exists():
+            key = "source" if source.source else f"splits.{split}"
+            raise UserError(f"params.yaml: data.{name}.{key}: {file}: no such file")
+        digests = {one: file_digest(root / one) for one in matching}
+        record |= {"sha256" if source.source else split: digests if matching != [file] else digests[file]}
+    return record
 
 
 def write_models(root: Path, params: Params) -> None:

@@ -19,7 +19,8 @@ from distillery.report.wording import human_count
 
 
 def figure_leaderboard(results: Results, board: pd.DataFrame) -> Figure:
-    """Accuracy of every model with its interval, best on top."""
+    """Accuracy of every model on the headline's source with its interval, best on top."""
+    board = board[board["source"] == results.headline.source]
     with drawing():
         rows = board.iloc[::-1].reset_index(drop=True)
         figure, axes = plt.subplots(figsize=(5.6, 0.9 + 0.29 * len(rows)), layout="constrained")
@@ -57,7 +58,11 @@ COSTS = {  # column of the leaderboard -> label of the axis, format of its ticks
 
 
 def figure_cost(results: Results, board: pd.DataFrame, cost: str = "parameters") -> Figure:
-    """Accuracy against one of `COSTS`, with the Pareto front: the models that no cheaper one beats."""
+    """Accuracy against one of `COSTS`, with the Pareto front: the models that no cheaper one beats.
+
+    Of the models on the headline's source: scores on other rows cannot be compared with theirs.
+    """
+    board = board[board["source"] == results.headline.source]
     with drawing():
         rows = board[board[cost].notna() & (board["role"] != "untrained")]
         rows = rows.assign(cost=rows[cost].astype(float)).sort_values(["cost", "accuracy"], ascending=[True, False])

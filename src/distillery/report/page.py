@@ -16,6 +16,7 @@ from distillery import metrics
 from distillery.config.schema import Params
 from distillery.evaluation.leaderboard import (
     GPU_COLUMNS,
+    by_source,
     compare_with_published,
     count_comparisons,
     phase_accuracies,
@@ -115,6 +116,7 @@ def render_page(
     parts: see :func:`distillery.evaluation.slices.slice_scores`.
     """
     rows = board.astype(object).where(board.notna(), None).to_dict("records")
+    further = {result.name for result in results.models if result.is_further}
     head, compared = results.headline, [result.name for result in results.compared]
     params_file = root / "params.yaml"
     return ENVIRONMENT.get_template("report.html").render(
@@ -122,6 +124,7 @@ def render_page(
         warnings=[c for c in results.checks if not c.passed and (not c.models or {*compared} & {*c.models})],
         checks=sorted(results.checks, key=lambda check: check.passed),
         board=rows,
+        sources=list(by_source(board, head.source)),
         span=(max(0.0, board["accuracy_low"].min() - 0.03), min(1.0, board["accuracy_high"].max() + 0.03)),
         headline=head.name,
         control=head.control,
@@ -131,7 +134,7 @@ def render_page(
         names=results.labels,
         level=f"{100 * results.params.evaluate.confidence:g} %",
         comparisons=count_comparisons(board),
-        trained=[row for row in rows if row["role"] in TRAINED_ROLES],
+        trained=[row for row in rows if row["role"] in TRAINED_ROLES and row["model"] not in further],
         gpu_columns=[column for column in GPU_COLUMNS if column in board],
         compared=compared,
         timed=bool(measured.timing),
@@ -233,7 +236,11 @@ def auto_dtypes(params: Params) -> dict[str, str]:
 
 
 def leaderboard_markdown(board: pd.DataFrame) -> str:
-    """The leaderboard as the table of a README."""
+    """The leaderboard as the table of a README; of several sources a table for each."""
+    parts = by_source(board) if "source" in board else {}
+    if len(parts) > 1:
+        titled = [f"On the test rows of {source}:\n\n{leaderboard_markdown(part)}" for source, part in parts.items()]
+        return "\n\n".join(titled)
     lines = [
         "| model | role | parameters | accuracy | macro-F1 | sentences/s | gain in accuracy over its control, points |",
         "|---|---|--:|--:|--:|--:|---|",

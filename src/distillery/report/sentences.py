@@ -83,8 +83,8 @@ def result_facts(results: Results, board: pd.DataFrame) -> Facts:
     """The facts about the headline in `board`, see :func:`describe_result`."""
     params, head = results.params, results.headline
     rows = board.set_index("model")
-    row, teacher, control = rows.loc[head.name], results.teacher_of(head), results.find(head.control)
-    matched = control is not None and control.source == head.source
+    row, teacher, control = rows.loc[head.name], results.teacher_of(head), results.find(head.control, head.source)
+    matched, control = control is not None, control or results.find(head.control)
     teacher_row = None if teacher is None else rows.loc[teacher.name]
     majority = [m.name for m in results.models if m.role == "majority" and m.source == head.source]
     baselines = [(name, rows.loc[name, "accuracy"]) for name in majority]

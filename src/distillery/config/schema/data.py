@@ -46,13 +46,13 @@ class OwnSplits(Section):
     """Rows whose labels are hidden: teachers label them. A file may leave them empty."""
     validation: str | None = None
     """Rows to choose checkpoints, prompts and calibrations on; when not given, `validation_share` of `train`."""
-    test: str
-    """Rows to score on."""
+    test: str | None = None
+    """Rows to score on. A source with these alone is a benchmark: it scores every student of its task."""
 
     @model_validator(mode="after")
-    def _validation_has_rows(self):
-        if not self.train and not self.validation:
-            raise ValueError("needs `validation`, or `train` to cut it from")
+    def _test_or_pool_alone(self):
+        if not self.test and (self.train or self.validation or not self.pool):
+            raise ValueError("needs `test`, or `pool` alone")
         return self
 
 
@@ -207,6 +207,13 @@ class SourceConfig(Section):
         """Whether any row goes to `split`; with `split_column`, whether it may."""
         if self.columns.label is None:
             return split == "pool"
-        if self.split_column or (self.splits and split == "validation"):
+        if self.split_column:
             return True
+        if self.splits and split == "validation":
+            return bool(self.splits.validation or self.splits.train)
         return bool(getattr(self.split or self.splits, split))
+
+    @property
+    def held_splits(self) -> list[str]:
+        """The splits that rows go to, or with `split_column` may go to, in the order of `SPLITS`."""
+        return [split for split in SPLITS if self.holds(split)]

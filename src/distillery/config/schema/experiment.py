@@ -8,7 +8,7 @@ from pydantic import Field
 
 from distillery.config.schema.augment import AugmentConfig
 from distillery.config.schema.base import Name, Section, SourceName, SplitRef
-from distillery.config.schema.data import SourceConfig
+from distillery.config.schema.data import OwnSplits, SourceConfig
 from distillery.config.schema.evaluate import EvaluateConfig, RecipeConfig, SearchConfig
 from distillery.config.schema.models import ModelConfig
 from distillery.config.schema.students import StudentConfig
@@ -40,13 +40,38 @@ class Params(Section):
     """Overlays by name that change this experiment, see `distillery recipe --scale`."""
 
     def test_source(self, student: str) -> str:
-        """The source `student` is scored on: its own key's, or the last that it learns from (without phases: the
-        headline's).
+        """The source whose validation and test rows `student` is chosen and scored on: its own key's, or the last that it
+        learns from.
+
+        Where that has none, an earlier one, and then the first source of its task that has both. Without phases: the
+        headline's.
         """
         if own := self.students[student].test_source:
             return own
         phases = self.students[student].phases or self.students[self.evaluate.headline].phases
-        return SplitRef.parse(phases[-1].data[-1]).source if phases else next(iter(self.data))
+        learned = [SplitRef.parse(text).source for phase in phases for text in phase.data] or [next(iter(self.data))]
+        task = self.data[learned[-1]].task
+        of_task = [name for name, source in self.data.items() if source.task == task]
+        complete = [s for s in (*reversed(learned), *of_task) if all(map(self.data[s].holds, ("validation", "test")))]
+        return complete[0] if complete else learned[-1]
+
+    def other_test_sources(self, student: str) -> list[str]:
+        """The further sources of the task of `student` that may hold test rows, in the order of `data`."""
+        own = self.test_source(student)
+        task = self.data[own].task
+        return [s for s, source in self.data.items() if s != own and source.task == task and source.holds("test")]
+
+    def sources_with_own_tests(self, source: str) -> dict[str, SourceConfig]:
+        """The other sources of the task of `source` whose files name their test rows, with these files alone."""
+        others = {}
+        for name, spec in self.data.items():
+            if name == source or spec.task != self.data[source].task or spec.is_on_hub:
+                continue
+            if spec.splits and spec.splits.test:
+                others[name] = spec.model_copy(update={"splits": OwnSplits(test=spec.splits.test)})
+            elif spec.split_column:
+                others[name] = spec
+        return others
 
     def teacher_sources(self, teacher: str) -> list[str]:
         """The sources that `teacher` labels, in the order of `data`."""
