@@ -26,6 +26,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from distillery.config.load import load_params
 from distillery.config.schema import SourceConfig
 from distillery.data import similar_pairs
 from distillery.data.near_duplicates import ngram_vectors, similarity_blocks
@@ -124,9 +125,10 @@ def prepare(folder: Path) -> None:
     start, cpu = time.perf_counter(), time.process_time()
     matplotlib.use("agg")
     spec = {"source": "rows.jsonl", "task": "finance-sentiment", "split": SHARES}
-    scope: dict[str, Any] = {"ROOT": folder, "SPEC": SourceConfig.model_validate(spec)}
+    params = load_params().model_copy(update={"data": {"large": SourceConfig.model_validate(spec)}})
+    scope: dict[str, Any] = {"ROOT": folder, "PARAMS": params}
     for cell in code:
-        cell = cell.replace("root, spec = repository_root(), load_params().data[source]", "root, spec = ROOT, SPEC")
+        cell = cell.replace("root, params = repository_root(), load_params()", "root, params = ROOT, PARAMS")
         cell_start = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(cell, "01_data", "exec"), scope)

@@ -78,7 +78,8 @@ def test_runs_reading_aids_errors_and_formulas():
 
 def test_cells_stand_where_their_reference_names_and_targets_may_be_absolute():
     row = '<c r="AB7" t="inlineStr"><is><t>far</t></is></c>'
-    raw = read_xlsx("a.xlsx", workbook(inline("a", "b"), row, target="/xl/worksheets/sheet1.xml"), has_header=False)
+    content = workbook(inline("a", "b"), row, target="/xl/worksheets/sheet1.xml")
+    raw = read_xlsx("a.xlsx", content, FileFormat(header=False))
     assert raw.rows[0]["column1"] == "a" and raw.rows[1]["column28"] == "far" and raw.rows[1]["column1"] is None
     assert "column28" in raw.rows[0]
 

@@ -274,6 +274,22 @@ def test_a_table_without_header_has_numbered_columns(tmp_path):
     assert line == "a.csv, line 2: 3 fields, but the first row has 2 columns"
 
 
+def test_only_lines_above_the_header_are_left_out_and_lines_keep_their_numbers(tmp_path):
+    names = ("text", "label")
+    content = 'A survey\n\ntext;label\n"one;\ntwo";up\nthree;down\n'
+    raw = read(tmp_path, "a.csv", content, names=names)
+    assert raw.rows == [{"text": "one;\ntwo", "label": "up"}, {"text": "three", "label": "down"}]
+    assert raw.numbers == [4, 6] and raw.decisions[0] == "2 lines above the header of the table were left out."
+    assert error(tmp_path, "a.csv", content + "four\n", names=names).startswith(
+        "a.csv, line 7: 1 fields, but the header"
+    )
+    for content in ("text,label\none,up\ntext,label\n", "text,topic\none,up\ntwo,label\n"):
+        raw = read(tmp_path, "a.csv", content, names=names)
+        assert len(raw.rows) == 2 and raw.decisions == []
+    far = "title\n" * 25 + "text,label\none,up\n"
+    assert "25 lines" not in error(tmp_path, "a.csv", far, names=names)
+
+
 def test_the_message_is_that_of_the_delimiter_of_the_header(tmp_path):
     assert error(tmp_path, "a.csv", "text;label\none;up\ntwo\n") == "a.csv, line 3: 1 fields, but the header has 2"
     assert error(tmp_path, "a.csv", 'text,label\n"one"x,up\n').startswith(
@@ -359,13 +375,6 @@ def test_an_archive_of_several_files_is_one_line(tmp_path):
 )
 def test_json_in_its_public_forms(tmp_path, name, content):
     assert read(tmp_path, name, content).rows == [{"text": "one"}, {"text": "two"}]
-
-
-@pytest.mark.parametrize("orient", ["records", "columns", "table"])
-def test_json_as_pandas_writes_it(tmp_path, orient):
-    frame = pd.DataFrame({"text": ["one", "two"], "label": ["up", "down"]})
-    frame.to_json(tmp_path / "a.json", orient=orient, index=False if orient == "table" else None)
-    assert read_rows("a.json", tmp_path).rows == frame.to_dict("records")
 
 
 def test_one_record_with_a_list_of_objects_is_a_record(tmp_path):

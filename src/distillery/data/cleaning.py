@@ -83,7 +83,9 @@ class RowCleaner:
         record, at, columns = self.raw.rows[i], self.raw.at(i), self.columns
         for column in (*self.text_columns, *filter(None, [columns.rationale])):
             value = record.get(column)
-            if value is not None and not isinstance(value, str):
+            if value != value:  # NaN, which Python and pandas write for a missing text
+                record = record | {column: None}
+            elif value is not None and not isinstance(value, str):
                 raise UserError(f"{at}: `{column}` must be text, not {value_kind(value)} ({value!r:.60})")
         text = self.normalize(" ".join(record.get(column) or "" for column in self.text_columns))
         if not _visible(text):
@@ -140,7 +142,8 @@ class RowCleaner:
             raise UserError(f"{at}: {problem}; allowed: {', '.join(self.task.names)}") from None
         if label is None and not (may_be_empty and text is None):
             problem = f"unknown label {text!r:.60}" if text else f"`{column}` is empty"
-            proposal = self.labels.proposal(map(self._label_value, self.raw.rows)) if text else ""
+            values = map(self._label_value, self.raw.rows)
+            proposal = self.labels.proposal(values) if text else self.labels.keep_proposal(column)
             raise UserError(f"{at}: {problem}; allowed: {', '.join(self.task.names)}{proposal}")
         return label
 
@@ -186,7 +189,7 @@ def _missing_column_message(raw: RawRows, column: str, role: str, file_columns: 
     message = f"{raw.name}: no column `{column}` for the {role}; there are: {', '.join(f'`{c}`' for c in file_columns)}"
     label = next((n for n, cell in enumerate(file_columns, 1) if labels.find(cell)), None)
     if label is None or len(file_columns) < 2:
-        return message
+        return message + (f"; columns: {{{role}: …}} names another" if column == role else "")
     text = max((n for n in range(1, len(file_columns) + 1) if n != label), key=lambda n: len(file_columns[n - 1]))
     columns = f"{{text: column{text}, label: column{label}}}"
     return f"{message}. If the file has no header, write header: false, columns: {columns}"
@@ -214,8 +217,7 @@ def clean_rows(
         shown = ", ".join(f"`{column}`" for column in cleaner.columns_by_name)
         switch = ", ".join(f"{column}: null" for column in cleaner.columns_by_name)
         decisions.append(f"Columns taken for their names: {shown}; columns: {{{switch}}} takes none.")
-    if cleaner.left_out:
-        shown = ", ".join(f"`{column}`" for column in cleaner.left_out)
+    if shown := ", ".join(f"`{column}`" for column in cleaner.left_out if column.strip()):
         decisions.append(f"Columns left out, since their names have another use: {shown}.")
     decisions += repeated
     if empty:

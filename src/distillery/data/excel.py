@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
-from distillery.data.records import RawRows
+from distillery.data.records import FileFormat, RawRows, header_place
 from distillery.errors import UserError
 
 DAMAGED = (
@@ -28,8 +28,10 @@ MAIN = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 RELATION = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
 
 
-def read_xlsx(name: str, content: bytes, has_header: bool = True) -> RawRows:
+def read_xlsx(name: str, content: bytes, form: FileFormat | None = None) -> RawRows:
     """The records of the first sheet: its first filled row names the columns. Every cell is text or None.
+
+    A lower row names them where it holds all of `form.names`.
 
     Numbers have their digits without a decimal `.0`, truth values are TRUE and FALSE, dates are Excel's day numbers.
     Raises UserError when the file is no workbook, or a column is there twice.
@@ -43,7 +45,11 @@ def read_xlsx(name: str, content: bytes, has_header: bool = True) -> RawRows:
     decisions = []
     if len(sheets) > 1:
         decisions.append(f"Of {len(sheets)} sheets of the workbook, the first is read: `{sheets[0][0]}`.")
+    has_header = form is None or form.header
     filled = [(number, cells) for number, cells in rows if any(cells.values())]
+    if form and has_header and (title := header_place((list(cells.values()) for _, cells in filled), form.names)):
+        decisions.append(f"{title} rows above the header of the table were left out.")
+        filled, rows = filled[title:], rows[title:]
     if not filled:
         return RawRows(name, "row", [], [])
     width = 1 + max(max(cells) for _, cells in filled)

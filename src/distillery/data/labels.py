@@ -105,6 +105,12 @@ class LabelReader:
         section = ", ".join(f"{key}: …" for key in yaml_keys(list(unknown)))
         return f". To name the label that each value stands for, write columns: {{values: {{{section}}}}}"
 
+    def keep_proposal(self, column: str) -> str:
+        """The end of a message on an empty label: the yaml that leaves such rows out."""
+        names = list(dict.fromkeys(self.labels.values()))
+        shown = ", ".join([*names[:MAX_PROPOSED_VALUES], *(["…"] if len(names) > MAX_PROPOSED_VALUES else [])])
+        return f"; to leave such rows out, write filter: {{keep: {{{column}: [{shown}]}}}}"
+
 
 def yaml_keys(texts: Sequence[str]) -> list[str]:
     """`texts` as keys of one YAML section: numbers in their order, and in quotes where some are numbers or YAML's own.

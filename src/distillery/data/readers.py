@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from distillery.config.schema import SourceConfig
+from distillery.data.columnar import READ_COLUMNAR, read_columnar, read_dataset_folder
 from distillery.data.decoding import decode, decompress
 from distillery.data.excel import read_xlsx
 from distillery.data.hub import read_hub
@@ -16,6 +14,7 @@ from distillery.data.json_records import read_json
 from distillery.data.nested import open_paths
 from distillery.data.records import FileFormat, RawRows
 from distillery.data.selection import named_columns
+from distillery.data.signatures import check_signature, way_out
 from distillery.data.splits import join_files, join_splits, split_by_column
 from distillery.data.tables import read_table
 from distillery.errors import UserError
@@ -24,7 +23,6 @@ from distillery.files import matching_files
 DEFAULT_DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx")  # the usual ones, for messages
-SPREADSHEETS = (".xls", ".xlsb", ".ods", ".numbers")
 
 
 def read_source(spec: SourceConfig, base: Path) -> RawRows:
@@ -38,7 +36,9 @@ def read_source(spec: SourceConfig, base: Path) -> RawRows:
         if not raw.rows:
             raise UserError(f"{spec.source}: empty, there are no rows in it")
     else:
-        form = FileFormat(spec.encoding, spec.delimiter, spec.quotes, spec.header)
+        text, label = spec.columns.text, spec.columns.label
+        names = (*([text] if isinstance(text, str) else text), *([label] if label else []))
+        form = FileFormat(spec.encoding, spec.delimiter, spec.quotes, spec.header, names)
         parts = {split: _read_files(file, spec, base, form) for split, file in spec.files.items()}
         raw = join_splits(parts, spec) if spec.splits else parts["source"]
     return split_by_column(raw, spec.split_column) if spec.split_column else raw
@@ -69,22 +69,25 @@ def read_rows(name: str, base: Path, form: FileFormat | None = None) -> RawRows:
 
 
 def _read_content(name: str, suffix: str, content: bytes, form: FileFormat) -> RawRows:
-    if suffix == ".parquet":
-        return _read_parquet(name, content)
+    if suffix in READ_COLUMNAR:
+        return read_columnar(name, suffix, content)
     if suffix == ".xlsx":
-        return read_xlsx(name, content, form.header)
+        return read_xlsx(name, content, form)
     if suffix not in (*DEFAULT_DELIMITERS, *JSON_SUFFIXES):
-        way_out = "; save the sheet as CSV or .xlsx" if suffix in SPREADSHEETS else ""
         allowed = f"{', '.join(SUFFIXES)}, each also in .gz or .zip, or hub:owner/name[@revision]"
-        raise UserError(f"{name}: cannot read `{suffix or 'a name without suffix'}`; allowed: {allowed}{way_out}")
+        hint = way_out(suffix)
+        raise UserError(f"{name}: cannot read `{suffix or 'a name without suffix'}`; allowed: {allowed}{hint}")
+    check_signature(name, suffix, content, form.header)
     text, decision = decode(name, content, form.encoding)
     delimiter = DEFAULT_DELIMITERS.get(suffix)
-    raw = read_table(name, text, delimiter, form) if delimiter else read_json(name, text, suffix == ".json")
+    raw = read_table(name, text, delimiter, form) if delimiter else read_json(name, text, suffix == ".json", form)
     return replace(raw, decisions=[decision, *raw.decisions]) if decision else raw
 
 
 def _read_folder(name: str, folder: Path, form: FileFormat) -> RawRows:
     """A row for each text file in the folders of `folder`: its text, its folder as label, and its path as id."""
+    if (raw := read_dataset_folder(name, folder)) is not None:
+        return raw
     files = sorted(path for path in folder.glob("*/*.txt") if not path.name.startswith("."))
     if not files:
         raise UserError(f"{name}: a folder without text files; needs a folder for each label, with its files in .txt")
@@ -97,13 +100,3 @@ def _read_folder(name: str, folder: Path, form: FileFormat) -> RawRows:
             decisions.setdefault(decision, place)
     shown = [f"{place}: {decision}" for decision, place in decisions.items()]
     return RawRows(name, "file", rows, list(range(1, len(rows) + 1)), decisions=shown)
-
-
-def _read_parquet(name: str, content: bytes) -> RawRows:
-    if not content:
-        return RawRows(name, "row", [], [])
-    try:
-        rows = pq.read_table(pa.BufferReader(content)).to_pylist()
-    except (pa.ArrowException, OSError):
-        raise UserError(f"{name}: not a Parquet file, or damaged") from None
-    return RawRows(name, "row", rows, list(range(1, len(rows) + 1)))

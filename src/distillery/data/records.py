@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
+
+MAX_TITLE_ROWS = 20  # rows above the header of a table that are left out
 
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How a file is written, where `params.yaml` names it; None: as the file shows it. Fields as in `SourceConfig`."""
+    """How a file is written, where `params.yaml` names it; None: as the file shows it. Fields as in `SourceConfig`.
+
+    names: columns that the header must have, where they are known; a lower row may hold them.
+    """
 
     encoding: str | None = None
     delimiter: str | None = None
     quotes: str | None = None
     header: bool = True
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,14 @@ class RawRows:
         places = None if self.places is None else [self.places[i] for i in index]
         rows, numbers = [self.rows[i] for i in index], [self.numbers[i] for i in index]
         return replace(self, rows=rows, numbers=numbers, splits=splits, places=places)
+
+
+def header_place(rows: Iterable[Sequence[str | None]], names: Sequence[str]) -> int:
+    """How many of the first rows stand above the one that holds all of `names`; 0 where none of the first does."""
+    for place, cells in enumerate(islice(rows, MAX_TITLE_ROWS + 1)):
+        if names and {*names} <= {(cell or "").strip() for cell in cells}:
+            return place
+    return 0
 
 
 def normalize_text(text: str) -> str:

@@ -9,11 +9,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distillery.data.records import FileFormat, RawRows
+from distillery.data.records import MAX_TITLE_ROWS, FileFormat, RawRows, header_place
 from distillery.errors import UserError
 
 DELIMITERS = (",", "\t", ";", "|")
 DELIMITER_NAMES = {"\t": "a tab"}
+SEPARATOR = re.compile(r'"?sep=([,;|\t])"?\r?\n', re.IGNORECASE)
+LINE_END = re.compile(r"\r\n|\r|\n")
+MAX_TITLE_CHARACTERS = 100_000  # in which the header of a table stands
 QUOTES = {  # a quote inside a quoted cell is written twice or after a backslash, or quotes are plain characters
     "doubled": {"doublequote": True, "strict": True},
     "backslash": {"doublequote": False, "escapechar": "\\", "strict": True},
@@ -48,6 +51,7 @@ def read_table(name: str, text: str, default: str, form: FileFormat) -> RawRows:
     row as many. Raises UserError with the line when there is none.
     """
     delimiters = [form.delimiter] if form.delimiter else [default, *(d for d in DELIMITERS if d != default)]
+    text, delimiters, decisions = _without_title(text, delimiters, form)
     pairs = [(delimiter, quotes) for delimiter in delimiters for quotes in _quotes_to_try(text, delimiter, form)]
     tables, errors = [], []
     for delimiter, quotes in pairs:
@@ -65,7 +69,6 @@ def read_table(name: str, text: str, default: str, form: FileFormat) -> RawRows:
     table, delimiter, quotes = (several or tables)[0]
     if delimiter == "\t" and quotes == "doubled" and table.n_lines and not form.quotes:
         table, quotes = _without_quotes(name, text, form.header, table)
-    decisions = []
     if not form.delimiter and delimiter != default and len(table.header) > 1:
         shown = DELIMITER_NAMES.get(delimiter, f"`{delimiter}`")
         decisions.append(f"The delimiter of the file is {shown}; `delimiter:` names another.")
@@ -73,6 +76,27 @@ def read_table(name: str, text: str, default: str, form: FileFormat) -> RawRows:
         decisions.append(f"The quotes of the file are read as `quotes: {quotes}`; `quotes: doubled` is the usual way.")
     rows = [dict(zip(table.header, cells, strict=True)) for cells in table.rows]
     return RawRows(name, "line", rows, table.numbers, table.blank, decisions=decisions)
+
+
+def _without_title(text: str, delimiters: list[str], form: FileFormat) -> tuple[str, list[str], list[str]]:
+    """`text` with empty lines in place of those above the header, the delimiters to try, and what was decided.
+
+    Excel writes a line such as `sep=;` that names the delimiter; reports have a title above their table.
+    """
+    named = SEPARATOR.match(text)
+    if named:
+        delimiters = [form.delimiter or named[1]]
+        return "\n" + text[named.end() :], delimiters, []
+    if not form.header:
+        return text, delimiters, []
+    first = re.split(LINE_END, text[:MAX_TITLE_CHARACTERS])[: MAX_TITLE_ROWS + 1]
+    for delimiter in delimiters:
+        cells = ([cell.strip().strip('"') for cell in line.split(delimiter)] for line in first)
+        place = header_place(cells, form.names)
+        if place and any(line.strip(f"{delimiter} ") for line in first[:place]):
+            below = re.split(LINE_END, text, maxsplit=place)[-1]
+            return "\n" * place + below, [delimiter], [f"{place} lines above the header of the table were left out."]
+    return text, delimiters, []
 
 
 def _quotes_to_try(text: str, delimiter: str, form: FileFormat) -> list[str]:
@@ -109,6 +133,8 @@ def _parse(name: str, text: str, delimiter: str, quotes: str, has_header: bool) 
                     continue
             while len(cells) > len(header) and not cells[-1].strip():
                 cells.pop()  # spreadsheets end rows with empty cells
+            while len(cells) < len(header) and not header[len(cells)]:
+                cells.append("")  # or leave out those below columns without a name
             if len(cells) != len(header):
                 width = f"{len(header)}" if has_header else f"{len(header)} columns"
                 owner = "the header has" if has_header else "the first row has"

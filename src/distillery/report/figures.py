@@ -60,7 +60,7 @@ COSTS = {  # column of the leaderboard -> label of the axis, format of its ticks
 def figure_cost(results: Results, board: pd.DataFrame, cost: str = "parameters") -> Figure:
     """Accuracy against one of `COSTS`, with the Pareto front: the models that no cheaper one beats.
 
-    Of the models on the headline's source: scores on other rows cannot be compared with theirs.
+    Of the models on the headline's source: scores on other rows are no comparison.
     """
     board = board[board["source"] == results.headline.source]
     with drawing():
