@@ -30,11 +30,13 @@ from distillery.config.load import load_params
 from distillery.config.schema import SourceConfig
 from distillery.data import similar_pairs
 from distillery.data.near_duplicates import ngram_vectors, similarity_blocks
+from distillery.data.prepare import PreparedSource
 from distillery.data.similar_pairs import SIMILARITY_SLACK
 from distillery.files import repository_root
 
 THRESHOLD = 0.85
 MAX_ALL_PAIRS, MAX_EXACT = 10_000, 100_000
+SAMPLE = 2000  # rows of which all pairs are computed to measure what 01_data has found
 SHARES = {"train": 0.2, "pool": 0.5, "validation": 0.1, "test": 0.2}
 LABELS = ("positive", "negative", "neutral")
 
@@ -116,6 +118,16 @@ def compare_joins(rows: list[str], planted: np.ndarray) -> None:
         print(f"  {name:10} {speed}; {len(pairs):,} pairs, {shares}", flush=True)
 
 
+def pair_codes(i: np.ndarray, j: np.ndarray, n: int) -> np.ndarray:
+    """A number for each pair of rows, in either order. n: of all rows."""
+    return np.minimum(i, j).astype(np.int64) * n + np.maximum(i, j)
+
+
+def peak_gib() -> float:
+    """The peak memory of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def prepare(folder: Path) -> None:
     """Run the cells of 01_data on `folder`/rows.jsonl in this process, and print seconds and peak memory."""
     root = repository_root()
@@ -132,14 +144,30 @@ def prepare(folder: Path) -> None:
         cell_start = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(cell, "01_data", "exec"), scope)
-        if time.process_time() - cell_start > 5:
-            print(f"    {time.process_time() - cell_start:6.1f} s  {cell.strip().splitlines()[-1][:70]}", flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if (seconds := time.process_time() - cell_start) > 5:
+            last_line = cell.strip().splitlines()[-1][:70]
+            print(f"    {seconds:6.1f} s, peak {peak_gib():.2f} GiB  {last_line}", flush=True)
     seconds, of_processor = time.perf_counter() - start, time.process_time() - cpu
-    print(f"  01_data    {of_processor:.1f} s of one processor, {seconds:.1f} s in all, peak memory {peak:.2f} GiB")
-    clusters = scope["prepared"].cluster
-    planted = np.load(folder / "planted.npy")
-    ids = scope["prepared"].rows["id"].str.slice(1).astype(int).to_numpy()
+    print(
+        f"  01_data    {of_processor:.1f} s of one processor, {seconds:.1f} s in all, peak memory {peak_gib():.2f} GiB"
+    )
+    measure_recall(scope["prepared"], np.load(folder / "planted.npy"))
+
+
+def measure_recall(prepared: PreparedSource, planted: np.ndarray) -> None:
+    """Print the share of the pairs of `SAMPLE` rows, found by comparing them with all rows, that 01_data has found."""
+    vectors, clusters = prepared.near.vectors[True], prepared.cluster
+    n, known = vectors.shape[0], np.sort(pair_codes(*prepared.near.pairs[True][:2], vectors.shape[0]))
+    sample = np.sort(np.random.default_rng(2).choice(n, min(n, SAMPLE), replace=False))
+    exact = []
+    for start, block in similarity_blocks(vectors[sample], vectors):
+        i, j = np.nonzero(block >= THRESHOLD - SIMILARITY_SLACK)
+        exact.append(pair_codes(sample[start + i], j, n))
+    pairs = np.unique(np.concatenate(exact))
+    pairs = pairs[pairs // n != pairs % n]
+    share = np.isin(pairs, known).mean()
+    print(f"  {100 * share:.2f} % of the {len(pairs):,} pairs at {THRESHOLD} of {len(sample):,} rows are in the audit")
+    ids = prepared.rows["id"].str.slice(1).astype(int).to_numpy()
     place = np.full(ids.max() + 1, -1)
     place[ids] = np.arange(len(ids))
     present = planted[(place[planted] >= 0).all(axis=1)]
