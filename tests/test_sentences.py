@@ -41,6 +41,13 @@ CASES = [
     (data.split_sentence, (SPLITS,), "fit well", (SPLITS.assign(share=[0.7, 0.3]),), "too large"),
     (data.leak_sentence, (0, 45, 90, 90), "leaks nothing", (3, 45, 90, 90), "**The split leaks**"),
     (data.across_sentence, (0, 0.85, 0.6), "No pair", (2, 0.85, 0.9), "**2 pairs**"),
+    (
+        data.overlap_sentence,
+        ({"bench": {"test_rows": 9, "same": 0, "near": 0}},),
+        "None of the 9 test rows of bench",
+        ({"bench": {"test_rows": 9, "same": 1, "near": 2}},),
+        "**3 of the 9 test rows of bench**",
+    ),
     (data.few_shot_sentence, (0, 3), "None of the 3", (1, 3), "**1 of the 3"),
     (
         heads.head_sentence,

@@ -19,8 +19,7 @@ from distillery.report.wording import human_count
 
 
 def figure_leaderboard(results: Results, board: pd.DataFrame) -> Figure:
-    """Accuracy of every model on the headline's source with its interval, best on top."""
-    board = board[board["source"] == results.headline.source]
+    """Accuracy of every model with its interval, best on top."""
     with drawing():
         rows = board.iloc[::-1].reset_index(drop=True)
         figure, axes = plt.subplots(figsize=(5.6, 0.9 + 0.29 * len(rows)), layout="constrained")
@@ -58,11 +57,7 @@ COSTS = {  # column of the leaderboard -> label of the axis, format of its ticks
 
 
 def figure_cost(results: Results, board: pd.DataFrame, cost: str = "parameters") -> Figure:
-    """Accuracy against one of `COSTS`, with the Pareto front: the models that no cheaper one beats.
-
-    Of the models on the headline's source: scores on other rows are no comparison.
-    """
-    board = board[board["source"] == results.headline.source]
+    """Accuracy against one of `COSTS`, with the Pareto front: the models that no cheaper one beats."""
     with drawing():
         rows = board[board[cost].notna() & (board["role"] != "untrained")]
         rows = rows.assign(cost=rows[cost].astype(float)).sort_values(["cost", "accuracy"], ascending=[True, False])
@@ -249,7 +244,8 @@ def _draw_history(axes: Any, rows: pd.DataFrame) -> None:
 
 
 def all_figures(results: Results, board: pd.DataFrame) -> dict[str, Figure]:
-    """Every figure of the report: name -> figure."""
+    """Every figure of the report: name -> figure. Those of `board` show the models on the source of the headline."""
+    board = board[board["source"] == results.headline.source].reset_index(drop=True)
     latency = (
         {"latency": figure_cost(results, board, "latency_p50_ms")} if board["latency_p50_ms"].notna().any() else {}
     )
