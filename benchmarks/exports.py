@@ -20,7 +20,7 @@ import pandas as pd
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer, too, has one thread
 
 from distillery.deploy.exports import export_folder
-from distillery.deploy.predictors import EXPORT_NAMES, WEIGHTS_FILE, open_predictor, read_exports
+from distillery.deploy.predictors import ONNX_FILES, WEIGHTS_FILE, open_predictor, read_exports
 from distillery.deploy.settings import model_folder, read_settings
 
 
@@ -30,7 +30,7 @@ def main(run: str, rounds: int = 5) -> None:
     settings, exports = read_settings(folder), read_exports(folder)
     inputs = Path(run).resolve().parent.parent / "data/inputs" / settings.student
     texts = pd.read_parquet(inputs / "test.parquet")["text"].tolist()
-    predictors = {name: open_predictor(folder, settings, name, 1) for name in ("torch", *EXPORT_NAMES)}
+    predictors = {name: open_predictor(folder, settings, name, 1) for name in ("torch", *ONNX_FILES)}
     seconds = dict.fromkeys(predictors, float("inf"))
     for _ in range(rounds):
         for name, predictor in predictors.items():
@@ -42,7 +42,7 @@ def main(run: str, rounds: int = 5) -> None:
     print("|---|--:|--:|--:|--:|--:|---|")
     size = (folder / WEIGHTS_FILE).stat().st_size / 1e6
     print(f"| torch float32 | {size:.1f} | {len(texts) / seconds['torch']:.0f} | – | – | {100 * accuracy:.1f} % | – |")
-    for name in reversed(EXPORT_NAMES):
+    for name in reversed(ONNX_FILES):
         scores = exports[name]
         low, mean, high = (100 * scores[f"difference{end}"] for end in ("_low", "", "_high"))
         cells = [name, f"{scores['bytes'] / 1e6:.1f}", f"{len(texts) / seconds[name]:.0f}"]

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 from distillery.data.records import normalize_text
 from distillery.deploy.predict import PredictOptions, predict_file
-from distillery.deploy.predictors import EXPORT_NAMES, open_predictor
+from distillery.deploy.predictors import ONNX_FILES, open_predictor
 from distillery.deploy.settings import model_folder, read_settings
 from distillery.files import repository_root
 
@@ -120,7 +120,7 @@ def main(student: str, rows: int = 100_000, engine: str = "auto") -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(settings.max_length)
     tokenizer.no_padding()
-    onnx = EXPORT_NAMES.get(engine)
+    onnx = ONNX_FILES.get(engine)
     compute = onnx_function(folder / "onnx" / onnx) if onnx else torch_function(folder)
     cleaned = [normalize_text(text) for text in texts]
     best, bare_clock, bare_processor = timed(lambda: predict_bare(compute, tokenizer, cleaned))

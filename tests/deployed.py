@@ -8,8 +8,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+import report_project
 import tiny
 from distillery.config.schema import StudentConfig
+from distillery.data.storage import read_split, read_task
+from distillery.deploy.predictors import open_predictor
 from distillery.deploy.settings import SETTINGS_FILE, InferenceSettings
 from distillery.files import write_json
 from distillery.models.save import save_model
@@ -47,6 +50,29 @@ def write_student(
     settings = InferenceSettings(**values | changes)
     write_json(folder / SETTINGS_FILE, settings.model_dump())
     return settings
+
+
+def write_run(root: Path, spec: dict, base: Path) -> None:
+    """A finished experiment in `root` whose headline `tiny-kd` is a real model of the one in `base`; see
+    :mod:`report_project`."""
+    report_project.write_project(root, spec)
+    data, run = root / "data/processed/demo", root / "runs/tiny-kd-0"
+    settings = write_student(base, run / "model", spec["students"]["tiny-kd"]["arch"], task=read_task(data))
+    (root / "data/inputs/tiny-kd").mkdir(parents=True, exist_ok=True)
+    read_split(data, "test").to_parquet(root / "data/inputs/tiny-kd/test.parquet")
+    student, parts = open_predictor(run / "model", settings, "torch", 1), []
+    for split in ("validation", "test"):
+        table = read_split(data, split)
+        p = student.predict(table["text"].tolist())
+        columns = {"split": split, "id": table["id"], "label": table["label"], "probabilities": list(p)}
+        parts.append(pd.DataFrame(columns | {"prediction": [settings.task.names[i] for i in p.argmax(1)]}))
+    pd.concat(parts).to_parquet(run / "predictions.parquet")
+    label = pd.concat(parts).set_index("id")["label"]
+    for name in ("tiny-gold", "other"):  # invented predictions have no label
+        path = root / f"runs/{name}-0/predictions.parquet"
+        table = pd.read_parquet(path)
+        table.assign(label=table["id"].map(label)).to_parquet(path)
+        (path.parent / "model").mkdir()
 
 
 ABSTENTION = {"accuracy": 0.9, "threshold": 0.5, "answered": 0.5, "accuracy_low": 0.8, "rows": 100}

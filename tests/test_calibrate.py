@@ -124,17 +124,17 @@ def test_damaged_settings_are_one_line(tmp_path):
             read_settings(tmp_path)
 
 
-def test_only_classifiers_that_exist_are_exported(tmp_path):
+def test_only_students_that_can_be_exported_are_named_for_it(tmp_path):
     spec = report_project.experiment()
     report_project.write_project(tmp_path, spec)
     spec["students"]["long"] = spec["students"]["other"] | {"long_texts": {"windows": 2}}
     lines = {
         "none": "evaluate.export.0: unknown student `none`",
-        "c": "`c` is causal; only",
+        "s": "`s` is seq2seq; classifiers and causal models are exported",
         "long": "has `long_texts`",
     }
     for student, line in lines.items():
-        spec["students"]["c"] = spec["students"]["other"] | {"arch": "causal", "model": "large"}
+        spec["students"]["s"] = spec["students"]["other"] | {"arch": "seq2seq", "model": "large"}
         spec["evaluate"]["export"] = [student]
         (tmp_path / "params.yaml").write_text(json.dumps(spec))
         with pytest.raises(UserError, match=line):

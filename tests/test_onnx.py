@@ -17,11 +17,10 @@ import pytest
 
 import report_project
 import tiny
-from deployed import LONG, TASK, rows, write_student
+from deployed import LONG, TASK, rows, write_run, write_student
 from distillery.cli import main
 from distillery.config.load import load_params
 from distillery.config.schema.evaluate import EvaluateConfig
-from distillery.data.storage import read_split, read_task
 from distillery.deploy import tables
 from distillery.deploy.calibrate import write_settings
 from distillery.deploy.export import compare_exports, compare_probabilities, write_exports
@@ -140,7 +139,7 @@ def test_exports_of_other_weights_are_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     "arch, model, more, line",
     [
-        ("causal", "tiny-llama", {}, "s is causal; only a classifier is exported"),
+        ("seq2seq", "tiny-t5", {}, "s is seq2seq; classifiers and causal models are exported"),
         ("classifier", "tiny-bert", {"long_texts": {"windows": 2}}, "reads long texts in windows"),
     ],
 )
@@ -274,24 +273,7 @@ def project(tiny_models, tmp_path_factory):
     spec = report_project.experiment(seeds=[0])
     spec["evaluate"] |= {"export": ["tiny-kd"], "conformal_coverage": 0.8, "bootstrap": 100}
     spec["students"]["tiny-kd"]["max_length"] = 32
-    report_project.write_project(root, spec)
-    data, run = root / "data/processed/demo", root / "runs/tiny-kd-0"
-    settings = write_student(tiny_models / "tiny-bert", run / "model", task=read_task(data))
-    (root / "data/inputs/tiny-kd").mkdir(parents=True, exist_ok=True)
-    read_split(data, "test").to_parquet(root / "data/inputs/tiny-kd/test.parquet")
-    student, parts = open_predictor(run / "model", settings, "torch", 1), []
-    for split in ("validation", "test"):
-        table = read_split(data, split)
-        p = student.predict(table["text"].tolist())
-        columns = {"split": split, "id": table["id"], "label": table["label"], "probabilities": list(p)}
-        parts.append(pd.DataFrame(columns | {"prediction": [settings.task.names[i] for i in p.argmax(1)]}))
-    pd.concat(parts).to_parquet(run / "predictions.parquet")
-    label = pd.concat(parts).set_index("id")["label"]
-    for name in ("tiny-gold", "other"):  # invented predictions have no label
-        path = root / f"runs/{name}-0/predictions.parquet"
-        table = pd.read_parquet(path)
-        table.assign(label=table["id"].map(label)).to_parquet(path)
-        (path.parent / "model").mkdir()
+    write_run(root, spec, tiny_models / "tiny-bert")
     return root
 
 

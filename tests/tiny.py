@@ -100,6 +100,23 @@ def word_tokenizer(corpus: list[str], kind: str):
     return tokenizer
 
 
+def bpe_tokenizer(corpus: list[str]):
+    """A byte-level BPE tokenizer of `corpus` that cuts texts as GPT-2 does, with the special tokens of SmolLM2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", *ROLES]
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, vocab_size=500)
+    words.train_from_iterator(corpus, trainer)
+    names = {"bos_token": ROLES[0], "eos_token": ROLES[1], "pad_token": ROLES[1], "unk_token": special[0]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
 def build_models(folder: Path) -> None:
     """Write `tiny-llama`, `tiny-bert` and `tiny-t5` (hidden 32, 4 layers, fixed random weights) and tokenizers."""
     import torch

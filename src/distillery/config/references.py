@@ -235,8 +235,10 @@ def _check_evaluation(params: Params, file: str) -> None:
             )
     for i, name in enumerate(evaluate.export):
         _check_known(f"{file}: evaluate.export.{i}", name, params.students, "student")
-        if (arch := params.students[name].arch) != "classifier":
-            raise UserError(f"{file}: evaluate.export.{i}: `{name}` is {arch}; only a classifier is exported")
+        if (arch := params.students[name].arch) == "seq2seq":
+            raise UserError(
+                f"{file}: evaluate.export.{i}: `{name}` is {arch}; classifiers and causal models are exported"
+            )
         if params.students[name].long_texts:
             raise UserError(f"{file}: evaluate.export.{i}: `{name}` has `long_texts`; it is not exported")
 

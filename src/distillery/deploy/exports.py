@@ -14,8 +14,8 @@ import pandas as pd
 from distillery.config.load import load_params
 from distillery.config.schema import Params
 from distillery.deploy.calibrate import write_settings
-from distillery.deploy.export import compare_exports, write_exports
-from distillery.deploy.predictors import EXPORT_NAMES, EXPORTS, EXPORTS_FILE, read_exports
+from distillery.deploy.export import compare_exports, export_kind, write_exports
+from distillery.deploy.predictors import EXPORT_FILES, EXPORTS_FILE, read_exports
 from distillery.deploy.settings import SETTINGS_FILE, read_settings
 from distillery.errors import UserError
 from distillery.evaluation.reading import read_result_file
@@ -23,7 +23,12 @@ from distillery.evaluation.results import ModelResult, Results
 from distillery.evaluation.speed import Measurements
 from distillery.files import Paths
 
-SHOWN = {"onnx-int8": "ONNX int8", "onnx-float32": "ONNX float32"}
+SHOWN = {
+    "onnx-int8": "ONNX int8",
+    "onnx-float32": "ONNX float32",
+    "gguf-q8_0": "GGUF Q8_0",
+    "gguf-f16": "GGUF float16",
+}
 
 
 def export_run(root: Path, params: Params, student: str, seed: int) -> dict[str, np.ndarray]:
@@ -33,9 +38,10 @@ def export_run(root: Path, params: Params, student: str, seed: int) -> dict[str,
     """
     folder = Paths(root).run(student, seed) / "model"
     settings = read_settings(folder)
+    kind = export_kind(settings)
     test = read_result_file(Paths(root).inputs(student) / "test.parquet", root)
     try:
-        current = set(read_exports(folder)) == set(EXPORT_NAMES)
+        current = set(read_exports(folder, kind)) == set(EXPORT_FILES[kind])
     except UserError:  # those of other weights
         current = False
     if not current:
@@ -52,10 +58,11 @@ def add_exports(root: Path, results: Results, measured: Measurements) -> tuple[R
     for student in params.evaluate.export:
         runs = [export_run(root, params, student, seed) for seed in params.seeds]
         folder = Paths(root).run(student, params.seeds[0]) / "model"
-        for name, scores in read_exports(folder).items():
+        for name, scores in read_exports(folder, export_kind(read_settings(folder))).items():
             result = _export_result(results, student, name, [run[name] for run in runs], scores["bytes"])
             models.append(result)
-            timing[result.name] = {"sentences_per_second": scores["rows_per_second"]}
+            if "rows_per_second" in scores:
+                timing[result.name] = {"sentences_per_second": scores["rows_per_second"]}
     return replace(results, models=models), replace(measured, timing=timing)
 
 
@@ -87,6 +94,9 @@ def export_folder(run: Path) -> pd.DataFrame:
             root, params.model_copy(update={"students": {student: params.students[student]}, "seeds": [seed]})
         )
     export_run(root, params, student, seed)
-    content: dict[str, Any] = json.loads((run / "model" / EXPORTS / EXPORTS_FILE).read_text(encoding="utf-8"))
+    path = run / "model" / export_kind(read_settings(run / "model")) / EXPORTS_FILE
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     rows = [{"engine": name} | scores for name, scores in content["exports"].items()]
-    return pd.DataFrame([*rows, {"engine": "torch", "rows_per_second": content["torch_rows_per_second"]}])
+    if "torch_rows_per_second" in content:
+        rows.append({"engine": "torch", "rows_per_second": content["torch_rows_per_second"]})
+    return pd.DataFrame(rows)

@@ -15,9 +15,8 @@ from tqdm import tqdm
 
 from distillery.deploy.decisions import check_usable, decide, output_columns
 from distillery.deploy.predictors import (
-    EXPORT_NAMES,
-    EXPORTS,
     EXPORTS_FILE,
+    ONNX_FILES,
     TOKENIZER_FILE,
     WEIGHTS_FILE,
     Predictor,
@@ -131,7 +130,7 @@ class _Job:
         """All that decides the output, as far as a glance at the files shows it: another key starts anew."""
         files = [Path(self.options.input)] if self.options.input != STANDARD else []
         files += [self.folder / name for name in (WEIGHTS_FILE, TOKENIZER_FILE)]
-        files += [self.folder / EXPORTS / name for name in (EXPORTS_FILE, *EXPORT_NAMES.values())]
+        files += [self.folder / "onnx" / name for name in (EXPORTS_FILE, *ONNX_FILES.values())]
         stamps = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.exists()]
         options = asdict(self.options) | {"text_columns": self.text_columns, "threads": None}
         return {"options": options, "files": stamps, "settings": self.settings.model_dump()}

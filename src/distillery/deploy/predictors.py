@@ -17,16 +17,17 @@ from distillery.files import file_digest
 from distillery.models.batches import batches_by_length
 
 BATCH_SIZE = 32  # as a student predicts in its evaluation
-EXPORTS = "onnx"  # folder below that of the model; its file `exports.json` describes the exports in it
-EXPORTS_FILE = "exports.json"
-EXPORT_NAMES = {"onnx-int8": "model_int8.onnx", "onnx-float32": "model.onnx"}  # the faster one first
+ONNX_FILES = {"onnx-int8": "model_int8.onnx", "onnx-float32": "model.onnx"}  # by engine, the faster one first
+GGUF_FILES = {"gguf-q8_0": "model-q8_0.gguf", "gguf-f16": "model-f16.gguf"}  # for other programs, such as llama.cpp
+EXPORT_FILES = {"onnx": ONNX_FILES, "gguf": GGUF_FILES}  # by the folder below that of the model
+EXPORTS_FILE = "exports.json"  # describes the exports in such a folder
 WEIGHTS_FILE, TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
 
 
 class Predictor(Protocol):
     """A model that is ready to predict."""
 
-    engine: str  # a name of `EXPORT_NAMES`, or torch
+    engine: str  # a name of `ONNX_FILES`, or torch
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
         """Probabilities of the labels [n, labels], float32, not calibrated."""
@@ -84,12 +85,12 @@ class OnnxPredictor:
         return self._session.run(None, tensors)[0].astype(np.float32)
 
 
-def read_exports(folder: Path) -> dict[str, dict]:
-    """The exports in a model `folder`: name -> file, bytes, scores. Empty where there are none.
+def read_exports(folder: Path, kind: str = "onnx") -> dict[str, dict]:
+    """The exports of a `kind` in a model `folder`: name -> file, bytes, scores. Empty where there are none.
 
     Raises UserError when they are those of other weights.
     """
-    path = folder / EXPORTS / EXPORTS_FILE
+    path = folder / kind / EXPORTS_FILE
     if not path.exists():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -109,7 +110,7 @@ def open_predictor(
     """
     exports = read_exports(folder) if engine != "torch" else {}
     if engine == "auto":
-        usable = [name for name in EXPORT_NAMES if exports.get(name, {}).get("within_tolerance")]
+        usable = [name for name in ONNX_FILES if exports.get(name, {}).get("within_tolerance")]
         engine = usable[0] if usable else "torch"
     if engine == "torch":
         from distillery.deploy.torch_predictor import TorchPredictor
@@ -117,4 +118,4 @@ def open_predictor(
         return TorchPredictor(folder, settings, threads)
     if engine not in exports:
         raise UserError(f"{folder}: no export `{engine}` here; run: distillery export {folder}")
-    return OnnxPredictor(folder, settings, engine, folder / EXPORTS / EXPORT_NAMES[engine], threads)
+    return OnnxPredictor(folder, settings, engine, folder / "onnx" / ONNX_FILES[engine], threads)

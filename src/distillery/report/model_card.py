@@ -11,16 +11,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from distillery import metrics
 from distillery.config.schema import Params, StudentConfig
 from distillery.data.storage import read_task
+from distillery.deploy.prompt_parts import prompt_parts
 from distillery.deploy.settings import SETTINGS_FILE, InferenceSettings, read_settings
 from distillery.evaluation.reading import read_result_file
 from distillery.files import Paths, atomic_write
 from distillery.models.heads import read_config
-from distillery.models.label_model import MAX_ANSWER_TOKENS, tokenize_labels
+from distillery.models.label_model import MAX_ANSWER_TOKENS
 from distillery.models.load import load_tokenizer
 from distillery.models.windows import Windows
 from distillery.report.environment import TEMPLATES
 from distillery.report.wording import human_duration, percent
-from distillery.tasks.prompts import chat_turns, render_answer, render_prompt
 from distillery.tasks.schema import Task
 
 PIPELINES = {"classifier": "text-classification", "causal": "text-generation", "seq2seq": "text2text-generation"}
@@ -132,17 +132,12 @@ def _prompt_values(folder: Path, spec: StudentConfig, task: Task) -> dict[str, A
     if spec.arch == "classifier":
         values = read_config(folder).get("long_texts") if spec.long_texts else None
         return {"windows": Windows(**values), "names": repr(task.names)} if values else {}
-    mark = "\x00"
-    tokenizer = load_tokenizer(folder)
-    before, _, after = render_prompt(chat_turns(task, mark, spec.few_shot), tokenizer, spec.prompt).partition(mark)
-    values = {"before": repr(before), "after": repr(after), "max_length": spec.max_length}
-    values["special_tokens"] = spec.prompt == "plain" or spec.arch == "seq2seq"
+    parts = prompt_parts(task, load_tokenizer(folder), spec.arch, spec.prompt, spec.few_shot)
+    values = {"before": repr(parts.before), "after": repr(parts.after), "max_length": spec.max_length}
+    values["special_tokens"] = parts.special_tokens
     if task.kind == "qa":
         return values | {"max_new_tokens": MAX_ANSWER_TOKENS}
-    answers = [render_answer(task, name, spec.prompt) for name in task.names]
-    if all(tokens[-1] == tokenizer.eos_token_id for tokens in tokenize_labels(tokenizer, answers)):
-        answers = [answer + tokenizer.eos_token for answer in answers]
-    return values | {"answers": repr(answers), "names": repr(task.names)}
+    return values | {"answers": repr(parts.answers), "names": repr(task.names)}
 
 
 def write_cards(root: Path, params: Params) -> None:

@@ -40,8 +40,8 @@ class EvaluateConfig(Section):
     """Share of rows whose gold label shall be in the prediction set that `distillery predict` then gives; no sets when
     not given."""
     export: list[Name] = []
-    """Students, all of them classifiers, that are also written as ONNX in float32 and int8 and scored so; needs the
-    extra `export`."""
+    """Students that are also exported and scored so: classifiers as ONNX in float32 and int8, which needs the extra
+    `export`; causal models as GGUF in float16 and Q8_0."""
     export_tolerance: Fraction = 0.01
     """Accuracy that an export may lose against its student; one that loses more is marked and not used."""
 
