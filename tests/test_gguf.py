@@ -31,8 +31,10 @@ from distillery.evaluation.gather import gather_results
 from distillery.evaluation.leaderboard import leaderboard
 from distillery.evaluation.speed import Measurements
 from distillery.models.save import save_model
+from distillery.pipeline.model_checks import check_models
 from distillery.report.page import leaderboard_markdown
 from distillery.training.student import build_student
+from experiments import changed, load, prepare
 
 CONFIG = EvaluateConfig(headline="s", bootstrap=100, throughput_rows=4, export_tolerance=0.5)
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -253,6 +255,25 @@ def test_the_scores_are_those_of_the_weights_in_the_file(students):
     assert 0 < exports["gguf-f16"]["largest_difference"] < exports["gguf-q8_0"]["largest_difference"] < 0.2
     assert exports["gguf-q8_0"]["bytes"] < 0.7 * exports["gguf-f16"]["bytes"]
     assert open_predictor(folder, settings, "auto", 1).engine == "torch"  # nothing here computes with such a file
+
+
+def test_an_export_that_would_fail_after_the_training_is_named_when_params_are_checked(tmp_path, monkeypatch):
+    repo = prepare(tmp_path)
+    monkeypatch.chdir(repo)
+    raw = changed("evaluate.export", ["kd"])
+    for student in raw["students"].values():
+        student["max_length"] = 40
+    raw["students"]["kd"]["arch"] = "causal"
+    params = load(repo, raw)
+    tiny.causal_config("llama").save_pretrained(repo / "models/encoder")
+    check_models(params)
+    tiny.causal_config("gpt2").save_pretrained(repo / "models/encoder")
+    line = "^params.yaml: evaluate.export.0: `kd` is gpt2; GGUF files are written of llama, mistral, qwen2$"
+    with pytest.raises(UserError, match=line):
+        check_models(params)
+    (repo / "tasks/mood.yaml").write_text("kind: qa\nprompt: {instruction: Answer., template: '{text}'}\n")
+    with pytest.raises(UserError, match="`kd` writes free answers; only students with labels are exported"):
+        check_models(params)
 
 
 @pytest.fixture(scope="module")

@@ -169,7 +169,7 @@ def predict(student: str, **options: Any) -> None:
 
 
 def export(student: str) -> None:
-    """Write a finished classifier as ONNX in float32 and int8, and score both beside it."""
+    """Write a finished classifier as ONNX, a causal model as GGUF, in two precisions, and score both beside it."""
     from pathlib import Path
 
     from distillery.deploy.exports import export_folder

@@ -15,7 +15,7 @@ RESERVED_POSITIONS = 8  # that may be no token's: RoBERTa keeps two
 
 
 def check_models(params: Params) -> None:
-    """Check the heads of classifiers against their tasks, and `max_length` against models.
+    """Check the heads of classifiers against their tasks, and `max_length` and exports against models.
 
     A model that has yet to be fetched is checked when it is loaded. Raises UserError with one line that names the key.
     """
@@ -35,6 +35,8 @@ def check_models(params: Params) -> None:
             _check_length(f"params.yaml: teachers.{name}.max_length", teacher, params)
     for name, student in params.students.items():
         _check_length(f"params.yaml: students.{name}.max_length", student, params)
+    for i, name in enumerate(params.evaluate.export):
+        _check_export(f"params.yaml: evaluate.export.{i}", name, params)
 
 
 def _check_length(place: str, spec: StudentConfig | TeacherConfig, params: Params) -> None:
@@ -50,6 +52,19 @@ def _check_length(place: str, spec: StudentConfig | TeacherConfig, params: Param
         from distillery.models.positions import max_positions_in, require_positions  # which load torch: seconds
 
         require_positions(place, spec.max_length, max_positions_in(folder))
+
+
+def _check_export(place: str, student: str, params: Params) -> None:
+    if load_task(params.data[params.test_source(student)].task).kind == "qa":
+        raise UserError(f"{place}: `{student}` writes free answers; only students with labels are exported")
+    spec = params.students[student]
+    folder = model_folder(spec.model, params.models[spec.model])
+    if spec.arch == "causal" and (folder / "config.json").is_file():
+        from distillery.deploy.gguf_file import ARCHITECTURES  # which loads torch: seconds
+
+        kind = read_config(folder).get("model_type")
+        if kind not in ARCHITECTURES:
+            raise UserError(f"{place}: `{student}` is {kind}; GGUF files are written of {', '.join(ARCHITECTURES)}")
 
 
 def _classifiers(params: Params) -> Iterator[tuple[str | None, str, list[str]]]:
