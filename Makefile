@@ -22,7 +22,7 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro recipe test lint unit coverage pipeline lessons study answers serve lab report lock clean git
+.PHONY: help repro recipe test lint unit coverage pipeline lessons study answers serve push lab report lock clean git
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ answers: $(VENV)/.installed ## ask the large models of data/answers again, half 
 
 serve: $(VENV)/.installed ## serve a student over HTTP: make serve STUDENT=runs/tiny-kd-0 [PORT=8000]
 	@$(BIN)/python -m distillery serve $(if $(STUDENT),'$(STUDENT)',$(error name a student: make serve STUDENT=runs/tiny-kd-0)) --port '$(or $(PORT),8000)'
+
+push: $(VENV)/.installed ## upload a student with its card to a hub, private: make push STUDENT=tiny-kd-0 REPO=user/name [PUBLIC=1]
+	@$(BIN)/python -m distillery push '$(if $(wildcard $(STUDENT)),$(STUDENT),runs/$(or $(STUDENT),$(error name a student: make push STUDENT=tiny-kd-0 REPO=user/name)))' $(if $(REPO),'$(REPO)',$(error name a repository: make push STUDENT=tiny-kd-0 REPO=user/name)) $(if $(PUBLIC),--public)
 
 lab: $(VENV)/.installed ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -20,7 +21,14 @@ from urllib.parse import parse_qs, unquote
 
 import tiny
 
-LARGE = (".safetensors", ".bin", ".parquet")  # stored outside of git there: named by their sha256, served elsewhere
+OWNER = "me"  # whose token `TOKEN` is
+LARGE = (
+    ".safetensors",
+    ".bin",
+    ".parquet",
+    ".onnx",
+    ".gguf",
+)  # stored outside of git there: named by their sha256, served elsewhere
 TOKEN = "hf_let_me_in"
 
 
@@ -36,6 +44,7 @@ class Repo:
     fault: str = ""
     branches: tuple[str, ...] = ("main",)
     others: tuple[Repo, ...] = ()
+    private: bool = False
     commit: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,11 +76,12 @@ def folder(path: Path) -> dict[str, bytes]:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """repos: what the hub holds, by name. requests: a line for each that it got."""
+    """repos: what the hub holds, by name. requests: a line for each that it got. stored: large files, by sha256."""
 
     protocol_version = "HTTP/1.1"
     repos: dict[str, Repo]
     requests: list[str]
+    stored: dict[str, bytes]
 
     def do_GET(self) -> None:
         self.requests.append(f"{self.command} {self.path}")
@@ -82,10 +92,12 @@ class Hub(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def answer(self, path: str, query: dict[str, list[str]]) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if self.command == "POST" else b""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if self.command in ("POST", "PUT") else b""
+        if self.receives(path, body):
+            return
         if path.startswith("/storage/"):
             name, _, file = path.removeprefix("/storage/").partition("/-/")
             name, _, commit = name.partition("@")
@@ -96,7 +108,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.send_json(404, {"error": "not found"})
         name = file[1] if file else ("datasets/" if api[1] == "datasets" else "") + api[2]
         repo = self.repos.get(name)
-        if repo is None or (repo.fault == "private" and not self.is_authorized()):
+        if repo is None or ((repo.private or repo.fault == "private") and not self.is_authorized()):
             return self.send_json(401 if repo is None else 404, {"error": "Repository not found"}, "RepoNotFound")
         revision = file[2] if file else re.match(r"refs/[^/]+/[^/]+|[^/]+", api[4] or "main")[0]
         repo = repo.at(revision)
@@ -117,7 +129,68 @@ class Hub(BaseHTTPRequestHandler):
             return self.send_json(200, [repo.entry(p) for p in wanted if p in repo.files])
         siblings = [{"rfilename": p} for p in repo.files]
         info = {"id": name.removeprefix("datasets/"), "sha": repo.commit, "siblings": siblings}
-        self.send_json(200, info | {"private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0})
+        self.send_json(
+            200, info | {"private": repo.private, "gated": False, "disabled": False, "tags": [], "downloads": 0}
+        )
+
+    def receives(self, path: str, body: bytes) -> bool:
+        """Answer a request of an upload; False where it is none. A private repository's owner alone sees it."""
+        upload = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main|/([^/]+/[^/]+)\.git/.*/batch", path)
+        if path == "/api/validate-yaml":
+            self.send_json(200, {"errors": [], "warnings": []})
+        elif path.startswith("/lfs/"):
+            if self.command == "PUT":  # as at the storage of a hub, the address alone lets in
+                self.stored[path.removeprefix("/lfs/")] = body
+            self.send_json(200, {})
+        elif not upload and path != "/api/repos/create":
+            return False
+        elif not self.is_authorized():
+            self.send_json(401, {"error": "Invalid credentials in Authorization header"}, "Unauthorized")
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif (name := upload[1] or upload[3]).partition("/")[0] != OWNER:
+            self.send_json(403, {"error": "Forbidden: you must use a write token"}, "Forbidden")
+        elif upload[3]:
+            self.send_json(200, {"objects": [self.storage(entry) for entry in json.loads(body)["objects"]]})
+        elif upload[2] == "preupload":
+            sent = [file["path"] for file in json.loads(body)["files"]]
+            modes = {path: "lfs" if path.endswith(LARGE) else "regular" for path in sent}
+            files = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
+            self.send_json(200, {"files": files})
+        else:
+            self.commit(name, [json.loads(line) for line in body.splitlines()])
+        return True
+
+    def create(self, request: dict[str, Any]) -> None:
+        name = f"{request['organization']}/{request['name']}"
+        if request["organization"] != OWNER:
+            return self.send_json(403, {"error": "You don't have the rights to create a model there"}, "Forbidden")
+        if name in self.repos:
+            return self.send_json(409, {"error": "You already created this model repo", "url": f"/{name}"})
+        self.repos[name] = Repo({".gitattributes": b""}, private=request["visibility"] == "private")
+        self.send_json(200, {"url": f"http://{self.headers['Host']}/{name}"})
+
+    def storage(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """What a client does to store a large file: nothing if it is there."""
+        if entry["oid"] in self.stored:
+            return entry
+        address = f"http://{self.headers['Host']}/lfs/{entry['oid']}"
+        return entry | {"actions": {"upload": {"href": address}, "verify": {"href": address}}}
+
+    def commit(self, name: str, lines: list[dict[str, Any]]) -> None:
+        old = self.repos[name]
+        files = dict(old.files)
+        for line in lines[1:]:  # after the header
+            path = line["value"]["path"]
+            if line["key"] == "deletedFile":
+                del files[path]
+            elif line["key"] == "lfsFile":
+                files[path] = self.stored[line["value"]["oid"]]
+            else:
+                files[path] = base64.b64decode(line["value"]["content"])
+        self.repos[name] = new = Repo(files, private=old.private)
+        address = f"http://{self.headers['Host']}/{name}/commit/{new.commit}"
+        self.send_json(200, {"success": True, "commitOid": new.commit, "commitUrl": address})
 
     def list_files(self, repo: Repo, below: str, query: dict[str, list[str]]) -> None:
         paths = [p for p in repo.files if p.startswith(below + "/" if below else "")]
@@ -190,7 +263,9 @@ class Hub(BaseHTTPRequestHandler):
 def serving(repos: dict[str, Repo]) -> Iterator[tuple[str, list[str]]]:
     """The address of a hub that holds `repos` (`owner/name` or `datasets/owner/name`), and the requests that it got."""
     requests: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (Hub,), {"repos": repos, "requests": requests}))
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("Hub", (Hub,), {"repos": repos, "requests": requests, "stored": {}})
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", requests

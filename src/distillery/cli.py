@@ -177,6 +177,15 @@ def export(student: str) -> None:
     print(export_folder(Path(student)).T.to_string(header=False))
 
 
+def push(student: str, repo: str, public: bool) -> None:
+    """Upload a finished student with its model card to a model hub, private by default; HF_TOKEN is the token."""
+    from pathlib import Path
+
+    from distillery.deploy.push import push_student
+
+    print("\n".join(push_student(Path(student), repo, public)))
+
+
 def serve(student: str, **options: Any) -> None:
     """Serve a finished student over HTTP: POST /predict, GET /health, GET /metrics."""
     from pathlib import Path
@@ -247,8 +256,8 @@ def _positive(text: str) -> int:
 
 def _add_deploy_arguments(verb: Callable[[Callable[..., None]], argparse.ArgumentParser]) -> None:
     """The verbs that use a finished student."""
-    exporting, predicting, serving = verb(export), verb(predict), verb(serve)
-    for added in (exporting, predicting, serving):
+    exporting, predicting, serving, pushing = verb(export), verb(predict), verb(serve), verb(push)
+    for added in (exporting, predicting, serving, pushing):
         added.add_argument("student", help="the folder of a run, such as runs/tiny-kd-0, or a copy of its model folder")
     for added in (predicting, serving):
         engines = ("auto", "onnx-int8", "onnx-float32", "torch")
@@ -265,6 +274,8 @@ def _add_deploy_arguments(verb: Callable[[Callable[..., None]], argparse.Argumen
     predicting.add_argument("--encoding", default="utf-8-sig", help="of the input, such as cp1252")
     predicting.add_argument("--probabilities", action="store_true", help="add a column for each label")
     predicting.add_argument("--prefix", default="", help="of the names of the added columns")
+    pushing.add_argument("repo", help="user/name, of the hub at HF_ENDPOINT; made if it is not there")
+    pushing.add_argument("--public", action="store_true", help="make it public, or upload to one that is")
     serving.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines, too")
     serving.add_argument("--port", type=int, default=8000, help="0 takes a free one")
 

@@ -67,8 +67,8 @@ def _pre_tokenizer(folder: Path, content: dict[str, Any]) -> str:
     model, normalizer = content["model"], content["normalizer"] or {"type": "NFC"}  # texts are in NFC: see `clean_text`
     cutting = content["pre_tokenizer"] or {}
     steps = cutting.get("pretokenizers", [cutting])
-    kept = ("type", "use_regex", "individual_digits", "pattern", "behavior", "invert")
-    plain = [{key: step[key] for key in kept if key in step} for step in steps]
+    keys = ("type", "use_regex", "individual_digits", "pattern", "behavior", "invert")
+    plain = [{key: step[key] for key in keys if key in step} for step in steps]
     prefixed = any(step.get("add_prefix_space") for step in steps)
     names = [name for name, known in PRE_TOKENIZERS.items() if plain == known]
     whole_words = bool(model.get("ignore_merges"))
