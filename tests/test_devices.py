@@ -6,6 +6,8 @@ No GPU is needed: torch's answers about devices are replaced. The tests of `real
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 import sys
 from functools import cached_property
@@ -25,6 +27,7 @@ from distillery.models.precision import resolve_dtype
 from distillery.models.runtime import configure_runtime
 from distillery.tasks.schema import Task, TaskPrompt
 from distillery.training.keys import result_key
+from distillery.training.machine import machine_name
 from distillery.training.rows import TrainingRows
 from distillery.training.run import train_phase
 from distillery.training.student import build_student
@@ -189,6 +192,16 @@ def test_the_peak_of_a_process_is_in_the_unit_of_its_system(monkeypatch, platfor
     monkeypatch.setattr(resource, "getrusage", lambda whose: SimpleNamespace(ru_maxrss=3 * 2**20))
     assert memory.process_peak() == 3 * 2**20 * unit
     assert memory.peak_record()["peak_memory_mb"] == 3 * unit
+
+
+def test_the_machine_of_a_training_is_named_with_its_gpu(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    names = {}
+    for device in ("cpu", "mps", "cuda"):
+        machine(device)
+        names[device] = machine_name()
+    assert re.fullmatch(rf".*\S.*, {os.cpu_count()} cores, {torch.get_num_threads()} threads", names["cpu"])
+    assert names["mps"] == f"mps; {names['cpu']}" and names["cuda"] == f"NVIDIA H100; {names['cpu']}"
 
 
 def test_the_memory_of_a_gpu_is_recorded_beside_that_of_the_process(machine, monkeypatch):

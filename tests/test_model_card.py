@@ -68,8 +68,10 @@ def test_metadata_names_nothing_that_is_not_known(card):
 
 def test_what_a_card_holds(card):
     page = card(dataset="demo", origin="data/demo.csv", timing={"train_seconds": 125})
-    on_gpu = card(timing={"train_seconds": 125, "peak_gpu_memory_mb": 812})
-    assert "Training took 2 min 5 s. It held at most 812 MB of the GPU's memory.\n" in on_gpu
+    on_gpu = card(timing={"train_seconds": 125, "peak_gpu_memory_mb": 812, "machine": "H100; EPYC, 2 cores"})
+    assert "Training took 2 min 5 s (H100; EPYC, 2 cores). It held at most 812 MB of the GPU's memory.\n" in on_gpu
+    assert "- texts of another kind, language or subject than those of demo;" in page
+    assert "- what follows after the first 256 tokens of a text: it is not read;" in page
     assert (
         "A classifier for the labels up, flat, down, distilled from big. 17,000,000 parameters, 34 MB, seed 7." in page
     )
@@ -80,7 +82,7 @@ def test_what_a_card_holds(card):
     phases = "1. 4 steps on demo/pool, teachers big (0.5 kl, 0.5 ce)\n2. 1 epoch on demo/train, labels alone (1 ce)\n"
     assert phases in page and "Training took 2 min 5 s.\n" in page
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
-        f"## {title}" for title in ("Use", "Intended use", "Scores", "Data", "Training", "Limits")
+        f"## {title}" for title in ("Use", "Intended use", "Out-of-scope use", "Scores", "Data", "Training", "Limits")
     ]
 
 

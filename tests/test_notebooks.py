@@ -222,7 +222,7 @@ def test_a_student_leaves_its_model_predictions_history_and_scores(ran, student)
     assert found["test"]["accuracy"] == pytest.approx((part["label"] == part["prediction"]).mean())
     model = ran / folder / "model"
     assert found["bytes_on_disk"] == (model / "model.safetensors").stat().st_size
-    assert (model / "README.md").exists() and {"train_seconds", "peak_memory_mb"} <= set(
+    assert (model / "README.md").exists() and {"train_seconds", "machine", "peak_memory_mb"} <= set(
         json.loads((ran / folder / "timing.json").read_text())
     )
 

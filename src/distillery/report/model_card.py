@@ -48,7 +48,7 @@ def render_card(
     metadata: student, seed, parameters, bytes_on_disk, and in `test` the scores of :func:`score_predictions`.
     predictions: test rows (text, label, prediction, group); the first is the example. dataset: the source of the test
     rows by name, origin: by its file or `hub:owner/name`. base_model: the hub id of the model it starts from.
-    timing: the content of `timing.json`: train_seconds, and of a GPU peak_gpu_memory_mb.
+    timing: the content of `timing.json`: train_seconds, machine, and of a GPU peak_gpu_memory_mb.
     settings: its temperature and thresholds, where they are known.
     The intervals (95 %) are those of the report for one seed.
     """
@@ -69,6 +69,7 @@ def render_card(
         dataset=dataset,
         origin=origin,
         training_time=human_duration(timing["train_seconds"]) if timing else None,
+        machine=timing.get("machine") if timing else None,
         gpu_mb=timing.get("peak_gpu_memory_mb") if timing else None,
         dtype=metadata.get("dtype"),
         test=test,
@@ -131,10 +132,13 @@ def _prompt_values(folder: Path, spec: StudentConfig, task: Task) -> dict[str, A
     """The Python literals with which the card's code writes the prompt of a student, or cuts a text into windows."""
     if spec.arch == "classifier":
         values = read_config(folder).get("long_texts") if spec.long_texts else None
-        return {"windows": Windows(**values), "names": repr(task.names)} if values else {}
+        if not values:
+            return {"reads": spec.max_length}
+        windows = Windows(**values)
+        return {"windows": windows, "names": repr(task.names), "reads": windows.reach}
     parts = prompt_parts(task, load_tokenizer(folder), spec.arch, spec.prompt, spec.few_shot)
     values = {"before": repr(parts.before), "after": repr(parts.after), "max_length": spec.max_length}
-    values["special_tokens"] = parts.special_tokens
+    values |= {"special_tokens": parts.special_tokens, "reads": spec.max_length}
     if task.kind == "qa":
         return values | {"max_new_tokens": MAX_ANSWER_TOKENS}
     return values | {"answers": repr(parts.answers), "names": repr(task.names)}
