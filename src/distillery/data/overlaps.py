@@ -11,10 +11,10 @@ import pandas as pd
 
 from distillery.config.schema import Params, SourceConfig
 from distillery.data.cleaning import OWN_SPLIT_COLUMN, clean_rows
+from distillery.data.filtering import filter_rows
 from distillery.data.near_duplicates import has_near_duplicate, nearest_texts
 from distillery.data.prepare import PreparedSource
 from distillery.data.readers import read_source
-from distillery.data.selection import filter_rows
 from distillery.tasks.schema import Task
 
 MAX_OVERLAPS = 10  # pairs shown per source
@@ -41,7 +41,7 @@ def add_overlaps(prepared: PreparedSource, source: str, params: Params, base: Pa
 def _test_rows(spec: SourceConfig, task: Task, base: Path) -> pd.DataFrame:
     raw = read_source(spec, base)
     rows, duplicate_groups, _ = clean_rows(raw, spec, task)
-    rows, _, _ = filter_rows(raw, rows, duplicate_groups, spec)
+    rows, _, _, _ = filter_rows(raw, rows, duplicate_groups, spec)
     return rows[rows[OWN_SPLIT_COLUMN] == "test"].drop(columns=OWN_SPLIT_COLUMN).reset_index(drop=True)
 
 

@@ -40,7 +40,7 @@ class Params(Section):
     """Overlays by name that change this experiment, see `distillery recipe --scale`."""
 
     def test_source(self, student: str) -> str:
-        """The source whose validation and test rows `student` is chosen and scored on: its own key's, or the last that it
+        """The source whose validation and test rows choose and score `student`: its own key's, or the last that it
         learns from.
 
         Where that has none, an earlier one, and then the first source of its task that has both. Without phases: the
