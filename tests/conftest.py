@@ -24,7 +24,18 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get(
 # last runs on alone.
 LONGEST_FILES = [
     f"test_{name}.py"
-    for name in ("pipeline", "notebooks", "training", "errors", "api", "stage", "lessons", "smoke_tasks", "phrasebank")
+    for name in (
+        "pipeline",
+        "notebooks",
+        "training",
+        "errors",
+        "api",
+        "stage",
+        "lessons",
+        "smoke_tasks",
+        "multilabel_stages",
+        "phrasebank",
+    )
 ]
 
 

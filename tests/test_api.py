@@ -26,14 +26,14 @@ from distillery.config.load import validate_section
 from distillery.config.schema import SPLITS, ApiConfig
 from distillery.errors import UserError
 from distillery.files import read_yaml
-from distillery.tasks.parsing import parse_label
+from distillery.tasks.parsing import parse_label, parse_label_set
 from distillery.tasks.prompts import EXPLANATION_REQUEST
 from distillery.tasks.schema import Task, load_task
 from distillery.teachers.api.budget import max_call_tokens
 from distillery.teachers.api.client import MAX_EMPTY_ANSWERS, Endpoint
 from distillery.teachers.api.failures import error_message, retry_after_seconds
 from distillery.teachers.api.probabilities import label_probabilities
-from distillery.teachers.api.teacher import ApiTeacher
+from distillery.teachers.api.teacher import ApiTeacher, label_schema
 from distillery.teachers.cache import Answer, AnswerStore
 from forked import fork_context
 
@@ -943,3 +943,62 @@ def test_a_structured_answer_can_only_be_a_label(tmp_path):
     for text, label in answers:
         row = opened._read(Answer(text))
         assert np.isnan(row).all() if label is None else TASK.names[row.argmax()] == label
+
+
+# ------------------------------------------------------------------------------- label sets
+
+SETS = Task(
+    kind="multilabel", labels={"up": "rises", "down": "falls", "new deal": "a contract"}, verbalizer={"up": "UP!"}
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ('["UP!", "new deal"]', "up | new deal"),
+        ('{"labels": ["down"]}', "down"),
+        ('```json\n{"labels": []}\n```', "(none)"),
+        ("<think>down?</think>\nnew deal, up!", "up | new deal"),
+        ("Label: down; new deal.", "down | new deal"),
+        ("- down\n- new deal", "down | new deal"),
+        ("down | new deal", "down | new deal"),
+        ("(none)", "(none)"),
+        ("None.", "(none)"),
+        ('{"label": "down, up!"}', "up | down"),
+        ("down, down", "down"),
+        ("down and perhaps new deal", None),
+        ("down, sideways", None),
+        ('["down", 1]', None),
+        ('{"labels": ["down"], "other": ["up"], "label": "up"}', None),
+        ("", None),
+        ("...", None),
+        ('{"labels": ""}', None),
+        ("<think>down", None),
+    ],
+)
+def test_a_label_set_is_read_or_nothing(text, labels):
+    assert parse_label_set(SETS, text) == labels
+
+
+def test_an_endpoint_gives_each_label_its_share_of_the_samples(server, tmp_path):
+    """Two readable answers and one that is not to each text."""
+    answers, (port, model) = ['{"labels": ["UP!", "down"]}', "UP!", "I do not know"], server
+    sent: list[dict[str, Any]] = []
+
+    def alter(request: dict[str, Any], status: int, answer: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        sent.append(request)
+        answer["choices"][0]["message"]["content"] = answers[(len(sent) - 1) % 3]
+        return status, answer
+
+    with loopback.Proxy(port, alter=alter) as proxy:
+        settings = {"samples": 3, "temperature": 1.0, "labels": "structured", "concurrency": 1, "max_tokens": 1}
+        spec = validate_section(
+            ApiConfig, {"model": model, "base_url": proxy.url, "key": KEY} | settings, "params.yaml"
+        )
+        opened = ApiTeacher(Endpoint("far", spec, AnswerStore(tmp_path / "answers.sqlite")), SETS)
+        opened.endpoint.log = lambda line: None
+        p = opened.predict_texts(TEXTS[:1])
+    assert p.tolist() == [[1.0, 0.5, 0.0]]
+    schema = label_schema(SETS)
+    assert schema["properties"] == {"labels": {"type": "array", "items": {"type": "string", "enum": SETS.words}}}
+    assert str(schema["properties"]) in str(sent[0])

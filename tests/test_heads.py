@@ -13,7 +13,9 @@ import kinds
 import tiny
 from distillery.config.schema import ModelConfig, StudentConfig, TeacherConfig
 from distillery.errors import UserError
+from distillery.label_sets import LabelSets
 from distillery.models.heads import read_head
+from distillery.models.label_model import LabelModel
 from distillery.models.load import load_model
 from distillery.pipeline.model_checks import check_models
 from distillery.tasks.schema import Task
@@ -177,3 +179,39 @@ def test_an_untuned_teacher_without_a_head_for_its_labels_is_refused_when_it_is_
     student = StudentConfig(model="numbered", arch="classifier", phases=[])
     started = build_student(student, tmp_path / "numbered", task, 0, named).predict(["profit rose", "loss"])
     assert np.abs(started - own).max() < 1e-6
+
+
+def test_a_head_for_one_label_is_no_head_for_label_sets(tokenizers, tmp_path):
+    """Its logits make one distribution; the sigmoid of each would be a probability of nothing."""
+    sets = LabelSets(LABELS)
+    own = classifier("bert", tokenizers, tmp_path / "one", LABELS)
+    assert read_head(tmp_path / "one", LABELS).origin == "own" and read_head(tmp_path / "one", sets).origin == "drawn"
+    drawn = load_model(tmp_path / "one", "classifier", labels=sets)
+    assert head_spread(drawn) < head_spread(own) / 2  # the weights of `own` were multiplied
+    assert drawn.config.problem_type == "multi_label_classification"
+    drawn.save_pretrained(tmp_path / "many")
+    assert read_head(tmp_path / "many", sets).origin == "own"
+    assert (
+        read_head(tmp_path / "one", sets, dict(zip(LABELS, LABELS, strict=True))).origin == "own"
+    )  # by the user's word
+    with pytest.raises(UserError, match="its labels are positive, neutral, negative, one for each text; name them"):
+        read_head(tmp_path / "one", sets).require("t", "m", sets)
+
+
+def test_probabilities_of_label_sets_are_those_of_transformers(tokenizers, tmp_path):
+    """Each is the sigmoid of its logit: what `pipeline` gives for the folder, in which the config says so."""
+    task = Task(kind="multilabel", labels=dict.fromkeys(LABELS, ""))
+    classifier("bert", tokenizers, tmp_path / "bert", LABELS)
+    model = load_model(tmp_path / "bert", "classifier", labels=task.names)
+    tokenizer = tokenizers["bert"]
+    model.save_pretrained(tmp_path / "sets")
+    tokenizer.save_pretrained(tmp_path / "sets")
+    texts = ["Profit rose.", "The company will cut jobs in Finland"]
+    probabilities = LabelModel(model, tokenizer, task, "classifier").predict(texts)
+    pipeline = transformers.pipeline("text-classification", model=str(tmp_path / "sets"), top_k=None)
+    for row, scores in zip(probabilities, pipeline(texts), strict=True):
+        by_label = {score["label"]: score["score"] for score in scores}
+        assert row.tolist() == pytest.approx([by_label[label] for label in LABELS], abs=1e-6)
+    assert np.abs(probabilities.sum(1) - 1).max() > 0.01
+    with pytest.raises(UserError, match="a `multilabel` task needs a classifier: causal writes one label"):
+        LabelModel(model, tokenizer, task, "causal")

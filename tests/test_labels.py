@@ -160,7 +160,7 @@ def test_a_name_that_is_no_label_and_a_task_without_labels(tmp_path):
     shutil.copyfile(CASES / path.name, path)
     with pytest.raises(UserError, match=r"^float_labels.csv: columns.values.1: unknown label 'dwn'; allowed: up, down"):
         prepare(path, values={0: "up", 1: "dwn"})
-    with pytest.raises(UserError, match=r"`columns.values` is for a task of `kind: classification`$"):
+    with pytest.raises(UserError, match=r"`columns.values` is for a task of `kind: classification` or `multilabel`$"):
         prepare(path, Task(kind="qa"), values={0: "up"})
 
 

@@ -34,6 +34,8 @@ from distillery.evaluation.leaderboard import leaderboard
 from distillery.evaluation.slices import slice_scores
 from distillery.evaluation.speed import Measurements
 from distillery.files import write_json
+from distillery.label_sets import sets_of
+from distillery.metrics import decide
 from distillery.notebook.evaluate import comparison_table
 from distillery.report.page import leaderboard_markdown, write_report
 
@@ -102,6 +104,27 @@ def test_the_scores_of_an_export_are_those_of_its_probabilities(folder):
         assert scores["difference"] == pytest.approx(np.mean(best == label) - np.mean(student == label), abs=1e-9)
         assert scores["difference_low"] <= scores["difference"] <= scores["difference_high"]
         assert scores["bytes"] == (folder / "onnx" / scores["file"]).stat().st_size and scores["rows_per_second"] > 0
+
+
+def test_an_export_of_a_student_of_label_sets_gives_each_label_its_own_probability(folder, tmp_path):
+    """The export computes logits, so the same file serves both kinds of task."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    config, kept = json.loads((copy / "config.json").read_text()), json.loads((copy / "inference.json").read_text())
+    write_json(copy / "config.json", config | {"problem_type": "multi_label_classification"})
+    kept["task"] |= {"kind": "multilabel", "few_shot": []}
+    write_json(copy / "inference.json", kept | {"temperature": 1.0, "abstention": None, "thresholds": [0.5, 0.4, 0.6]})
+    settings, test = read_settings(copy), rows(40)
+    p = {engine: open_predictor(copy, settings, engine, 1).predict(texts()) for engine in ("torch", *EXPORTED)}
+    assert np.abs(p["onnx-float32"] - p["torch"]).max() <= 1e-4 and np.abs(p["torch"].sum(1) - 1).max() > 0.01
+    odds, share = (
+        p["torch"] / (1 - p["torch"]),
+        open_predictor(folder, read_settings(folder), "torch", 1).predict(texts()),
+    )
+    np.testing.assert_allclose(odds / odds.sum(1, keepdims=True), share, atol=1e-5)  # the same logits
+    gold = sets_of(np.random.default_rng(0).random((40, 3)) < 0.5, settings.task.names)
+    probabilities = compare_exports(copy, settings, test.assign(label=gold), CONFIG)
+    predictions = decide(probabilities["onnx-int8"], settings.task.names, settings.thresholds)
+    assert read_exports(copy)["onnx-int8"]["accuracy"] == np.mean(predictions == gold)
 
 
 @pytest.mark.parametrize("tolerance, within", [(0.1, True), (0.09, False)])

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 import distillery.notebook
+from distillery.label_sets import LabelSets
 from distillery.models.heads import OwnHead
 from distillery.notebook import augment, data, distill, evaluate, heads, labels, teach, texts
 from distillery.notebook import lesson_sentences as lesson
@@ -83,6 +84,20 @@ CASES = [
         "No row has more than 128 words",
         ({"128": 5, "256": 2}, 9),
         "5 more than 128, 2 more than 256",
+    ),
+    (
+        labels.coverage_sentence,
+        ("m", pd.Series(["a | b", "(none)"]), pd.Series(["b | a", "a"]), True, LabelSets("ab")),
+        "predicts each of the 2 labels",
+        ("m", pd.Series(["a | b", "(none)"]), pd.Series(["b", "(none)"]), True, LabelSets("ab")),
+        "**m never predicts** a (1 of 2) on the validation rows: more gold rows",
+    ),
+    (
+        data.label_set_sentence,
+        ({"labels_per_row": 0.5, "without_label": 2, "distinct": 2, "sets": {"a": 2, "(none)": 2}},),
+        "2 rows have none",
+        ({"labels_per_row": 1.0, "without_label": 0, "distinct": 1, "sets": {"a": 2}},),
+        "every row has one at least",
     ),
     (teach.untrained_sentence, (0.6, 0.4), "knows something", (0.3, 0.4), "does **not** know"),
     (teach.loss_sentence, ({"all": FALLING},), "fits these rows better", ({"all": RISING},), "did **not** fit"),

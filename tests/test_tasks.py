@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import tiny
 from distillery.errors import UserError
 from distillery.tasks.parsing import parse_explained_label, parse_label
-from distillery.tasks.prompts import chat_turns, render_answer, render_prompt, user_turn, with_options
+from distillery.tasks.prompts import chat_turns, label_question, render_answer, render_prompt, user_turn, with_options
 from distillery.tasks.schema import FewShotExample, Task, TaskPrompt, load_task
 
 MOOD = """
@@ -151,7 +151,7 @@ def test_each_option_stands_after_the_verbalizer_of_its_label():
         ("", "(the whole file): must be a section of keys and values, not None"),
         (
             "kind: clasification\nlabels: {a: x, b: y}",
-            "kind: must be 'classification', 'choice' or 'qa', not 'clasification'",
+            "kind: must be 'classification', 'multilabel', 'choice' or 'qa', not 'clasification'",
         ),
         ("kind: classification", "labels: missing"),
         ("kind: classification\nlabels: {a: one}", "labels: needs at least 2"),
@@ -305,3 +305,27 @@ def test_solved_examples_may_be_given_and_a_response_format_stands_in_the_templa
     assert [turn["content"] for turn in chat_turns(task, "b", examples)] == ["I R: a =", "up", "I R: b ="]
     with pytest.raises(ValueError, match=r"`template` must hold \{response\}"):
         TaskPrompt(response="R")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "turn"),
+    [
+        ({}, "Does the label up (it {rises}) fit this text? Answer yes or no.\n\nText: a\nAnswer:"),
+        (
+            {"instruction": "You read news."},
+            "You read news.\nDoes the label up (it {rises}) fit this text? Answer yes or no.\n\nText: a\nAnswer:",
+        ),
+        (
+            {
+                "instruction": "{label}? {meaning}",
+                "template": "{text}\n{instruction} {response}",
+                "response": "yes or no:",
+            },
+            "a\nup? it {rises} yes or no:",
+        ),
+    ],
+)
+def test_a_question_about_one_label(prompt, turn):
+    task = Task.model_validate({"kind": "multilabel", "labels": {"up": "it {rises}", "down": ""}, "prompt": prompt})
+    question = label_question(task, "up")
+    assert question.names == ["no", "yes"] and chat_turns(question, "a")[-1]["content"] == turn

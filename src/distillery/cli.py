@@ -18,12 +18,14 @@ def check() -> None:
     """Validate params.yaml, its task files and models, and count what it names."""
     from distillery.config.load import load_params
     from distillery.config.references import unused_settings
+    from distillery.pipeline.label_set_checks import check_label_sets
     from distillery.pipeline.model_checks import check_models
     from distillery.tasks.schema import load_task
 
     params = load_params()
     for source in params.data.values():
         load_task(source.task)
+    check_label_sets(params)
     check_models(params)
     for line in unused_settings(params):
         print(f"warning: params.yaml: {line}", file=sys.stderr)

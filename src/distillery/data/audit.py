@@ -10,9 +10,11 @@ from scipy.sparse import csr_array
 
 from distillery.config.schema import SPLITS
 from distillery.data.cleaning import ROW_COLUMNS
+from distillery.data.label_sets import audit_label_sets, label_counts
 from distillery.data.near_duplicates import NearDuplicates, rows_to_compare, similarity_blocks
 from distillery.data.records import normalize_text
 from distillery.data.similar_pairs import SIMILARITY_SLACK
+from distillery.label_sets import LabelSets, rows_with
 from distillery.tasks.schema import N_OPTIONS, Task
 
 AUDIT_EXAMPLES = 10  # rows shown per finding of the audit
@@ -51,10 +53,14 @@ def audit_source(
         "few_shot_near_duplicates": few_shot_near_duplicates(rows, split, task, near),
         "lengths": {
             "all": length_summary(text),
-            "by_label": {name: length_summary(text[label == name]) for name in task.names if (label == name).any()},
+            "by_label": {
+                name: length_summary(text[held])
+                for name in task.names
+                if (held := rows_with(label, name, task.names)).any()
+            },
             "longer_than": rows_longer_than(text),
         },
-    }
+    } | ({"label_sets": audit_label_sets(rows, task.names)} if isinstance(task.names, LabelSets) else {})
 
 
 def _split_counts(rows: pd.DataFrame, in_split: np.ndarray, task: Task) -> dict[str, Any]:
@@ -64,7 +70,7 @@ def _split_counts(rows: pd.DataFrame, in_split: np.ndarray, task: Task) -> dict[
         "share": round(float(in_split.mean()), 4),
         "groups": int(groups.nunique()),
         "groups_of_several_rows": int((groups.value_counts() > 1).sum()),
-        "labels": {label: int(((rows["label"] == label) & in_split).sum()) for label in task.names},
+        "labels": label_counts(rows["label"][in_split], task.names),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import pandas as pd
 
 from distillery.config.schema import SourceConfig
+from distillery.data.label_sets import LabelSetReader
 from distillery.data.labels import LabelReader, join_answers, name_text, value_text, whole_number_text
 from distillery.data.options import order_options, read_options
-from distillery.data.records import RawRows, normalize_text, value_kind, without_punctuation
+from distillery.data.records import RawRows, normalize_text, parquet_values, value_kind, without_punctuation
 from distillery.data.selection import DuplicateGroup, select_records
 from distillery.errors import UserError
+from distillery.label_sets import NO_LABELS
 from distillery.tasks.prompts import with_options
 from distillery.tasks.schema import ANSWER_LABELS, N_OPTIONS, Task
 
@@ -52,6 +53,13 @@ class RowCleaner:
         self.raw, self.task, self.columns = raw, task, spec.columns
         self.normalize = without_punctuation if spec.remove_punctuation else normalize_text
         self.labels = LabelReader(task.names, self._named_values())
+        column = (self._label_value(record) for record in raw.rows)
+        is_multilabel = task.kind == "multilabel"
+        self.label_sets = (
+            LabelSetReader(self.labels, task.names, column, spec.columns.label_separator) if is_multilabel else None
+        )
+        if spec.columns.label_separator and not is_multilabel:
+            raise UserError(f"{raw.name}: `columns.label_separator` is for a task of `kind: multilabel`")
         file_columns = list(dict.fromkeys(column for record in raw.rows for column in record))
         if set(raw.splits or ()) == {"pool"} and "label" not in {*file_columns, *spec.columns.model_fields_set}:
             self.columns = spec.columns.model_copy(update={"label": None})  # rows that have no labels at all
@@ -106,8 +114,10 @@ class RowCleaner:
         """`columns.values`, each of whose labels is one of the task."""
         values = self.columns.values
         for value, label in (values or {}).items():
-            if self.task.kind != "classification":
-                raise UserError(f"{self.raw.name}: `columns.values` is for a task of `kind: classification`")
+            if self.task.kind not in ("classification", "multilabel"):
+                raise UserError(
+                    f"{self.raw.name}: `columns.values` is for a task of `kind: classification` or `multilabel`"
+                )
             if label not in self.task.names:
                 allowed = ", ".join(self.task.names)
                 raise UserError(f"{self.raw.name}: columns.values.{value}: unknown label {label!r}; allowed: {allowed}")
@@ -126,6 +136,9 @@ class RowCleaner:
     def _label_value(self, record: dict[str, Any]) -> Any:
         """What the label column holds, with the name that a hub data set has for its integer."""
         value = record.get(self.columns.label)
+        return [self._named(element) for element in value] if isinstance(value, list) else self._named(value)
+
+    def _named(self, value: Any) -> Any:
         if self.raw.labels and type(value) is int and 0 <= value < len(self.raw.labels):
             return self.raw.labels[value]
         return value
@@ -135,6 +148,12 @@ class RowCleaner:
         column, value = self.columns.label, self._label_value(record)
         if column is None:
             return None
+        if self.label_sets is not None:
+            labels = self.label_sets.read(at, column, value)
+            if labels is None and not may_be_empty:
+                self.label_sets.empty += 1
+                return NO_LABELS
+            return labels
         try:
             label, text = self.labels.read(value), value_text(value)
         except TypeError:
@@ -222,6 +241,7 @@ def clean_rows(
     decisions += repeated
     if empty:
         decisions.append(f"{len(empty)} rows with an empty text were left out, the first is {raw.at(empty[0])}.")
+    set_decisions = cleaner.label_sets.decisions() if cleaner.label_sets else []
     counts = {
         "read": n_read,
         "blank": raw.blank,
@@ -230,7 +250,7 @@ def clean_rows(
         "duplicates": len(raw.rows) - len(empty) - len(frame),
         "columns_left_out": cleaner.left_out,
         "mapped_labels": cleaner.labels.mapped_values(),
-        "decisions": [*raw.decisions, *decisions, *cleaner.labels.decisions()],
+        "decisions": [*raw.decisions, *decisions, *set_decisions, *cleaner.labels.decisions()],
     }
     return frame, duplicate_groups, counts
 
@@ -314,20 +334,10 @@ def _name_rows(cleaner: RowCleaner, rows: list[tuple[int, CleanRow]]) -> list[st
 def _build_frame(cleaner: RowCleaner, rows: list[CleanRow], origin: list[int]) -> pd.DataFrame:
     raw, kind = cleaner.raw, cleaner.task.kind
     values = {column: [getattr(row, column) for row in rows] for column in ROW_COLUMNS}
-    values |= {c: _parquet_values([raw.rows[i].get(c) for i in origin]) for c in cleaner.extra_columns}
+    values |= {c: parquet_values([raw.rows[i].get(c) for i in origin]) for c in cleaner.extra_columns}
     values |= {"answers": [row.answers for row in rows]} if kind == "qa" else {}
     values |= {N_OPTIONS: [row.n_options for row in rows]} if kind == "choice" else {}
     frame = pd.DataFrame({column: pd.Series(series, dtype=object) for column, series in values.items()})
     if raw.splits:
         frame[OWN_SPLIT_COLUMN] = [raw.splits[i] for i in origin]
     return frame
-
-
-def _parquet_values(values: list[Any]) -> list[Any]:
-    """A column that Parquet can hold: one plain type, else every value as JSON text."""
-    kinds = {type(value) for value in values if value is not None}
-    if kinds <= {str} or kinds <= {bool} or kinds <= {float}:
-        return values
-    if kinds <= {int} and all(value is None or -(2**63) <= value < 2**63 for value in values):
-        return values
-    return [None if v is None else json.dumps(v, ensure_ascii=False, sort_keys=True, default=str) for v in values]

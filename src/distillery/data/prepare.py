@@ -106,7 +106,9 @@ def _assign_splits(
 ) -> tuple[np.ndarray, list[str]]:
     """The split of each row, and what was decided: the source's own, by the shares of `spec`, or the pool."""
     # The last labels of a `choice` task may be right nowhere: the rows may have fewer options than the task allows.
-    labels = [n for n in task.names if task.kind == "classification" or (rows["label"] == n).any()]
+    labels = task.names
+    if task.kind not in ("classification", "multilabel"):
+        labels = [name for name in labels if (rows["label"] == name).any()]
     if own_split is not None:
         return complete_splits(own_split, rows, labels, spec.validation_share, spec.seed)
     if spec.split is None:

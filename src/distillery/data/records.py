@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -77,3 +78,13 @@ def value_kind(value: Any) -> str:
     """The type of `value` in plain words, for messages."""
     names = {bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
+
+
+def parquet_values(values: list[Any]) -> list[Any]:
+    """A column that Parquet can hold: one plain type, else every value as JSON text."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {str} or kinds <= {bool} or kinds <= {float}:
+        return values
+    if kinds <= {int} and all(value is None or -(2**63) <= value < 2**63 for value in values):
+        return values
+    return [None if v is None else json.dumps(v, ensure_ascii=False, sort_keys=True, default=str) for v in values]

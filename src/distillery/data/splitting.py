@@ -9,6 +9,7 @@ import pandas as pd
 
 from distillery.config.schema import SPLITS, SplitShares
 from distillery.errors import UserError
+from distillery.label_sets import LabelSets, membership
 
 NEEDS_EVERY_LABEL = ("train", "validation", "test")
 
@@ -22,6 +23,8 @@ def split_groups(
 ) -> np.ndarray:
     """Assign whole groups to splits so that each split gets its share of the rows of every label.
 
+    Of label sets each row counts for all of its labels, and those without a label are spread as rows of one label are.
+
     Every label of `names` gets at least one group in train, validation and test (those with a share above 0).
     Large groups go first, each to the split that then has the smallest part of its target for the group's labels,
     so that groups of every size are spread in proportion too. Deterministic in `seed`.
@@ -33,10 +36,15 @@ def split_groups(
     required = [splits.index(split) for split in NEEDS_EVERY_LABEL if split in share]
     required_names = ", ".join(splits[s] for s in required)
     group_code, _ = pd.factorize(np.asarray(groups, dtype=object))
-    label_code = pd.Categorical(labels, categories=list(names)).codes
     counts = np.zeros((group_code.max() + 1, len(names)), dtype=int)
-    np.add.at(counts, (group_code, label_code), 1)
-    for label, n_groups in zip(names, (counts > 0).sum(axis=0), strict=True):
+    if isinstance(names, LabelSets):
+        members = membership(labels, names).astype(int)
+        np.add.at(counts, group_code, members)
+        without = np.bincount(group_code, members.sum(1) == 0)[:, None].astype(int)
+        counts = np.hstack([counts, without]) if without.any() else counts
+    else:
+        np.add.at(counts, (group_code, pd.Categorical(labels, categories=list(names)).codes), 1)
+    for label, n_groups in zip(names, (counts > 0).sum(axis=0)[: len(names)], strict=True):
         if n_groups < len(required):
             raise UserError(
                 f"label `{label}` has {n_groups} group(s) of rows (rows that belong together count once), "
@@ -44,7 +52,7 @@ def split_groups(
             )
     for attempt in range(50):
         rng = np.random.default_rng([seed, attempt])
-        assigned = _assign_groups(counts, np.array([share[s] for s in splits]), required, rng)
+        assigned = _assign_groups(counts, len(names), np.array([share[s] for s in splits]), required, rng)
         if assigned is not None:
             return np.array(splits, dtype=object)[assigned[group_code]]
     raise UserError(
@@ -53,9 +61,12 @@ def split_groups(
 
 
 def _assign_groups(
-    counts: np.ndarray, share: np.ndarray, required: list[int], rng: np.random.Generator
+    counts: np.ndarray, n_labels: int, share: np.ndarray, required: list[int], rng: np.random.Generator
 ) -> np.ndarray | None:
-    """Split index per group [groups], or None when this shuffle leaves a required split without some label."""
+    """Split index per group [groups], or None when this shuffle leaves a required split without some label.
+
+    counts: rows of each group by label, and of label sets in one more column those without a label.
+    """
     target = np.outer(share, counts.sum(axis=0))  # [splits, labels] rows
     current = np.zeros_like(target)
     assigned = np.full(len(counts), -1)
@@ -65,7 +76,7 @@ def _assign_groups(
         assigned[group] = split
         current[split] += counts[group]
 
-    for label in np.argsort((counts > 0).sum(axis=0), kind="stable"):  # the rarest first
+    for label in np.argsort((counts > 0).sum(axis=0)[:n_labels], kind="stable"):  # the rarest first
         for split in required:
             if not current[split, label]:
                 free = [g for g in shuffled if assigned[g] < 0 and counts[g, label]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from distillery.data.storage import read_task
 from distillery.deploy.settings import SETTINGS_FILE, Abstention, InferenceSettings, PredictionSets
 from distillery.evaluation.reading import read_result_file
 from distillery.files import Paths, write_json
+from distillery.models.predictions import validation_thresholds
 from distillery.tasks.schema import Task
 
 Z = 1.959964  # of a two-sided interval of 95 %
@@ -40,10 +42,15 @@ def fit_abstention(true: np.ndarray, p: np.ndarray, accuracy: float) -> Abstenti
 
 
 def calibrated(task: Task, validation: pd.DataFrame, config: EvaluateConfig) -> dict[str, object]:
-    """The fields temperature, abstention and prediction_sets of :class:`InferenceSettings`.
+    """The fields temperature, abstention, thresholds and prediction_sets of :class:`InferenceSettings`.
 
-    validation: rows (label, probabilities). Free answers have no probabilities to calibrate.
+    validation: rows (split, label, probabilities). Free answers have no probabilities to calibrate. Those of a
+    `multilabel` task stay as they are: thresholds alone decide.
     """
+    if task.kind == "multilabel":
+        thresholds = validation_thresholds(validation, task.names)
+        chosen = None if thresholds is None else thresholds.tolist()
+        return {"temperature": 1.0, "abstention": None, "thresholds": chosen}
     if task.kind == "qa" or not len(validation):
         return {"temperature": 1.0, "abstention": None}
     true = metrics.encode_labels(validation["label"], task.names)
@@ -79,5 +86,7 @@ def write_settings(root: Path, params: Params) -> None:
                 **calibrated(task, rows[rows["split"] == "validation"], params.evaluate),
             )
             # a program that predicts does not need the rest of the task
-            content = settings.model_dump(exclude={"task": {"perturbations", "prompts", "severity"}})
+            unused: dict[str, Any] = {"task": {"perturbations", "prompts", "severity"}}
+            unused |= {"thresholds": True} if settings.thresholds is None else {}
+            content = settings.model_dump(exclude=unused)
             write_json(run / "model" / SETTINGS_FILE, content)

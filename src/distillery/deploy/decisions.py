@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from distillery import metrics
 from distillery.deploy.predictors import Predictor
 from distillery.deploy.settings import InferenceSettings
 from distillery.errors import UserError
-
-SET_SEPARATOR = " | "  # two labels of a prediction set
+from distillery.label_sets import SET_SEPARATOR, LabelSets
 
 
 def check_usable(settings: InferenceSettings, abstain: bool) -> None:
@@ -22,7 +23,10 @@ def check_usable(settings: InferenceSettings, abstain: bool) -> None:
     if not abstain:
         return
     if settings.abstention is None:
-        raise UserError(f"{settings.student}: free answers have no confidence: it cannot abstain")
+        problem = (
+            "label sets have thresholds" if settings.task.kind == "multilabel" else "free answers have no confidence"
+        )
+        raise UserError(f"{settings.student}: {problem}: it cannot abstain")
     if settings.abstention.threshold is None:
         raise UserError(
             f"{settings.student}: at no confidence were {settings.abstention.accuracy:.0%} of the validation rows "
@@ -55,11 +59,14 @@ def decide(
         for i, answer in zip(filled, predictor.answer(chosen), strict=True):
             rows[i]["prediction"] = answer
         return rows
-    p = metrics.apply_temperature(predictor.predict(chosen), settings.temperature)
-    names, confidence, best = settings.task.names, p.max(-1), p.argmax(-1)
+    p, names = np.asarray(predictor.predict(chosen), dtype=np.float64), settings.task.names
+    if not isinstance(names, LabelSets):
+        p = metrics.apply_temperature(p, settings.temperature)
+    predictions = metrics.decide(p, names, settings.thresholds)
+    confidence = metrics.confidence(p, predictions, names)
     threshold = settings.abstention.threshold if abstain and settings.abstention else 0.0
     for k, i in enumerate(filled):
-        rows[i]["prediction"] = names[best[k]] if confidence[k] >= threshold else None
+        rows[i]["prediction"] = predictions[k] if confidence[k] >= threshold else None
         rows[i]["confidence"] = round(float(confidence[k]), 6)
         if settings.prediction_sets:
             members = [

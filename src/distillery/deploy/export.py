@@ -76,7 +76,7 @@ def compare_exports(
         probabilities = {name: probability_function(model)(test) for name, model in models}
     scores = {
         name: {"file": files[name].name, "bytes": files[name].stat().st_size}
-        | compare_probabilities(p, expected, test, settings.task.names, config)
+        | compare_probabilities(p, expected, test, settings.task.names, config, settings.thresholds)
         | ({"rows_per_second": round(rates[name], 1)} if rates else {})
         for name, p in probabilities.items()
     }
@@ -92,12 +92,19 @@ def _onnx_function(folder: Path, settings: InferenceSettings, name: str, file: P
 
 
 def compare_probabilities(
-    p: np.ndarray, expected: np.ndarray, test: pd.DataFrame, labels: Sequence[str], config: EvaluateConfig
+    p: np.ndarray,
+    expected: np.ndarray,
+    test: pd.DataFrame,
+    labels: Sequence[str],
+    config: EvaluateConfig,
+    thresholds: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """The scores of an export's probabilities `p` against the student's, both [rows, labels]."""
+    """The scores of an export's probabilities `p` against the student's, both [rows, labels].
+
+    thresholds: [labels] of label sets.
+    """
     label, groups = test["label"].to_numpy(dtype=object), test["group"]
-    names = np.array(labels, dtype=object)
-    predictions, students = names[p.argmax(-1)], names[expected.argmax(-1)]
+    predictions, students = (metrics.decide(of_one, labels, thresholds) for of_one in (p, expected))
     difference = metrics.paired_difference(
         label, predictions, students, labels, groups, config.bootstrap, config.confidence, config.seed
     )["accuracy"]

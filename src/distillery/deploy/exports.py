@@ -70,11 +70,9 @@ def _export_result(
     results: Results, student: str, name: str, probabilities: Sequence[np.ndarray], size: int
 ) -> ModelResult:
     origin = results.find(student)
-    labels = np.array(results.labels[origin.source], dtype=object)
     p = np.stack(probabilities).astype(np.float64)
-    return ModelResult(
-        f"{student}, {SHOWN[name]}", student, "export", origin.source, labels[p.argmax(-1)], p, size_bytes=size
-    )
+    predictions = np.stack([results.decide(origin, of_seed, seed) for seed, of_seed in enumerate(p)])
+    return ModelResult(f"{student}, {SHOWN[name]}", student, "export", origin.source, predictions, p, size_bytes=size)
 
 
 def export_folder(run: Path) -> pd.DataFrame:

@@ -63,6 +63,7 @@ class OnnxPredictor:
         self._inputs = [tensor.name for tensor in self._session.get_inputs()]
         self._tokenizer.enable_truncation(settings.max_length)
         self._tokenizer.no_padding()
+        self._is_multilabel = settings.task.kind == "multilabel"
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
         """Probabilities of the labels [n, labels], float32, not calibrated."""
@@ -72,7 +73,7 @@ class OnnxPredictor:
             logits = self._logits([rows[i] for i in batch])
             if probabilities is None:
                 probabilities = np.zeros((len(rows), logits.shape[-1]), dtype=np.float32)
-            probabilities[batch] = special.softmax(logits, axis=-1)
+            probabilities[batch] = special.expit(logits) if self._is_multilabel else special.softmax(logits, axis=-1)
         return np.zeros((0, 0), dtype=np.float32) if probabilities is None else probabilities
 
     def _logits(self, rows: list) -> np.ndarray:

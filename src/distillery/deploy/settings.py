@@ -63,6 +63,8 @@ class InferenceSettings(Section):
     """Calibrated probabilities are proportional to p^(1 / temperature); fitted on the validation rows."""
     abstention: Abstention | None
     """When to abstain; none for free answers."""
+    thresholds: list[float] | None = None
+    """Of a `multilabel` task, for each label the probability from which it is predicted, chosen on validation rows."""
     prediction_sets: PredictionSets | None = None
     """Conformal prediction sets, where `evaluate.conformal_coverage` is given."""
 

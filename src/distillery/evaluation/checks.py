@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,7 @@ from distillery.data.storage import read_split
 from distillery.evaluation.reading import read_result_file
 from distillery.evaluation.results import TRAINED_ROLES, Check, ModelResult
 from distillery.files import Paths
+from distillery.label_sets import LabelSets, single_labels
 
 MAX_LABEL_SHARE = 0.95  # a model that predicts one label for a larger share of the rows does not read the text
 
@@ -23,14 +25,16 @@ MAX_NAMED_LABELS = 5  # labels that one message lists
 
 
 def run_checks(
-    root: Path, params: Params, models: list[ModelResult], tests: dict[str, pd.DataFrame], labelled: list[str]
+    root: Path, params: Params, models: list[ModelResult], tests: dict[str, pd.DataFrame], labels: dict[str, list[str]]
 ) -> list[Check]:
-    """Every check of `models` and of the rows in `tests`; shortcuts only on the sources `labelled` with a fixed set."""
+    """Every check of `models` and of the rows in `tests`; shortcuts only on sources with a fixed set of `labels`."""
     checks = [check for source, test in tests.items() for check in find_leaks(root, params, source, test)]
     checks += [c for m in models if m.role == "teacher" for c in find_contamination(root, params, m, tests)]
     for result in models:
-        if result.role in TRAINED_ROLES and result.source in labelled:
-            checks += find_shortcuts(result, tests[result.source]["label"])
+        if result.role in TRAINED_ROLES and result.source in labels:
+            names, label = labels[result.source], tests[result.source]["label"]
+            of_sets = isinstance(names, LabelSets)
+            checks += find_set_shortcuts(result, label, names) if of_sets else find_shortcuts(result, label)
     return checks
 
 
@@ -184,10 +188,28 @@ def find_shortcuts(result: ModelResult, label: pd.Series) -> list[Check]:
     return [Check("shortcut", False, text, (result.name,)) for text in texts]
 
 
-def _never_predicted(result: ModelResult, label: pd.Series) -> list[str]:
+def find_set_shortcuts(result: ModelResult, label: pd.Series, names: LabelSets) -> list[Check]:
+    """Whether `result` predicts one label set for nearly all rows, or one of the labels never.
+
+    label [n]: the true label sets. As :func:`find_shortcuts`, for the run with the most frequent set.
+    """
+    shares = [pd.Series(run).value_counts(normalize=True) for run in result.predictions]
+    most = max(shares, key=lambda run: run.iloc[0])
+    name, share, true = most.index[0], float(most.iloc[0]), float((label == most.index[0]).mean())
+    text = f'{result.name} predicts "{name}" for {_percent(share)} of the test rows ({_percent(true)} are)'
+    if share > MAX_LABEL_SHARE and true < MAX_LABEL_SHARE - 0.05:
+        return [Check("shortcut", False, f"{text}: it has not learned to read the text.", (result.name,))]
+    texts = _never_predicted(result, label, names)
+    if not texts:
+        return [Check("shortcut", True, f"{text}, and each label for some of them.", (result.name,))]
+    return [Check("shortcut", False, text, (result.name,)) for text in texts]
+
+
+def _never_predicted(result: ModelResult, label: pd.Series, names: Sequence[str] = ()) -> list[str]:
     """One message that names the labels of test rows that a run of `result` never predicts; [] when there are none."""
-    counts = label.value_counts()
-    runs = {name: sum(name not in set(run) for run in result.predictions) for name in counts.index}
+    counts = pd.Series(single_labels(label, names), dtype=object).value_counts()
+    sets = [set(single_labels(run, names)) for run in result.predictions]
+    runs = {name: sum(name not in run for run in sets) for name in counts.index}
     missing = [name for name, number in runs.items() if number]
     if not missing:
         return []

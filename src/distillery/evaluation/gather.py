@@ -43,6 +43,7 @@ def gather_results(root: Path, params: Params) -> Results:
     tasks, tests = {source: read_task(Paths(root).processed(source)) for source in sources}, held_out["test"]
     # Free answers are right or wrong: a model cannot always give one of them, nor prefer it.
     labelled = [source for source in sources if tasks[source].kind != "qa"]
+    names = {source: tasks[source].names for source in labelled}
     students = [_student_result(root, params, name, held_out) for name in params.students]
     teachers = _teacher_results(root, params, held_out)
     models = [*students, *(result for result, _ in teachers)]
@@ -59,7 +60,7 @@ def gather_results(root: Path, params: Params) -> Results:
         history=_read_histories(root, params),
         audits={s: read_result_file(Paths(root).processed(s) / "audit.json", root) for s in sources},
         counts=read_result_file(counts, root) if params.augment.per_row and counts.exists() else None,
-        checks=run_checks(root, params, models, tests, labelled),
+        checks=run_checks(root, params, models, tests, names),
     )
 
 

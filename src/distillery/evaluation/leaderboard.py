@@ -15,6 +15,7 @@ from distillery.evaluation.perturbations import contrast_pairs_right
 from distillery.evaluation.reading import read_result_file
 from distillery.evaluation.results import ROLES, TRAINED_ROLES, ModelResult, Results
 from distillery.files import Paths
+from distillery.label_sets import LabelSets
 
 AVERAGED_SCORES = ("balanced_accuracy", "macro_specificity", "weighted_f1", "mcc", "answer_bias", "commonest_answer")
 
@@ -23,6 +24,12 @@ PROBABILITY_SCORES = ("log_loss", "brier", "ece", "risk_coverage_area")
 CALIBRATION_COLUMNS = ("temperature", "ece_scaled", "log_loss_scaled")
 
 LABEL_SCORES = ("precision", "recall", "specificity")
+
+SET_SCORES = ("micro_f1", "hamming_loss")  # of label sets, with intervals
+
+SET_AVERAGES = ("micro_precision", "micro_recall", "macro_average_precision", "labels_per_row")
+
+SET_LABEL_SCORES = (*LABEL_SCORES, "f1", "average_precision")
 
 SPEED_COLUMNS = ("sentences_per_second", "latency_p50_ms", "latency_p95_ms", "memory_mb")
 
@@ -37,6 +44,8 @@ COMPARISON_COLUMNS = (
     "detectable",
     "verdict",
 )
+
+SET_COMPARISON_COLUMNS = tuple(f"micro_f1_difference{end}" for end in ("", "_low", "_high"))
 
 EXPORT_COLUMNS = ("agreement_with_student", "largest_difference")
 
@@ -81,16 +90,20 @@ def by_source(board: pd.DataFrame, first: str | None = None) -> dict[str, pd.Dat
 
 def _all_columns(results: Results, rows: list[dict[str, Any]]) -> list[str]:
     labels = dict.fromkeys(label for labels in results.labels.values() for label in labels)
+    of_sets = any(isinstance(names, LabelSets) for names in results.labels.values())
     return [
         *("model", "role", "source", "seeds", "parameters", "trainable", "megabytes"),
         *(f"{score}{end}" for score in metrics.SCORES for end in ("", "_low", "_high")),
+        *(f"{score}{end}" for score in SET_SCORES if of_sets for end in ("", "_low", "_high")),
+        *(score for score in SET_AVERAGES if of_sets),
         *(score for score in TOKEN_SCORES if any(score in row for row in rows)),
         *(*AVERAGED_SCORES, *PROBABILITY_SCORES, *CALIBRATION_COLUMNS, "pairs_right", "pairs"),
-        *(f"{score}_{label}" for score in LABEL_SCORES for label in labels),
+        *(f"{score}_{label}" for score in (SET_LABEL_SCORES if of_sets else LABEL_SCORES) for label in labels),
         *(column for column in EXPORT_COLUMNS if any(column in row for row in rows)),
         *("kl_to_teacher", "agreement_with_teacher", *SPEED_COLUMNS, "train_seconds", "training_mb"),
         *(column for column in GPU_COLUMNS if any(row.get(column) is not None for row in rows)),
         *(f"{prefix}{column}" for prefix in ("", "teacher_") for column in COMPARISON_COLUMNS),
+        *(f"{prefix}{column}" for prefix in ("", "teacher_") for column in SET_COMPARISON_COLUMNS if of_sets),
     ]
 
 
@@ -124,15 +137,17 @@ def _score_columns(results: Results, result: ModelResult) -> dict[str, float]:
         metrics.classification_report(label, prediction, p, labels)
         for prediction, p in zip(result.predictions, probabilities, strict=True)
     ]
-    for score in (*AVERAGED_SCORES, *PROBABILITY_SCORES):
+    for score in (*AVERAGED_SCORES, *PROBABILITY_SCORES, *SET_AVERAGES):
         if score in reports[0]:
             row[score] = float(np.mean([report[score] for report in reports]))
     for name in labels:
-        for score in LABEL_SCORES:
-            row[f"{score}_{name}"] = float(np.mean([report["labels"][name][score] for report in reports]))
+        for score in SET_LABEL_SCORES if isinstance(labels, LabelSets) else LABEL_SCORES:
+            if score in reports[0]["labels"][name]:
+                row[f"{score}_{name}"] = float(np.mean([report["labels"][name][score] for report in reports]))
     pairs, number = contrast_pairs_right(result.predictions == label, label, groups)
     row |= {"pairs_right": float(pairs.mean()), "pairs": number}
-    return row if result.validation is None else row | calibration_scores(results, result)
+    scaled = result.validation is not None and not isinstance(labels, LabelSets)
+    return row | calibration_scores(results, result) if scaled else row
 
 
 def calibration_scores(results: Results, result: ModelResult) -> dict[str, float]:
@@ -171,12 +186,30 @@ def _comparison_columns(results: Results, result: ModelResult) -> dict[str, Any]
     for other, prefix in ((results.find(result.control, result.source), ""), (teacher, "teacher_")):
         comparison = compare_accuracy(results, result, other)
         if comparison:
+            row |= _set_comparison(results, result, other, prefix)
             row[f"{prefix}versus"] = other.name
             row |= {
                 f"{prefix}{column}": comparison[key]
                 for column, key in zip(COMPARISON_COLUMNS[1:6], ("mean", "low", "high", "p", "detectable"), strict=True)
             }
     return row
+
+
+def _set_comparison(results: Results, a: ModelResult, b: ModelResult, prefix: str) -> dict[str, float]:
+    """Micro-F1 of `a` minus that of `b` with its interval, where they predict label sets."""
+    if not isinstance(results.labels[a.source], LabelSets):
+        return {}
+    difference = _paired_difference(results, a, b)["micro_f1"]
+    columns = zip(SET_COMPARISON_COLUMNS, ("mean", "low", "high"), strict=True)
+    return {f"{prefix}{column}": difference[key] for column, key in columns}
+
+
+def _paired_difference(results: Results, a: ModelResult, b: ModelResult) -> dict[str, dict[str, float]]:
+    """:func:`metrics.paired_difference` of two models on the test rows of their source."""
+    test, config = results.tests[a.source], results.params.evaluate
+    label, names = test["label"].to_numpy(dtype=object), results.labels[a.source]
+    settings = (config.bootstrap, config.confidence, config.seed)
+    return metrics.paired_difference(label, a.predictions, b.predictions, names, test["group"], *settings)
 
 
 def compare_accuracy(results: Results, a: ModelResult, b: ModelResult | None) -> dict[str, float] | None:
@@ -187,11 +220,8 @@ def compare_accuracy(results: Results, a: ModelResult, b: ModelResult | None) ->
     if b is None or a.source != b.source:
         return None
     test, config = results.tests[a.source], results.params.evaluate
-    label, groups = test["label"].to_numpy(dtype=object), test["group"]
-    names, n = results.labels[a.source], config.bootstrap
-    difference = metrics.paired_difference(
-        label, a.predictions, b.predictions, names, groups, n, config.confidence, config.seed
-    )["accuracy"]
+    label, groups, n = test["label"].to_numpy(dtype=object), test["group"], config.bootstrap
+    difference = _paired_difference(results, a, b)["accuracy"]
     swapped = metrics.permutation_test(a.predictions == label, b.predictions == label, groups, n, config.seed)
     return difference | {"p": max(difference["p"], swapped)}
 
@@ -262,17 +292,18 @@ def teacher_closeness(results: Results) -> pd.DataFrame:
             if source == student.source:
                 p_teacher = np.stack(signal["probabilities"].to_numpy())
                 agreement = float((student.predictions == signal["prediction"].to_numpy(object)).mean())
-                kl = float(np.mean([metrics.kl_divergence(p_teacher, p).mean() for p in student.probabilities]))
-                rows.append({"model": student.name, "teacher": teacher, "agreement": agreement, "kl": kl})
+                labels = results.labels[source]
+                kl = np.mean([metrics.kl_divergence(p_teacher, p, labels).mean() for p in student.probabilities])
+                rows.append({"model": student.name, "teacher": teacher, "agreement": agreement, "kl": float(kl)})
     return pd.DataFrame(rows, columns=["model", "teacher", "agreement", "kl"])
 
 
 def summarize(results: Results, board: pd.DataFrame) -> dict[str, Any]:
     """The scores that `dvc metrics` shows: the headline's with intervals, then two of each model. No wall clock."""
     head = board.set_index("model").loc[results.headline.name]
-    columns = [c for k in HEADLINE_SCORES for c in (k, f"{k}_low", f"{k}_high") if c in board]
+    columns = [c for k in (*HEADLINE_SCORES, *SET_SCORES) for c in (k, f"{k}_low", f"{k}_high") if c in board]
     summary: dict[str, Any] = {"headline": {c: round(float(head[c]), 6) for c in columns if pd.notna(head[c])}}
     trained = board[board["role"].isin(TRAINED_ROLES)]
-    for score in metrics.SCORES:
+    for score in (*metrics.SCORES, *(score for score in SET_SCORES if score in board)):
         summary[score] = {m: round(float(v), 6) for m, v in zip(trained["model"], trained[score], strict=True)}
     return summary

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from distillery import metrics
 from distillery.config.schema import Params
+from distillery.label_sets import LabelSets
 from distillery.tasks.schema import Task
 
 ERROR_KINDS = (
@@ -80,6 +82,11 @@ class Results:
     def headline(self) -> ModelResult:
         return self.find(self.params.evaluate.headline)
 
+    @property
+    def are_sets(self) -> bool:
+        """Whether the headline predicts label sets."""
+        return isinstance(self.labels[self.headline.source], LabelSets)
+
     def find(self, key: str | None, source: str | None = None) -> ModelResult | None:
         """The student (or control) called `key` on `source`, or on its own one; None when there is no such model."""
         named = [m for m in self.models if m.key == key and m.role in TRAINED_ROLES[:2]]
@@ -89,6 +96,17 @@ class Results:
         """The teacher that `result` is compared with, on the same source; None when it has none."""
         wanted = (result.teacher, result.source)
         return next((m for m in self.models if m.role == "teacher" and (m.key, m.source) == wanted), None)
+
+    def decide(self, result: ModelResult, probabilities: np.ndarray, seed: int = 0) -> np.ndarray:
+        """The predictions [n] for `probabilities` [n, K]; of label sets with the thresholds of `result`.
+
+        These are chosen on its validation rows. seed: position among the seeds of `result`.
+        """
+        labels, thresholds = self.labels[result.source], None
+        if isinstance(labels, LabelSets) and result.validation is not None:
+            gold = self.validations[result.source]["label"].to_numpy(object)
+            thresholds = metrics.choose_thresholds(gold, result.validation[seed], labels)
+        return metrics.decide(probabilities, labels, thresholds)
 
     @property
     def compared(self) -> list[ModelResult]:

@@ -83,13 +83,14 @@ def measure_robustness(
 
     Returns the tables `robustness` and `examples` of :class:`Measurements`.
     """
-    labels = np.array(results.labels[results.headline.source], dtype=object)
+    models = {result.name: result for result in results.compared}
     rewritten = rewrite_test_rows(results, paraphrases)
     variants = [rows.assign(text=rows[column]) for rows in rewritten.values() for column in ("text", "new")]
     unique = pd.concat(variants).drop_duplicates("text", ignore_index=True) if variants else pd.DataFrame()
     table = []
     for model, predict in predictors.items():
-        prediction = dict(zip(unique["text"], labels[predict(unique).argmax(-1)], strict=True)) if variants else {}
+        decided = results.decide(models[model], predict(unique)) if variants else []
+        prediction = dict(zip(unique["text"] if variants else [], decided, strict=True))
         for name, rows in rewritten.items():
             scores = _consistency(rows, prediction, results.params.evaluate)
             table.append({"perturbation": name, "model": model, "rows": len(rows)} | scores)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from distillery import metrics
 from distillery.evaluation.gather import UNPARSABLE
 from distillery.evaluation.results import TRAINED_ROLES, Results
 from distillery.tasks.schema import accepted_answers
@@ -18,10 +19,10 @@ def disagreements(results: Results) -> pd.DataFrame:
     seeds the first one's predictions. Of free answers also accepted (the right ones), student_answer, teacher_answer.
     """
     head = results.headline
-    test = results.tests[head.source]
+    test, labels = results.tests[head.source], results.labels[head.source]
     rows = test[["id", "text", "label"]].assign(
         student_prediction=head.predictions[0],
-        student_probability=head.probabilities[0].max(1),
+        student_probability=metrics.confidence(head.probabilities[0], head.predictions[0], labels),
         rationale=test["rationale"],
     )
     if head.answers is not None:
@@ -31,7 +32,8 @@ def disagreements(results: Results) -> pd.DataFrame:
     student_right = rows["student_prediction"] == rows["label"]
     if signal is not None:
         rows["teacher_prediction"] = signal["prediction"].where(signal["prediction"].notna(), UNPARSABLE)
-        rows["teacher_probability"] = np.stack(signal["probabilities"].to_numpy()).max(1)
+        p_teacher = np.stack(signal["probabilities"].to_numpy())
+        rows["teacher_probability"] = metrics.confidence(p_teacher, signal["prediction"], labels)
         rows["teacher_rationale"] = signal["rationale"]
         if head.answers is not None:
             rows["teacher_answer"] = signal["answer"]

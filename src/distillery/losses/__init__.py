@@ -34,6 +34,7 @@ from distillery.losses.hidden_states import (
 )
 from distillery.losses.multi_teacher import confidence_weights, mix_teachers
 from distillery.losses.regularizers import shortcut_penalty
+from distillery.losses.two_outcomes import two_outcome_logits, two_outcome_probabilities
 from distillery.losses.vocabulary import (
     kl_top_k,
     shared_vocabulary,
@@ -66,5 +67,7 @@ __all__ = [
     "temperature_factor",
     "to_top_k",
     "tvd",
+    "two_outcome_logits",
+    "two_outcome_probabilities",
     "universal_logit_distance",
 ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special  # not scipy.stats, which is slow to import: every stage would pay for it
 
+from distillery.label_sets import LabelSets
 from distillery.metrics.counts import safe_ratio
+from distillery.metrics.label_sets import two_outcomes
 
 # Probabilities are stored as float32, which cannot separate anything smaller from zero.
 PROBABILITY_FLOOR = float(np.finfo(np.float32).eps)
@@ -67,14 +70,18 @@ def risk_coverage(true: np.ndarray, p: np.ndarray) -> dict[str, Any]:
     return {"coverage": answered / len(true), "risk": risk, "area": float(risk.mean())}
 
 
-def kl_divergence(teacher: ArrayLike, student: ArrayLike) -> np.ndarray:
+def kl_divergence(teacher: ArrayLike, student: ArrayLike, labels: Sequence[str] = ()) -> np.ndarray:
     """KL(teacher || student) of each row in nats, [n, K], [n, K] -> [n] (0 best); the student is floored.
+
+    Where `labels` are label sets it is the mean over labels of the divergence of `yes` and `no`.
 
     Raises ValueError for unequal shapes or rows that are no distributions.
     """
     p, q = np.asarray(teacher), np.asarray(student)
     if p.ndim != 2 or p.shape != q.shape:
         raise ValueError(f"both must have one shape [n, K], not {p.shape} and {q.shape}")
+    if isinstance(labels, LabelSets):
+        return kl_divergence(two_outcomes(p), two_outcomes(q)).reshape(p.shape).mean(1)
     p, q = check_probabilities(p, *p.shape), check_probabilities(q, *q.shape)
     q = np.maximum(q, PROBABILITY_FLOOR)
     return special.rel_entr(p, q / q.sum(1, keepdims=True)).sum(1)

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from distillery.label_sets import LabelSets
 from distillery.metrics.calibration import brier, calibration, check_probabilities, log_loss, risk_coverage
 from distillery.metrics.counts import accuracy_of, confusion, encode_labels, f1_of, macro_f1_of, mcc, safe_ratio
+from distillery.metrics.label_sets import label_set_report
 
 
 def classification_report(
@@ -26,8 +28,12 @@ def classification_report(
     (0 best), risk_coverage_area (0 best); and `labels`: per label precision, recall (sensitivity), f1, specificity,
     support.
 
+    Of label sets it is :func:`distillery.metrics.label_sets.label_set_report`.
+
     Raises ValueError for empty input, unequal lengths, or a gold label that is not in `labels`.
     """
+    if isinstance(labels, LabelSets):
+        return label_set_report(gold, predicted, probabilities, labels)
     counts = confusion(gold, predicted, labels)
     rows, true_positives = counts.sum(), np.diagonal(counts).astype(float)
     support, n_predicted = counts.sum(1), counts[:, :-1].sum(0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special  # not scipy.stats, which is slow to import: every stage would pay for it
 
+from distillery.label_sets import LabelSets, membership
 from distillery.metrics.counts import accuracy_of, check_same_rows, confusion, encode_gold, encode_labels, macro_f1_of
+from distillery.metrics.label_sets import SET_SCORES, encode_gold_sets, set_counts
 
 BLOCK = 4_000_000  # draws held in memory at once: 32 MB
 
@@ -70,6 +72,11 @@ def _over_seeds(samples: np.ndarray, seed: int, stream: int) -> np.ndarray:
 SCORES = {"accuracy": accuracy_of, "macro_f1": macro_f1_of}
 
 
+def scores_of(labels: Sequence[str]) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """The scores that have intervals, by name: `SCORES`; of label sets also micro_f1 and hamming_loss (0 best)."""
+    return SET_SCORES if isinstance(labels, LabelSets) else SCORES
+
+
 def bootstrap_scores(
     gold: ArrayLike,
     predicted: ArrayLike,
@@ -79,11 +86,13 @@ def bootstrap_scores(
     seed: int = 0,
     stream: int = 1,
 ) -> dict[str, np.ndarray]:
-    """Accuracy and macro-F1 under `n` resamples of whole groups and of seeds -> {"accuracy": [n], "macro_f1": [n]}.
+    """The :func:`scores_of` `labels` under `n` resamples of whole groups and of seeds -> {"accuracy": [n], ...}.
 
     gold [rows]; predicted [rows] or [seeds, rows]; groups [rows]. The drawn groups depend on `seed` alone, so the
     resamples of two models with the same `seed` are paired; the drawn runs depend on `stream` too.
     """
+    if isinstance(labels, LabelSets):
+        return _bootstrap_sets(gold, predicted, labels, groups, n, seed, stream)
     k, true = len(labels), encode_gold(gold, labels)
     codes = np.atleast_2d(check_same_rows(encode_labels(predicted, labels), len(true)))
     group = _encode_groups(groups, len(true))
@@ -96,8 +105,32 @@ def bootstrap_scores(
     return {name: _over_seeds(score(drawn), seed, stream).clip(0, 1) for name, score in SCORES.items()}
 
 
+def _counts_of_sets(gold: ArrayLike, predicted: ArrayLike, labels: LabelSets) -> np.ndarray:
+    """:func:`set_counts` of predicted [rows] or [seeds, rows]: [seeds, rows, F]."""
+    predicted = np.atleast_2d(np.asarray(predicted, dtype=object))
+    true = encode_gold_sets(gold, labels)
+    exact = check_same_rows(predicted, len(true)) == np.asarray(gold, dtype=object)
+    return set_counts(true, membership(predicted, labels), exact)
+
+
+def _bootstrap_sets(
+    gold: ArrayLike, predicted: ArrayLike, labels: LabelSets, groups: ArrayLike, n: int, seed: int, stream: int
+) -> dict[str, np.ndarray]:
+    """As :func:`bootstrap_scores`, of label sets."""
+    counts = _counts_of_sets(gold, predicted, labels).swapaxes(0, 1)
+    group = _encode_groups(groups, len(counts))
+    per_group = np.zeros((group.max() + 1, *counts.shape[1:]))
+    np.add.at(per_group, group, counts)
+    drawn = _resample(per_group.reshape(len(per_group), -1), n, np.random.default_rng([seed, 0]))
+    drawn = drawn.reshape(n, *counts.shape[1:])
+    return {name: _over_seeds(score(drawn), seed, stream).clip(0, 1) for name, score in SET_SCORES.items()}
+
+
 def mean_scores(gold: ArrayLike, predicted: ArrayLike, labels: Sequence[str]) -> dict[str, float]:
-    """Accuracy and macro-F1 of predicted [rows] or [seeds, rows], averaged over the seeds."""
+    """The :func:`scores_of` `labels` of predicted [rows] or [seeds, rows], averaged over the seeds."""
+    if isinstance(labels, LabelSets):
+        counts = _counts_of_sets(gold, predicted, labels).sum(1)
+        return {name: float(score(counts).mean()) for name, score in SET_SCORES.items()}
     predicted = np.atleast_2d(np.asarray(predicted, dtype=object))
     counts = np.stack([confusion(gold, row, labels) for row in predicted])
     return {name: float(score(counts).mean()) for name, score in SCORES.items()}
@@ -113,7 +146,7 @@ def paired_difference(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """A minus B on the same rows: {"accuracy": {...}, "macro_f1": {...}}, each with mean, low, high, p, detectable.
+    """A minus B on the same rows: the :func:`scores_of` `labels` by name, each with mean, low, high, p, detectable.
 
     gold [rows]; predicted_a, predicted_b [rows] or [seeds, rows] (their numbers of seeds may differ); groups [rows].
     Each resample draws the same groups for both models and, for each of them, its seeds. [low, high] is the percentile
@@ -126,7 +159,7 @@ def paired_difference(
     b = bootstrap_scores(gold, predicted_b, labels, groups, n, seed, stream=2)
     mean_a, mean_b = mean_scores(gold, predicted_a, labels), mean_scores(gold, predicted_b, labels)
     result = {}
-    for name in SCORES:
+    for name in scores_of(labels):
         difference = a[name] - b[name]
         low, high = interval(difference, confidence)
         tail = min((difference <= 0).sum(), (difference >= 0).sum())

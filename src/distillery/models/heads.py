@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from distillery.errors import UserError
+from distillery.label_sets import LabelSets
+
+MULTILABEL = "multi_label_classification"  # the `problem_type` of a head that gives label sets, in a config
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class OwnHead:
     """The head that a model brings for the labels of a task.
 
     names: the labels of its outputs, None when the model brings no head. order: the output for each label of the task,
-    None when that is not known: the head is then drawn anew.
+    None when that is not known, or when the head gives one label and the task has sets: the head is then drawn anew.
     """
 
     names: list[str] | None
@@ -31,7 +34,9 @@ class OwnHead:
         """Raise UserError when `teacher`, which is not fine-tuned, has no head for `labels` from its `model`."""
         if self.order is None:
             wanted, names = ", ".join(labels), ", ".join(self.names or [])
-            way_out = f"its labels are {names}; name them under models.{model}.labels, or" if names else "it has none;"
+            one = ", one for each text" if isinstance(labels, LabelSets) else ""
+            name_them = f"its labels are {names}{one}; name them under models.{model}.labels, or"
+            way_out = name_them if names else "it has none;"
             raise UserError(
                 f"params.yaml: teachers.{teacher}: its model has no head for the labels {wanted}: {way_out} give "
                 "`finetune`"
@@ -42,8 +47,9 @@ def read_head(folder: Path, labels: Sequence[str], label_map: Mapping[str, str] 
     """The head of the model in `folder` for the `labels` of a task.
 
     label_map: the label of the task for each label of the model (`models.<name>.labels` in params.yaml). Without it
-    labels match by their names; capitals and spaces count nothing. Raises ValueError when `label_map` does not name
-    each label of the head and each label of the task once, and OSError or ValueError when the folder has no config.
+    labels match by their names; capitals and spaces count nothing, and label sets need a head for sets.
+    Raises ValueError when `label_map` does not name each label of the head and each label of the task once, and OSError
+    or ValueError when the folder has no config.
     """
     config = read_config(folder)
     names = None
@@ -54,6 +60,7 @@ def read_head(folder: Path, labels: Sequence[str], label_map: Mapping[str, str] 
         keys = [_key(name) for name in names or []]
         wanted = [_key(label) for label in labels]
         known = len(set(wanted)) == len(wanted) and sorted(keys) == sorted(wanted)
+        known &= config.get("problem_type") == MULTILABEL or not isinstance(labels, LabelSets)
         return OwnHead(names, [keys.index(key) for key in wanted] if known else None)
     check_label_map(label_map, labels)
     if names is None:

@@ -1,4 +1,4 @@
-"""A model with a task: texts in, a distribution over the labels out."""
+"""A model with a task: texts in, a distribution over the labels out, or a probability of each label."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class LabelModel:
     few_shot: solved examples of the task file in a prompt. max_length: tokens of an encoded text, with its prompt.
     dtype: the precision of products. batch_size: rows predicted at a time. windows: in which a classifier reads texts.
 
-    Raises UserError for a classifier of a `qa` task, and for labels that are the same tokens.
+    Raises UserError for a classifier of a `qa` task, for another model of a `multilabel` task, and for labels that are
+    the same tokens.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class LabelModel:
         self.frozen_states: FrozenStates | None = None  # for training
         self.known_states: FrozenStates | None = None  # for prediction
         self._methods, self._longest_row = ForwardMethods(), 0  # tokens of the longest text that was encoded
+        if arch != "classifier" and task.kind == "multilabel":
+            raise UserError(f"params.yaml: a `multilabel` task needs a classifier: {arch} writes one label")
         if arch != "classifier":
             # the answers of a `qa` task are those of the rows at hand: see :meth:`set_answers`
             names = [] if task.kind == "qa" else task.names
@@ -187,10 +190,10 @@ class LabelModel:
         cached: Sequence[Sequence[float] | None] | None = None,
         on_batch: Callable[[list[int], np.ndarray], None] | None = None,
     ) -> np.ndarray:
-        """Probabilities over the task's labels [n, labels], float32, each row summing to 1. shots: see :meth:`encode`.
+        """Probabilities over the task's labels [n, labels], float32, each row summing to 1 but for a `multilabel` task.
 
         The tokens that all prompts begin with (instruction, solved examples) are computed once, not once a batch.
-        n_options: of each text of a `choice` task, how many labels have an option; the others get probability 0.
+        shots: see :meth:`encode`. n_options: of a `choice` task, how many labels have an option; the others get 0.
 
         cached: probabilities from an earlier run, None where there are none. on_batch: called after every batch with
         the indices and probabilities that were not cached. Batches are cut from all rows, so a run that continues
@@ -218,7 +221,8 @@ class LabelModel:
             if limits is not None:
                 for row, i in zip(logits, rows, strict=True):
                     row[limits[i] :] = -torch.inf
-            probabilities[new] = logits.softmax(-1).cpu().numpy()[wanted[rows]]
+            values = logits.sigmoid() if self.task.kind == "multilabel" else logits.softmax(-1)
+            probabilities[new] = values.cpu().numpy()[wanted[rows]]
             if on_batch:
                 on_batch(new, probabilities[new])
         self.model.train(training)

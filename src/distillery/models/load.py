@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from distillery.errors import UserError
+from distillery.label_sets import LabelSets
 from distillery.models.devices import weight_device
-from distillery.models.heads import read_config, read_head
+from distillery.models.heads import MULTILABEL, read_config, read_head
 from distillery.models.layers import head_layers, keep_layers
 from distillery.models.runtime import configure_runtime
 
@@ -155,7 +156,8 @@ def _load_classifier(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
-    config.problem_type = None  # one label a text
+    # one label a text, or sets of them, of which `transformers` then makes probabilities one by one
+    config.problem_type = MULTILABEL if isinstance(labels, LabelSets) else None
     options |= {"config": config, "ignore_mismatched_sizes": own.order is None}
     model = _load(AutoModelForSequenceClassification, folder, device, **options)
     if own.order is None and own.names and len(own.names) == len(labels):

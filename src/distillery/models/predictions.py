@@ -9,12 +9,15 @@ import numpy as np
 import pandas as pd
 
 from distillery import metrics
+from distillery.label_sets import LabelSets
 from distillery.models.label_model import LabelModel
 from distillery.tasks.schema import ANSWER_LABELS, N_OPTIONS, Task, accepted_answers
 
 
-def predict_rows(model: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
+def predict_rows(model: LabelModel, rows: pd.DataFrame, thresholds: np.ndarray | None = None) -> pd.DataFrame:
     """The predictions of `model` for `rows` (id, text, label; of a `choice` task n_options).
+
+    thresholds: [labels] of a `multilabel` task, see :func:`metrics.decide`.
 
     Columns: id, label, prediction, probabilities [labels].
 
@@ -28,7 +31,7 @@ def predict_rows(model: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
         {
             "id": rows["id"].tolist(),
             "label": rows["label"].tolist(),
-            "prediction": [names[i] for i in probabilities.argmax(-1)],
+            "prediction": metrics.decide(probabilities, names, thresholds).tolist(),
             "probabilities": list(probabilities),
         }
     )
@@ -80,11 +83,38 @@ def score_answers(rows: pd.DataFrame, answers: Sequence[str]) -> pd.DataFrame:
 
 
 def predict_splits(model: LabelModel, splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The predictions of `model` for the rows of every split: split, and the columns of :func:`predict_rows`."""
+    """The predictions of `model` for the rows of every split: split, and the columns of :func:`predict_rows`.
+
+    Of a `multilabel` task the thresholds are those of the rows of `validation`, see :func:`decide_by_validation`.
+    """
     columns = ["split", "id", "label", "prediction", "probabilities"]
     parts = [predict_rows(model, rows) for rows in splits.values()]
     parts = [part.assign(split=split)[["split", *part]] for split, part in zip(splits, parts, strict=True)]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    predictions = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    return decide_by_validation(predictions, model.task.names)
+
+
+def decide_by_validation(predictions: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """`predictions` (split, label, probabilities) of label sets with the thresholds of their own validation rows.
+
+    Those of other labels as they are. See :func:`validation_thresholds`.
+    """
+    thresholds = validation_thresholds(predictions, names)
+    if thresholds is None:
+        return predictions
+    p = np.stack(predictions["probabilities"].to_list())
+    return predictions.assign(prediction=metrics.decide(p, names, thresholds))
+
+
+def validation_thresholds(predictions: pd.DataFrame, names: Sequence[str]) -> np.ndarray | None:
+    """The threshold of each label [labels] by the rows of `validation` among `predictions`; None without such rows.
+
+    None too where `names` are no label sets. See :func:`metrics.choose_thresholds`.
+    """
+    rows = predictions[(predictions["split"] == "validation") & predictions["label"].notna()]
+    if rows.empty or not isinstance(names, LabelSets):
+        return None
+    return metrics.choose_thresholds(rows["label"].to_numpy(object), np.stack(rows["probabilities"].to_list()), names)
 
 
 def score_predictions(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:

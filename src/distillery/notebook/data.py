@@ -12,6 +12,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from distillery.data.near_duplicates import NearDuplicates, nearest_vectors, rows_to_compare
 from distillery.data.similar_pairs import SIMILARITY_SLACK
+from distillery.label_sets import NO_LABELS, LabelSets, rows_with
 from distillery.notebook.style import BLUE, PALETTE, RED, percent
 
 if TYPE_CHECKING:
@@ -23,10 +24,44 @@ THIS_SPLIT, DEALT_OUT = "this split", "single rows dealt out"
 
 
 def label_masks(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, pd.Series]:
-    """For every label which rows bear it [rows]; rows without a label come last, as `no label`."""
+    """For every label which rows bear it [rows]; rows without a label come last, as `no label`.
+
+    Of label sets a row is in the masks of all its labels, and one without any in that of the empty set.
+    """
     unlabelled = rows["label"].isna()
-    masks = {} if unlabelled.all() else {label: rows["label"] == label for label in names}
+    named = (
+        names
+        if not isinstance(names, LabelSets)
+        else [*names, *([NO_LABELS] if (rows["label"] == NO_LABELS).any() else [])]
+    )
+    masks = {}
+    if not unlabelled.all():
+        masks = {label: pd.Series(rows_with(rows["label"], label, names), rows.index) for label in named}
     return masks | ({"no label": unlabelled} if unlabelled.any() else {})
+
+
+def answer_counts(rows: pd.DataFrame, masks: dict[str, pd.Series], names: Sequence[str]) -> dict[str, int]:
+    """Rows of each answer that a constant model could give: of each label, or of each label set."""
+    if isinstance(names, LabelSets):
+        return {str(label): int(n) for label, n in rows["label"].dropna().value_counts().items()}
+    return {label: int(mask.sum()) for label, mask in masks.items()}
+
+
+def label_set_table(audit: dict[str, Any], names: Sequence[str]) -> pd.DataFrame:
+    """How many rows hold each label, and each two labels together. audit: `label_sets` of the audit."""
+    together = [
+        {"label": name} | {other: audit["co_occurrence"][name].get(other, 0) for other in names} for name in names
+    ]
+    return pd.DataFrame(together)
+
+
+def label_set_sentence(audit: dict[str, Any]) -> str:
+    """How many labels a row has, and the commonest sets. audit: `label_sets` of the audit."""
+    commonest = ", ".join(f"{labels} ({rows:,})" for labels, rows in list(audit["sets"].items())[:5])
+    without = audit["without_label"]
+    least = f"{without:,} rows have none" if without else "every row has one at least"
+    text = f"A row has {audit['labels_per_row']:.2f} labels on average, and {least}. "
+    return text + f"There are {audit['distinct']:,} different sets; the commonest are {commonest}."
 
 
 def example_rows(rows: pd.DataFrame, masks: dict[str, pd.Series], seed: int, per_label: int = 3) -> pd.DataFrame:
@@ -191,12 +226,12 @@ def decision_list(decisions: Sequence[str]) -> str:
     return "\n".join(f"- {decision}" for decision in decisions) or "- The file was read as it stands."
 
 
-def balance_sentence(counts: dict[str, int]) -> str:
-    """What a constant answer would score. counts: rows of each label."""
+def balance_sentence(counts: dict[str, int], answer: str = "label") -> str:
+    """What a constant answer would score. counts: rows of each label. answer: what they are of, `label set` or so."""
     label, total = max(counts, key=counts.get), sum(counts.values())
     share, text = (
         counts[label] / total,
-        f"The most frequent label, {label}, has {percent(counts[label] / total)} of the rows",
+        f"The most frequent {answer}, {label}, has {percent(counts[label] / total)} of the rows",
     )
     if share > 1.25 / len(counts):
         return f"{text}: always predicting it is right that often. Read accuracy against this, and macro-F1 beside it."

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from distillery.tasks.schema import Task
 
 
+NO_TARGET = {  # kinds of task without one distribution over the labels of a row
+    "qa": "Free answers have no distribution over labels: there is no such row.",
+    "multilabel": "Each label has a probability of its own, not a share of one distribution: there is no such row.",
+}
+
+
 @dataclass(frozen=True)
 class TargetRow:
     """One training row and the distribution that the student shall learn for it.
@@ -36,11 +42,13 @@ class TargetRow:
 def choose_target_row(
     rows: pd.DataFrame, spec: StudentConfig, task: Task, scores: dict[str, float]
 ) -> TargetRow | None:
-    """A row of the first phase with a teacher whose distribution is neither flat nor certain; None for free answers.
+    """A row of the first phase with a teacher whose distribution is neither flat nor certain; None without such a row.
+
+    Free answers have no distribution over labels, and of label sets each label has one of its own.
 
     Without a teacher, a row with its gold label: a distribution with all its mass on one label, at temperature 1.
     """
-    if task.kind == "qa" or not spec.phases:
+    if task.kind in NO_TARGET or not spec.phases:
         return None
     phase = next((phase for phase in spec.phases if phase.teachers), spec.phases[0])
     chosen = phase_rows(rows, phase.model_copy(update={"loss": {"ce": 1.0}}), task.names, scores)

@@ -19,6 +19,8 @@ def head_sentence(head: OwnHead | None, labels: Sequence[str]) -> str:
         return "The model brings no classification head: one is drawn at random."
     if head.order is None:
         text = f"The model's own head is for other labels ({_list(head.names)}): one is drawn at random."
+        if sorted(head.names) == sorted(labels):
+            text = "The model's own head gives one of these labels to a text, not a set: one is drawn at random."
         way_out = " If they mean the same, name them under `labels` of the model in `params.yaml`."
         return text + (way_out if len(head.names) == len(labels) else "")
     pairs = [f"{head.names[i]} is {label}" for i, label in zip(head.order, labels, strict=True)]

@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import pandas as pd
 
+from distillery.label_sets import LabelSets, single_labels
 from distillery.notebook.style import join_words
 
 MAX_NAMED_LABELS = 5
 TUNED = "`balance: class_weights` or `batches` where it is trained, more gold rows of it, or more steps may help"
+TUNED_ON_SETS = "more gold rows of it, or more steps may help"
 PROMPTED = "another prompt (`prompts`), solved examples (`few_shot`) or `calibrate` may help"
 
 
-def coverage_sentence(model: str, label: pd.Series, prediction: pd.Series, tuned: bool) -> str:
+def coverage_sentence(
+    model: str, label: pd.Series, prediction: pd.Series, tuned: bool, names: Sequence[str] = ()
+) -> str:
     """Whether `model` predicts every label of the validation rows for some of them.
 
-    label, prediction: [rows]. tuned: whether it is trained here, which decides what may help.
+    label, prediction: [rows]. tuned: whether it is trained here, which decides what may help. names: the labels of the
+    task, where these are label sets.
     """
-    counts = label.value_counts()
-    missing = [name for name in counts.index if name not in set(prediction)]
+    counts = pd.Series(single_labels(label, names), dtype=object).value_counts()
+    missing = [name for name in counts.index if name not in set(single_labels(prediction, names))]
     if not missing:
         return f"{model} predicts each of the {len(counts)} labels for some of the {len(label):,} validation rows."
     named = [f"{name} ({counts[name]:,} of {len(label):,})" for name in missing[:MAX_NAMED_LABELS]]
     if len(missing) > MAX_NAMED_LABELS:
         named.append(f"{len(missing) - MAX_NAMED_LABELS} other labels")
-    return f"**{model} never predicts** {join_words(named)} on the validation rows: {TUNED if tuned else PROMPTED}."
+    return f"**{model} never predicts** {join_words(named)} on the validation rows: {_way_out(tuned, names)}."
 
 
-def constant_sentence(model: str, label: pd.Series, prediction: pd.Series, tuned: bool) -> str:
+def _way_out(tuned: bool, names: Sequence[str]) -> str:
+    """What may help a model; see :func:`coverage_sentence`."""
+    if not tuned:
+        return PROMPTED
+    return TUNED_ON_SETS if isinstance(names, LabelSets) else TUNED
+
+
+def constant_sentence(
+    model: str, label: pd.Series, prediction: pd.Series, tuned: bool, names: Sequence[str] = ()
+) -> str:
     """Whether `model` is right on more validation rows than its own commonest answer, and the commonest label, are.
 
     label, prediction: [rows]; see :func:`coverage_sentence`.
     """
     accuracy, rows = float((label == prediction).mean()), len(label)
     majority = float(label.value_counts(normalize=True).max())
-    text = f"{100 * accuracy:.1f} % of {rows:,} validation rows, the commonest label alone on {100 * majority:.1f} %"
+    answer = "label set" if isinstance(names, LabelSets) else "label"
+    text = f"{100 * accuracy:.1f} % of {rows:,} validation rows, the commonest {answer} alone on {100 * majority:.1f} %"
     if accuracy > majority:
         return f"{model} is right on {text}."
-    return f"**{model} is not better than a constant answer**: it is right on {text}; {TUNED if tuned else PROMPTED}."
+    return f"**{model} is not better than a constant answer**: it is right on {text}; {_way_out(tuned, names)}."
 
 
 def warning_lines(sentences: Iterable[str]) -> Iterator[str]:

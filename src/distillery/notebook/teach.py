@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from distillery import metrics
 from distillery.notebook.style import BLUE, GREY, percent
 
 KEYS = ["source", "split", "id"]
-SHOWN_SCORES = ["accuracy", "balanced_accuracy", "macro_f1", "log_loss", "ece", "commonest_answer"]
+SHOWN_SCORES = ["accuracy", "balanced_accuracy", "micro_f1", "macro_f1", "hamming_loss", "log_loss", "ece"]
+SHOWN_SCORES += ["macro_average_precision", "commonest_answer"]
 CLOSE = 0.02  # a difference of shares below this is called none
 
 
-def held_out_predictions(rows: pd.DataFrame, signals: pd.DataFrame) -> pd.DataFrame:
+def held_out_predictions(rows: pd.DataFrame, signals: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """The teacher's predictions of rows that it was not tuned on: label, prediction, confidence, right.
+
+    names: the labels of the task.
 
     rows: source, split, id, label. signals: source, split, id, label, probabilities.
     """
     merged = rows[[*KEYS, "label"]].merge(signals[[*KEYS, "label", "probabilities"]], on=KEYS, suffixes=("", "_signal"))
     merged = merged[merged["split"] != "train"].dropna(subset="label").rename(columns={"label_signal": "prediction"})
-    merged["confidence"] = merged.pop("probabilities").map(max).astype(float)
+    p = np.stack(merged.pop("probabilities").to_list()) if len(merged) else np.zeros((0, len(names)))
+    merged["confidence"] = metrics.confidence(p, merged["prediction"], names).astype(float)
     return merged.assign(right=merged["label"] == merged["prediction"])
 
 
@@ -30,7 +37,7 @@ def score_table(results: dict[str, dict], in_sample: dict | None) -> pd.DataFram
     if in_sample:
         table.insert(0, "train, in sample", pd.Series(in_sample))
         table = table.rename(columns={"train": "train, out of fold"})
-    return table.loc[SHOWN_SCORES]
+    return table.loc[[score for score in SHOWN_SCORES if score in table.index]]
 
 
 def rationale_table(rows: pd.DataFrame, signals: pd.DataFrame, from_file: bool) -> pd.DataFrame:

@@ -28,6 +28,7 @@ from distillery.config.references import unused_settings
 from distillery.config.schema import Params, SourceConfig
 from distillery.errors import UserError
 from distillery.files import Paths, file_digest, matching_files, repository_root, write_json
+from distillery.pipeline.label_set_checks import check_label_sets
 from distillery.pipeline.model_checks import check_models
 from distillery.tasks.schema import load_task
 
@@ -163,6 +164,7 @@ def run_strip() -> None:
     for source in params.data.values():
         load_task(source.task)
     check_augmentation(params)
+    check_label_sets(params)
     check_models(params)
     build = Paths(root).build
     for name in ("notebooks", "sources", "models", "answers", "code"):

@@ -244,17 +244,23 @@ def _draw_history(axes: Any, rows: pd.DataFrame) -> None:
 
 
 def all_figures(results: Results, board: pd.DataFrame) -> dict[str, Figure]:
-    """Every figure of the report: name -> figure. Those of `board` show the models on the source of the headline."""
+    """Every figure of the report: name -> figure. Those of `board` show the models on the source of the headline.
+
+    Label sets have no confusion matrix, and no likeliest label whose confidence two of the figures are about.
+    """
     board = board[board["source"] == results.headline.source].reset_index(drop=True)
     latency = (
         {"latency": figure_cost(results, board, "latency_p50_ms")} if board["latency_p50_ms"].notna().any() else {}
     )
+    of_labels = {} if results.are_sets else {"confusion": figure_confusion(results)}
+    of_confidence = (
+        {} if results.are_sets else {"reliability": figure_reliability(results), "coverage": figure_coverage(results)}
+    )
     return latency | {
         "leaderboard": figure_leaderboard(results, board),
         "cost": figure_cost(results, board),
-        "confusion": figure_confusion(results),
+        **of_labels,
         "labels": figure_labels(results, board),
-        "reliability": figure_reliability(results),
-        "coverage": figure_coverage(results),
+        **of_confidence,
         "history": figure_history(results),
     }

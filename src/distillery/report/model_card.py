@@ -60,6 +60,8 @@ def render_card(
         template_path=str(TEMPLATES / "model_card.md.jinja"),
         arch=spec.arch,
         free=free,
+        sets=task.kind == "multilabel",
+        thresholds=_thresholds(task, settings),
         **{key: metadata[key] for key in ("student", "seed", "parameters")},
         megabytes=metadata["bytes_on_disk"] / 1e6,
         labels={} if free else task.labels,
@@ -115,6 +117,12 @@ def _card_data(
         datasets=hub_id and [hub_id],
         eval_results=results,
     )
+
+
+def _thresholds(task: Task, settings: InferenceSettings | None) -> dict[str, float]:
+    """The probability from which each label of a set is predicted."""
+    chosen = settings.thresholds if settings else None
+    return dict(zip(task.names, chosen or [metrics.DEFAULT_THRESHOLD] * len(task.names), strict=True))
 
 
 def _is_english(texts: pd.Series) -> bool:

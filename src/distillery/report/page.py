@@ -131,6 +131,7 @@ def render_page(
         teacher=results.teacher_of(head),
         labels=results.labels[head.source],
         free=head.answers is not None,
+        sets=results.are_sets,
         names=results.labels,
         level=f"{100 * results.params.evaluate.confidence:g} %",
         comparisons=count_comparisons(board),

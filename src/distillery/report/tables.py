@@ -8,6 +8,8 @@ import pandas as pd
 from distillery import metrics
 from distillery.evaluation.results import ModelResult, Results
 
+RELIABILITY_COLUMNS = ("model", "confidence", "accuracy", "rows")
+
 MIN_BIN_ROWS = 10  # a bin of fewer rows is left out: its accuracy is noise
 
 
@@ -21,14 +23,17 @@ def score_table(board: pd.DataFrame) -> pd.DataFrame:
 
 
 def reliability_table(results: Results) -> pd.DataFrame:
-    """Model, confidence, accuracy and rows of each bin of predictions: the headline, its control and its teacher."""
-    parts = []
-    for result in results.compared:
+    """Model, confidence, accuracy and rows of each bin of predictions: the headline, its control and its teacher.
+
+    Without rows for label sets, which have no likeliest label.
+    """
+    parts = [pd.DataFrame(columns=list(RELIABILITY_COLUMNS))] if results.are_sets else []
+    for result in [] if results.are_sets else results.compared:
         label, p = pooled_predictions(results, result)
         bins = metrics.calibration(label, p, bins=10)
         rows = pd.DataFrame({key: bins[key] for key in ("confidence", "accuracy", "rows")})
         parts.append(rows[rows["rows"] >= MIN_BIN_ROWS].assign(model=result.name))
-    return pd.concat(parts, ignore_index=True)[["model", "confidence", "accuracy", "rows"]]
+    return pd.concat(parts, ignore_index=True)[list(RELIABILITY_COLUMNS)]
 
 
 def pooled_predictions(results: Results, result: ModelResult) -> tuple[np.ndarray, np.ndarray]:

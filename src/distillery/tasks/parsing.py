@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 
+from distillery.label_sets import NO_LABELS, join_labels
 from distillery.tasks.schema import Task
 
 # quotes, brackets, emphasis and a full stop are not part of a label
 SURROUNDING_CHARACTERS = " \t\r\n\"'`*_.,:;!()[]{}<>“”‘’«»"
 LABEL_END = re.compile(r"[.:](?=\s|$)| [-–—] |\n")  # between a label and its explanation
+LABEL_DIVIDER = re.compile(r"[,;|\n]")  # between the labels of a set
+NO_LABEL_WORDS = ("none", "no label", "no labels", "none of them", "none of these")
 # The tags between which open reasoning models write their reasoning. Many chat templates put the first tag into the
 # prompt, so an answer may hold the last one alone.
 REASONING_TAGS = "think|thinking|thought|reasoning"
@@ -35,11 +38,7 @@ def parse_explained_label(task: Task, text: str) -> tuple[str | None, str]:
     last words of the prompt's template ("Sentiment:") may stand before it, and reasoning between tags. There is doubt
     when another line holds another label.
     """
-    text = without_reasoning(text)
-    cue = _trim(task.prompt.template.splitlines()[-1].rpartition("}")[2])
-    start = text.lstrip(SURROUNDING_CHARACTERS)
-    if cue and start.casefold().startswith(cue.casefold()):
-        text = start[len(cue) :].lstrip(SURROUNDING_CHARACTERS + "-–—")
+    text = _after_cue(task, without_reasoning(text))
     labels = {_trim(task.word(label)).casefold(): label for label in task.labels}
     end = LABEL_END.search(text)
     first, rest = (text[: end.start()], text[end.end() :]) if end else (text, "")
@@ -58,6 +57,54 @@ def parse_label(task: Task, text: str) -> str | None:
     candidates = {parse_explained_label(task, _label_in_json(part))[0] for part in (text, *FENCED_BLOCK.findall(text))}
     candidates.discard(None)
     return candidates.pop() if len(candidates) == 1 else None
+
+
+def parse_label_set(task: Task, text: str) -> str | None:
+    """The label set that the answer `text` gives, or None when there is any doubt.
+
+    The answer is a list in JSON, or an object with one, which may lie in a fenced block; or labels in one text with
+    commas, semicolons, bars or line breaks between them. `none` and an empty list are no label. Reasoning between tags
+    and the last words of the prompt's template may stand before it. There is doubt where any part is no label.
+    """
+    text = without_reasoning(text)
+    sets = {_label_set(task, part) for part in (text, *FENCED_BLOCK.findall(text))} - {None}
+    return sets.pop() if len(sets) == 1 else None
+
+
+def _label_set(task: Task, text: str) -> str | None:
+    """See :func:`parse_label_set`; `text` without reasoning."""
+    parts = _parts_of_set(task, text)
+    words = {_trim(task.word(label)).casefold(): label for label in task.labels}
+    labels = [words.get(_trim(part.removeprefix("- ")).casefold()) for part in parts or []]
+    if parts is None or (labels and None in labels):
+        is_empty = parts is not None and len(parts) == 1 and _trim(parts[0]).casefold() in NO_LABEL_WORDS
+        return NO_LABELS if is_empty else None
+    return join_labels([label for label in labels if label], task.names)
+
+
+def _parts_of_set(task: Task, text: str) -> list[str] | None:
+    """The texts in `text` that should be labels; None where it holds something else, or nothing at all."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        text = _after_cue(task, text).strip()
+        return [part for part in LABEL_DIVIDER.split(text) if part.strip()] or None
+    if isinstance(content, dict):
+        named = [value for key, value in content.items() if key.casefold() in ("labels", "label")]
+        named = named or list(content.values())
+        content = named[0] if len(named) == 1 else None
+    if isinstance(content, str):
+        return [part for part in LABEL_DIVIDER.split(content) if part.strip()] or None
+    return content if isinstance(content, list) and all(isinstance(part, str) for part in content) else None
+
+
+def _after_cue(task: Task, text: str) -> str:
+    """`text` without the last words of the prompt's template at its start, if they are there."""
+    cue = _trim(task.prompt.template.splitlines()[-1].rpartition("}")[2])
+    start = text.lstrip(SURROUNDING_CHARACTERS)
+    if cue and start.casefold().startswith(cue.casefold()):
+        return start[len(cue) :].lstrip(SURROUNDING_CHARACTERS + "-–—")
+    return text
 
 
 def _label_in_json(text: str) -> str:

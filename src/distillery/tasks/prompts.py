@@ -8,11 +8,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from distillery.errors import UserError
-from distillery.tasks.schema import FewShotExample, Task
+from distillery.tasks.schema import FewShotExample, Task, TaskPrompt
 
 PLAIN_SEPARATOR = "\n\n"
 EXPLANATION_REQUEST = "Write the label first, and on the next line one short sentence on why it holds."
 RATIONALE_CUE = "\nReason:"  # between an answer and its rationale
+LABEL_QUESTION = "Does the label {label} ({meaning}) fit this text? Answer yes or no."
+QUESTION_TEMPLATE = "{instruction}\n\nText: {text}\nAnswer:"  # in place of the default one, which ends with `Label:`
 
 
 def with_options(task: Task, text: str, options: Sequence[str]) -> str:
@@ -25,6 +27,22 @@ def user_turn(task: Task, text: str) -> str:
     """The user turn that requests the label of `text`."""
     prompt = task.prompt
     return prompt.template.format(instruction=prompt.instruction, response=prompt.response, text=text)
+
+
+def label_question(task: Task, label: str) -> Task:
+    """Whether `label` fits a text, as a task of its own with the labels `no` and `yes`.
+
+    The instruction of `task` holds the question where it has the field `{label}`; else one is added to it.
+    """
+    prompt, named = task.prompt, {"{label}": task.word(label), "{meaning}": task.labels[label]}
+    instruction = prompt.instruction
+    if "{label}" not in instruction:
+        instruction = f"{instruction}\n{LABEL_QUESTION}".lstrip()
+    for field, value in named.items():
+        instruction = instruction.replace(field, value)
+    template = prompt.template if prompt.template != TaskPrompt().template else QUESTION_TEMPLATE
+    prompt = prompt.model_copy(update={"instruction": instruction, "template": template})
+    return Task(kind="classification", labels={"no": "", "yes": ""}, prompt=prompt)
 
 
 def chat_turns(task: Task, text: str, few_shot: int | Sequence[FewShotExample] = 0) -> list[dict[str, str]]:

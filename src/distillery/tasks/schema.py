@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from distillery.config.load import validate_section
 from distillery.config.schema import TRIMMED_TEXT, Section
 from distillery.files import Paths, read_yaml, repository_root
+from distillery.label_sets import NO_LABELS, SET_SEPARATOR, LabelSets, split_labels
 
 Verbalization = Annotated[str, Field(pattern=TRIMMED_TEXT)]
 
@@ -40,7 +41,8 @@ class TaskPrompt(Section):
     system: str = ""
     """System turn."""
     instruction: str = ""
-    """Instruction, for `{instruction}` in the template."""
+    """Instruction, for `{instruction}` in the template. For a question about each label of a `multilabel` task it may
+    hold `{label}` and `{meaning}`; without `{label}` a question is added to it."""
     response: str = ""
     """Form of the answer, for `{response}` in the template."""
     template: str = "{instruction}\n\nText: {text}\nLabel:"
@@ -146,9 +148,9 @@ class Perturbations(Section):
 class Task(Section):
     """A task file, `tasks/<name>.yaml`: what is predicted, and the prompts for language models."""
 
-    kind: Literal["classification", "choice", "qa"]
-    """`classification`: one of the labels. `choice`: the n-th label stands for the n-th option that the row's text ends
-    with. `qa`: free text, compared with the accepted answers."""
+    kind: Literal["classification", "multilabel", "choice", "qa"]
+    """`classification`: one of the labels. `multilabel`: any number of the labels, none too. `choice`: the n-th label
+    stands for the n-th option that the row's text ends with. `qa`: free text, compared with the accepted answers."""
     labels: Annotated[dict[Verbalization, str], Field(min_length=2)]
     """Labels and their meaning, in the order of probability vectors; not for a `qa` task."""
     prompt: TaskPrompt = TaskPrompt()
@@ -184,9 +186,22 @@ class Task(Section):
             raise ValueError("two labels have the same word in `verbalizer`")
         return self
 
+    @model_validator(mode="after")
+    def _labels_make_sets(self):
+        if self.kind != "multilabel":
+            return self
+        for name in self.labels:
+            if SET_SEPARATOR.strip() in name or name == NO_LABELS:
+                raise ValueError(f"label {name!r}: `|` divides the labels of a row, and {NO_LABELS} stands for none")
+        for key in ("severity", "few_shot"):
+            if getattr(self, key):
+                raise ValueError(f"`{key}` is not for `kind: multilabel`: leave it out")
+        return self
+
     @property
     def names(self) -> list[str]:
-        return list(self.labels)
+        """The labels, as label sets for a `multilabel` task."""
+        return LabelSets(self.labels) if self.kind == "multilabel" else list(self.labels)
 
     @property
     def words(self) -> list[str]:
@@ -194,7 +209,9 @@ class Task(Section):
         return [self.word(label) for label in self.labels]
 
     def word(self, label: str) -> str:
-        """The text that stands for `label` in a prompt or an answer."""
+        """The text that stands for `label` in a prompt or an answer; of a label set the words of its labels."""
+        if self.kind == "multilabel":
+            return SET_SEPARATOR.join(self.verbalizer.get(one, one) for one in split_labels(label)) or NO_LABELS
         return self.verbalizer.get(label, label)
 
 

@@ -16,12 +16,14 @@ from distillery.errors import UserError
 from distillery.files import Paths
 from distillery.models.fetch import fetch_model
 from distillery.models.label_model import LabelModel
+from distillery.tasks.prompts import label_question
 from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.teachers.cache import STORE_PATH, AnswerStore
 from distillery.teachers.few_shot import GoldExamples
 from distillery.teachers.file import FileTeacher, read_answer_files
 from distillery.teachers.identity import model_identity
 from distillery.teachers.local import AnswerCache, LocalTeacher
+from distillery.teachers.yes_no import YesNoTeacher
 from distillery.training.teacher_models import load_teacher_model, max_prompt_tokens
 
 
@@ -121,13 +123,15 @@ def open_teacher(
 
         return ApiTeacher(Endpoint(name, spec.api, store), task, spec.few_shot, **settings)
     origin = params.models[spec.model]
-    model = load_teacher_model(name, spec, origin, task)
+    asks_labels = task.kind == "multilabel" and spec.kind != "classifier"
+    asked = label_question(task, task.names[0]) if asks_labels else task
+    model = load_teacher_model(name, spec, origin, asked)
     if (
         model.arch != "classifier" and spec.max_length is None
     ):  # also of a teacher that will be fine-tuned on shorter prompts
         model.max_length = max_prompt_tokens(model)
     cache = AnswerCache(store, model_identity(spec.model, origin, model) | {"seed": spec.seed})
-    return LocalTeacher(model, cache, **settings)
+    return YesNoTeacher(model, cache, sets=task, **settings) if asks_labels else LocalTeacher(model, cache, **settings)
 
 
 def open_file_teacher(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from distillery import metrics
 from distillery.config.schema import AnswerFilesConfig
+from distillery.data.label_sets import LabelSetReader
+from distillery.data.labels import LabelReader
 from distillery.data.nested import open_paths
 from distillery.data.readers import read_rows
-from distillery.data.records import normalize_text
+from distillery.data.records import RawRows, normalize_text
 from distillery.errors import UserError
+from distillery.label_sets import rows_with
 from distillery.tasks.parsing import first_sentence, parse_explained_label, parse_label
 from distillery.tasks.schema import Task
 from distillery.teachers.prompted import divide_by_prior
@@ -33,6 +37,11 @@ def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.Dat
     """
     columns, answers = spec.columns, []
     key_column = columns.id or columns.text
+    if columns.answer and task.kind == "multilabel":
+        raise UserError(
+            "params.yaml: teachers: answers.columns.answer: holds one label and its explanation; a task of `kind: "
+            "multilabel` needs `label` or `probabilities`"
+        )
     if columns.probabilities and set(columns.probabilities) != set(task.names):
         raise UserError(
             f"params.yaml: teachers: answers.columns.probabilities names {', '.join(columns.probabilities)}; "
@@ -43,15 +52,16 @@ def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.Dat
         for column in columns.names:
             if column not in records.rows[0]:
                 raise UserError(f"{file}: no column `{column}`; there are: {', '.join(records.rows[0])}")
+        read_label = _label_function(spec, task, records)
         for i, row in enumerate(records.rows):
             key = row.get(key_column)
             if key in (None, ""):
                 raise UserError(f"{records.at(i)}: `{key_column}` is empty")
-            label, explanation = _read_answer(spec, task, row)
+            label, explanation = _read_answer(spec, task, row, read_label)
             probabilities = None
             if columns.probabilities:
                 probabilities = _read_probabilities(columns.probabilities, task, row, records.at(i))
-                label = task.names[int(np.argmax(probabilities))]
+                label = metrics.decide(np.array(probabilities), task.names).item()
             # a script that kept its last answer when a call failed repeats it for another text
             repeated = (
                 explanation and previous is not None and previous[0] != key and previous[1:] == (label, explanation)
@@ -65,19 +75,41 @@ def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.Dat
 
 
 def _read_probabilities(columns: dict[str, str], task: Task, row: dict[str, Any], at: str) -> list[float]:
-    """The probabilities [labels] in one record, which sum to 1. Raises UserError otherwise."""
+    """The probabilities [labels] in one record, which sum to 1; of label sets each from 0 to 1. Raises UserError."""
     try:
         values = [float(row[columns[name]]) for name in task.names]
     except (TypeError, ValueError):
         values = []
-    total = sum(values)
-    if not values or min(values) < 0 or not abs(total - 1) <= MAX_ROUNDING:
+    total, each = sum(values), task.kind == "multilabel"
+    if each and values and min(values) >= 0 and max(values) <= 1:
+        return values
+    if each or not values or min(values) < 0 or not abs(total - 1) <= MAX_ROUNDING:
         shown = ", ".join(f"{column} {row.get(column)}" for column in columns.values())
-        raise UserError(f"{at}: probabilities must be numbers from 0 to 1 that sum to 1, not {shown}")
+        rule = "" if each else " that sum to 1"
+        raise UserError(f"{at}: probabilities must be numbers from 0 to 1{rule}, not {shown}")
     return [value / total for value in values]
 
 
-def _read_answer(spec: AnswerFilesConfig, task: Task, row: dict[str, Any]) -> tuple[str | None, str]:
+def _label_function(spec: AnswerFilesConfig, task: Task, records: RawRows) -> Callable[[Any], str | None]:
+    """What finds the label, or the label set, in a value of the column of labels of `records`; None if it cannot."""
+    column = spec.columns.label
+    if task.kind != "multilabel" or column is None:
+        return lambda value: parse_label(task, str(value or ""))
+    words = {task.word(name): name for name in task.names}
+    reader = LabelSetReader(LabelReader(task.names, words), task.names, (row.get(column) for row in records.rows))
+
+    def read(value: Any) -> str | None:
+        try:
+            return reader.read("", column, value)
+        except UserError:
+            return None
+
+    return read
+
+
+def _read_answer(
+    spec: AnswerFilesConfig, task: Task, row: dict[str, Any], read_label: Callable[[Any], str | None]
+) -> tuple[str | None, str]:
     """(label, explanation) of one record; the label is None if it cannot be read."""
     columns = spec.columns
     explanation = str(row.get(columns.explanation) or "").strip() if columns.explanation else ""
@@ -85,7 +117,7 @@ def _read_answer(spec: AnswerFilesConfig, task: Task, row: dict[str, Any]) -> tu
         return None, explanation
     if columns.answer:
         return parse_explained_label(task, str(row.get(columns.answer) or ""))
-    return parse_label(task, str(row.get(columns.label) or "")), explanation
+    return read_label(row.get(columns.label)), explanation
 
 
 class FileTeacher:
@@ -109,7 +141,7 @@ class FileTeacher:
         return np.array([key in self.answers_by_key for key in self.keys(rows)], dtype=bool)
 
     def predict(self, rows: pd.DataFrame) -> np.ndarray:
-        """The mean of the answers to each of `rows` [n, labels], a label without probabilities counting as sure.
+        """The mean of the answers to each of `rows` [n, labels], a label or set without probabilities counting as sure.
 
         NaN where none could be read.
         """
@@ -121,7 +153,8 @@ class FileTeacher:
             if answers["probabilities"].notna().any():
                 shares[i] = np.mean(answers["probabilities"].tolist(), axis=0)
             elif len(answers):
-                shares[i] = [(answers["label"] == name).mean() for name in self.task.names]
+                names = self.task.names
+                shares[i] = [rows_with(answers["label"], name, names).mean() for name in names]
         return divide_by_prior(shares, self.label_prior)
 
     def explanations(self, rows: pd.DataFrame, labels: Sequence[str]) -> list[str | None]:

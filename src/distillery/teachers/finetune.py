@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from distillery.config.schema import Params
 from distillery.errors import UserError
+from distillery.label_sets import LabelSets, rarest_labels
 from distillery.models.label_model import LabelModel
 from distillery.models.packed.frozen_layers import SharedStates
 from distillery.tasks.schema import Task
@@ -66,8 +68,10 @@ def finetune_teacher(
     return teacher, history
 
 
-def assign_folds(rows: pd.DataFrame, k: int, seed: int) -> np.ndarray:
+def assign_folds(rows: pd.DataFrame, k: int, seed: int, names: Sequence[str] = ()) -> np.ndarray:
     """Fold of every row [n], 0 to k - 1, with whole groups and labels spread evenly; -1 (no fold) when k is 0.
+
+    names: the labels of the task. A row with a set of them counts for its rarest label.
 
     Raises UserError when there are fewer groups than folds.
     """
@@ -77,7 +81,8 @@ def assign_folds(rows: pd.DataFrame, k: int, seed: int) -> np.ndarray:
         raise UserError(f"teachers: finetune.folds: {k} folds need {k} groups, there are {rows['group'].nunique()}")
     splitter = StratifiedGroupKFold(k, shuffle=True, random_state=seed)
     folds = np.empty(len(rows), dtype=int)
-    for fold, (_, held_out) in enumerate(splitter.split(rows, rows["label"], rows["group"])):
+    strata = rarest_labels(rows["label"], names) if isinstance(names, LabelSets) else rows["label"]
+    for fold, (_, held_out) in enumerate(splitter.split(rows, strata, rows["group"])):
         folds[held_out] = fold
     return folds
 
@@ -91,11 +96,13 @@ def cross_fit(
     folder: Path,
     signals: pd.DataFrame,
     shared: SharedStates | None = None,
+    thresholds: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """`signals`, with those of the gold rows replaced by the signals of the fold models that were tuned without them.
 
     Gold rows of no fold lose their signal. gold: rows (source, split, id, text). fold: [len(gold)], see
     :func:`assign_folds`. folder: the model of fold k lies in `folder/k`. shared: as in :func:`finetune_teacher`.
+    thresholds: of a `multilabel` task, those of the model on all gold rows, see :func:`signal_thresholds`.
     """
     spec, signals = params.teachers[name], signals.set_index(KEYS)
     signals = signals.drop(pd.MultiIndex.from_frame(gold.loc[fold < 0, KEYS]))
@@ -104,7 +111,7 @@ def cross_fit(
         teacher = LocalTeacher(model)
         if shared:
             teacher.share_states(shared)
-        held_out = label_rows(teacher, gold[fold == k], k, spec.max_new_tokens).set_index(KEYS)
+        held_out = label_rows(teacher, gold[fold == k], k, spec.max_new_tokens, thresholds).set_index(KEYS)
         columns = held_out.columns.drop("probabilities")
         signals.loc[held_out.index, columns] = held_out[columns]
         for key, probabilities in held_out["probabilities"].items():

@@ -51,6 +51,8 @@ def compare_prompts(
     if unlabelled.empty and spec.calibrate == "batch":
         raise UserError(f"params.yaml: teachers.{name}.calibrate: no row of pool or train to take the mean over")
     calibrations = {"api": ["none", spec.calibrate], "answers": ["none", "batch"]}.get(spec.kind, CALIBRATIONS)
+    if isinstance(task.names, LabelSets):  # a prior would divide a distribution over labels
+        calibrations = ["none"]
     for prompt in [None, *spec.prompts]:
         if prompt is not None and prompt not in task.prompts:
             known = ", ".join(task.prompts) or "none"

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from distillery.config.schema import Params
+from distillery.label_sets import split_labels
 from distillery.tasks.parsing import first_sentence
 from distillery.tasks.schema import Task
 from distillery.teachers.base import open_file_teacher, open_teacher
@@ -73,7 +74,12 @@ def _request(task: Task, text: str, label: str) -> dict[str, str]:
 
 
 def contradicts(task: Task, rationale: str, label: str) -> bool:
-    """Whether `rationale` names another label of the task and not `label`: then it argues for another answer."""
+    """Whether `rationale` names another label of the task and not `label`: then it argues for another answer.
+
+    Of a label set: whether it names a label that is not in it.
+    """
     words = set(re.findall(r"\w+", rationale.casefold()))
     named = {name for name in task.names if words & {name.casefold(), task.word(name).casefold()}}
+    if task.kind == "multilabel":
+        return not named <= set(split_labels(label))
     return bool(named) and label not in named

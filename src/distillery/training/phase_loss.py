@@ -89,7 +89,10 @@ class PhaseLoss:
             if batch.completions is None:  # a classifier has classes, not tokens
                 targets = torch.as_tensor(self.rows.targets[batch.rows], device=outputs.label_logits.device)
                 weights = self._weights(batch, targets.device)
-                values["ce"] = losses.reduce(losses.cross_entropy(outputs.label_logits, targets), weights, counts.rows)
+                logits, decisions = self._label_decisions(outputs.label_logits, counts)
+                if self.rows.are_sets:
+                    targets = losses.two_outcome_probabilities(targets).flatten(0, 1)
+                values["ce"] = losses.reduce(losses.cross_entropy(logits, targets), weights, decisions)
             else:
                 mask = self._token_mask(batch, ANSWER, outputs.completion_nll)
                 weights = self._weights(batch, mask.device, batch.supervised_tokens)
@@ -99,6 +102,15 @@ class PhaseLoss:
             mask = self._token_mask(batch, RATIONALE, outputs.completion_nll)
             values["rationale"] = losses.reduce(outputs.completion_nll, mask, max(1, counts.rationale_tokens))
         return values
+
+    def _label_decisions(self, label_logits: Tensor, counts: StepCounts) -> tuple[Tensor, int]:
+        """Logits of every decision on labels, and their number in the optimizer step.
+
+        One a row between all labels; of label sets one for each label, between `no` and `yes`.
+        """
+        if not self.rows.are_sets:
+            return label_logits, counts.rows
+        return losses.two_outcome_logits(label_logits), counts.rows * label_logits.shape[1]
 
     @staticmethod
     def _token_mask(batch: MicroBatch, kind: int, like: Tensor) -> Tensor:
@@ -112,7 +124,8 @@ class PhaseLoss:
         if self.phase.space == "labels":
             teacher = self.rows.logprobs[batch.rows].to(outputs.label_logits.device)
             weights = self._weights(batch, teacher.device)
-            return self._combine(outputs.label_logits, teacher, counts.rows, weights)
+            logits, decisions = self._label_decisions(outputs.label_logits, counts)
+            return self._combine(logits, teacher.reshape(logits.shape), decisions, weights)
         logits, tokens = outputs.completion_logits, counts.compared_tokens
         weights = self._weights(batch, logits.device, batch.compared_tokens)
         if self.phase.top_k:

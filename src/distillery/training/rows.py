@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from distillery import losses
+from distillery import losses, metrics
 from distillery.config.schema import DIVERGENCES, PhaseConfig, PseudoLabelFilter
 from distillery.errors import UserError
+from distillery.label_sets import LabelSets, membership
 from distillery.tasks.schema import ANSWER_LABELS, N_OPTIONS, Task, accepted_answers
 
 
@@ -19,7 +20,9 @@ from distillery.tasks.schema import ANSWER_LABELS, N_OPTIONS, Task, accepted_ans
 class TrainingRows:
     """The rows of a phase. targets [n]: label indices (gold, or the teachers' where there is no gold label).
 
-    logprobs [n, labels]: the teachers' mixed distribution at T = 1, None when the phase has no teacher.
+    Of label sets targets [n, labels] are 1 for a label of the row and 0 for another one.
+    logprobs [n, labels]: the teachers' mixed distribution at T = 1, None when the phase has no teacher. Of label sets
+    [n, labels, 2], the distributions over `no` and `yes`.
     rationales [n]: text, or None where there is none. teacher_weights {teacher: [n]}: weight of each teacher in a mix.
     teacher_folds {teacher: [n]}: the fold whose model may score a row. label_prior [labels]: shares of the gold labels.
     answers: of a `qa` task, the texts that targets are indices of. accepted_answers [n]: the right ones, for scores.
@@ -40,6 +43,11 @@ class TrainingRows:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def are_sets(self) -> bool:
+        """Whether a row has a set of labels in place of one."""
+        return self.targets.ndim == 2
 
     def label_distributions(self) -> torch.Tensor:
         """[n, labels]: one-hot of a gold label, and where there is none the teachers' mixed distribution."""
@@ -85,6 +93,8 @@ def phase_rows(
     if rows.empty:
         raise UserError(f"phases: no row in {', '.join(phase.data)}")
     index = {label: i for i, label in enumerate(labels)}
+    if isinstance(labels, LabelSets):
+        return _set_rows(rows, phase, labels)
     training_rows = TrainingRows(rows["text"].tolist(), np.array([index.get(label, -1) for label in rows["label"]]))
     if N_OPTIONS in rows:
         training_rows.n_options = rows[N_OPTIONS].tolist()
@@ -96,6 +106,38 @@ def phase_rows(
         training_rows.label_prior = counts.double() if counts.sum() else torch.ones(len(labels))
     if phase.teachers:
         _add_teachers(training_rows, rows, phase, len(labels), scores)
+    return training_rows
+
+
+def label_targets(labels: pd.Series, names: Sequence[str]) -> np.ndarray:
+    """The gold `labels` as targets of :class:`TrainingRows`."""
+    if isinstance(names, LabelSets):
+        return membership(labels, names).astype(np.float32)
+    return np.array([names.index(label) for label in labels])
+
+
+def _set_rows(rows: pd.DataFrame, phase: PhaseConfig, names: LabelSets) -> TrainingRows:
+    """As :func:`phase_rows` for label sets. Of several teachers the mean of their probabilities counts.
+
+    Where there is no gold set, the labels that the teachers find likelier than not are the target.
+    """
+    training_rows = TrainingRows(rows["text"].tolist(), label_targets(rows["label"], names))
+    if not phase.teachers:
+        return training_rows
+    missing = np.full(len(names), np.nan)
+    by_teacher = [
+        np.stack([missing if p is None else p for p in rows[f"probabilities_{teacher}"]]) for teacher in phase.teachers
+    ]
+    has_signal = torch.from_numpy(_has_signal(rows, phase).astype(np.float64))
+    weights = has_signal / has_signal.sum(0)  # [teachers, n]
+    probabilities = torch.from_numpy(np.stack(by_teacher)).double().nan_to_num(0.0)
+    mixed = (probabilities * weights[:, :, None]).sum(0).clamp(0, 1)
+    training_rows.logprobs = losses.two_outcome_probabilities(mixed).log().float()
+    gold = rows["label"].notna().to_numpy()
+    predicted = (mixed >= metrics.DEFAULT_THRESHOLD).numpy().astype(np.float32)
+    training_rows.gold, training_rows.targets = gold, np.where(gold[:, None], training_rows.targets, predicted)
+    _set_folds(training_rows, rows, phase)
+    training_rows.teacher_weights = dict(zip(phase.teachers, weights, strict=True))
     return training_rows
 
 
@@ -136,6 +178,11 @@ def _add_teachers(
     training_rows.targets = np.where(training_rows.targets < 0, predicted, training_rows.targets)
     by_row = weights if weights.dim() == 2 else weights[:, None].expand(-1, len(rows))
     training_rows.teacher_weights = dict(zip(phase.teachers, by_row, strict=True))
+    _set_folds(training_rows, rows, phase)
+
+
+def _set_folds(training_rows: TrainingRows, rows: pd.DataFrame, phase: PhaseConfig) -> None:
+    """Set the folds of the teachers, where `rows` name them."""
     if f"fold_{phase.teachers[0]}" in rows:
         folds = {teacher: rows[f"fold_{teacher}"].fillna(-1) for teacher in phase.teachers}
         training_rows.teacher_folds = {teacher: fold.astype(int).tolist() for teacher, fold in folds.items()}
@@ -156,7 +203,7 @@ def _teacher_weights(
 def gold_rows(rows: pd.DataFrame, task: Task) -> TrainingRows:
     """Gold `rows` (text, label; accepted `answers` of a `qa` task) for the fine-tuning of a teacher."""
     if task.kind != "qa":
-        return TrainingRows(rows["text"].tolist(), np.array([task.names.index(label) for label in rows["label"]]))
+        return TrainingRows(rows["text"].tolist(), label_targets(rows["label"], task.names))
     return _answered_rows(rows, [accepted_answers(answers)[0] for answers in rows["answers"]])
 
 

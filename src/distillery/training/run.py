@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import safetensors.torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -25,7 +24,7 @@ from distillery.models.predictions import predict_splits
 from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.training.disk import check_disk, disk_need, size_text
 from distillery.training.keys import result_key
-from distillery.training.rows import TrainingRows, phase_rows
+from distillery.training.rows import TrainingRows, label_targets, phase_rows
 from distillery.training.stopping import end_sentence, had_stopped, plan_sentence
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
@@ -191,7 +190,7 @@ def train_phases(
 
 def validation_rows(validation: pd.DataFrame, task: Task) -> TrainingRows:
     """`validation` (text, label) as rows that early stopping scores."""
-    targets = np.array([task.names.index(label) for label in validation["label"]])
+    targets = label_targets(validation["label"], task.names)
     answers = validation["answers"].tolist() if task.kind == "qa" else None
     n_options = validation[N_OPTIONS].tolist() if N_OPTIONS in validation else None
     return TrainingRows(validation["text"].tolist(), targets, accepted_answers=answers, n_options=n_options)

@@ -16,10 +16,11 @@ from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from distillery.config.schema import PhaseConfig
+from distillery.label_sets import sets_of
 from distillery.models.fast_cpu import train_used_embeddings, use_bit_dropout
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.packed.frozen_layers import SharedStates, compute_frozen_states
-from distillery.models.predictions import predict_rows, score_predictions
+from distillery.models.predictions import predict_splits, score_predictions
 from distillery.models.scoring import scored_completions
 from distillery.tasks.schema import N_OPTIONS
 from distillery.training.completions import PhaseCompletions, StepCounts
@@ -91,7 +92,9 @@ class PhaseTrainerMixin:
         if self.phase.balance == "batches":
             return BalancedSampler(lengths, self.phase.batch_size, self.seed, self.rows.targets)
         if self.rows.logprobs is not None:
-            entropy = (-(self.rows.logprobs.exp() * self.rows.logprobs.clamp_min(-100)).sum(-1)).tolist()
+            # of label sets, the sum over labels
+            logprobs = self.rows.logprobs.flatten(1)
+            entropy = (-(logprobs.exp() * logprobs.clamp_min(-100)).sum(-1)).tolist()
         return LengthGroupedSampler(lengths, self.phase.batch_size, self.seed, self.phase.order, entropy)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
@@ -142,12 +145,13 @@ class PhaseTrainerMixin:
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores on the validation rows, for early stopping and curves."""
         rows, names = self.validation, self.student.task.names
-        frame = pd.DataFrame({"id": "", "text": rows.texts, "label": [names[i] for i in rows.targets]})
+        labels = sets_of(rows.targets > 0, names) if rows.are_sets else [names[i] for i in rows.targets]
+        frame = pd.DataFrame({"id": "", "text": rows.texts, "label": labels})
         if rows.accepted_answers is not None:
             frame["answers"] = rows.accepted_answers
         if rows.n_options is not None:
             frame[N_OPTIONS] = rows.n_options
-        report = score_predictions(predict_rows(self.student, frame), names)
+        report = score_predictions(predict_splits(self.student, {"validation": frame}), names)
         f1 = report.get("token_f1", report["macro_f1"])  # of free answers
         scores = {"eval_accuracy": report["accuracy"], "eval_macro_f1": f1, "eval_loss": report["log_loss"]}
         self.log(scores)

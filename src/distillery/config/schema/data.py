@@ -62,9 +62,13 @@ class ColumnNames(Section):
     text: str | Annotated[list[str], Field(min_length=1)] = "text"
     """The text. Several columns are joined by a space."""
     label: str | None = "label"
-    """The label, or the accepted answers of a `qa` task. null: the rows have none, and all go to the pool."""
+    """The label; of a `multilabel` task the labels, as a list or as one text; of a `qa` task the accepted answers.
+    null: the rows have none, and all go to the pool."""
     values: Annotated[dict[str | int | float | bool, str], Field(min_length=1)] | None = None
     """Labels of the task by what the file has in their place, such as `{0: down, 1: up}`."""
+    label_separator: Annotated[str, Field(min_length=1)] | None = None
+    """The text between two labels of a `multilabel` row, such as `;`. When not given, the one of `;`, `|`, `,`, line
+    break, tab and space that fits the column; a list needs none."""
     options: str | Annotated[list[str], Field(min_length=2)] = "options"
     """The options of a `choice` task: one column with a list, or one column for each option."""
     first: Literal[0, 1, "A"] = 0

@@ -11,7 +11,14 @@ import numpy as np
 import pandas as pd
 
 from distillery.errors import UserError
-from distillery.tasks.parsing import first_sentence, parse_explained_label, parse_label, without_reasoning
+from distillery.label_sets import membership
+from distillery.tasks.parsing import (
+    first_sentence,
+    parse_explained_label,
+    parse_label,
+    parse_label_set,
+    without_reasoning,
+)
 from distillery.tasks.prompts import chat_turns, explained_turns
 from distillery.tasks.schema import FewShotExample, Task
 from distillery.teachers.api.client import Endpoint
@@ -75,7 +82,8 @@ class ApiTeacher(PromptedTeacher):
     ) -> np.ndarray:
         """Probabilities over the task's labels [n, labels], float32; NaN where no answer could be read as a label.
 
-        From the endpoint's log-probabilities (`labels: logprobs`), else the share of the samples that gave each label.
+        From the endpoint's log-probabilities (`labels: logprobs`), else the share of the samples that gave each label,
+        which of a `multilabel` task is a share of its own for each.
         """
         answers = self.endpoint.query(self.questions(texts, solved), self._is_readable)
         if self.endpoint.spec.labels == "explained":
@@ -101,6 +109,10 @@ class ApiTeacher(PromptedTeacher):
             # answers of older versions have the alternatives of the first token alone
             steps = answer.metadata.get("steps", [[None, answer.metadata.get("logprobs", [])]])
             return label_probabilities(steps, self.task, answer.metadata.get("finish"))
+        if self.task.kind == "multilabel":
+            labels = parse_label_set(self.task, answer.text)
+            held = membership([labels], self.task.names)[0].astype(float)
+            return held if labels else np.full_like(held, math.nan)
         label = parse_label(self.task, answer.text)
         return np.array([float(name == label) if label else math.nan for name in self.task.names])
 
@@ -139,6 +151,9 @@ class ApiTeacher(PromptedTeacher):
 
 
 def label_schema(task: Task) -> dict[str, Any]:
-    """The JSON schema of an answer that can only be a label."""
+    """The JSON schema of an answer that can only be a label, or of a `multilabel` task a list of labels."""
     label = {"type": "string", "enum": task.words}
-    return {"type": "object", "properties": {"label": label}, "required": ["label"], "additionalProperties": False}
+    key = "label"
+    if task.kind == "multilabel":
+        key, label = "labels", {"type": "array", "items": label}
+    return {"type": "object", "properties": {key: label}, "required": [key], "additionalProperties": False}
