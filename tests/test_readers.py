@@ -290,6 +290,24 @@ def test_only_lines_above_the_header_are_left_out_and_lines_keep_their_numbers(t
     assert list(read(tmp_path, "a.csv", far, names=names).rows[0]) == ["title"]
 
 
+@pytest.mark.parametrize("column", ["ORCID", "PAR1", "ARROW1", "BZh", "<b>", "[1]", "{a}"])
+def test_a_header_may_begin_as_a_file_of_another_kind_does(tmp_path, column):
+    assert read(tmp_path, "a.csv", f"{column},text\nx,one\n").rows == [{column: "x", "text": "one"}]
+
+
+@pytest.mark.parametrize("start", ["<html><p>one</p>", '{"a": 1}', '[{"a": 1}]'])
+def test_a_table_without_header_may_begin_with_markup_or_json(tmp_path, start):
+    raw = read(tmp_path, "a.tsv", f"{start}\tup\n", header=False)
+    assert raw.rows == [{"column1": start, "column2": "up"}]
+
+
+@pytest.mark.parametrize("write", ["to_parquet", "to_feather", "to_orc"])
+def test_a_binary_file_with_the_name_of_a_table_is_named(tmp_path, write):
+    getattr(pd.DataFrame({"text": ["one"]}), write)(tmp_path / "a.csv")
+    with pytest.raises(UserError, match=r"^a.csv: not a .csv file but an? (Parquet|Feather|ORC) file: name it"):
+        read_rows("a.csv", tmp_path)
+
+
 def test_the_message_is_that_of_the_delimiter_of_the_header(tmp_path):
     assert error(tmp_path, "a.csv", "text;label\none;up\ntwo\n") == "a.csv, line 3: 1 fields, but the header has 2"
     assert error(tmp_path, "a.csv", 'text,label\n"one"x,up\n').startswith(
