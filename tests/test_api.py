@@ -399,6 +399,24 @@ def test_further_keys_reach_the_server_and_are_part_of_the_cache_key(reasoning_s
     assert np.subtract(*tokens).tolist() == [4] * 4
 
 
+def test_the_tokens_of_a_row_are_those_that_the_server_counted(server, tmp_path):
+    port, model = server
+    with loopback.Proxy(port) as proxy:
+        opened = teacher(proxy.url, model, tmp_path, samples=2, temperature=1.0)
+        assert opened.tokens_per_row() is None
+        rows = pd.DataFrame({"id": ["1", "2", "3"], "text": TEXTS[:3], "group": ["a", "b", "c"]})
+        opened.predict(rows)
+        paid = opened.tokens_per_row()
+        assert [3 * mean for mean in paid.values()] == pytest.approx(opened.endpoint.budget.used)
+        calls = proxy.calls["whole"]
+        opened.predict(rows)  # from the store
+        assert opened.tokens_per_row() == paid and proxy.calls["whole"] == calls
+        opened.predict(rows[:1])
+        assert opened.tokens_per_row()["input"] == pytest.approx(
+            sum(a.metadata["usage"][0] for a in opened.endpoint.query(opened.questions(TEXTS[:1])))
+        )
+
+
 def test_further_keys_reach_anthropic_and_keep_the_temperature(server, tmp_path):
     port, model = server
     thinking = {"thinking": {"type": "disabled"}}

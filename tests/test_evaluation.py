@@ -37,6 +37,7 @@ from distillery.teachers.cache import STORE_PATH
 from distillery.training.student import build_student, load_student
 from report_project import (
     LABELS,
+    SPEEDS,
     evaluate,
     experiment,
     finished_project,
@@ -93,6 +94,36 @@ def test_memory_of_a_gpu_is_in_the_leaderboard_where_there_was_one(tmp_path):
     _, board = evaluate(tmp_path, params)
     assert board.loc["tiny-kd", "training_gpu_mb"] == 700 and board["training_gpu_mb"].count() == 1
     assert "GPU memory, training" in page.read_text() and "700 MB" in page.read_text()
+
+
+def test_predictions_are_priced_where_measure_and_price_are_known(tmp_path):
+    """Of local models by an hour of the machine, of an endpoint by the tokens that a row took; nothing is invented."""
+    spec = experiment(seeds=[0])
+    api = {"model": "m", "key": "K", "price": {"input": 1.0, "output": 10.0}}
+    spec["teachers"]["far"] = {"kind": "api", "api": api}
+    root, page = tmp_path, tmp_path / "reports/index.html"
+    params = write_project(root, spec, accuracy={"far": 0.8})
+    _, board = evaluate(root, params, SPEEDS)
+    assert "dollars_per_1000_rows" not in board and "$" not in page.read_text().split('id="cost"')[1].split("Checks")[0]
+    facts = root / "data/teacher/far/metrics.json"
+    facts.write_text(json.dumps({"tokens_per_row": {"input": 200.0, "output": 3.0}}))
+    evaluate_config = params.evaluate.model_copy(update={"machine_price_per_hour": 0.36})
+    _, board = evaluate(root, params.model_copy(update={"evaluate": evaluate_config}), SPEEDS)
+    dollars = board["dollars_per_1000_rows"]
+    assert dollars["tiny-kd"] == pytest.approx(1000 / 500 / 3600 * 0.36)
+    assert dollars["big"] == pytest.approx(1000 / 40 / 3600 * 0.36)
+    assert dollars["far"] == pytest.approx((200 * 1.0 + 3 * 10.0) / 1000)  # speed or not
+    assert np.isnan(dollars["always " + read_split(root / "data/processed/demo", "train")["label"].mode()[0]])
+    rows = re.search(r'aria-label="What predictions take".*?</table>', page.read_text(), flags=re.S)[0]
+    cells = {
+        name: re.findall(r"<td[^>]*>([^<]*)", row)
+        for name, row in re.findall(r"</span>([\w-]+)</th>(.*?)</tr>", rows, re.S)
+    }
+    assert cells["tiny-kd"][1:] == ["2 s", "33 min 20 s", "$0.00020", "$0.20"]
+    assert cells["far"][1:] == ["–", "–", "$0.23", "$230.00"]
+    facts.write_text("{}")  # no count of tokens: no price
+    _, board = evaluate(root, params, SPEEDS)
+    assert "dollars_per_1000_rows" not in board
 
 
 def test_closeness_to_each_teacher(tmp_path):

@@ -65,6 +65,8 @@ FACTS = Facts(
     speed_ratio=12.5,
     latency=1.8,
     teacher_latency=22.0,
+    dollars=None,
+    teacher_dollars=None,
     baselines=[("always up", 0.4), ("the untrained student", 0.3)],
     beats_majority=True,
 )
@@ -95,12 +97,34 @@ def test_every_sentence_of_a_gain():
         "kd was distilled from big, which is right on 90.0 %: it gives up 15.0 points (10.0 to 20.0).",
         "kd has 17.0 M parameters against 134.5 M and is 7.9 times smaller; side by side on one machine it is 12.5 "
         "times as fast (500 against 40 sentences a second) and answers a single one in 1.8 ms (22 ms).",
+        "For 1,000,000 sentences kd takes 33 min 20 s, its teacher big 6 h 56 min.",
         "Scores are means of 3 training runs a student. The intervals resample training runs, and near-duplicate rows "
         "together.",
         "For comparison, always up is right on 40.0 %, the untrained student on 30.0 %.",
     ]
     tiles = [tile["value"] for tile in render_facts(FACTS)["tiles"]]
     assert tiles == ["+20.0 points", "75.0 %", "7.9×", "12.5×"]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"dollars": 0.0552, "teacher_dollars": 12.5},
+            "takes 33 min 20 s and $0.055, its teacher big 6 h 56 min and $12.50.",
+        ),
+        ({"dollars": 0.0552, "speed_ratio": None, "teacher_speed": None}, "takes 33 min 20 s and $0.055."),
+        (
+            {"speed_ratio": None, "teacher_speed": None, "teacher_dollars": 1234.5},
+            "takes 33 min 20 s, its teacher big $1,234.50.",
+        ),
+        ({"teacher": None, "dollars": 3.0}, "takes 33 min 20 s and $3.00."),
+        ({"speed_ratio": None, "speed": None, "teacher_speed": None}, None),
+    ],
+)
+def test_what_a_million_rows_take_as_far_as_it_is_known(changes, words):
+    text = words_of(**changes)[1]
+    assert f"\nFor 1,000,000 sentences kd {words}\n" in text if words else "1,000,000" not in text
 
 
 @pytest.mark.parametrize("teacher", [None, TEACHER, replace(TEACHER, verdict="better", difference=0.1)])

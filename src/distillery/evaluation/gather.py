@@ -143,6 +143,7 @@ def _teacher_results(
                 parameters=metadata.get("parameters"),
                 size_bytes=metadata.get("bytes_on_disk"),
                 cut_texts=metadata.get("cut_texts"),
+                tokens_per_row=metadata.get("tokens_per_row"),
                 **_read_timing([folder], "seconds"),
             )
             results.append((result, test))

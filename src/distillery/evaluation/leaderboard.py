@@ -10,6 +10,7 @@ import pandas as pd
 
 from distillery import metrics
 from distillery.config.schema import Params
+from distillery.evaluation.costs import dollars_per_1000_rows
 from distillery.evaluation.gather import TOKEN_SCORES
 from distillery.evaluation.perturbations import contrast_pairs_right
 from distillery.evaluation.reading import read_result_file
@@ -34,6 +35,8 @@ SET_LABEL_SCORES = (*LABEL_SCORES, "f1", "average_precision")
 SPEED_COLUMNS = ("sentences_per_second", "latency_p50_ms", "latency_p95_ms", "memory_mb")
 
 GPU_COLUMNS = ("gpu_memory_mb", "training_gpu_mb")  # only where a model ran on a GPU
+
+DOLLARS = "dollars_per_1000_rows"  # only where a price is known
 
 COMPARISON_COLUMNS = (
     "versus",
@@ -70,7 +73,8 @@ def leaderboard(results: Results, timing: dict[str, dict[str, float]] | None = N
         if (result.name, result.teacher) in closeness.index:
             close = closeness.loc[(result.name, result.teacher)]
             row |= {"kl_to_teacher": close["kl"], "agreement_with_teacher": close["agreement"]}
-        rows.append(row | (timing or {}).get(result.name, {}))
+        row |= (timing or {}).get(result.name, {})
+        rows.append(row | {DOLLARS: dollars_per_1000_rows(results.params, result, row.get("sentences_per_second"))})
     board = pd.DataFrame(rows).reindex(columns=_all_columns(results, rows))
     board[["parameters", "trainable"]] = board[["parameters", "trainable"]].astype("Int64")
     _add_verdicts(board, results.params.evaluate.confidence)
@@ -100,7 +104,9 @@ def _all_columns(results: Results, rows: list[dict[str, Any]]) -> list[str]:
         *(*AVERAGED_SCORES, *PROBABILITY_SCORES, *CALIBRATION_COLUMNS, "pairs_right", "pairs"),
         *(f"{score}_{label}" for score in (SET_LABEL_SCORES if of_sets else LABEL_SCORES) for label in labels),
         *(column for column in EXPORT_COLUMNS if any(column in row for row in rows)),
-        *("kl_to_teacher", "agreement_with_teacher", *SPEED_COLUMNS, "train_seconds", "training_mb"),
+        *("kl_to_teacher", "agreement_with_teacher", *SPEED_COLUMNS),
+        *([DOLLARS] if any(row[DOLLARS] is not None for row in rows) else []),
+        *("train_seconds", "training_mb"),
         *(column for column in GPU_COLUMNS if any(row.get(column) is not None for row in rows)),
         *(f"{prefix}{column}" for prefix in ("", "teacher_") for column in COMPARISON_COLUMNS),
         *(f"{prefix}{column}" for prefix in ("", "teacher_") for column in SET_COMPARISON_COLUMNS if of_sets),

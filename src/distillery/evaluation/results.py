@@ -43,6 +43,7 @@ class ModelResult:
     parameters: int | None = None
     trainable: int | None = None
     size_bytes: int | None = None
+    tokens_per_row: dict[str, float] | None = None  # mean `input` and `output` tokens of a teacher behind an endpoint
     seconds: float | None = None  # wall clock of its training, mean over seeds
     cut_texts: dict[str, int] | None = None  # see :func:`distillery.models.cut_texts.count_cut_texts`
     training_mb: float | None = None  # peak memory of its training, largest of the seeds

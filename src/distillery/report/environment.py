@@ -8,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from distillery.report.wording import (
     human_count,
+    human_dollars,
     human_duration,
     human_milliseconds,
     human_ratio,
@@ -32,5 +33,6 @@ ENVIRONMENT.filters |= {
     "ratio": human_ratio,
     "ms": human_milliseconds,
     "duration": human_duration,
+    "dollars": human_dollars,
     "p_value": p_value,
 }

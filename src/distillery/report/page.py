@@ -137,6 +137,8 @@ def render_page(
         comparisons=count_comparisons(board),
         trained=[row for row in rows if row["role"] in TRAINED_ROLES and row["model"] not in further],
         gpu_columns=[column for column in GPU_COLUMNS if column in board],
+        priced=[row for row in rows if row["role"] in (*TRAINED_ROLES, "export")],
+        machine_price=results.params.evaluate.machine_price_per_hour,
         compared=compared,
         timed=bool(measured.timing),
         warm_up_rows=WARM_UP_ROWS,

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from distillery.config.references import control_differences
-from distillery.evaluation.leaderboard import count_comparisons
+from distillery.evaluation.costs import PRICED_ROWS
+from distillery.evaluation.leaderboard import DOLLARS, count_comparisons
 from distillery.evaluation.results import ModelResult, Results
 from distillery.report.environment import ENVIRONMENT
 
@@ -55,6 +56,8 @@ class Facts:
     speed_ratio: float | None  # speed of the student to that of the teacher
     latency: float | None  # milliseconds for one sentence, median
     teacher_latency: float | None
+    dollars: float | None  # for 1,000,000 sentences
+    teacher_dollars: float | None
     baselines: list[tuple[str, float]]  # accuracy of what needs no training
     beats_majority: bool
 
@@ -114,6 +117,8 @@ def result_facts(results: Results, board: pd.DataFrame) -> Facts:
         speed_ratio=_ratio(_known(row, "sentences_per_second"), _known(teacher_row, "sentences_per_second")),
         latency=_known(row, "latency_p50_ms"),
         teacher_latency=_known(teacher_row, "latency_p50_ms"),
+        dollars=_dollars(row),
+        teacher_dollars=_dollars(teacher_row),
         baselines=baselines,
         beats_majority=all(row["accuracy"] > rows.loc[name, "accuracy"] for name in majority),
     )
@@ -161,6 +166,12 @@ def _untrained(results: Results) -> ModelResult | None:
     start = students[head.key].init, students[head.key].model
     untrained = (m for m in results.models if m.role == "untrained" and m.source == head.source)
     return next((m for m in untrained if (students[m.key].init, students[m.key].model) == start), None)
+
+
+def _dollars(row: pd.Series | None) -> float | None:
+    """Dollars for 1,000,000 rows."""
+    known = row is not None and DOLLARS in row and not pd.isna(row[DOLLARS])
+    return 1e6 / PRICED_ROWS * float(row[DOLLARS]) if known else None
 
 
 def _known(row: pd.Series | None, column: str) -> float | None:

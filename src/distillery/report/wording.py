@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 
@@ -31,6 +33,13 @@ def human_duration(seconds: float) -> str:
         if seconds >= size:
             return f"{int(seconds // size)} {unit} {int(seconds % size // below)} {smaller}"
     return f"{seconds:.0f} s"
+
+
+def human_dollars(dollars: float) -> str:
+    """US dollars with cents from one dollar on, below with two digits: $12.50, $0.031."""
+    if dollars >= 1 or dollars <= 0:
+        return f"${dollars:,.2f}"
+    return f"${dollars:.{1 - math.floor(math.log10(dollars))}f}"
 
 
 def human_ratio(ratio: float) -> str:

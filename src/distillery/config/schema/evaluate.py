@@ -20,6 +20,8 @@ class EvaluateConfig(Section):
     """Level of the confidence intervals."""
     throughput_rows: Annotated[int, Field(gt=0)] = 128
     """Test rows on which the speed is measured."""
+    machine_price_per_hour: Positive | None = None
+    """US dollars for an hour of the machine of the evaluation; the report then has what predictions cost in dollars."""
     rewritten_rows: Count = 64
     """Test rows predicted again after each perturbation of the task file; 0 for none."""
     paraphrased_rows: Count = 0

@@ -36,6 +36,7 @@ class ApiTeacher(PromptedTeacher):
     few_shot: int = 0
     row_ids: dict[str, str] = field(default_factory=dict)  # of texts, for messages
     explained: dict[str, list[tuple[str | None, str]]] = field(default_factory=dict)  # label and reason of each sample
+    _usage: list[list[int] | None] = field(default_factory=list)  # tokens of the answers of the last `predict`
 
     model = None  # it is not on this machine
 
@@ -72,7 +73,18 @@ class ApiTeacher(PromptedTeacher):
     def predict(self, rows: pd.DataFrame) -> np.ndarray:
         """See :meth:`PromptedTeacher.predict`; messages name rows by their id."""
         self.row_ids |= dict(zip(rows["text"], rows["id"], strict=True))
+        self._usage = []
         return super().predict(rows)
+
+    def tokens_per_row(self) -> dict[str, float] | None:
+        """Mean `input` and `output` tokens that a row of the last :meth:`predict` took, as the endpoint counted them.
+
+        Stored answers count as on the day they were paid for. None where the endpoint does not count tokens.
+        """
+        if not self._usage or None in self._usage:
+            return None
+        means = self.endpoint.spec.samples * np.mean(self._usage, axis=0)
+        return {"input": float(means[0]), "output": float(means[1])}
 
     def predict_texts(
         self,
@@ -90,6 +102,8 @@ class ApiTeacher(PromptedTeacher):
             parsed = [parse_explained_label(self.task, answer.text) for answer in answers]
             n = self.endpoint.spec.samples
             self.explained |= {text: parsed[i * n : (i + 1) * n] for i, text in enumerate(texts)}
+        free = {True: [0, 0], False: None}  # of a row that is refused, and of an endpoint that does not count
+        self._usage += [a.metadata.get("usage") or free["refused" in a.metadata] for a in answers]
         samples = np.stack([self._read(answer) for answer in answers])
         samples = samples.reshape(len(texts), self.endpoint.spec.samples, -1)
         if n_options is not None:  # an option that a row does not have is no answer to it
