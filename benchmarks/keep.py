@@ -2,7 +2,8 @@
 
     PYTHONPATH=src python benchmarks/keep.py distill_step [its arguments]
 
-Writes `benchmarks/results/<name>.txt`: command, commit, machine, threads, date, seconds, then the output as printed.
+Writes `benchmarks/results/<name>.txt`: command, commit, machine, threads, date, seconds, whether the machine had other
+work when it started, then the output as printed.
 Left out are library warnings, which go to the other stream, and the progress lines of training. Nothing is written when
 the benchmark fails. Paths of this machine, in arguments and output, are shortened to `FOLDER/` and a name.
 """
@@ -50,13 +51,18 @@ def without_progress(text: str) -> str:
     return re.sub(r"^.*: step \d+/\d+, loss .*\n?", "", text, flags=re.M)
 
 
+def other_work() -> str:
+    """A remark for the case that other programs keep the machine busy."""
+    return ", beside other work" if os.getloadavg()[0] > 0.5 else ""
+
+
 def main(name: str, *arguments: str) -> None:
     root = repository_root()
     script = root / "benchmarks" / f"{name}.py"
     if not script.exists():
         known = ", ".join(sorted(path.stem for path in script.parent.glob("*.py")))
         raise UserError(f"no benchmark `{name}`; there are: {known}")
-    start = time.perf_counter()
+    start, remark = time.perf_counter(), other_work()
     done = subprocess.run([sys.executable, str(script), *arguments], cwd=root, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
@@ -68,7 +74,7 @@ def main(name: str, *arguments: str) -> None:
         f"command  PYTHONPATH=src python benchmarks/{name}.py {' '.join(shown)}".rstrip(),
         f"commit   {commit(root)}",
         f"machine  {model[1] if model else platform.processor()}, {os.cpu_count()} cores, {threads} threads",
-        f"date     {date.today()}, {time.perf_counter() - start:.0f} s",
+        f"date     {date.today()}, {time.perf_counter() - start:.0f} s{remark}",
     ]
     path = script.parent / "results" / f"{name}.txt"
     with atomic_write(path) as new:

@@ -119,7 +119,7 @@ def test_predictions_are_priced_where_measure_and_price_are_known(tmp_path):
         name: re.findall(r"<td[^>]*>([^<]*)", row)
         for name, row in re.findall(r"</span>([\w-]+)</th>(.*?)</tr>", rows, re.S)
     }
-    assert cells["tiny-kd"][1:] == ["2 s", "33 min 20 s", "$0.00020", "$0.20"]
+    assert cells["tiny-kd"][1:] == ["2.0 s", "33 min 20 s", "$0.00020", "$0.20"]
     assert cells["far"][1:] == ["–", "–", "$0.23", "$230.00"]
     facts.write_text("{}")  # no count of tokens: no price
     _, board = evaluate(root, params, SPEEDS)

@@ -27,6 +27,12 @@ def test_folders_of_the_machine_are_left_out(keep, printed, kept):
     assert keep.shortened(printed) == kept
 
 
+@pytest.mark.parametrize(("load", "remark"), [(0.1, ""), (3.0, ", beside other work")])
+def test_a_busy_machine_is_named(keep, monkeypatch, load, remark):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 9.0, 9.0))
+    assert keep.other_work() == remark
+
+
 @pytest.mark.parametrize(
     "file",
     [
