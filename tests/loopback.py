@@ -96,7 +96,8 @@ def served(model: Path) -> Iterator[int]:
 
 
 class Proxy:
-    """Stands before the server on `port` and breaks a share of the calls, the same ones for the same `seed`.
+    """Stands before the server on `port`, or the function that answers, and breaks a share of the calls, the same ones
+    for the same `seed`.
 
     key: the only API key that it accepts, if any. `calls`: number of calls by outcome. `delivered`: number of whole
     answers by request. `requests`: the bodies of all. `/v1/messages` (Anthropic's form) is translated for the server
@@ -106,7 +107,7 @@ class Proxy:
 
     def __init__(
         self,
-        port: int,
+        port: int | Callable[[str, dict[str, Any]], tuple[int, Any]],
         *,
         share: float = 0.0,
         faults=FAULTS,
@@ -175,9 +176,7 @@ class Proxy:
         anthropic = request.path.endswith("/messages")
         with self.lock:
             self.requests.append(json.loads(body))
-        status, answer = self._forward(
-            "/v1/chat/completions", to_openai(body) if anthropic else without_unserved_keys(body)
-        )
+        status, answer = self._forward(request.path, to_openai(body) if anthropic else body)
         if status == 200 and anthropic:
             answer = to_anthropic(answer)
         status, answer = self.alter(json.loads(body), status, answer)
@@ -205,6 +204,9 @@ class Proxy:
             self.calls[outcome] += 1
 
     def _forward(self, path: str, body: bytes) -> tuple[int, Any]:
+        if callable(self.upstream):
+            return self.upstream(path, json.loads(body))
+        path, body = "/v1/chat/completions", without_unserved_keys(body)
         connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=120)
         connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -227,6 +229,90 @@ class Proxy:
             request.wfile.write(text)
         except OSError:  # the client was killed
             request.close_connection = True
+
+
+class TokenServer:
+    """Answers requests as llama-server, vLLM and OpenAI do, with log-probabilities of the causal model in `folder`.
+
+    tokens: how it writes a token: `bytes` (llama.cpp), `text` (vLLM: lossy where a token is no whole character), `ids`
+    (vLLM with `return_tokens_as_token_ids`) or `names` (as in the tokenizer's file). with_end: whether the token that
+    ends an answer is among its tokens (not at OpenAI).
+    """
+
+    def __init__(self, folder: Path, tokens: str = "bytes", with_end: bool = True):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from distillery.models.token_strings import TokenStrings
+
+        self.tokens, self.with_end, self.lock = tokens, with_end, threading.Lock()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.written = {token_id: list(data) for data, token_id in TokenStrings(self.tokenizer).ids.items()}
+
+    def __call__(self, path: str, request: dict[str, Any]) -> tuple[int, Any]:
+        with self.lock:
+            return 200, self._chat(request) if path.endswith("/chat/completions") else self._complete(request)
+
+    def logprobs(self, ids: list[int]) -> Any:
+        """[tokens, vocabulary]: of the token after each of `ids`."""
+        import torch
+
+        with torch.no_grad():
+            return self.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+    def _chat(self, request: dict[str, Any]) -> dict[str, Any]:
+        prompt = self.tokenizer.apply_chat_template(
+            request["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        ids, entries, finish = list(prompt), [], "length"
+        while len(ids) - len(prompt) < request["max_tokens"] and finish == "length":
+            scores = self.logprobs(ids)[-1]
+            ids.append(int(scores.argmax()))
+            finish = "stop" if ids[-1] == self.tokenizer.eos_token_id else finish
+            if finish == "length" or self.with_end:
+                best = scores.topk(request.get("top_logprobs", 1))
+                others = [self._entry(int(i), float(p)) for p, i in zip(*best, strict=True)]
+                entries.append(self._entry(ids[-1], float(scores[ids[-1]])) | {"top_logprobs": others})
+        answer = ids[len(prompt) : len(ids) - (finish == "stop")]
+        message = {"role": "assistant", "content": self.tokenizer.decode(answer)}
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        if request.get("logprobs"):
+            choice["logprobs"] = {"content": entries}
+        return self._body("chat.completion", choice, len(prompt), len(ids) - len(prompt))
+
+    def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
+        ids, k = request["prompt"], request.get("prompt_logprobs") or request["logprobs"]
+        scores = self.logprobs(ids)
+        choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": "length"}
+        steps: list[dict[int, float] | None] = [None]
+        best, own = scores.topk(k), scores[range(len(ids) - 1), ids[1:]].tolist()
+        for token, logprob, *others in zip(ids[1:], own, best.indices.tolist(), best.values.tolist(), strict=False):
+            steps.append({token: logprob} | dict(zip(*others, strict=True)))
+        if "prompt_logprobs" in request:
+            choice["prompt_logprobs"] = [
+                step and {i: {"logprob": p, "decoded_token": self.tokenizer.decode([i])} for i, p in step.items()}
+                for step in steps
+            ]
+        else:
+            names = [self._entry(i, 0)["token"] for i in [*ids, int(scores[-1].argmax())]]
+            own = [step and step[i] for i, step in zip(ids, steps, strict=True)]
+            tops = [step and {self._entry(i, 0)["token"]: p for i, p in step.items()} for step in steps]
+            choice["logprobs"] = {"tokens": names, "token_logprobs": [*own, -1.0], "top_logprobs": [*tops, {}]}
+        return self._body("text_completion", choice, len(ids), 1)
+
+    def _body(self, kind: str, choice: dict[str, Any], prompt: int, completion: int) -> dict[str, Any]:
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {"id": "1", "object": kind, "created": 0, "model": "m", "choices": [choice], "usage": usage}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text, data = self.tokenizer.decode([token_id]), None
+        if self.tokens == "bytes":
+            data = self.written[token_id]
+        elif self.tokens == "ids":
+            text = f"token_id:{token_id}"
+        elif self.tokens == "names":
+            text = self.tokenizer.convert_ids_to_tokens(token_id)
+        return {"token": text, "bytes": data, "logprob": logprob}
 
 
 def without_unserved_keys(body: bytes) -> bytes:

@@ -85,6 +85,10 @@ class Paths:
         """The folder of a teacher's signals, scores and models."""
         return self.root / "data" / "teacher" / name
 
+    def teacher_tokens(self, name: str) -> Path:
+        """The log-probabilities of tokens that a teacher behind an endpoint gave."""
+        return self.teacher(name) / "tokens.parquet"
+
     def augmented(self, source: str) -> Path:
         """The folder of a source's paraphrases and their signals."""
         return self.root / "data" / "augmented" / source

@@ -10,6 +10,7 @@ from distillery.config.schema import (
     DIVERGENCES,
     HIDDEN_STATE_TERMS,
     WRITING_KINDS,
+    ApiConfig,
     Params,
     PhaseConfig,
     SearchConfig,
@@ -87,6 +88,8 @@ def _check_teacher(params: Params, place: str, name: str, teacher: TeacherConfig
     for key in ("model", "embeddings"):
         if model := getattr(teacher, key):
             _check_known(f"{place}.{key}", model, params.models, "model")
+    if teacher.api and teacher.api.tokenizer:
+        _check_known(f"{place}.api.tokenizer", teacher.api.tokenizer, params.models, "model")
     for i, source in enumerate(teacher.data or []):
         _check_known(f"{place}.data.{i}", source, params.data, "source")
     sources = params.teacher_sources(name)
@@ -178,14 +181,35 @@ def _check_terms(params: Params, place: str, student: StudentConfig, phase: Phas
     if "attention" in phase.loss and {student.arch, *kinds.values()} != {"classifier"}:
         raise UserError(f"{place}.loss.attention: compares the tokens of two classifiers, student and teacher")
     for name, kind in kinds.items():
-        if phase.needs_token_logprobs and kind not in ("lm", "seq2seq"):
+        api = params.teachers[name].api
+        if phase.needs_token_logprobs and api and api.tokens != "none":
+            _check_served(place, student, phase, name, api)
+        elif phase.needs_token_logprobs and kind not in ("lm", "seq2seq"):
+            way = f"set `teachers.{name}.api.tokens`, or " if api else ""
             raise UserError(
-                f"{place}.teachers: `{name}` ({kind}) gives no token log-probabilities; use `space: labels`"
+                f"{place}.teachers: `{name}` ({kind}) gives no token log-probabilities; {way}use `space: labels`"
             )
         if phase.needs_hidden_states and params.teachers[name].long_texts:
             raise UserError(f"{place}.teachers: `{name}` reads `long_texts` in windows: a text has no hidden state")
         if phase.needs_hidden_states and kind not in ("lm", "seq2seq", "classifier"):
             raise UserError(f"{place}.teachers: `{name}` ({kind}) gives no hidden states")
+
+
+def _check_served(place: str, student: StudentConfig, phase: PhaseConfig, name: str, api: ApiConfig) -> None:
+    """The endpoint `name` gives the log-probabilities of `phase`: of its likeliest tokens, after a chat prompt."""
+    section = f"teachers.{name}.api"
+    if not phase.top_k or phase.top_k > api.top_logprobs:
+        raise UserError(
+            f"{place}.top_k: `{name}` (api) gives its {api.top_logprobs} likeliest tokens alone: set `top_k` to "
+            f"{api.top_logprobs} or less (with `loss.kl`), or raise `{section}.top_logprobs`"
+        )
+    if student.prompt != "chat":
+        raise UserError(f"{place}.teachers: `{name}` (api) answers in a chat: the student needs `prompt: chat`")
+    for ref in phase.data:
+        if SplitRef.parse(ref).split == "augmented":
+            raise UserError(f"{place}.data: `{ref}`: `{name}` (api) gives no token log-probabilities for paraphrases")
+    if phase.rationales and not api.scores_given_tokens:
+        raise UserError(f"{place}.rationales: needs `{section}.tokens: prompt_logprobs` or `echo`")
 
 
 def _check_search(params: Params, file: str, search: SearchConfig) -> None:

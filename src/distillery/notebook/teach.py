@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -182,3 +183,24 @@ def rationale_sentence(written: int, contradictions: int) -> str:
         f"{contradictions} of the {written} rationales name another label than the one they were written for: "
         "a student must not learn from these."
     )
+
+
+def tokens_sentence(tokens: pd.DataFrame, signals: pd.DataFrame) -> str:
+    """How many completions have log-probabilities, how much of the probability they hold, and which rows have none.
+
+    tokens: as :func:`distillery.teachers.served_tokens.collect_tokens` returns them. signals: of all its rows.
+    """
+    labelled = signals[signals["split"].isin(["train", "pool"])]
+    known = set(zip(tokens["source"], tokens["split"], tokens["id"], strict=True))
+    missing = [row[-1] for row in zip(*(labelled[key] for key in KEYS), strict=True) if row not in known]
+    steps = [step for text in tokens["tokens"] for step in json.loads(text)]
+    if not steps:
+        return "No row has log-probabilities of tokens."
+    kept = np.array([sum(np.exp(logprob) for _, logprob in others) for _, _, others in steps])
+    text = f"{len(tokens):,} completions have log-probabilities at {len(steps):,} tokens. The returned tokens hold "
+    text += f"{100 * kept.mean():.2f} % of the probability on average, at least {100 * kept.min():.2f} %; the rest is "
+    text += "kept as one more outcome."
+    if missing:
+        shown = ", ".join(f"`{row}`" for row in missing[:3]) + (", …" if len(missing) > 3 else "")
+        text += f" {len(missing):,} rows have none: {shown}."
+    return text

@@ -85,7 +85,7 @@ def teacher_record(root: Path, params: Params, name: str) -> dict[str, Any]:
         "files": _file_digests(
             root, {file for source in read for file in Paths(root).processed(source).glob("*.parquet")}
         ),
-    }
+    } | ({"tokenizer": model_record(root, params, spec.api.tokenizer)} if spec.api and spec.api.tokenizer else {})
 
 
 def experiment_record(root: Path, params: Params, name: str) -> dict[str, Any]:
@@ -112,10 +112,16 @@ def experiment_record(root: Path, params: Params, name: str) -> dict[str, Any]:
         "teachers": {teacher: _validation_scores(root, name, spec, teacher) for teacher in teachers_of(spec)},
         "openable_teachers": {
             teacher: teacher_record(root, params, teacher)
-            | {"weights": _file_digests(root, set(Paths(root).teacher(teacher).rglob("*.safetensors")))}
+            | {"weights": _file_digests(root, _output_files(root, teacher))}
             for teacher in sorted(opened)
         },
     }
+
+
+def _output_files(root: Path, teacher: str) -> set[Path]:
+    """The files from which a phase reads the tokens or hidden states of `teacher`: its weights, or tokens it served."""
+    served = Paths(root).teacher_tokens(teacher)
+    return {*Paths(root).teacher(teacher).rglob("*.safetensors"), *([served] if served.exists() else [])}
 
 
 def teachers_of(spec: StudentConfig) -> list[str]:

@@ -36,8 +36,8 @@ class MicroBatch:
     """Rows that go through the student together.
 
     rows: their indices. completions [rows][any number]: what the student scores after each row; None when no term of
-    the loss is over tokens. sampled [rows]: answers that the student generated, each of them also the last completion
-    of its row; None when the completions are those of the data.
+    the loss is over tokens. sampled [rows]: answers that the student, or a teacher behind an endpoint, generated, each
+    of them also the last completion of its row; None when the completions are those of the data.
     """
 
     rows: list[int]
@@ -96,21 +96,39 @@ class PhaseCompletions:
 
     by_row [n][any number]: None when no term of the loss is over tokens, as for a classifier.
     offsets [n + 1]: how many completions stand before those of each row.
+    generated [n]: a teacher's own answers, with which the student is compared; None where it is at those of the data.
     """
 
-    def __init__(self, student: LabelModel, rows: TrainingRows, phase: PhaseConfig):
+    def __init__(
+        self,
+        student: LabelModel,
+        rows: TrainingRows,
+        phase: PhaseConfig,
+        generated: Sequence[Completion] | None = None,
+    ):
+        self.generated = generated
         over_tokens = phase.space == "vocabulary" or {"ce", "uld", "rationale"} & set(phase.loss)
         self.by_row = row_completions(student, rows) if student.arch != "classifier" and over_tokens else None
         self.offsets = np.cumsum([0, *(len(row) for row in self.by_row or [])])
-        # on-policy, the completions of the data are scored beside the sampled ones for these terms alone
+        # the completions of the data are scored beside sampled or generated ones for these terms alone
         self.beside_sampled = bool({"ce", "rationale"} & set(phase.loss))
 
     def micro_batch(self, rows: list[int], sampled: list[Completion] | None = None) -> MicroBatch:
         """The micro-batch of `rows`; `sampled` [rows]: answers to them that the student generated."""
         if self.by_row is None:
             return MicroBatch(rows)
+        if sampled is None and self.generated is not None:
+            sampled = [self.generated[i] for i in rows]
         if sampled is None:
             return MicroBatch(rows, [self.by_row[i] for i in rows])
-        known = [self.by_row[i] if self.beside_sampled else [] for i in rows]
-        completions = [[*row, answer] for row, answer in zip(known, sampled, strict=True)]
-        return MicroBatch(rows, completions, sampled)
+        return MicroBatch(rows, [self._beside(i, answer) for i, answer in zip(rows, sampled, strict=True)], sampled)
+
+    def _beside(self, row: int, answer: Completion) -> list[Completion]:
+        return [*(self.by_row[row] if self.beside_sampled else []), answer]
+
+    @property
+    def off_policy(self) -> list[list[Completion]] | None:
+        """[n][any number]: what the student scores of each row while it generates nothing itself."""
+        if self.by_row is None or self.generated is None:
+            return self.by_row
+        return [self._beside(i, answer) for i, answer in enumerate(self.generated)]

@@ -128,13 +128,13 @@ class PhaseLoss:
             return self._combine(logits, teacher.reshape(logits.shape), decisions, weights)
         logits, tokens = outputs.completion_logits, counts.compared_tokens
         weights = self._weights(batch, logits.device, batch.compared_tokens)
+        if batch.sampled is not None:
+            sampled = [k for k, kind in enumerate(batch.token_kinds) if kind == SAMPLED]
+            logits = logits[torch.tensor(sampled, device=logits.device)]
         if self.phase.top_k:
             top_k = self.signals.outputs[self.phase.teachers[0]].top_k(batch.rows)
             value = losses.reduce(losses.kl_top_k(logits, *(part.to(logits.device) for part in top_k)), weights, tokens)
             return self.weights["kl"] * value, {"kl": value.detach()}
-        if batch.sampled is not None:
-            sampled = [k for k, kind in enumerate(batch.token_kinds) if kind == SAMPLED]
-            logits = logits[torch.tensor(sampled, device=logits.device)]
         teachers = [logprobs.to(logits.device) for logprobs in self.signals.token_logprobs(batch)]
         try:
             shared = [losses.shared_vocabulary(logits, logprobs) for logprobs in teachers]

@@ -27,6 +27,7 @@ class TrainingRows:
     teacher_folds {teacher: [n]}: the fold whose model may score a row. label_prior [labels]: shares of the gold labels.
     answers: of a `qa` task, the texts that targets are indices of. accepted_answers [n]: the right ones, for scores.
     n_options [n]: of a `choice` task, how many labels have an option. gold [n]: which targets are gold; None: all.
+    ids [n]: split_ref and id, where the rows come from a file.
     """
 
     texts: list[str]
@@ -40,6 +41,7 @@ class TrainingRows:
     accepted_answers: list[str] | None = None
     n_options: list[int] | None = None
     gold: np.ndarray | None = None
+    ids: list[tuple[str, str]] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -96,6 +98,7 @@ def phase_rows(
     if isinstance(labels, LabelSets):
         return _set_rows(rows, phase, labels)
     training_rows = TrainingRows(rows["text"].tolist(), np.array([index.get(label, -1) for label in rows["label"]]))
+    training_rows.ids = list(zip(rows["split_ref"], rows["id"], strict=True))
     if N_OPTIONS in rows:
         training_rows.n_options = rows[N_OPTIONS].tolist()
     if phase.trains_on_rationales:

@@ -25,6 +25,7 @@ from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.training.disk import check_disk, disk_need, size_text
 from distillery.training.keys import result_key
 from distillery.training.rows import TrainingRows, label_targets, phase_rows
+from distillery.training.served_teacher import ServedTeacher, rows_with_tokens
 from distillery.training.stopping import end_sentence, had_stopped, plan_sentence
 from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
@@ -54,7 +55,7 @@ def train_phase(
     title: str = "training",
     checkpoint_every: int = 50,
     validation: TrainingRows | None = None,
-    teachers: dict[str, OpenableTeacher] | None = None,
+    teachers: dict[str, OpenableTeacher | ServedTeacher] | None = None,
     shared: SharedStates | None = None,
 ) -> pd.DataFrame:
     """Train `student` in place on the `rows` of `phase`; continue from the last checkpoint in `folder`, if any.
@@ -150,7 +151,7 @@ def train_phases(
     validation: pd.DataFrame,
     test: pd.DataFrame,
     scores: dict[str, float] | None = None,
-    teachers: dict[str, OpenableTeacher] | None = None,
+    teachers: dict[str, OpenableTeacher | ServedTeacher] | None = None,
     checkpoint_every: int = 50,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train `student` in place through all phases of `spec`, continuing where an earlier, killed run stood.
@@ -169,9 +170,10 @@ def train_phases(
             history, splits = pd.DataFrame(columns=list(HISTORY_COLUMNS)), {"validation": validation, "test": test}
             if k:
                 phase = spec.phases[k - 1]
+                taught = rows_with_tokens(frame, phase, teachers or {}, student)
                 history = train_phase(
                     student,
-                    phase_rows(frame, phase, student.task.names, scores),
+                    phase_rows(taught, phase, student.task.names, scores),
                     phase,
                     folder=folder / f"checkpoints-{k}",
                     seed=1000 * seed + k,

@@ -21,6 +21,7 @@ from distillery.models.precision import Use, resolve_dtype
 from distillery.models.save import dequantize, merge_adapters
 from distillery.models.windows import build_windows, store_windows
 from distillery.tasks.schema import Task
+from distillery.training.served_teacher import ServedTeacher
 
 DEFAULT_MAX_LENGTH = 256  # tokens of a text and its prompt to another teacher
 MAX_PROMPT_TOKENS = 4096  # tokens of a prompt to a teacher that is only prompted
@@ -113,9 +114,12 @@ class OpenableTeacher:
     cache_dir: Path
 
 
-def openable_teacher(root: Path, name: str, record: dict[str, Any]) -> OpenableTeacher:
+def openable_teacher(root: Path, name: str, record: dict[str, Any]) -> OpenableTeacher | ServedTeacher:
     """The teacher `name` as `openable_teachers` in `experiment.json` describes it; models in `data/teacher/<name>/`."""
     spec = TeacherConfig.model_validate(record["spec"])
+    if spec.api:
+        cache, generates = Paths(root).cache / "signals", not spec.api.scores_given_tokens
+        return ServedTeacher(name, Paths(root).teacher_tokens(name), record, cache, generates)
     origin = ModelConfig.model_validate({k: v for k, v in record["model"].items() if k != "content"})
     task, folder = Task.model_validate(record["task"]), Paths(root).teacher(name)
 

@@ -8,10 +8,11 @@ from torch import Tensor
 from distillery import losses
 from distillery.config.schema import PhaseConfig
 from distillery.errors import UserError
-from distillery.models.label_model import LabelModel
+from distillery.models.label_model import Completion, LabelModel
 from distillery.models.layers import configured_layers
 from distillery.training.completions import MicroBatch, row_completions
 from distillery.training.rows import TrainingRows
+from distillery.training.served_teacher import ServedTeacher, served_outputs
 from distillery.training.teacher_models import OpenableTeacher, check_same_tokens
 from distillery.training.teacher_outputs import TeacherOutputs, collect_teacher_outputs, teacher_outputs_key
 
@@ -43,6 +44,7 @@ class TeacherSignals:
     outputs {teacher}: computed once for all rows, empty where nothing is known before the student has sampled.
     layer_pairs {teacher}: see :func:`pair_with_teacher`; empty when the loss has no term over hidden states.
     student_layers: the student's side of these pairs, the same for all teachers.
+    generated [n]: the own answers of a teacher behind an endpoint, at whose tokens it is compared; None without one.
     projections {teacher}: for each pair but the last a linear map from the student's width to the teacher's, where
     `hidden` compares two widths. Whoever trains the student has to train them, too.
 
@@ -53,12 +55,13 @@ class TeacherSignals:
         self,
         phase: PhaseConfig,
         rows: TrainingRows,
-        teachers: dict[str, OpenableTeacher],
+        teachers: dict[str, OpenableTeacher | ServedTeacher],
         student: LabelModel,
         seed: int,
     ):
         self.phase, self.rows, self.teachers, self.student, self.seed = phase, rows, teachers, student, seed
         self.outputs: dict[str, TeacherOutputs] = {}
+        self.generated: list[Completion] | None = None
         self.layer_pairs: dict[str, list[tuple[int, int]]] = {}
         self.student_layers: list[int] = []
         self.projections: dict[str, torch.nn.ModuleList] = {}
@@ -71,6 +74,9 @@ class TeacherSignals:
     def _collect(self, name: str) -> None:
         """Compute the outputs of teacher `name` for all rows, or read them from the cache."""
         phase, rows, teacher = self.phase, self.rows, self.teachers[name]
+        if isinstance(teacher, ServedTeacher):
+            self.outputs[name], self.generated = served_outputs(teacher, rows, self.student, phase.top_k)
+            return
         layers: list[int] = []
         if phase.needs_hidden_states:
             depth = configured_layers(self.student.model.config)

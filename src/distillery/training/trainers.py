@@ -28,6 +28,7 @@ from distillery.training.phase_loss import PhaseLoss
 from distillery.training.progress import LOG_EVERY, ProgressPrinter, example_line
 from distillery.training.rows import TrainingRows
 from distillery.training.sampler import BalancedSampler, LengthGroupedSampler
+from distillery.training.served_teacher import ServedTeacher
 from distillery.training.stopping import (
     PatienceCallback,
     count_optimizer_steps,
@@ -54,7 +55,7 @@ class PhaseTrainerMixin:
         phase: PhaseConfig,
         seed: int,
         validation: TrainingRows | None,
-        teachers: dict[str, OpenableTeacher],
+        teachers: dict[str, OpenableTeacher | ServedTeacher],
         shared: SharedStates | None = None,
     ) -> None:
         """Encode the rows, and compute once everything that the phase's terms need of the teachers."""
@@ -62,8 +63,8 @@ class PhaseTrainerMixin:
         self.token_ids = student.encode(rows.texts)
         self.term_values: dict[str, list[float]] = {}  # since the last logged step
         self.logged_step: int | None = None
-        self.completions = PhaseCompletions(student, rows, phase)
         self.signals = TeacherSignals(phase, rows, teachers, student, seed)
+        self.completions = PhaseCompletions(student, rows, phase, self.signals.generated)
         self.phase_loss = PhaseLoss(phase, rows, self.completions, self.signals)
         if self.signals.projections:
             # so that the optimizer trains them; in a list, since names of teachers may hold dots
@@ -81,7 +82,7 @@ class PhaseTrainerMixin:
         student, label_space = self.student, self.phase_loss.requested_outputs["label_space"]
         labels = student.label_token_ids if label_space else []
         end_token = student.tokenizer.eos_token_id
-        scored = scored_completions(len(self.rows), labels, self.completions.by_row, end_token)
+        scored = scored_completions(len(self.rows), labels, self.completions.off_policy, end_token)
         longest = max(len(tokens) for row in scored for tokens, _ in row)
         if student.forward_methods(self.token_ids, longest).scoring == "packed":
             with student.autocast():
@@ -287,7 +288,7 @@ def build_trainer(
     title: str,
     checkpoint_every: int,
     validation: TrainingRows | None = None,
-    teachers: dict[str, OpenableTeacher] | None = None,
+    teachers: dict[str, OpenableTeacher | ServedTeacher] | None = None,
     shared: SharedStates | None = None,
 ) -> PhaseTrainerMixin:
     """The trainer of a phase, with everything that it needs of the teachers; see :func:`train_phase`."""

@@ -74,7 +74,8 @@ class PhaseConfig(TrainingConfig):
     rationales: bool = False
     """Divergences in `space: vocabulary` cover the tokens of rationales, too."""
     top_k: Annotated[int, Field(gt=0)] | None = None
-    """Number of most likely tokens whose probabilities are cached; all when not given."""
+    """Number of most likely tokens whose probabilities are kept, with the rest as one more outcome; all when not given.
+    A teacher of `kind: api` needs it."""
     on_policy: Fraction = 0.0
     """Share of the batches whose answers the student generates itself (Agarwal et al. 2024, GKD)."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 16

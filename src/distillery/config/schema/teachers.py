@@ -24,7 +24,8 @@ class ApiPrice(Section):
 
 
 # Keys of a request that have a key of their own here, or that would change the form of the response.
-OWN_REQUEST_KEYS = {"max_completion_tokens": "max_tokens", "top_logprobs": "labels", "n": "samples"}
+OWN_REQUEST_KEYS = {"max_completion_tokens": "max_tokens", "top_logprobs": "top_logprobs", "n": "samples"}
+OWN_REQUEST_KEYS |= {"echo": "tokens", "prompt_logprobs": "tokens"}
 OWN_REQUEST_KEYS |= {key: key for key in ("model", "temperature", "max_tokens", "reasoning_effort")}
 OWN_REQUEST_KEYS |= {"logprobs": "labels", "chat_template_kwargs": "chat_template_kwargs"}
 FIXED_REQUEST_KEYS = ("messages", "stream")
@@ -77,6 +78,15 @@ class ApiConfig(Section):
     """Sampling temperature; null sends none."""
     max_tokens: Annotated[int, Field(gt=0)] = 16
     """Largest length of an answer, in tokens; the reasoning of a model counts."""
+    tokens: Literal["none", "generated", "prompt_logprobs", "echo"] = "none"
+    """Log-probabilities of tokens, for students with `space: vocabulary`. `generated`: at the tokens of the teacher's
+    own answer. `prompt_logprobs` (of vLLM) and `echo` (of the completions API): at the tokens of a row's label and
+    rationale, which the server reads as part of a prompt."""
+    top_logprobs: Annotated[int, Field(gt=0)] = 20
+    """Likeliest tokens at each position that `tokens` requests; many servers give at most 20."""
+    tokenizer: Name | None = None
+    """The model in `models` with the teacher's tokenizer and chat template, which writes the prompt of
+    `tokens: prompt_logprobs` and `echo`."""
     reasoning_effort: Annotated[str, Field(pattern=TRIMMED_TEXT)] | None = None
     """How much a model of `client: openai` reasons before it answers, such as `none`, `minimal` or `low`; as the
     endpoint chooses when not given."""
@@ -117,6 +127,19 @@ class ApiConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _tokens_fit(self):
+        if self.tokens == "none" and self.top_logprobs != ApiConfig.model_fields["top_logprobs"].default:
+            raise ValueError("`top_logprobs` is for `tokens`: set it, too")
+        if self.scores_given_tokens != (self.tokenizer is not None):
+            raise ValueError("`tokens: prompt_logprobs` or `echo`, and `tokenizer` (a model of `models`) go together")
+        if self.tokens != "none" and self.client == "anthropic":
+            raise ValueError(f"`tokens: {self.tokens}` is not for `client: anthropic`, which returns none")
+        if self.tokens == "generated" and (self.samples > 1 or self.labels == "structured"):
+            wrong = "samples" if self.samples > 1 else "labels: structured"
+            raise ValueError(f"`tokens: generated` takes one free answer for each row: leave out `{wrong}`")
+        return self
+
+    @model_validator(mode="after")
     def _extra_keys_fit(self):
         if self.client == "anthropic":
             for key in ("reasoning_effort", "chat_template_kwargs"):
@@ -134,6 +157,11 @@ class ApiConfig(Section):
                     "variable, and the name of that variable into `key`"
                 )
         return self
+
+    @property
+    def scores_given_tokens(self) -> bool:
+        """Whether the endpoint scores tokens that it is given, in place of those that it generates."""
+        return self.tokens in ("prompt_logprobs", "echo")
 
     @property
     def extra_request_keys(self) -> dict[str, JsonValue]:

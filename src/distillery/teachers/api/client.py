@@ -120,11 +120,23 @@ class Endpoint:
                 self.pacer.stop.set()  # before another thread makes the same mistake
                 raise
 
-    def _without_logprobs(self, answer: Answer) -> str:
-        """The message when `answer` has no log-probabilities although they were requested."""
-        return (
-            f"params.yaml: teachers.{self.name}.api.labels: {self.base_url} returned no log-probabilities (`logprobs: "
-            f"null`) with the answer {one_line(answer.text)!r}; turn them on at the server, or use `labels: text`"
+    def _check_logprobs(self, question: Question, answer: Answer) -> None:
+        """Raise UserError when `answer` has no log-probabilities although `question` requests them."""
+        settings, kept = question.model_identity, answer.metadata
+        if not (settings.get("logprobs") or settings.get("tokens")) or kept.get("refused") or kept.get("reasoning"):
+            return
+        is_empty = kept.get("tokens") == [] and not answer.text
+        if kept.get("tokens") or "steps" in kept or is_empty:
+            return
+        if way := settings.get("scores"):
+            raise UserError(
+                f"params.yaml: teachers.{self.name}.api.tokens: {self.base_url} returned no log-probabilities of the "
+                f"tokens that it was sent: it has no `{way}`; use `tokens: generated`"
+            )
+        key, way = ("labels", "`labels: text`") if settings.get("logprobs") else ("tokens", "another server")
+        raise UserError(
+            f"params.yaml: teachers.{self.name}.api.{key}: {self.base_url} returned no log-probabilities (`logprobs: "
+            f"null`) with the answer {one_line(answer.text)!r}; turn them on at the server, or use {way}"
         )
 
     def _call(self, question: Question, accept_empty: bool) -> Answer:
@@ -141,9 +153,9 @@ class Endpoint:
                 answer = self.transport.send(question)
                 input_tokens, output_tokens = answer.metadata.get("usage") or reserved
                 used = int(input_tokens), int(output_tokens)
+                self._check_logprobs(question, answer)
                 explained = answer.metadata.get("refused") or answer.metadata.get("reasoning")
-                if not explained and question.model_identity.get("logprobs") and "steps" not in answer.metadata:
-                    raise UserError(self._without_logprobs(answer))
+                explained = explained or question.model_identity.get("scores")  # which no text answers
                 if not answer.text and not explained and not accept_empty:
                     raise RetryableError(EMPTY)
                 outcome = REFUSED_ROW if answer.metadata.get("refused") else "answered"

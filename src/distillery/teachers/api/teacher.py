@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,8 +23,19 @@ from distillery.tasks.prompts import chat_turns, explained_turns
 from distillery.tasks.schema import FewShotExample, Task
 from distillery.teachers.api.client import Endpoint
 from distillery.teachers.api.probabilities import label_probabilities
+from distillery.teachers.api.responses import MAX_STEPS
 from distillery.teachers.cache import Answer, Question
 from distillery.teachers.prompted import PromptedTeacher
+
+
+class GivenTokens(NamedTuple):
+    """A prompt and its completion, as tokens and as texts, about the row `row_id`."""
+
+    row_id: str
+    prompt: list[int]
+    completion: list[int]
+    prompt_text: str
+    completion_text: str
 
 
 @dataclass
@@ -64,6 +75,8 @@ class ApiTeacher(PromptedTeacher):
         identity |= {"labels": self.task.words, "logprobs": spec.labels == "logprobs"}
         if spec.labels == "structured":
             identity["schema"] = label_schema(self.task)
+        if spec.tokens == "generated":
+            identity["tokens"] = spec.top_logprobs
         return [
             Question(identity, self._turns(text, solved[i] if solved else None), sample, self.row_ids.get(text, ""))
             for i, text in enumerate(texts)
@@ -122,6 +135,8 @@ class ApiTeacher(PromptedTeacher):
         if self.endpoint.spec.labels == "logprobs":
             # answers of older versions have the alternatives of the first token alone
             steps = answer.metadata.get("steps", [[None, answer.metadata.get("logprobs", [])]])
+            if "tokens" in answer.metadata:
+                steps = [[token, others] for token, _, others in answer.metadata["tokens"][:MAX_STEPS]]
             return label_probabilities(steps, self.task, answer.metadata.get("finish"))
         if self.task.kind == "multilabel":
             labels = parse_label_set(self.task, answer.text)
@@ -141,6 +156,40 @@ class ApiTeacher(PromptedTeacher):
             for text, label in zip(rows["text"], labels, strict=True)
         ]
         return [first_sentence(" ".join(reason.split())) or None for reason in given]
+
+    def own_tokens(self, rows: pd.DataFrame) -> list[list[Any] | None]:
+        """The tokens of its own answer to each of `rows` (id, text, group), with their log-probabilities.
+
+        See :func:`distillery.teachers.api.responses.read_completion`; None for a row that the endpoint refuses. With
+        `tokens: generated` these are the answers that its labels are read from, so they are in the store.
+        """
+        self.row_ids |= dict(zip(rows["text"], rows["id"], strict=True))
+        texts, solved = rows["text"].tolist(), None
+        if self.examples is not None:
+            chosen = self.examples.choose(texts, rows["group"].tolist())
+            solved = [self.examples.at(positions) for positions in chosen]
+        answers = self.endpoint.query(self.questions(texts, solved))
+        return [answer.metadata.get("tokens") or None for answer in answers]
+
+    def score_tokens(self, prompts: Sequence[GivenTokens]) -> list[Answer]:
+        """The log-probabilities at the tokens of the completions of `prompts`; see
+        :func:`distillery.teachers.api.responses.read_scored_tokens`."""
+        spec = self.endpoint.spec
+        identity = {"client": spec.client, "base_url": self.endpoint.base_url, "model": spec.model}
+        identity |= {"scores": spec.tokens, "tokens": spec.top_logprobs, "max_tokens": 1}
+        identity |= {"extra_body": spec.extra_body} if spec.extra_body else {}
+        questions = [
+            Question(
+                identity,
+                [
+                    {"role": "prompt", "content": given.prompt_text, "ids": given.prompt},
+                    {"role": "completion", "content": given.completion_text, "ids": given.completion},
+                ],
+                row_id=given.row_id,
+            )
+            for given in prompts
+        ]
+        return self.endpoint.query(questions)
 
     def answer(self, rows: pd.DataFrame, max_new_tokens: int) -> list[str]:
         raise UserError("params.yaml: teachers: free answers come from `kind: lm` and `seq2seq` only, so far")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 from distillery.config.schema import ApiConfig
@@ -25,7 +26,7 @@ from distillery.teachers.api.failures import (
     one_line,
     retry_after_seconds,
 )
-from distillery.teachers.api.responses import read_completion, read_message
+from distillery.teachers.api.responses import read_completion, read_message, read_scored_tokens
 from distillery.teachers.cache import Answer, Question, canonical_json
 
 DEFAULT_URLS = {"openai": "https://api.openai.com/v1", "anthropic": "https://api.anthropic.com"}
@@ -74,13 +75,15 @@ class Transport:
         """The answer of one call.
 
         Its metadata, where the endpoint gives them: `finish`, `model`, `usage` (input and output tokens), `steps` (see
-        :func:`distillery.teachers.api.probabilities.label_probabilities`), `reasoning` (its start, of an answer that is
+        :func:`distillery.teachers.api.probabilities.label_probabilities`) or `tokens` (see
+        :func:`distillery.teachers.api.responses.read_completion`), `reasoning` (its start, of an answer that is
         nothing else) and `refused` (the server's words, of a row that the endpoint refuses).
         Raises RetryableError when the failure may pass, else UserError; neither message holds the API key.
         """
         errors = self.errors
         try:
-            answer = (self._send_openai if self.spec.client == "openai" else self._send_anthropic)(question)
+            send = self._send_openai if self.spec.client == "openai" else self._send_anthropic
+            answer = (self._send_given if question.model_identity.get("scores") else send)(question)
         except errors.APITimeoutError:
             raise RetryableError("timed out") from None
         except errors.APIConnectionError as error:
@@ -137,8 +140,9 @@ class Transport:
         extra: dict[str, Any] = {("max_tokens" if spec.base_url else "max_completion_tokens"): settings["max_tokens"]}
         if settings["temperature"] is not None:
             extra["temperature"] = settings["temperature"]
-        if settings.get("logprobs"):
-            extra |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        top_logprobs = settings.get("tokens") or (TOP_LOGPROBS if settings.get("logprobs") else 0)
+        if top_logprobs:
+            extra |= {"logprobs": True, "top_logprobs": top_logprobs}
         if settings.get("schema"):
             schema = {"name": "answer", "strict": True, "schema": settings["schema"]}
             extra["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -146,13 +150,31 @@ class Transport:
             extra["extra_body"] = settings["extra_body"]
         turns = without_system_turn(question.prompt) if self.merges_system else question.prompt
         response = self.client.chat.completions.create(model=spec.model, messages=turns, **extra)
+        return self._read_openai(response, lambda body: read_completion(body, bool(settings.get("tokens"))))
+
+    def _send_given(self, question: Question) -> Answer:
+        """The scores of the tokens of a prompt and its completion; the one token that is generated is not used."""
+        settings, extra_body = question.model_identity, dict(question.model_identity.get("extra_body", {}))
+        prompt, completion = (turn["ids"] for turn in question.prompt)
+        extra: dict[str, Any] = {"extra_body": extra_body}
+        if settings["scores"] == "echo":
+            extra |= {"echo": True, "logprobs": settings["tokens"]}
+        else:
+            extra_body["prompt_logprobs"] = settings["tokens"]
+        response = self.client.completions.create(
+            model=self.spec.model, prompt=[*prompt, *completion], max_tokens=1, temperature=0.0, **extra
+        )
+        return self._read_openai(response, lambda body: read_scored_tokens(body, len(prompt), len(completion)))
+
+    def _read_openai(self, response: Any, read: Callable[[dict[str, Any]], Answer]) -> Answer:
+        """The answer that `read` finds in the body of `response`, which may hold an error in its place."""
         try:  # the package does not validate responses
             body = response.to_dict(warnings=False)
             if body.get("error") or body.get("object") == "error":
                 return self._read_failure(200, body)
             if body["choices"][0].get("error"):  # of a router, whose provider failed
                 return self._read_failure(200, body["choices"][0])
-            return read_completion(body)
+            return read(body)
         except (AttributeError, LookupError, TypeError):
             raise RetryableError(UNREADABLE) from None
 

@@ -1,0 +1,162 @@
+"""A real llama-server as a teacher: how near are its labels and tokens to the same GGUF loaded here?
+
+    PYTHONPATH=src python benchmarks/served_teacher.py LLAMA_SERVER MODEL.gguf [rows, 36 by default]
+
+docs/api-teachers.md says how to build `llama-server`. It answers on this machine with one thread, for rows of the
+finance corpus: one request a row gives the probabilities of the labels and the 20 likeliest tokens at each token of
+its answer. The same file, loaded by this package (weights in bfloat16, products in float32), then scores the same
+labels and the same tokens with the whole distribution. So the difference between the two computations, and what the 20
+tokens leave out, are both measured. The student of the KL is the same model without the solved examples in its prompt.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from distillery import losses  # noqa: E402
+from distillery.config.load import validate_section  # noqa: E402
+from distillery.config.schema import ApiConfig  # noqa: E402
+from distillery.data.readers import read_rows  # noqa: E402
+from distillery.models.fetch import _convert_gguf  # noqa: E402
+from distillery.models.label_model import LabelModel  # noqa: E402
+from distillery.models.load import load_model, load_tokenizer  # noqa: E402
+from distillery.models.token_strings import TokenStrings  # noqa: E402
+from distillery.tasks.schema import load_task  # noqa: E402
+from distillery.teachers.api.client import Endpoint  # noqa: E402
+from distillery.teachers.api.teacher import ApiTeacher  # noqa: E402
+from distillery.teachers.cache import AnswerStore  # noqa: E402
+from distillery.training.served_teacher import map_tokens  # noqa: E402
+from loopback import free_port  # noqa: E402
+
+FEW_SHOT, KEPT, MAX_TOKENS = 3, 20, 4
+TASK = load_task("finance-prompted", ROOT / "tasks")
+
+
+@contextmanager
+def llama_server(program: str, model: str) -> Iterator[str]:
+    """Run `program` with `model` until the end of the block; gives its address."""
+    port = free_port()
+    command = [program, "-m", model, "--host", "127.0.0.1", "--port", str(port), "-t", "1", "-tb", "1", "-np", "1"]
+    server = subprocess.Popen([*command, "-c", "4096"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:  # not there yet, or loading
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def ask(url: str, scratch: Path, texts: list[str]) -> tuple[np.ndarray, list, float]:
+    """Label probabilities, the tokens of the answers, and seconds, of the server at `url`."""
+    settings = {"model": "gguf", "base_url": url, "labels": "logprobs", "tokens": "generated", "top_logprobs": KEPT}
+    settings |= {"max_tokens": MAX_TOKENS, "concurrency": 1, "timeout": 300.0, "max_unreadable": None}
+    spec = validate_section(ApiConfig, settings, "benchmark")
+    endpoint = Endpoint("served", spec, AnswerStore(scratch / "answers.sqlite"), log=lambda _: None)
+    teacher, started = ApiTeacher(endpoint, TASK, FEW_SHOT), time.perf_counter()
+    probabilities = teacher.predict_texts(texts)
+    seconds = time.perf_counter() - started
+    answers = endpoint.query(teacher.questions(texts))
+    print(f"calls of the server: {sum(endpoint.store.outcomes(endpoint.identity).values())} for {len(texts)} rows")
+    return probabilities, [answer.metadata["tokens"] for answer in answers], seconds
+
+
+def open_gguf(file: Path, scratch: Path) -> LabelModel:
+    """The model in the GGUF `file`, as `models.<name>.gguf` of params.yaml loads it."""
+    (scratch / "model.gguf").symlink_to(file)
+    folder = _convert_gguf(scratch / "model.gguf", scratch / "model")
+    model, tokenizer = load_model(folder, "causal", dtype="float32").eval(), load_tokenizer(folder)
+    return LabelModel(model, tokenizer, TASK, "causal", few_shot=FEW_SHOT, max_length=4096, batch_size=12)
+
+
+def print_labels(served: np.ndarray, known: np.ndarray, gold: np.ndarray) -> None:
+    read = ~np.isnan(served).any(1)
+    same = (served[read].argmax(1) == known[read].argmax(1)).mean()
+    gap = np.abs(served[read] - known[read])
+    print(f"label probabilities: {read.sum()} of {len(read)} rows read, {same:.1%} with the same likeliest label")
+    print(f"  difference of probabilities: mean {gap.mean():.4f}, largest {gap.max():.4f}")
+    right = [(one[read].argmax(1) == gold[read]).mean() for one in (served, known)]
+    print(f"  right: {right[0]:.1%} served, {right[1]:.1%} here")
+
+
+def print_tokens(model: LabelModel, texts: list[str], answers: list) -> None:
+    """Compare the served log-probabilities with the whole distribution at the same tokens."""
+    strings, gaps, tails, lost, same = TokenStrings(model.tokenizer), [], [], 0.0, 0
+    students, teachers = [], []
+    for text, answer in zip(texts, answers, strict=True):
+        tokens = map_tokens(answer, strings)
+        assert tokens is not None, answer
+        for few_shot in (FEW_SHOT, 0):
+            model.few_shot = few_shot
+            with torch.no_grad():
+                output = model.forward(model.encode([text]), [[(tokens.ids, 0)]], label_space=False)
+            (students if few_shot == 0 else teachers).append(output.completion_logits.double().log_softmax(-1))
+        for known, kept, share in zip(teachers[-1], tokens.alternatives, tokens.lost, strict=True):
+            ids = list(kept)
+            gaps.append((known[ids].numpy(), np.array([kept[i] for i in ids])))
+            tails.append((1 - sum(np.exp(p) for p in kept.values()), 1 - known.exp().topk(KEPT).values.sum().item()))
+            lost, same = lost + share, same + (known.argmax().item() == max(kept, key=kept.get))
+    known, served = (np.concatenate([pair[i] for pair in gaps]) for i in (0, 1))
+    print(f"tokens: {len(tails)} in {len(answers)} answers; likeliest token the same at {same / len(tails):.1%}")
+    for bound in (0.01, 0.0001, 0.0):
+        among = np.exp(served) >= bound
+        gap, shares = np.abs(known - served)[among], np.abs(np.exp(known) - np.exp(served))[among]
+        print(
+            f"  difference of log-probabilities, tokens of {bound:g} and more ({among.sum()}): mean {gap.mean():.4f}, "
+            f"largest {gap.max():.4f}; of probabilities: largest {shares.max():.4f}"
+        )
+    tail = np.array(tails)
+    for name, column in (("served", tail[:, 0]), ("here", tail[:, 1])):
+        print(f"  mass beyond the {KEPT} tokens, {name}: mean {column.mean():.5f}, largest {column.max():.5f}")
+    print(f"  mass on tokens that the student's vocabulary lacks: {lost:.6f} in all")
+    student, teacher = torch.cat(students), torch.cat(teachers)
+    whole = losses.kl(student, teacher)
+    print(f"KL to the whole distribution, mean over tokens: {whole.mean().item():.5f} nats")
+    for k in (1, 5, 10, KEPT):
+        less = whole - losses.kl_top_k(student, *losses.to_top_k(teacher, k))
+        rest = 1 - teacher.exp().topk(k).values.sum(-1)
+        print(
+            f"  top {k} and the rest as one: {less.mean().item():.5f} nats less, at most {less.max().item():.5f} less "
+            f"at a token; mass of the rest {rest.mean().item():.5f}"
+        )
+
+
+def main(program: str, file: str, n: int = 36) -> None:
+    records = read_rows("data/corpora/finance.jsonl", ROOT).rows
+    picked = [records[i] for i in np.random.default_rng(0).permutation(len(records))[:n]]
+    texts, gold = [row["text"] for row in picked], np.array([TASK.names.index(row["label"]) for row in picked])
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        with llama_server(os.path.abspath(program), os.path.abspath(file)) as url:
+            served, answers, seconds = ask(url, scratch, texts)
+        print(f"llama-server, 1 thread: {n / seconds:.2f} rows/s")
+        model = open_gguf(Path(file).resolve(), scratch)
+        started = time.perf_counter()
+        known = model.predict(texts)
+        print(
+            f"this package, float32, {torch.get_num_threads()} thread: {n / (time.perf_counter() - started):.2f} rows/s"
+        )
+        print_labels(served, known, gold)
+        print_tokens(model, texts, answers)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
