@@ -1,12 +1,12 @@
 """A real llama-server as a teacher: how near are its labels and tokens to the same GGUF loaded here?
 
-    PYTHONPATH=src python benchmarks/served_teacher.py LLAMA_SERVER MODEL.gguf [rows, 36 by default]
+    PYTHONPATH=src python benchmarks/served_teacher.py LLAMA_SERVER MODEL.gguf [rows of each label, 12 by default]
 
 docs/api-teachers.md says how to build `llama-server`. It answers on this machine with one thread, for rows of the
 finance corpus: one request a row gives the probabilities of the labels and the 20 likeliest tokens at each token of
 its answer. The same file, loaded by this package (weights in bfloat16, products in float32), then scores the same
 labels and the same tokens with the whole distribution. So the difference between the two computations, and what the 20
-tokens leave out, are both measured. The student of the KL is the same model without the solved examples in its prompt.
+tokens leave out, are both measured. The student of the KL is the same model without the solved example in its prompt.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from distillery.tasks.schema import load_task  # noqa: E402
 from distillery.teachers.api.client import Endpoint  # noqa: E402
 from distillery.teachers.api.teacher import ApiTeacher  # noqa: E402
 from distillery.teachers.cache import AnswerStore  # noqa: E402
-from distillery.training.served_teacher import map_tokens  # noqa: E402
+from distillery.training.served_teacher import MappedTokens, map_tokens  # noqa: E402
 from loopback import free_port  # noqa: E402
 
-FEW_SHOT, KEPT, MAX_TOKENS = 3, 20, 4
+FEW_SHOT, KEPT, MAX_TOKENS = 1, 20, 4
 TASK = load_task("finance-prompted", ROOT / "tasks")
 
 
@@ -84,7 +84,7 @@ def open_gguf(file: Path, scratch: Path) -> LabelModel:
     (scratch / "model.gguf").symlink_to(file)
     folder = _convert_gguf(scratch / "model.gguf", scratch / "model")
     model, tokenizer = load_model(folder, "causal", dtype="float32").eval(), load_tokenizer(folder)
-    return LabelModel(model, tokenizer, TASK, "causal", few_shot=FEW_SHOT, max_length=4096, batch_size=12)
+    return LabelModel(model, tokenizer, TASK, "causal", few_shot=FEW_SHOT, max_length=4096, batch_size=6)
 
 
 def print_labels(served: np.ndarray, known: np.ndarray, gold: np.ndarray) -> None:
@@ -97,19 +97,25 @@ def print_labels(served: np.ndarray, known: np.ndarray, gold: np.ndarray) -> Non
     print(f"  right: {right[0]:.1%} served, {right[1]:.1%} here")
 
 
-def print_tokens(model: LabelModel, texts: list[str], answers: list) -> None:
-    """Compare the served log-probabilities with the whole distribution at the same tokens."""
-    strings, gaps, tails, lost, same = TokenStrings(model.tokenizer), [], [], 0.0, 0
-    students, teachers = [], []
+def score_here(model: LabelModel, texts: list[str], answers: list[MappedTokens]) -> tuple[np.ndarray, list, list]:
+    """Label probabilities, and at the tokens of `answers` the log-probabilities with and without a solved example."""
+    labels, teachers, students = [], [], []
     for text, answer in zip(texts, answers, strict=True):
-        tokens = map_tokens(answer, strings)
-        assert tokens is not None, answer
-        for few_shot in (FEW_SHOT, 0):
+        for few_shot, scores in ((FEW_SHOT, teachers), (0, students)):
             model.few_shot = few_shot
             with torch.no_grad():
-                output = model.forward(model.encode([text]), [[(tokens.ids, 0)]], label_space=False)
-            (students if few_shot == 0 else teachers).append(output.completion_logits.double().log_softmax(-1))
-        for known, kept, share in zip(teachers[-1], tokens.alternatives, tokens.lost, strict=True):
+                output = model.forward(model.encode([text]), [[(answer.ids, 0)]], label_space=few_shot > 0)
+            scores.append(output.completion_logits.double().log_softmax(-1))
+            if few_shot:
+                labels.append(output.label_logits[0].softmax(-1).numpy())
+    return np.stack(labels), teachers, students
+
+
+def print_tokens(answers: list[MappedTokens], teachers: list, students: list) -> None:
+    """Compare the served log-probabilities with the whole distribution at the same tokens."""
+    gaps, tails, lost, same = [], [], 0.0, 0
+    for answer, scores in zip(answers, teachers, strict=True):
+        for known, kept, share in zip(scores, answer.alternatives, answer.lost, strict=True):
             ids = list(kept)
             gaps.append((known[ids].numpy(), np.array([kept[i] for i in ids])))
             tails.append((1 - sum(np.exp(p) for p in kept.values()), 1 - known.exp().topk(KEPT).values.sum().item()))
@@ -139,23 +145,28 @@ def print_tokens(model: LabelModel, texts: list[str], answers: list) -> None:
         )
 
 
-def main(program: str, file: str, n: int = 36) -> None:
-    records = read_rows("data/corpora/finance.jsonl", ROOT).rows
-    picked = [records[i] for i in np.random.default_rng(0).permutation(len(records))[:n]]
-    texts, gold = [row["text"] for row in picked], np.array([TASK.names.index(row["label"]) for row in picked])
+def pick_rows(each: int) -> tuple[list[str], np.ndarray]:
+    """The texts and the gold labels (indices) of `each` rows of every label."""
+    rows, picked = read_rows("data/corpora/finance.jsonl", ROOT).rows, []
+    order = np.random.default_rng(0).permutation(len(rows))
+    for name in TASK.names:
+        picked += [rows[i] for i in order if rows[i]["label"] == name][:each]
+    return [row["text"] for row in picked], np.array([TASK.names.index(row["label"]) for row in picked])
+
+
+def main(program: str, file: str, each: int = 12) -> None:
+    texts, gold = pick_rows(each)
+    n = len(texts)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         with llama_server(os.path.abspath(program), os.path.abspath(file)) as url:
             served, answers, seconds = ask(url, scratch, texts)
         print(f"llama-server, 1 thread: {n / seconds:.2f} rows/s")
         model = open_gguf(Path(file).resolve(), scratch)
-        started = time.perf_counter()
-        known = model.predict(texts)
-        print(
-            f"this package, float32, {torch.get_num_threads()} thread: {n / (time.perf_counter() - started):.2f} rows/s"
-        )
+        mapped = [map_tokens(answer, TokenStrings(model.tokenizer)) for answer in answers]
+        known, *scores = score_here(model, texts, mapped)
         print_labels(served, known, gold)
-        print_tokens(model, texts, answers)
+        print_tokens(mapped, *scores)
 
 
 if __name__ == "__main__":
