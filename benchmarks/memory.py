@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py [--layers first-15] [--batch 8] [--steps 4] [--out benchmarks/memory.csv]
 
-The formula counts weights, gradients, optimizer states and copies, not activations. It is printed for LLaMA-2 7B (the
-published claim: 84 GB in 16 bits against 4 GB in 4 bits with adapters) and for SmolLM2 as params.yaml has it; for the
-latter each way is also run in a process of its own, whose growth over an idle one is what was measured.
+The formula counts weights, gradients, optimizer states and copies, not activations. It is printed for the published
+students, LLaMA-2 7B (the claim: 84 GB in 16 bits against 4 GB in 4 bits with adapters), OPT 1.3B and GPT-2, and for
+SmolLM2 as params.yaml has it; for the latter each way is also run in a process of its own, whose growth over an idle
+one is what was measured.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from distillery.config.load import load_params
 from distillery.config.schema import PhaseConfig, StudentConfig
@@ -37,6 +39,12 @@ from distillery.training.student import build_student
 
 GB = 1e9
 LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+OPT = {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32, "vocab_size": 50272}
+PUBLISHED = {  # students of a published system; the config of GPT-2 is that of 124 M parameters
+    "LLaMA-2 7B": ("llama", LLAMA | {"vocab_size": 32000}),
+    "OPT 1.3B": ("opt", OPT | {"word_embed_proj_dim": 2048}),
+    "GPT-2 124M": ("gpt2", {}),
+}
 # bytes of frozen linear layers, of other frozen weights, and of trained weights with gradient and AdamW's two states
 BYTES_PER_PARAMETER = {
     "full, 32 bits": (0.0, 0.0, {"weights": 4, "gradients": 4, "optimizer": 8, "copies": 0}),
@@ -57,20 +65,21 @@ WAYS = {  # what is measured: the kind of the formula, adapter and precision
 }
 
 
-def predicted_memory(model: nn.Module, kind: str, r: int = 16) -> dict[str, float]:
+def predicted_memory(model: nn.Module, kind: str, r: int = 16, adapted: str = "") -> dict[str, float]:
     """Bytes that training `model` holds, without activations: weights, gradients, optimizer, copies and their total.
 
-    kind: of `BYTES_PER_PARAMETER`. r: rank of the adapters in every linear layer but the output head. Only shapes
-    count, so a model on the `meta` device will do.
+    kind: of `BYTES_PER_PARAMETER`. r: rank of the adapters in every linear layer but the output head, or in those with
+    `adapted` in their full names. Only shapes count, so a model on the `meta` device will do.
     """
-    linear = [module for module in transformer_body(model).modules() if isinstance(module, nn.Linear)]
-    linear_weights = sum(module.weight.numel() for module in linear)
+    modules = transformer_body(model).named_modules()
+    linear = {name: module for name, module in modules if isinstance(module, nn.Linear | Conv1D)}
+    linear_weights = sum(module.weight.numel() for module in linear.values())
     other_weights = sum(parameter.numel() for parameter in model.parameters()) - linear_weights
     frozen_linear, frozen_other, trained = BYTES_PER_PARAMETER[kind]
     if kind.startswith("full"):
         n_trained = linear_weights + other_weights
     else:
-        n_trained = sum(r * (module.in_features + module.out_features) for module in linear)
+        n_trained = sum(r * sum(module.weight.shape) for name, module in linear.items() if adapted in name)
     memory = {part: float(size * n_trained) for part, size in trained.items()}
     memory["weights"] += frozen_linear * linear_weights + frozen_other * other_weights
     return memory | {"total": sum(memory.values())}
@@ -113,6 +122,21 @@ def line(model: str, kind: str, r: int, measured: dict[str, float]) -> dict[str,
     return {"model": model, "training": kind, "r": r or "", **gigabytes, "trainable": measured.get("trainable", "")}
 
 
+def published_rows() -> list[dict[str, object]]:
+    """The formula for the published students: trained whole, and adapters of rank 64 in all layers or in attention."""
+    rows = []
+    for name, (model_type, shape) in PUBLISHED.items():
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape))
+        model.tie_weights()  # the embeddings of OPT and GPT-2 are their output head
+        for kind in BYTES_PER_PARAMETER:
+            r = 0 if kind.startswith("full") else 64
+            rows.append(line(name, kind, r, predicted_memory(model, kind, r)))
+        attention = predicted_memory(model, "QLoRA, 4 bits", 64, "attn")
+        rows.append(line(name, "QLoRA, 4 bits, attention", 64, attention))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", default="first-15")
@@ -127,12 +151,7 @@ def main() -> None:
         print(json.dumps(measure(kind, arguments.layers, int(r), arguments.batch, arguments.steps)))
         return
 
-    table = []
-    with init_empty_weights():
-        llama = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=32000, **LLAMA))
-    for kind in BYTES_PER_PARAMETER:
-        r = 0 if kind.startswith("full") else 64
-        table.append(line("LLaMA-2 7B", kind, r, predicted_memory(llama, kind, r)))
+    table = published_rows()
     own = load_model(fetch_model("smollm2", load_params().models["smollm2"]), "causal", layers=arguments.layers)
     for kind in WAYS:
         for r in [0] if kind.startswith("full") else arguments.ranks if kind.startswith("QLoRA") else [64]:

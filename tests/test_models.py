@@ -181,6 +181,14 @@ def test_memory_by_formula(tiny_models, monkeypatch):
     assert adapted["gradients"] == 4 * trained and adapted["optimizer"] == 8 * trained
     frozen = linear * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + 2 * (total - linear)
     assert adapted["weights"] == pytest.approx(frozen + 4 * trained)
+    attention = predicted_memory(model, "QLoRA, 4 bits", r=8, adapted="attn")
+    assert attention["gradients"] == 4 * 8 * 4 * 4 * (32 + 32)
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        gpt2 = AutoModelForCausalLM.from_config(tiny.causal_config("gpt2"))
+    adapted = predicted_memory(gpt2, "QLoRA, 4 bits", r=8, adapted="attn")  # its layers are convolutions of width 1
+    assert adapted["gradients"] == 4 * 8 * 2 * (16 + 48 + 16 + 16)
 
 
 @pytest.mark.parametrize(("kind", "arch"), [("llama", "causal"), ("bert", "classifier")])
