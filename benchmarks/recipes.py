@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
+from domains import write_figure
 from keep import commit
 
 from distillery.config.load import validate_section
@@ -110,6 +111,7 @@ def keep(root: Path, rows: pd.DataFrame) -> None:
     page = re.sub(rf"({START}\n).*?({END})", lambda m: f"{m[1]}{markdown(table)}\n{m[2]}", page, flags=re.S)
     with atomic_write(root / PAGE) as path:
         path.write_text(page, encoding="utf-8")
+    write_figure(root)
 
 
 def main(names: list[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 import tiny
@@ -264,6 +266,23 @@ def test_a_recipe_weighs_its_divergences_as_its_source_does(name):
         if params.recipe:
             assert all(phase.scale_by_t2 == (name in with_factor) for phase in softened)
             assert all("scale_by_t2" in phase.model_fields_set for phase in softened)
+
+
+def test_three_domains_have_their_score_and_time_for_a_row(monkeypatch):
+    """A latency as it is, a number of rows a second as its inverse; each model is one of its recipe."""
+    monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
+    domains = importlib.import_module("domains")
+    table = [("multiteacher-distilbert", "finbert", "accuracy", 0.9, 0.5)]
+    table += [("multiteacher-distilbert", "finbert", "latency_p50_ms", 10.0, 8.0)]
+    table += [("trivia-t5", "t5-small", "sentences_per_second", 5.0, None)]
+    frame = pd.DataFrame(table, columns=["recipe", "model", "score", "published", "this run"])
+    rows = domains.domain_rows(frame).set_index(["domain", "role", "origin"])
+    assert rows.loc[("finance", "teacher", "this run")].tolist() == [0.5, 8.0]
+    assert rows.loc[("trivia", "student", "published"), "milliseconds"] == 200
+    assert len(rows) == 12 and rows["score"].notna().sum() == 2
+    for recipe_name, teacher, student, _ in domains.DOMAINS.values():
+        raw = load_recipe(tiny.ROOT, recipe_name)
+        assert teacher in raw["teachers"] and student in raw["students"]
 
 
 @pytest.mark.parametrize(
