@@ -17,6 +17,14 @@ from distillery.config.schema import DIVERGENCES, Params
 from distillery.errors import UserError
 from distillery.files import read_yaml, repository_root
 from distillery.pipeline import published_settings, recipe
+from distillery.pipeline.published_features import (
+    COLUMNS,
+    PAGE_FILE,
+    STATUSES,
+    features_page,
+    missing_places,
+    read_features,
+)
 from distillery.pipeline.published_settings import (
     SETTINGS_FILE,
     recipe_settings,
@@ -206,6 +214,22 @@ def test_every_setting_of_the_source_is_the_recipes_or_has_a_reason(name):
 
 def test_the_page_of_settings_is_that_of_the_recipes():
     assert (tiny.ROOT / SETTINGS_FILE).read_text(encoding="utf-8") == settings_page(tiny.ROOT)
+
+
+def test_the_features_of_the_sources_are_where_the_table_has_them(tmp_path):
+    """Every place exists in the code of today, every feature that does not work says why, and the page is current."""
+    rows = read_features(tiny.ROOT)
+    assert tuple(rows.columns) == COLUMNS and set(rows["status"]) <= set(STATUSES)
+    assert not rows.duplicated(["source", "feature"]).any()
+    assert [place for where in rows["where"] for place in missing_places(tiny.ROOT, where)] == []
+    unexplained = rows[(rows["status"] != "works") & (rows["remark"] == "")]
+    assert unexplained["feature"].tolist() == []
+    assert rows.loc[(rows["status"] == "works") & (rows["where"] == ""), "feature"].tolist() == []
+    page = (tiny.ROOT / PAGE_FILE).read_text(encoding="utf-8")
+    assert page == features_page(tiny.ROOT)
+    assert f"| {(rows['status'] == 'works').sum()} |" in page and f"| {len(rows)} |" in page
+    (tmp_path / "a.py").write_text("x = 1\n")
+    assert missing_places(tmp_path, "a.py; a.py: x = 1; a.py: y; b.py") == ["a.py: y", "b.py"]
 
 
 def test_settings_are_found_by_names_positions_and_stars():

@@ -11,6 +11,7 @@ from distillery.config.load import validate_section
 from distillery.config.schema import Params
 from distillery.errors import UserError
 from distillery.files import atomic_write, repository_root
+from distillery.pipeline.published_features import PAGE_FILE, features_page
 from distillery.pipeline.recipe import load_recipe
 from distillery.tasks.schema import load_task
 
@@ -124,11 +125,12 @@ def settings_page(root: Path) -> str:
 
 
 def print_settings(name: str) -> None:
-    """Print the settings of recipe `name`, or of `all` write the page. Raises UserError."""
+    """Print the settings of recipe `name`, or of `all` write the page, and that of features. Raises UserError."""
     root = repository_root()
     if name != "all":
         print(settings_table(setting_rows(root, name)))
         return
-    with atomic_write(root / SETTINGS_FILE) as scratch:
-        scratch.write_text(settings_page(root), encoding="utf-8")
-    print(f"all recipes: {SETTINGS_FILE}")
+    for file, text in ((SETTINGS_FILE, settings_page(root)), (PAGE_FILE, features_page(root))):
+        with atomic_write(root / file) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    print(f"all recipes: {SETTINGS_FILE}, {PAGE_FILE}")

@@ -1,0 +1,54 @@
+"""The features of the published systems and where each stands: recipes/features.csv, and its page docs/published.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+FEATURES_FILE, PAGE_FILE = "recipes/features.csv", "docs/published.md"
+COLUMNS = ("source", "feature", "status", "where", "remark")
+STATUSES = ("works", "partial", "differs", "missing", "n/a")
+HEADING = """# The published systems, feature by feature
+
+What the documents of the published systems describe, and where it stands here. `make recipe NAME=all SETTINGS=1` makes
+this page from [recipes/features.csv](../recipes/features.csv); a test looks up every place that is named. Settings, one
+by one, are in [recipes/SETTINGS.md](../recipes/SETTINGS.md). *differs*: it is here in another way; *n/a*: a remark of
+the source on related or future work. `project` is what this project set out to be.
+"""
+
+
+def read_features(root: Path) -> pd.DataFrame:
+    """The rows of `recipes/features.csv`: source, feature, status, where (`file` or `file: text`, by `; `), remark."""
+    return pd.read_csv(root / FEATURES_FILE, keep_default_na=False, dtype=str)
+
+
+def missing_places(root: Path, where: str) -> list[str]:
+    """The places in `where` that do not exist: a file that is not there, or a text that it does not hold."""
+    missing = []
+    for place in filter(None, where.split("; ")):
+        file, _, text = place.partition(": ")
+        path = root / file
+        if not path.is_file() or text not in path.read_text(encoding="utf-8"):
+            missing.append(place)
+    return missing
+
+
+def features_page(root: Path) -> str:
+    """The page in Markdown: counts for each source, then every feature."""
+    rows = read_features(root)
+    counts = pd.crosstab(rows["source"], rows["status"]).reindex(
+        index=list(dict.fromkeys(rows["source"])), columns=list(STATUSES), fill_value=0
+    )
+    counts.loc["all"] = counts.sum()
+    lines = [f"| source | {' | '.join(STATUSES)} | rows |", f"|---|{'--:|' * (len(STATUSES) + 1)}"]
+    lines += [f"| {source} | {' | '.join(map(str, row))} | {sum(row)} |" for source, *row in counts.itertuples()]
+    parts = [HEADING, "\n".join(lines)]
+    for source, part in rows.groupby("source", sort=False):
+        table = ["| feature | status | where | remark |", "|---|---|---|---|"]
+        for row in part.itertuples():
+            places = [place.partition(": ")[0] for place in filter(None, row.where.split("; "))]
+            links = ", ".join(f"[{Path(file).name}](../{file})" for file in dict.fromkeys(places))
+            table.append(f"| {row.feature} | {row.status} | {links} | {row.remark} |")
+        parts.append(f"\n## {source}\n\n" + "\n".join(table))
+    return "\n".join(parts) + "\n"
