@@ -23,10 +23,10 @@ def read_features(root: Path) -> pd.DataFrame:
     return pd.read_csv(root / FEATURES_FILE, keep_default_na=False, dtype=str)
 
 
-def missing_places(root: Path, where: str) -> list[str]:
-    """The places in `where` that do not exist: a file that is not there, or a text that it does not hold."""
+def missing_places(root: Path, places: str) -> list[str]:
+    """The places in `places` that do not exist: a file that is not there, or a text that it does not hold."""
     missing = []
-    for place in filter(None, where.split("; ")):
+    for place in filter(None, places.split("; ")):
         file, _, text = place.partition(": ")
         path = root / file
         if not path.is_file() or text not in path.read_text(encoding="utf-8"):
