@@ -28,6 +28,7 @@ from report_project import (
     evaluate,
     experiment,
     finished_project,
+    invented_corpus,
     qa_project,
     write_project,
 )
@@ -288,6 +289,23 @@ def test_alerts_are_in_the_report_the_most_severe_first(tmp_path, finished):
     is_alert = np.isin(results.headline.predictions[0], ["down", "flat"])
     assert severities[0] == pytest.approx((p @ [0.0, 0.25, 1.0])[is_alert].max(), abs=0.005)
     assert 'id="alerts"' not in (finished[0] / "reports/index.html").read_text(encoding="utf-8")
+
+
+def test_the_report_counts_what_a_filter_leaves_of_each_theme(tmp_path, finished):
+    spec, rng = experiment(seeds=[0]), np.random.default_rng(0)
+    spec["data"]["demo"]["filter"] = {"theme": "theme", "keywords": [WORDS[0]], "expand_keywords": 2}
+    corpus = [row | {"theme": "ab"[i % 2], "language": "en"} for i, row in enumerate(invented_corpus(rng))]
+    for row in corpus[:400]:
+        row["text"] += f" {WORDS[0]} <b>"
+    results, _ = evaluate(tmp_path, write_project(tmp_path, spec, corpus=corpus))
+    themes = results.audits["demo"]["filter"]["themes"]
+    assert [row["rows"] for row in themes] == [300, 300, 600] and 400 <= themes[2]["left"] < 600
+    html = (tmp_path / "reports/index.html").read_text(encoding="utf-8")
+    for row, name in zip(themes, ("a", "b", "all"), strict=True):
+        cells = f'<th scope="row">{name}</th><td>{row["rows"]}</td><td>1</td><td>{row["left"]}</td>'
+        assert cells in html
+    assert f"Filter: 600 rows after cleaning, {themes[2]['left']} rows by keywords." in html
+    assert "Filter:" not in (finished[0] / "reports/index.html").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------- the page
