@@ -11,6 +11,7 @@ import pandas as pd
 from distillery import metrics
 from distillery.config.schema import Params
 from distillery.errors import UserError
+from distillery.label_sets import LabelSets
 from distillery.tasks.schema import Task
 from distillery.teachers.base import Teacher, open_teacher
 from distillery.teachers.prompted import divide_by_prior
