@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distillery.config.effects import unused_settings
 from distillery.config.load import load_params, validate_section
-from distillery.config.references import unused_settings
 from distillery.config.schema import Params, SplitRef
 from distillery.errors import UserError
 from experiments import BASE, DELETE, changed, load, prepare

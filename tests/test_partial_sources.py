@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from distillery.config.effects import unused_settings
 from distillery.config.load import load_params
-from distillery.config.references import unused_settings
 from distillery.config.schema import Params
 from distillery.data.overlaps import add_overlaps
 from distillery.data.prepare import PreparedSource, prepare_source

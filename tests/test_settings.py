@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from distillery.config.references import control_differences, unused_settings
+from distillery.config.effects import control_differences, unused_settings
 from distillery.config.renamed import rename_old_keys
 from distillery.errors import UserError
 from experiments import changed, load, prepare

@@ -16,8 +16,8 @@ from distillery.errors import UserError
 
 def check() -> None:
     """Validate params.yaml, its task files and models, and count what it names."""
+    from distillery.config.effects import unused_settings
     from distillery.config.load import load_params
-    from distillery.config.references import unused_settings
     from distillery.pipeline.label_set_checks import check_label_sets
     from distillery.pipeline.model_checks import check_models
     from distillery.tasks.schema import load_task

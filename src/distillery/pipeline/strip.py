@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from distillery import fingerprint
+from distillery.config.effects import unused_settings
 from distillery.config.load import load_params
-from distillery.config.references import unused_settings
 from distillery.config.schema import Params, SourceConfig
 from distillery.errors import UserError
 from distillery.files import Paths, file_digest, matching_files, repository_root, write_json

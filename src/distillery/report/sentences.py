@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from distillery.config.references import control_differences
+from distillery.config.effects import control_differences
 from distillery.evaluation.costs import PRICED_ROWS
 from distillery.evaluation.leaderboard import DOLLARS, count_comparisons
 from distillery.evaluation.results import ModelResult, Results
