@@ -116,7 +116,10 @@ def test_a_student_is_compared_with_its_control_on_whole_sets_and_on_decisions(r
     monkeypatch.chdir(repo)
     board = pd.read_csv(repo / "reports/leaderboard.csv").set_index("model")
     params, task = load_params(repo / "params.yaml"), load_task("shop", repo / "tasks")
-    kd, control = (gather_results(repo, params).find(name) for name in ("kd", "gold"))
+    results = gather_results(repo, params)
+    kd, control = (results.find(name) for name in ("kd", "gold"))
+    # what robustness, exports and further sources are predicted with
+    assert results.thresholds(kd).tolist() == read_json(repo / "runs/kd-0/metrics.json")["thresholds"]
     test = pd.read_parquet(repo / "data/processed/shop/test.parquet")
     rows = (test["label"].to_numpy(object), kd.predictions, control.predictions, task.names, test["group"])
     paired = metrics.paired_difference(*rows, 100, params.evaluate.confidence, params.evaluate.seed)
@@ -194,7 +197,7 @@ KD = "students.kd"
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
-        ("teachers.answers.kind", "api", "teachers.answers.api.labels: logprobs are of one label"),
+        ("teachers.answers.kind", "api", "teachers.answers.api.labels: logprobs is for one label a row"),
         ("teachers.encoder.kind", "lm", "teachers.encoder.finetune: a language model is only prompted of a task"),
         ("teachers.prompted.few_shot", 2, "teachers.prompted.few_shot: a question about one label has no solved"),
         ("teachers.prompted.calibrate", "batch", "teachers.prompted.calibrate: divides a distribution over labels"),

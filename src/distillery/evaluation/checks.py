@@ -32,9 +32,7 @@ def run_checks(
     checks += [c for m in models if m.role == "teacher" for c in find_contamination(root, params, m, tests)]
     for result in models:
         if result.role in TRAINED_ROLES and result.source in labels:
-            names, label = labels[result.source], tests[result.source]["label"]
-            of_sets = isinstance(names, LabelSets)
-            checks += find_set_shortcuts(result, label, names) if of_sets else find_shortcuts(result, label)
+            checks += find_shortcuts(result, tests[result.source]["label"], labels[result.source])
     return checks
 
 
@@ -159,12 +157,14 @@ def _memory_scores(root: Path, teacher: ModelResult, spec: TeacherConfig) -> tup
     return text, gap >= MIN_MEMORY_GAP and memorised - scored < gap / 4
 
 
-def find_shortcuts(result: ModelResult, label: pd.Series) -> list[Check]:
+def find_shortcuts(result: ModelResult, label: pd.Series, names: Sequence[str] = ()) -> list[Check]:
     """Whether `result` predicts one label for all rows, some label too often, or one of the labels never.
 
     label [n]: the true labels. Checks the run with the most biased predictions; a label counts as never predicted
-    when one run does not predict it for any row.
+    when one run does not predict it for any row. names: the labels of the task, where these are label sets.
     """
+    if isinstance(names, LabelSets):
+        return find_set_shortcuts(result, label, names)
     true, worst, bias = label.value_counts(normalize=True), None, -1.0
     for run in result.predictions:
         excess = (pd.Series(run).value_counts() / len(run)).sub(true, fill_value=0)  # unreadable answers are none

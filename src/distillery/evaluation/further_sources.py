@@ -29,7 +29,7 @@ def add_further_sources(root: Path, results: Results) -> Results:
         check
         for result in further
         if results.tasks[result.source].kind != "qa"
-        for check in find_shortcuts(result, results.tests[result.source]["label"])
+        for check in find_shortcuts(result, results.tests[result.source]["label"], results.labels[result.source])
     ]
     return replace(results, models=[*results.models, *further], checks=[*results.checks, *checks])
 
@@ -37,10 +37,10 @@ def add_further_sources(root: Path, results: Results) -> Results:
 def _results_of_student(root: Path, results: Results, name: str, sources: list[str]) -> list[ModelResult]:
     params, own = results.params, results.find(name)
     tables = {source: [] for source in sources}
-    for seed in params.seeds:
+    for i, seed in enumerate(params.seeds):
         model = load_student(params.students[name], Paths(root).run(name, seed) / "model", results.tasks[own.source])
         for source in sources:
-            tables[source].append(predict_rows(model, results.tests[source]))
+            tables[source].append(predict_rows(model, results.tests[source], results.thresholds(own, i)))
     return [
         replace(own, name=f"{name} on {source}", source=source, is_further=True, validation=None,
                 **stack_predictions(tables[source]))

@@ -99,15 +99,19 @@ class Results:
         return next((m for m in self.models if m.role == "teacher" and (m.key, m.source) == wanted), None)
 
     def decide(self, result: ModelResult, probabilities: np.ndarray, seed: int = 0) -> np.ndarray:
-        """The predictions [n] for `probabilities` [n, K]; of label sets with the thresholds of `result`.
+        """The predictions [n] for `probabilities` [n, K]; of label sets with :meth:`thresholds`."""
+        return metrics.decide(probabilities, self.labels[result.source], self.thresholds(result, seed))
 
-        These are chosen on its validation rows. seed: position among the seeds of `result`.
+    def thresholds(self, result: ModelResult, seed: int = 0) -> np.ndarray | None:
+        """The thresholds of label sets that the validation rows of `result` choose [K]; None of other labels.
+
+        seed: position among the seeds of `result`.
         """
-        labels, thresholds = self.labels[result.source], None
-        if isinstance(labels, LabelSets) and result.validation is not None:
-            gold = self.validations[result.source]["label"].to_numpy(object)
-            thresholds = metrics.choose_thresholds(gold, result.validation[seed], labels)
-        return metrics.decide(probabilities, labels, thresholds)
+        labels = self.labels[result.source]
+        if not isinstance(labels, LabelSets) or result.validation is None:
+            return None
+        gold = self.validations[result.source]["label"].to_numpy(object)
+        return metrics.choose_thresholds(gold, result.validation[seed], labels)
 
     @property
     def compared(self) -> list[ModelResult]:

@@ -19,8 +19,9 @@ def check_label_sets(params: Params) -> None:
         place = f"params.yaml: teachers.{name}"
         if teacher.kind in ("lm", "seq2seq"):
             _check_language_model(place, teacher)
-        if teacher.api and teacher.api.labels == "logprobs":
-            raise UserError(f"{place}.api.labels: logprobs are of one label; {ONLY} write text or structured")
+        if teacher.api and teacher.api.labels in ("logprobs", "explained"):
+            mode = teacher.api.labels
+            raise UserError(f"{place}.api.labels: {mode} is for one label a row; {ONLY} write text or structured")
         if teacher.calibrate != "none":
             raise UserError(f"{place}.calibrate: divides a distribution over labels; leave it out {ONLY}")
         if teacher.finetune and teacher.finetune.balance != "none":

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from distillery import metrics
+from distillery.label_sets import sets_of
 from distillery.models.label_model import LabelModel
 from distillery.training.rows import TrainingRows
 
@@ -54,10 +56,13 @@ def example_line(student: LabelModel, rows: TrainingRows, step: int) -> str:
     if rows.answers is not None:
         parts.append(f"answer: {rows.answers[rows.targets[i]]}")
         return " | ".join([*parts, f"student: {student.answer_questions([rows.texts[i]])[0]}"])
-    if rows.targets[i] >= 0:
+    if rows.are_sets:
+        parts.append(f"label: {sets_of(rows.targets[i : i + 1] > 0, task.names)[0]}")
+    elif rows.targets[i] >= 0:
         parts.append(f"label: {task.names[rows.targets[i]]}")
     if rows.logprobs is not None:
-        parts.append(f"teacher: {task.names[int(rows.logprobs[i].argmax())]}")
+        teacher = rows.logprobs[i].exp()[:, 1] if rows.are_sets else rows.logprobs[i]
+        parts.append(f"teacher: {metrics.decide(teacher.numpy(), task.names)}")
     n_options = None if rows.n_options is None else [rows.n_options[i]]
     prediction = student.predict([rows.texts[i]], n_options=n_options)[0]
-    return " | ".join([*parts, f"student: {task.names[int(prediction.argmax())]}"])
+    return " | ".join([*parts, f"student: {metrics.decide(prediction, task.names)}"])
