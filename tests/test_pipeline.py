@@ -115,7 +115,7 @@ def test_every_module_is_a_part_of_some_stage_or_known_to_be_none():
     outside |= {f"pipeline.{name}" for name in ("environment", "recipe", "run_notebook", "search", "strip")}
     outside |= {"pipeline.draft", "pipeline.model_checks", "pipeline.stage_times", "pipeline.studies"}
     outside |= {"pipeline.lessons", "notebook.lessons", "notebook.lesson_sentences", "notebook.tiny_causal"}
-    outside |= {f"deploy.{name}" for name in ("decisions", "predict", "serve", "tables")} | {"teachers.asking"}
+    outside |= {f"deploy.{name}" for name in ("decisions", "predict", "push", "serve", "tables")} | {"teachers.asking"}
     outside |= {name.removeprefix("distillery.") for name in all_modules() if ".pipeline.plan" in name}
     assert all_modules() - used == {f"distillery.{name}" for name in outside}
 
