@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/served_teacher.py LLAMA_SERVER MODEL.gguf [rows of each label, 12 by default]
 
-docs/api-teachers.md says how to build `llama-server`. It answers on this machine with one thread, for rows of the
+docs/api-teachers.md shows how to build `llama-server`. It answers on this machine with one thread, for rows of the
 finance corpus: one request a row gives the probabilities of the labels and the 20 likeliest tokens at each token of
 its answer. The same file, loaded by this package (weights in bfloat16, products in float32), then scores the same
 labels and the same tokens with the whole distribution. So the difference between the two computations, and what the 20
@@ -42,7 +42,7 @@ from distillery.teachers.cache import AnswerStore  # noqa: E402
 from distillery.training.served_teacher import MappedTokens, map_tokens  # noqa: E402
 from loopback import free_port  # noqa: E402
 
-FEW_SHOT, KEPT, MAX_TOKENS = 1, 20, 4
+FEW_SHOT, TOP, MAX_TOKENS = 1, 20, 4
 TASK = load_task("finance-prompted", ROOT / "tasks")
 
 
@@ -67,7 +67,7 @@ def llama_server(program: str, model: str) -> Iterator[str]:
 
 def ask(url: str, scratch: Path, texts: list[str]) -> tuple[np.ndarray, list, float]:
     """Label probabilities, the tokens of the answers, and seconds, of the server at `url`."""
-    settings = {"model": "gguf", "base_url": url, "labels": "logprobs", "tokens": "generated", "top_logprobs": KEPT}
+    settings = {"model": "gguf", "base_url": url, "labels": "logprobs", "tokens": "generated", "top_logprobs": TOP}
     settings |= {"max_tokens": MAX_TOKENS, "concurrency": 1, "timeout": 300.0, "max_unreadable": None}
     spec = validate_section(ApiConfig, settings, "benchmark")
     endpoint = Endpoint("served", spec, AnswerStore(scratch / "answers.sqlite"), log=lambda _: None)
@@ -115,11 +115,11 @@ def print_tokens(answers: list[MappedTokens], teachers: list, students: list) ->
     """Compare the served log-probabilities with the whole distribution at the same tokens."""
     gaps, tails, lost, same = [], [], 0.0, 0
     for answer, scores in zip(answers, teachers, strict=True):
-        for known, kept, share in zip(scores, answer.alternatives, answer.lost, strict=True):
-            ids = list(kept)
-            gaps.append((known[ids].numpy(), np.array([kept[i] for i in ids])))
-            tails.append((1 - sum(np.exp(p) for p in kept.values()), 1 - known.exp().topk(KEPT).values.sum().item()))
-            lost, same = lost + share, same + (known.argmax().item() == max(kept, key=kept.get))
+        for known, returned, share in zip(scores, answer.alternatives, answer.lost, strict=True):
+            ids = list(returned)
+            gaps.append((known[ids].numpy(), np.array([returned[i] for i in ids])))
+            tails.append((1 - sum(np.exp(p) for p in returned.values()), 1 - known.exp().topk(TOP).values.sum().item()))
+            lost, same = lost + share, same + (known.argmax().item() == max(returned, key=returned.get))
     known, served = (np.concatenate([pair[i] for pair in gaps]) for i in (0, 1))
     print(f"tokens: {len(tails)} in {len(answers)} answers; likeliest token the same at {same / len(tails):.1%}")
     for bound in (0.01, 0.0001, 0.0):
@@ -131,12 +131,12 @@ def print_tokens(answers: list[MappedTokens], teachers: list, students: list) ->
         )
     tail = np.array(tails)
     for name, column in (("served", tail[:, 0]), ("here", tail[:, 1])):
-        print(f"  mass beyond the {KEPT} tokens, {name}: mean {column.mean():.5f}, largest {column.max():.5f}")
+        print(f"  mass beyond the {TOP} tokens, {name}: mean {column.mean():.5f}, largest {column.max():.5f}")
     print(f"  mass on tokens that the student's vocabulary lacks: {lost:.6f} in all")
     student, teacher = torch.cat(students), torch.cat(teachers)
     whole = losses.kl(student, teacher)
     print(f"KL to the whole distribution, mean over tokens: {whole.mean().item():.5f} nats")
-    for k in (1, 5, 10, KEPT):
+    for k in (1, 5, 10, TOP):
         less = whole - losses.kl_top_k(student, *losses.to_top_k(teacher, k))
         rest = 1 - teacher.exp().topk(k).values.sum(-1)
         print(

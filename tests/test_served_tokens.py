@@ -435,11 +435,11 @@ def test_the_pipeline_trains_a_student_from_served_tokens(speaker, tiny_models, 
         calls = sum(proxy.calls.values())
         stages.run_notebook(repo, "04_distill", student="pupil", seed=0)
         assert sum(proxy.calls.values()) == calls  # no training calls an endpoint
-    kept = pd.read_parquet(repo / "data/teacher/far/tokens.parquet")
+    table = pd.read_parquet(repo / "data/teacher/far/tokens.parquet")
     signals = pd.read_parquet(repo / "data/teacher/far/signals.parquet")
     trained_rows = signals[signals["split"].isin(["train", "pool"])]
     expected = trained_rows["label"].notna() | ((way == "echo") & (trained_rows["split"] == "train"))
-    assert set(kept["id"]) == set(trained_rows["id"][expected]) and set(kept["part"]) <= {"generated", "answer"}
+    assert set(table["id"]) == set(trained_rows["id"][expected]) and set(table["part"]) <= {"generated", "answer"}
     history = pd.read_csv(repo / "runs/pupil-0/history.csv")
     assert history["kl"].gt(0).all() and len(history)
     record = json.loads((repo / "data/inputs/pupil/experiment.json").read_text())["openable_teachers"]["far"]

@@ -25,7 +25,7 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # of sentencepiece
 def token_string(token: str, written: Iterable[int] | None, token_id: int | None = None) -> str:
     """The string for a token that a server calls `token`, and that writes the bytes `written` (None: not known).
 
-    token_id: its number there, which only says what a token is that writes nothing.
+    token_id: its number there, which only tells apart tokens that write nothing.
     """
     data = bytes(written or ())
     if not data and not token and token_id is not None:
@@ -79,7 +79,7 @@ class TokenStrings:
 def _byte_writer(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
     """The function from the name of a token in `tokenizer` to the bytes that it writes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # the only place where a tokenizer says how the names of its tokens are written
+    # the only place where a tokenizer shows how the names of its tokens are written
     decoder = "Metaspace" if backend is None else str(backend.decoder)
     if "ByteLevel" in decoder:
         byte_of = {character: byte for byte, character in _byte_characters().items()}

@@ -196,9 +196,9 @@ def tokens_sentence(tokens: pd.DataFrame, signals: pd.DataFrame) -> str:
     steps = [step for text in tokens["tokens"] for step in json.loads(text)]
     if not steps:
         return "No row has log-probabilities of tokens."
-    kept = np.array([sum(np.exp(logprob) for _, logprob in others) for _, _, others in steps])
+    mass = np.array([sum(np.exp(logprob) for _, logprob in others) for _, _, others in steps])
     text = f"{len(tokens):,} completions have log-probabilities at {len(steps):,} tokens. The returned tokens hold "
-    text += f"{100 * kept.mean():.2f} % of the probability on average, at least {100 * kept.min():.2f} %; the rest is "
+    text += f"{100 * mass.mean():.2f} % of the probability on average, at least {100 * mass.min():.2f} %; the rest is "
     text += "kept as one more outcome."
     if missing:
         shown = ", ".join(f"`{row}`" for row in missing[:3]) + (", …" if len(missing) > 3 else "")

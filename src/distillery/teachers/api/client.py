@@ -122,11 +122,15 @@ class Endpoint:
 
     def _check_logprobs(self, question: Question, answer: Answer) -> None:
         """Raise UserError when `answer` has no log-probabilities although `question` requests them."""
-        settings, kept = question.model_identity, answer.metadata
-        if not (settings.get("logprobs") or settings.get("tokens")) or kept.get("refused") or kept.get("reasoning"):
+        settings, returned = question.model_identity, answer.metadata
+        if (
+            not (settings.get("logprobs") or settings.get("tokens"))
+            or returned.get("refused")
+            or returned.get("reasoning")
+        ):
             return
-        is_empty = kept.get("tokens") == [] and not answer.text
-        if kept.get("tokens") or "steps" in kept or is_empty:
+        is_empty = returned.get("tokens") == [] and not answer.text
+        if returned.get("tokens") or "steps" in returned or is_empty:
             return
         if way := settings.get("scores"):
             raise UserError(
