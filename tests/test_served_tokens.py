@@ -19,6 +19,7 @@ import tiny
 from distillery import losses
 from distillery.config.load import load_params, validate_section
 from distillery.config.schema import ApiConfig, PhaseConfig, StudentConfig
+from distillery.data.storage import read_task
 from distillery.errors import UserError
 from distillery.files import read_yaml, write_json
 from distillery.models.label_model import LabelModel
@@ -29,8 +30,9 @@ from distillery.pipeline.strip import strip_notebook, write_models
 from distillery.tasks.schema import load_task
 from distillery.teachers.api.client import Endpoint
 from distillery.teachers.api.teacher import ApiTeacher, GivenTokens
+from distillery.teachers.base import gather_rows
 from distillery.teachers.cache import AnswerStore
-from distillery.teachers.served_tokens import vocabulary_check
+from distillery.teachers.served_tokens import collect_tokens, vocabulary_check
 from distillery.training.rows import phase_rows
 from distillery.training.run import train_phase
 from distillery.training.served_teacher import ServedTeacher, map_tokens, rows_with_tokens, top_k_arrays
@@ -401,6 +403,9 @@ def test_tokens_that_the_student_lacks_are_counted_and_never_dropped_in_silence(
 # ------------------------------------------------------------------------------- the pipeline
 
 
+OWN = {"tokens": "generated"}
+
+
 def write_experiment(repo: Path, url: str, far: dict[str, Any], **settings: Any) -> None:
     """An experiment with one teacher, behind the endpoint at `url`, and one student of its tokens."""
     tree = read_yaml(repo / "params.yaml")
@@ -417,12 +422,11 @@ def write_experiment(repo: Path, url: str, far: dict[str, Any], **settings: Any)
         YAML().dump(tree, file)
 
 
-@pytest.mark.parametrize("way", ["generated", "echo"])
-def test_the_pipeline_trains_a_student_from_served_tokens(speaker, tiny_models, tmp_path, way):
+def test_the_pipeline_trains_a_student_from_served_tokens(speaker, tiny_models, tmp_path):
     repo = tiny.experiment(tmp_path / "repo", tiny_models)
     server = loopback.TokenServer(speaker)
     with loopback.Proxy(server, share=0.1, seed=3, faults=("429", "500")) as proxy:
-        write_experiment(repo, proxy.url, {"tokens": way} | ({"tokenizer": "tiny-llama"} if way == "echo" else {}))
+        write_experiment(repo, proxy.url, OWN)
         params = load_params(repo / "params.yaml")
         tiny.prepare_data(repo)
         for name in ("02_teach", "04_distill"):
@@ -435,18 +439,23 @@ def test_the_pipeline_trains_a_student_from_served_tokens(speaker, tiny_models, 
         calls = sum(proxy.calls.values())
         stages.run_notebook(repo, "04_distill", student="pupil", seed=0)
         assert sum(proxy.calls.values()) == calls  # no training calls an endpoint
+        # the same rows at an endpoint that scores their labels
+        write_experiment(repo, proxy.url, {"tokens": "echo", "tokenizer": "tiny-llama"})
+        params, task = load_params(repo / "params.yaml"), read_task(repo / "data/processed/finance")
+        signals = pd.read_parquet(repo / "data/teacher/far/signals.parquet")
+        signals.loc[0, "rationale"] = "Profit rose."
+        scored = collect_tokens(repo, "far", params, task, gather_rows(repo, params, "far"), signals)
     table = pd.read_parquet(repo / "data/teacher/far/tokens.parquet")
-    signals = pd.read_parquet(repo / "data/teacher/far/signals.parquet")
-    trained_rows = signals[signals["split"].isin(["train", "pool"])]
-    expected = trained_rows["label"].notna() | ((way == "echo") & (trained_rows["split"] == "train"))
-    assert set(table["id"]) == set(trained_rows["id"][expected]) and set(table["part"]) <= {"generated", "answer"}
+    taught = signals[signals["split"].isin(["train", "pool"])]
+    assert set(table["id"]) == set(taught["id"][taught["label"].notna()]) and set(table["part"]) == {"generated"}
+    answers = scored[scored["part"] == "answer"]
+    assert set(answers["id"]) == set(taught["id"][taught["label"].notna() | (taught["split"] == "train")])
+    explained = scored["id"][scored["part"] == "rationale"].tolist()
+    assert explained == signals["id"][:1].tolist() and len(json.loads(answers["tokens"].iloc[0])) == 2  # label and end
     history = pd.read_csv(repo / "runs/pupil-0/history.csv")
     assert history["kl"].gt(0).all() and len(history)
     record = json.loads((repo / "data/inputs/pupil/experiment.json").read_text())["openable_teachers"]["far"]
     assert "data/teacher/far/tokens.parquet" in record["weights"]
-
-
-OWN = {"tokens": "generated"}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # of sentencepiece
 def token_string(token: str, written: Iterable[int] | None, token_id: int | None = None) -> str:
     """The string for a token that a server calls `token`, and that writes the bytes `written` (None: not known).
 
-    token_id: its number there, which only tells apart tokens that write nothing.
+    token_id: its number there, which only identifies a token that writes nothing.
     """
     data = bytes(written or ())
     if not data and not token and token_id is not None:
