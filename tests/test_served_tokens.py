@@ -422,7 +422,7 @@ def write_experiment(repo: Path, url: str, far: dict[str, Any], **settings: Any)
         YAML().dump(tree, file)
 
 
-def test_the_pipeline_trains_a_student_from_served_tokens(speaker, tiny_models, tmp_path):
+def test_the_pipeline_trains_a_student_from_served_tokens(speaker, tiny_models, tmp_path, monkeypatch):
     repo = tiny.experiment(tmp_path / "repo", tiny_models)
     server = loopback.TokenServer(speaker)
     with loopback.Proxy(server, share=0.1, seed=3, faults=("429", "500")) as proxy:
@@ -443,6 +443,7 @@ def test_the_pipeline_trains_a_student_from_served_tokens(speaker, tiny_models, 
         write_experiment(repo, proxy.url, {"tokens": "echo", "tokenizer": "tiny-llama"})
         params, task = load_params(repo / "params.yaml"), read_task(repo / "data/processed/finance")
         signals = pd.read_parquet(repo / "data/teacher/far/signals.parquet")
+        monkeypatch.chdir(repo)
         signals.loc[0, "rationale"] = "Profit rose."
         scored = collect_tokens(repo, "far", params, task, gather_rows(repo, params, "far"), signals)
     table = pd.read_parquet(repo / "data/teacher/far/tokens.parquet")
