@@ -59,8 +59,8 @@ def label_set_sentence(audit: dict[str, Any]) -> str:
     """How many labels a row has, and the commonest sets. audit: `label_sets` of the audit."""
     commonest = ", ".join(f"{labels} ({rows:,})" for labels, rows in list(audit["sets"].items())[:5])
     without = audit["without_label"]
-    least = f"{without:,} rows have none" if without else "every row has one at least"
-    text = f"A row has {audit['labels_per_row']:.2f} labels on average, and {least}. "
+    unlabelled = f"{without:,} rows have none" if without else "every row has one at least"
+    text = f"A row has {audit['labels_per_row']:.2f} labels on average, and {unlabelled}. "
     return text + f"There are {audit['distinct']:,} different sets; the commonest are {commonest}."
 
 

@@ -123,15 +123,15 @@ def open_teacher(
 
         return ApiTeacher(Endpoint(name, spec.api, store), task, spec.few_shot, **settings)
     origin = params.models[spec.model]
-    asks_labels = task.kind == "multilabel" and spec.kind != "classifier"
-    asked = label_question(task, task.names[0]) if asks_labels else task
-    model = load_teacher_model(name, spec, origin, asked)
+    is_yes_no = task.kind == "multilabel" and spec.kind != "classifier"
+    question = label_question(task, task.names[0]) if is_yes_no else task
+    model = load_teacher_model(name, spec, origin, question)
     if (
         model.arch != "classifier" and spec.max_length is None
     ):  # also of a teacher that will be fine-tuned on shorter prompts
         model.max_length = max_prompt_tokens(model)
     cache = AnswerCache(store, model_identity(spec.model, origin, model) | {"seed": spec.seed})
-    return YesNoTeacher(model, cache, sets=task, **settings) if asks_labels else LocalTeacher(model, cache, **settings)
+    return YesNoTeacher(model, cache, sets=task, **settings) if is_yes_no else LocalTeacher(model, cache, **settings)
 
 
 def open_file_teacher(
