@@ -23,7 +23,7 @@ import loopback
 import stages
 import tiny
 from distillery.config.load import validate_section
-from distillery.config.schema import SPLITS, ApiConfig
+from distillery.config.schema import SPLITS, ApiConfig, Params
 from distillery.errors import UserError
 from distillery.files import read_yaml
 from distillery.tasks.parsing import parse_label, parse_label_set
@@ -34,8 +34,12 @@ from distillery.teachers.api.client import MAX_EMPTY_ANSWERS, Endpoint
 from distillery.teachers.api.failures import error_message, retry_after_seconds
 from distillery.teachers.api.probabilities import label_probabilities
 from distillery.teachers.api.teacher import ApiTeacher, label_schema
+from distillery.teachers.base import open_teacher
 from distillery.teachers.cache import Answer, AnswerStore
+from distillery.teachers.rationales import add_rationales
+from distillery.teachers.signals import signal_table
 from forked import fork_context
+from report_project import experiment
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 KEY, SECRET = "DISTILLERY_TEST_KEY", "sk-test-7f3e9a1c5b2d4e6f8a0b"
@@ -944,6 +948,33 @@ def test_label_and_reason_come_in_one_answer(server, tmp_path):
     solved = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     assert solved == [f"{TASK.word(shot.label)}\n{shot.rationale}" for shot in TASK.few_shot[:2]]
     assert all(turn["content"].endswith(EXPLANATION_REQUEST) for turn in turns if turn["role"] == "user")
+
+
+def test_rationales_are_the_reasons_that_came_with_the_labels(server, tmp_path):
+    """For the gold label of a training row and the teacher's of a pool row, without another request; none for test."""
+    rows = pd.DataFrame({"source": "demo", "split": ["train", "train", "pool", "test"], "id": list("abcd")})
+    rows["text"] = ["Up: profit", "Up: profit too", "Down: loss", "Down: loss again"]
+    rows["label"] = ["positive", "negative", None, "negative"]
+
+    def reply(request, status, answer):
+        text = request["messages"][-1]["content"]
+        answer["choices"][0]["message"]["content"] = next(v for k, v in REASONS.items() if f": {k}" in text)
+        return status, answer
+
+    with loopback.Proxy(server[0], alter=reply) as proxy:
+        api = {"model": server[1], "base_url": proxy.url, "key": KEY, "labels": "explained", "max_tokens": 48}
+        far = {"kind": "api", "api": api, "rationales": 9}
+        params = validate_section(Params, experiment(teachers={"far": far}), "params.yaml")
+        opened = open_teacher(tmp_path, "far", params, TASK)
+        signals = signal_table(rows, opened.predict(rows), TASK.names, -1)
+        explained = add_rationales(tmp_path, "far", params, TASK, rows, signals)
+        assert sum(proxy.calls.values()) == 4
+    assert explained["rationale"].where(explained["rationale"].notna(), None).tolist() == [
+        "Profit went up.",
+        None,
+        "The loss grew.",
+        None,
+    ]
 
 
 def test_a_reason_needs_room():

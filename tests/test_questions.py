@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from distillery import metrics
 from distillery.config.schema import PhaseConfig
@@ -16,6 +17,7 @@ from distillery.models.predictions import find_alerts, predict_rows, score_answe
 from distillery.tasks.schema import Task
 from distillery.training.rows import phase_rows
 from distillery.training.run import train_phase
+from distillery.training.teacher_models import OpenableTeacher
 
 TASK = Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
 PHASE = {"data": ["q/train"], "loss": {"ce": 1.0}, "steps": 60, "batch_size": 4, "learning_rate": 1.0e-2}
@@ -45,6 +47,28 @@ def test_a_student_learns_to_write_the_answers(tiny_models, tmp_path):
     assert predictions["answer"].tolist() == ["net sales", "operating profit", "the board", "EUR"]
     after = score_predictions(predictions, TASK.names)
     assert before["exact_match"] == 0 < after["exact_match"] == after["accuracy"] == after["token_f1"] == 1
+
+
+def test_answers_and_a_teachers_distribution_over_their_tokens_are_learned_together(tiny_models, tmp_path):
+    """Of the likeliest tokens alone, each row from the fold that did not learn from it: both terms fall."""
+
+    def open_fold(fold: int) -> LabelModel:
+        teacher = student(tiny_models / "tiny-llama")
+        generator = torch.Generator().manual_seed(fold)
+        for weights in teacher.model.parameters():
+            weights.data += 0.1 * torch.randn(weights.shape, generator=generator)
+        return teacher
+
+    frame = QUESTIONS.assign(answer_one=None, fold_one=[0, 1, 0, 1])
+    settings = {"loss": {"ce": 0.5, "kl": 0.5}, "space": "vocabulary", "top_k": 4, "teachers": ["one"], "steps": 20}
+    phase = PhaseConfig(**PHASE | settings)
+    teachers = {"one": OpenableTeacher(open_fold, ["one"], 4, tmp_path / "outputs")}
+    rows = phase_rows(frame, phase, TASK.names)
+    model = student(tiny_models / "tiny-llama")
+    history = train_phase(model, rows, phase, folder=tmp_path / "run", seed=0, teachers=teachers)
+    first, last = history.iloc[0], history.iloc[-1]
+    assert 0 < last["kl"] < first["kl"] and last["ce"] < first["ce"]
+    assert last["loss"] == pytest.approx(0.5 * last["ce"] + 0.5 * last["kl"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
