@@ -9,6 +9,7 @@ import torch
 
 from distillery.config.schema import ModelConfig, StudentConfig, TeacherConfig
 from distillery.models import precision
+from distillery.models.devices import shapes_alone
 from distillery.models.precision import choose_dtype, describe_dtypes, faster_dtypes, resolve_dtype
 from distillery.tasks.schema import Task
 from distillery.training.student import build_student
@@ -60,6 +61,12 @@ def test_a_named_format_is_taken_without_a_measurement(dtype, timings):
     assert resolve_dtype(dtype, "training") == resolve_dtype(dtype, "prediction") == dtype
     assert timings["measurements"] == 0
     assert describe_dtypes(dtype) == f"Products: training in {dtype} and prediction in {dtype}."
+
+
+def test_nothing_is_timed_for_models_without_weights(timings):
+    with shapes_alone():
+        assert [resolve_dtype("auto", use) for use in precision.USES] == ["bfloat16", "bfloat16"]
+    assert timings["measurements"] == 0
 
 
 def test_the_sentence_names_what_auto_means(timings, tmp_path, monkeypatch):

@@ -33,9 +33,11 @@ def resolve_dtype(dtype: str, use: Use) -> str:
 
     The first call on a machine times both number formats, which takes seconds. The choice stays in
     `.cache/dtype.json`, which no stage depends on: a later run decides the same, and nothing reruns. float32 where
-    the device has no products in `dtype`.
+    the device has no products in `dtype`. On the `meta` device, which stands for a GPU, `auto` is bfloat16.
     """
     if dtype == "auto":
+        if default_device().type == "meta":
+            return "bfloat16"
         return faster_dtypes(Paths(repository_root()).cache / "dtype.json")[use]
     return working_dtype(dtype)
 
