@@ -275,8 +275,9 @@ def test_settings_are_compared_with_those_of_the_recipe(repository, capsys, monk
     line = r"recipes/other.yaml: recipe.settings.4: the recipe has no key `students.\*.phases.0.gone`"
     with pytest.raises(UserError, match=line):
         setting_rows(repository, "other")
-    with pytest.raises(SystemExit, match="error: --settings is for the full scale, and alone"):
-        main(["recipe", "other", "--settings", "--scale", "small"])
+    for other in (["--scale", "small"], ["--plan"], ["--gpu", "h100-80gb"]):
+        with pytest.raises(SystemExit, match="error: --settings is for the full scale, and alone"):
+            main(["recipe", "other", "--settings", *other])
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -115,8 +115,8 @@ def recipe(name: str, scale: str | None, plan: bool, gpu: str | None, settings: 
     if settings:
         from distillery.pipeline.published_settings import print_settings
 
-        if scale or plan:
-            raise UserError("--settings is for the full scale, and alone: leave --scale and --plan out")
+        if scale or plan or gpu:
+            raise UserError("--settings is for the full scale, and alone: leave --scale, --plan and --gpu out")
         return print_settings(name)
     if plan:
         from distillery.pipeline.plan.command import DEFAULT_GPU, run_plan
