@@ -1,6 +1,6 @@
 """Print what becomes of the files that people have: the rows that are read, or the line that is printed.
 
-    python benchmarks/files_read.py
+    PYTHONPATH=src python benchmarks/files_read.py
 
 The files are those of tests/field_files.py, most of them written by the tools that people use.
 """

@@ -31,6 +31,7 @@ from distillery import losses  # noqa: E402
 from distillery.config.load import validate_section  # noqa: E402
 from distillery.config.schema import ApiConfig  # noqa: E402
 from distillery.data.readers import read_rows  # noqa: E402
+from distillery.errors import UserError  # noqa: E402
 from distillery.models.fetch import _convert_gguf  # noqa: E402
 from distillery.models.label_model import LabelModel  # noqa: E402
 from distillery.models.load import load_model, load_tokenizer  # noqa: E402
@@ -58,7 +59,11 @@ def llama_server(program: str, model: str) -> Iterator[str]:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                     break
             except OSError:  # not there yet, or loading
+                if server.poll() is not None:
+                    raise UserError(f"{program} ended with code {server.returncode} before it answered") from None
                 time.sleep(0.5)
+        else:
+            raise UserError(f"{program} did not answer")
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
