@@ -198,11 +198,11 @@ KD = "students.kd"
     ("key", "value", "line"),
     [
         ("teachers.answers.kind", "api", "teachers.answers.api.labels: logprobs is for one label a row"),
-        ("teachers.encoder.kind", "lm", "teachers.encoder.finetune: a language model is only prompted of a task"),
+        ("teachers.encoder.kind", "lm", "teachers.encoder.finetune: a language model is only prompted in a task"),
         ("teachers.prompted.few_shot", 2, "teachers.prompted.few_shot: a question about one label has no solved"),
         ("teachers.prompted.calibrate", "batch", "teachers.prompted.calibrate: divides a distribution over labels"),
         ("teachers.encoder.finetune.balance", "batches", "teachers.encoder.finetune.balance: weighs rows of one label"),
-        (f"{KD}.arch", "causal", f"{KD}.arch: a student of a task of `kind: multilabel` is a classifier, not causal"),
+        (f"{KD}.arch", "causal", f"{KD}.arch: a student in a task of `kind: multilabel` is a classifier, not causal"),
         (f"{KD}.phases.1.loss.label_prior", 1.0, f"{KD}.phases.1.loss.label_prior: is for one label a row; allowed"),
         (f"{KD}.phases.0.mix", "validation", f"{KD}.phases.0.mix: is decided by the one label of a row"),
         (f"{KD}.phases.0.balance", "class_weights", f"{KD}.phases.0.balance: is decided by the one label of a row"),
