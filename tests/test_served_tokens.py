@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from openai.types import Completion
 from ruamel.yaml import YAML
 
 import loopback
@@ -29,7 +30,10 @@ from distillery.pipeline.inputs import write_student_inputs
 from distillery.pipeline.strip import strip_notebook, write_models
 from distillery.tasks.schema import load_task
 from distillery.teachers.api.client import Endpoint
+from distillery.teachers.api.failures import RetryableError
+from distillery.teachers.api.responses import read_scored_tokens
 from distillery.teachers.api.teacher import ApiTeacher, GivenTokens
+from distillery.teachers.api.transport import UNREADABLE, Transport
 from distillery.teachers.base import gather_rows
 from distillery.teachers.cache import AnswerStore
 from distillery.teachers.served_tokens import collect_tokens, vocabulary_check
@@ -483,6 +487,20 @@ def test_a_phase_that_an_endpoint_cannot_teach_ends_in_one_line(tmp_path, far, s
     with pytest.raises(UserError) as raised:
         load_params(tmp_path / "params.yaml")
     assert str(raised.value).startswith(f"params.yaml: students.pupil.phases.0.{line}"), raised.value
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        {"tokens": ["a", "b"], "token_logprobs": [None], "top_logprobs": [None, {"b": 0.0}]},
+        {"tokens": ["a", "b"], "token_logprobs": [None, 0.0], "top_logprobs": [None, 7]},
+    ],
+)
+def test_scores_of_a_broken_form_are_a_failure_that_may_pass(logprobs):
+    transport = Transport("far", ApiConfig(model="m", base_url="http://127.0.0.1:1"))
+    body = Completion.construct(choices=[{"logprobs": logprobs}])
+    with pytest.raises(RetryableError, match=UNREADABLE):
+        transport._read_openai(body, lambda content: read_scored_tokens(content, 1, 1))
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def read_scored_tokens(body: Mapping[str, Any], prompt: int, completion: int) ->
     """The log-probabilities at the last `completion` of `prompt` + `completion` tokens that an endpoint has read.
 
     The metadata `tokens` is as for :func:`read_completion`, or None when the endpoint returned none for these tokens;
-    `decoded` is what each of them writes, in the words of the endpoint. Else see :func:`read_completion`.
+    `decoded` is what each of them writes, in the words of the endpoint. Else see :func:`read_completion`; raises
+    ValueError, too, for lists of unequal lengths.
     """
     choice, end = body["choices"][0], prompt + completion
     metadata: dict[str, Any] = {"model": body.get("model"), "tokens": None}

@@ -175,7 +175,7 @@ class Transport:
             if body["choices"][0].get("error"):  # of a router, whose provider failed
                 return self._read_failure(200, body["choices"][0])
             return read(body)
-        except (AttributeError, LookupError, TypeError):
+        except (AttributeError, LookupError, TypeError, ValueError):
             raise RetryableError(UNREADABLE) from None
 
     def _send_anthropic(self, question: Question) -> Answer:
