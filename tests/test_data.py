@@ -20,6 +20,7 @@ from distillery.config.load import load_params
 from distillery.config.schema import SPLITS, ColumnNames, RowFilter, SourceConfig, SplitShares
 from distillery.data.audit import split_leaks
 from distillery.data.cleaning import ROW_COLUMNS, clean_rows
+from distillery.data.columnar import read_dataset_folder
 from distillery.data.filtering import related_words
 from distillery.data.near_duplicates import (
     cluster_near_duplicates,
@@ -255,6 +256,7 @@ def test_related_words_are_those_with_the_highest_likelihood_ratio():
     rows = ["seed bbb ccc ddd eee", "seed bbb ccc ddd eee", "Seed bbb CCC eee", "seed", "bbb eee", "eee", "eee", "eee"]
     assert related_words(pd.Series(rows), ["SEED"], 9) == ["ccc", "bbb"]
     assert related_words(pd.Series(rows), ["SEED"], 1) == ["ccc"]
+    assert related_words(pd.Series(["up 1", "no 2"]), ["up"], 9) == []  # no text has a word of three letters
     assert related_words(pd.Series(rows), ["none"], 9) == [] == related_words(pd.Series(rows[:4]), ["seed"], 9)
 
 
@@ -894,3 +896,12 @@ def test_the_corpora_are_as_their_page_states():
         assert all(list(row) == columns.split(", ") for row in raw.rows)
         for label, n in Counter(row.get("label") for row in raw.rows).items():
             assert label is None or f"| {label} | {n} |" in page
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"features": {"label": {"_type": "ClassLabel"}}}'])
+def test_a_damaged_folder_of_datasets_is_one_line(tmp_path, damage):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text('{"_data_files": []}')
+    (tmp_path / "saved" / "dataset_info.json").write_text(damage)
+    with pytest.raises(UserError, match="^saved: not a folder that `Dataset.save_to_disk` wrote, or damaged$"):
+        read_dataset_folder("saved", tmp_path / "saved")

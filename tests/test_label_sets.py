@@ -121,6 +121,7 @@ def test_other_names_are_mapped_one_by_one(tmp_path):
         ),
         (["up", "Up"], "a.jsonl, line 31: `label` holds the label `up` twice; each label once"),
         ("up;sideways", "a.jsonl, line 31: unknown label 'sideways'; allowed: up, down, guidance"),
+        ("[{[]: 1}]", r"a.jsonl, line 31: unknown label '\[{\[\]: 1}\]'; allowed: up, down, guidance"),
         ("up/down", "unknown label 'up/down'; allowed: .* write columns: {label_separator: \"/\"}"),
         ([["up"]], r"a.jsonl, line 31: `label` must hold labels, not a list \(\['up'\]\); allowed: up"),
         ({"up": True}, r"a.jsonl, line 31: `label` must hold labels, not an object"),

@@ -48,6 +48,8 @@ def _read(name: str, suffix: str, content: bytes) -> pa.Table:
     kind, read = READ_COLUMNAR[suffix]
     try:
         return read(pa.BufferReader(content))
+    except ImportError:
+        raise UserError(f"{name}: pyarrow cannot read {kind} on this system; write it as Parquet or CSV") from None
     except (pa.ArrowException, OSError):
         raise UserError(f"{name}: not {kind}, or damaged") from None
 
@@ -73,12 +75,10 @@ def read_dataset_folder(name: str, folder: Path) -> RawRows | None:
             return None
         files = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
         tables = [_read(f"{name}/{file}", ".arrow", (folder / file).read_bytes()) for file in files]
-        info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, OSError):
+        named = _label_names(json.loads((folder / "dataset_info.json").read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise UserError(f"{name}: not a folder that `Dataset.save_to_disk` wrote, or damaged") from None
     raw = _records(name, tables)
-    features: dict[str, Any] = info.get("features") or {}
-    named = {c: f["names"] for c, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
     for column, names in named.items():
         for row in raw.rows:
             if isinstance(value := row.get(column), int) and 0 <= value < len(names):
@@ -87,3 +87,9 @@ def read_dataset_folder(name: str, folder: Path) -> RawRows | None:
             f"The numbers of the column `{column}` are read as the names that the data set gives them."
         )
     return raw
+
+
+def _label_names(info: dict[str, Any]) -> dict[str, list[str]]:
+    """The names of the labels by column, in a `dataset_info.json`."""
+    features = (info.get("features") or {}).items()
+    return {column: f["names"] for column, f in features if isinstance(f, dict) and f.get("_type") == "ClassLabel"}

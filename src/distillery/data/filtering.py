@@ -71,6 +71,8 @@ def related_words(texts: pd.Series, keywords: Sequence[str], number: int) -> lis
     seeded = count_keywords(texts, keywords).to_numpy() > 0
     if not number or not seeded.any() or seeded.all():
         return []
+    if not any(re.search(WORD, text.casefold()) for text in texts):  # of which scikit-learn makes an error
+        return []
     counter = CountVectorizer(token_pattern=WORD, binary=True, lowercase=False, preprocessor=str.casefold)
     present = counter.fit_transform(texts)
     n = np.array([[seeded.sum()], [(~seeded).sum()]])

@@ -121,7 +121,7 @@ def _parse_list(text: str) -> list[Any]:
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
         return list(value) if isinstance(value, list | tuple) else [text]
     return [text]
