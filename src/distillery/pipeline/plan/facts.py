@@ -104,14 +104,14 @@ def _committed_facts(root: Path, spec: ModelConfig) -> dict[str, Fact]:
 @cache
 def _hub_is_reachable() -> bool:
     """Whether the hub answers at all; requested once a process."""
-    import httpx
+    import httpx2
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        httpx.head(f"{constants.ENDPOINT}/api/models/gpt2", timeout=5, follow_redirects=True)
-    except httpx.HTTPError:
+        httpx2.head(f"{constants.ENDPOINT}/api/models/gpt2", timeout=5, follow_redirects=True)
+    except httpx2.HTTPError:
         return False
     return True
 
