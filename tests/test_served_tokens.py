@@ -31,7 +31,7 @@ from distillery.pipeline.strip import strip_notebook, write_models
 from distillery.tasks.schema import load_task
 from distillery.teachers.api.client import Endpoint
 from distillery.teachers.api.failures import RetryableError
-from distillery.teachers.api.responses import read_scored_tokens
+from distillery.teachers.api.responses import read_completion, read_scored_tokens
 from distillery.teachers.api.teacher import ApiTeacher, GivenTokens
 from distillery.teachers.api.transport import UNREADABLE, Transport
 from distillery.teachers.base import gather_rows
@@ -487,6 +487,15 @@ def test_a_phase_that_an_endpoint_cannot_teach_ends_in_one_line(tmp_path, far, s
     with pytest.raises(UserError) as raised:
         load_params(tmp_path / "params.yaml")
     assert str(raised.value).startswith(f"params.yaml: students.pupil.phases.0.{line}"), raised.value
+
+
+def test_an_alternative_without_a_number_has_no_probability_and_an_own_token_needs_one():
+    entry = {"token": "a", "logprob": -0.5, "top_logprobs": [{"token": "b", "logprob": None}]}
+    body = {"choices": [{"message": {"content": "a"}, "logprobs": {"content": [entry]}}]}
+    assert read_completion(body, all_tokens=True).metadata["tokens"] == [["a", -0.5, [["a", -0.5]]]]
+    entry["logprob"] = None
+    with pytest.raises(TypeError):
+        read_completion(body, all_tokens=True)
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,9 @@ def _tokens(content: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
         start += 1  # white space between the reasoning and the answer
     tokens = []
     for entry in content[start:]:
-        token, logprob = _token_string(entry), entry["logprob"]
+        token, logprob = _token_string(entry), float(entry["logprob"])
         others = [[_token_string(other), other["logprob"]] for other in entry.get("top_logprobs") or []]
+        others = [[other, value] for other, value in others if value is not None]  # JSON's form of a probability of 0
         own = [] if token in [other for other, _ in others] else [[token, logprob]]
         tokens.append([token, logprob, others + own])
     return tokens
