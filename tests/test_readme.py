@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 import stages
 import tiny
 from distillery.config.load import load_params, validate_section
-from distillery.config.schema import ModelConfig, TeacherConfig
+from distillery.config.schema import ModelConfig, StudentConfig, TeacherConfig
 from distillery.pipeline.draft import new_experiment
 from distillery.report.page import leaderboard_markdown
 
@@ -87,8 +87,12 @@ def test_the_experiments_in_the_readme_are_valid(tmp_path):
     assert example.models == {name: main.models[name] for name in example.models}  # pins do not fall behind
     hub = YAML(typ="safe").load(block("models:\n  distilbert").replace("<commit>", "abc"))
     assert ModelConfig.model_validate(hub["models"]["distilbert"]).hub
-    far = YAML(typ="safe", pure=True).load(block("teachers:\n  far:"))["teachers"]
+    api = "teachers:\n  far:\n    kind: api\n    api:\n      model: "
+    far = YAML(typ="safe", pure=True).load(block(f"{api}gpt"))["teachers"]
     assert [validate_section(TeacherConfig, spec, "docs").kind for spec in far.values()] == ["api", "answers"]
+    served = YAML(typ="safe", pure=True).load(block(f"{api}qwen"))
+    assert validate_section(TeacherConfig, served["teachers"]["far"], "docs").api.tokens == "generated"
+    assert validate_section(StudentConfig, served["students"]["pupil"], "docs").phases[0].top_k == 20
 
 
 def test_the_example_for_a_gpu_is_a_valid_experiment(tmp_path):
