@@ -30,6 +30,8 @@ WORD = {"label": "negative", "word": "loss", "inside": 0.3, "outside": 0.05}
 GAINS = pd.DataFrame({"model": "s", "after phase": [0, 1, 2], "accuracy": [0.3, 0.6, 0.7], "gain": [None, 0.3, 0.1]})
 CLOSE = pd.DataFrame({"model": ["s", "s, untrained"], "teacher": "t", "agreement": [0.8, 0.3], "kl": [0.1, 0.9]})
 GOLD = pd.Series(["a", "a", "b"])
+SIGNALS = pd.DataFrame({"source": "s", "split": "pool", "id": ["a", "b"]})
+TOKENS = SIGNALS[:1].assign(tokens='[["yes", -0.1, [["yes", -0.1], ["no", -2.5]]]]')
 STABLE = pd.DataFrame({"model": "s", "perturbation": ["names", "amounts"], "consistency": [0.99, 0.95]})
 
 # function, facts and a part of their sentence, other facts and a part of the opposite sentence
@@ -108,6 +110,7 @@ CASES = [
     (teach.label_error_sentence, (0, 200), "none of the 200", (10, 200), "5.0 %"),
     (teach.labelling_sentence, (0, 0.0), "no pool rows", (20, 0.2), "would teach it something"),
     (teach.labelling_sentence, (20, 0.2), "decides none", (20, 0.9), "the last ones are clear"),
+    (teach.tokens_sentence, (TOKENS[:0], SIGNALS), "No row has", (TOKENS, SIGNALS), "1 rows have none: `b`"),
     (teach.rationale_sentence, (64, 0), "None of the 64", (64, 5), "5 of the 64"),
     (augment.plan_sentence, (9, 0, "t"), "nothing is paraphrased", (9, 2, "t"), "t writes 2 paraphrases"),
     (augment.filter_sentence, ({"kept": 9, "copy": 1},), "can be used", ({"kept": 1, "copy": 9},), "changes too much"),
