@@ -50,6 +50,7 @@ FACTS = Facts(
     low=0.7,
     high=0.8,
     rows=1234,
+    answer="label",
     unit="sentences",
     level="95 %",
     seeds=3,

@@ -207,6 +207,26 @@ def test_every_sentence_is_tested():
     assert names == {f"{case[0].__module__}.{case[0].__name__}" for case in CASES}
 
 
+def test_what_beats_a_constant_answer_to_rows_of_label_sets_is_called_so():
+    sets = labels.answer_name(LabelSets(["up", "down"]))
+    assert labels.answer_name(["up", "down"]) == "label"
+    for sentence in (
+        teach.untrained_sentence(0.6, 0.4, sets),
+        teach.knowledge_sentence(0.7, 0.4, 9, sets),
+        teach.knowledge_sentence(0.4, 0.4, 9, sets),
+        distill.result_sentence(0.7, 0.5, 99, sets),
+    ):
+        assert "most frequent label set" in sentence
+
+
+def test_no_setting_that_label_sets_cannot_have_is_advised():
+    gold, constant, names = pd.Series(["up", "up | down"]), pd.Series(["down", "down"]), LabelSets(["up", "down"])
+    for sentence in (labels.coverage_sentence, labels.constant_sentence):
+        for tuned in (True, False):
+            text = sentence("m", gold, constant, tuned, names)
+            assert "may help" in text and not any(key in text for key in ("few_shot", "calibrate", "balance"))
+
+
 def test_edge_cases_have_a_sentence_of_their_own():
     assert "needs no" not in distill.rows_sentence(0, 5)
     assert distill.result_sentence(0.5, None, 20) == "50.0 % of its answers to 20 test questions are accepted."

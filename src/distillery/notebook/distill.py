@@ -172,15 +172,16 @@ def progress_sentence(accuracy: pd.Series) -> str:
     return text + f"it gained {100 * (last - first):.1f} points, most of them in phase {gains.idxmax()}."
 
 
-def result_sentence(accuracy: float, majority: float | None, rows: int) -> str:
+def result_sentence(accuracy: float, majority: float | None, rows: int, answer: str = "label") -> str:
     """The student's test accuracy beside the share of the most frequent label, both in [0, 1]; None: no labels.
 
-    A difference below two standard errors of the accuracy counts as none.
+    A difference below two standard errors of the accuracy counts as none. answer: what the share is of, see
+    :func:`distillery.notebook.labels.answer_name`.
     """
     if majority is None:
         return f"{percent(accuracy)} of its answers to {rows:,} test questions are accepted."
-    text = f"On {rows:,} test rows the student is right on {percent(accuracy)}; the most frequent label alone is right "
-    text += f"on {percent(majority)}. "
+    text = f"On {rows:,} test rows the student is right on {percent(accuracy)}; the most frequent {answer} alone is "
+    text += f"right on {percent(majority)}. "
     if accuracy > majority + 2 * np.sqrt(accuracy * (1 - accuracy) / rows):
         return text + "The student has learned to read the text."
     return text + "The student has learned **nothing** that clearly beats a constant answer."

@@ -13,6 +13,12 @@ MAX_NAMED_LABELS = 5
 TUNED = "`balance: class_weights` or `batches` where it is trained, more gold rows of it, or more steps may help"
 TUNED_ON_SETS = "more gold rows of it, or more steps may help"
 PROMPTED = "another prompt (`prompts`), solved examples (`few_shot`) or `calibrate` may help"
+PROMPTED_ON_SETS = "another prompt (`prompts`) may help"
+
+
+def answer_name(names: Sequence[str]) -> str:
+    """What a row has of the labels `names` of a task: `label`, or `label set`."""
+    return "label set" if isinstance(names, LabelSets) else "label"
 
 
 def coverage_sentence(
@@ -35,9 +41,10 @@ def coverage_sentence(
 
 def _way_out(tuned: bool, names: Sequence[str]) -> str:
     """What may help a model; see :func:`coverage_sentence`."""
+    of_sets = isinstance(names, LabelSets)
     if not tuned:
-        return PROMPTED
-    return TUNED_ON_SETS if isinstance(names, LabelSets) else TUNED
+        return PROMPTED_ON_SETS if of_sets else PROMPTED
+    return TUNED_ON_SETS if of_sets else TUNED
 
 
 def constant_sentence(
@@ -49,8 +56,8 @@ def constant_sentence(
     """
     accuracy, rows = float((label == prediction).mean()), len(label)
     majority = float(label.value_counts(normalize=True).max())
-    answer = "label set" if isinstance(names, LabelSets) else "label"
-    text = f"{100 * accuracy:.1f} % of {rows:,} validation rows, the commonest {answer} alone on {100 * majority:.1f} %"
+    text = f"{100 * accuracy:.1f} % of {rows:,} validation rows, the commonest {answer_name(names)} alone on "
+    text += f"{100 * majority:.1f} %"
     if accuracy > majority:
         return f"{model} is right on {text}."
     return f"**{model} is not better than a constant answer**: it is right on {text}; {_way_out(tuned, names)}."

@@ -79,10 +79,13 @@ def plot_confidence(predictions: pd.DataFrame) -> None:
     right.set(title="accuracy of the most confident share", xlabel="share of rows", ylim=(None, 1.01))
 
 
-def untrained_sentence(best: float, majority: float) -> str:
-    """The untuned teacher's best validation accuracy beside the share of the most frequent label."""
+def untrained_sentence(best: float, majority: float, answer: str = "label") -> str:
+    """The untuned teacher's best validation accuracy beside the share of the most frequent label.
+
+    answer: what the shares are of, see :func:`distillery.notebook.labels.answer_name`.
+    """
     text = f"Before tuning the teacher is right on {percent(best)} of the validation rows at best. The most frequent "
-    text += f"label alone is right on {percent(majority)}: "
+    text += f"{answer} alone is right on {percent(majority)}: "
     if best > majority + CLOSE:
         return text + "the teacher knows something of the task from its pre-training."
     return text + "the teacher does **not** know the task yet, it must be tuned before it teaches."
@@ -118,12 +121,15 @@ def memory_sentence(in_sample: float, out_of_fold: float | None) -> str:
     return text + "there is no sign that it memorised these rows."
 
 
-def knowledge_sentence(accuracy: float, majority: float, rows: int) -> str:
-    """What the teacher can give a student: accuracy on held-out rows beside the most frequent label's share."""
+def knowledge_sentence(accuracy: float, majority: float, rows: int, answer: str = "label") -> str:
+    """What the teacher can give a student: accuracy on held-out rows beside the most frequent label's share.
+
+    answer: as for :func:`untrained_sentence`.
+    """
     text = f"On {rows:,} held-out rows the teacher is right on {percent(accuracy)}, "
     if accuracy > majority + CLOSE:
-        return text + f"{100 * (accuracy - majority):.1f} points more than the most frequent label: it can teach."
-    return text + f"the most frequent label on {percent(majority)}: it has **nothing** to teach."
+        return text + f"{100 * (accuracy - majority):.1f} points more than the most frequent {answer}: it can teach."
+    return text + f"the most frequent {answer} on {percent(majority)}: it has **nothing** to teach."
 
 
 def calibration_sentence(confidence: float, accuracy: float) -> str:

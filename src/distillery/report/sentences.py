@@ -40,6 +40,7 @@ class Facts:
     low: float
     high: float
     rows: int  # test rows
+    answer: str  # what a row has: a label, or a label set
     unit: str  # of a test row
     level: str  # of the intervals
     seeds: int
@@ -101,6 +102,7 @@ def result_facts(results: Results, board: pd.DataFrame) -> Facts:
         low=row["accuracy_low"],
         high=row["accuracy_high"],
         rows=len(results.tests[head.source]),
+        answer="label set" if results.are_sets else "label",
         unit="questions" if results.tasks[head.source].kind == "qa" else "sentences",
         level=f"{100 * params.evaluate.confidence:g} %",
         seeds=len(params.seeds),
