@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 import distillery.notebook
+from distillery.data.label_sets import audit_label_sets
 from distillery.label_sets import LabelSets
 from distillery.models.heads import OwnHead
 from distillery.notebook import augment, data, distill, evaluate, heads, labels, teach, texts
@@ -225,6 +226,13 @@ def test_no_setting_that_label_sets_cannot_have_is_advised():
         for tuned in (True, False):
             text = sentence("m", gold, constant, tuned, names)
             assert "may help" in text and not any(key in text for key in ("few_shot", "calibrate", "balance"))
+
+
+def test_a_source_of_label_sets_without_any_label_is_described():
+    rows, names = pd.DataFrame({"label": [None, None]}), LabelSets(["up", "down"])
+    counts = data.answer_counts(rows, data.label_masks(rows, names), names)
+    assert counts == {"no label": 2} and "100.0 % of the rows" in data.balance_sentence(counts, "label set")
+    assert data.label_set_sentence(audit_label_sets(rows, names)) == "The rows here bring no labels."
 
 
 def test_edge_cases_have_a_sentence_of_their_own():

@@ -41,8 +41,11 @@ def label_masks(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, pd.Series
 
 
 def answer_counts(rows: pd.DataFrame, masks: dict[str, pd.Series], names: Sequence[str]) -> dict[str, int]:
-    """Rows of each answer that a constant model could give: of each label, or of each label set."""
-    if isinstance(names, LabelSets):
+    """Rows of each answer that a constant model could give: of each label, or of each label set.
+
+    Where no row has a label, all of them are of `no label`.
+    """
+    if isinstance(names, LabelSets) and rows["label"].notna().any():
         return {str(label): int(n) for label, n in rows["label"].dropna().value_counts().items()}
     return {label: int(mask.sum()) for label, mask in masks.items()}
 
@@ -57,6 +60,8 @@ def label_set_table(audit: dict[str, Any], names: Sequence[str]) -> pd.DataFrame
 
 def label_set_sentence(audit: dict[str, Any]) -> str:
     """How many labels a row has, and the commonest sets. audit: `label_sets` of the audit."""
+    if not audit["sets"]:
+        return "The rows here bring no labels."
     commonest = ", ".join(f"{labels} ({rows:,})" for labels, rows in list(audit["sets"].items())[:5])
     without = audit["without_label"]
     unlabelled = f"{without:,} rows have none" if without else "every row has one at least"
