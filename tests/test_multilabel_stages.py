@@ -204,6 +204,8 @@ KD = "students.kd"
         ("teachers.encoder.finetune.balance", "batches", "teachers.encoder.finetune.balance: weighs rows of one label"),
         (f"{KD}.arch", "causal", f"{KD}.arch: a student in a task of `kind: multilabel` is a classifier, not causal"),
         (f"{KD}.phases.1.loss.label_prior", 1.0, f"{KD}.phases.1.loss.label_prior: is for one label a row; allowed"),
+        ("evaluate.conformal_coverage", 0.9, "evaluate.conformal_coverage: is for one label a row; leave it out"),
+        ("evaluate.confusion", ["kd"], "evaluate.confusion: label sets have no confusion matrix; leave it out"),
         (f"{KD}.phases.0.mix", "validation", f"{KD}.phases.0.mix: is decided by the one label of a row"),
         (f"{KD}.phases.0.balance", "class_weights", f"{KD}.phases.0.balance: is decided by the one label of a row"),
         (f"{KD}.phases.0.pseudo_labels", {"agreement": True}, f"{KD}.phases.0.pseudo_labels: is decided by the one"),

@@ -34,6 +34,15 @@ def check_label_sets(params: Params) -> None:
             raise UserError(f"{place}.arch: a student {SETTING} is a classifier, not {student.arch}")
         for i, phase in enumerate(student.phases):
             _check_phase(params, f"{place}.phases.{i}", phase)
+    _check_evaluation(params, sources)
+
+
+def _check_evaluation(params: Params, sources: set[str]) -> None:
+    """Neither prediction sets nor confusion matrices are wanted where no student can have them."""
+    if params.evaluate.conformal_coverage and sources.issuperset(map(params.test_source, params.students)):
+        raise UserError(f"params.yaml: evaluate.conformal_coverage: is for one label a row; leave it out {ONLY}")
+    if params.evaluate.confusion and params.test_source(params.evaluate.headline) in sources:
+        raise UserError(f"params.yaml: evaluate.confusion: label sets have no confusion matrix; leave it out {ONLY}")
 
 
 def _check_language_model(place: str, teacher: TeacherConfig) -> None:
