@@ -25,6 +25,8 @@ from distillery.data.prepare import PreparedSource, prepare_source
 from distillery.data.splitting import split_groups
 from distillery.data.storage import read_split, write_source
 from distillery.errors import UserError
+from distillery.evaluation.checks import find_shortcuts
+from distillery.evaluation.results import ModelResult
 from distillery.label_sets import NO_LABELS, LabelSets, membership, rows_with, sets_of, split_labels
 from distillery.metrics.label_sets import SET_SCORES
 from distillery.tasks.schema import Task
@@ -531,3 +533,11 @@ def test_labels_that_the_teacher_contradicts_and_rows_it_is_unsure_of_are_listed
     assert errors["probability"][0] == pytest.approx(0.95 * 0.9**2)
     to_label = find_rows_to_label(rows, signals, TASK)
     assert to_label["id"].tolist() == ["23", "22"] and to_label["margin"].tolist() == pytest.approx([0.1, 0.8])
+
+
+def test_answers_that_cannot_be_read_are_no_set_that_is_predicted_too_often():
+    label = pd.Series(["up", "down", "up | down", "(none)"] * 10)
+    some = np.array([*label[:4], *[None] * 36], dtype=object)
+    for run, words in ((some, "each label for some of them"), (np.full(40, None), "no answer to the test rows")):
+        checks = find_shortcuts(ModelResult("m", "m", "teacher", "s", run[None]), label, LabelSets(["up", "down"]))
+        assert len(checks) == 1 and words in checks[0].text

@@ -193,8 +193,11 @@ def find_set_shortcuts(result: ModelResult, label: pd.Series, names: LabelSets) 
 
     label [n]: the true label sets. As :func:`find_shortcuts`, for the run with the most frequent set.
     """
-    shares = [pd.Series(run).value_counts(normalize=True) for run in result.predictions]
-    most = max(shares, key=lambda run: run.iloc[0])
+    shares = [pd.Series(run).value_counts() / len(run) for run in result.predictions]  # unreadable answers are none
+    most = max(shares, key=lambda run: run.max() if len(run) else 0.0)
+    if most.empty:
+        text = f"{result.name} gives no answer to the test rows that can be read."
+        return [Check("shortcut", False, text, (result.name,))]
     name, share, true = most.index[0], float(most.iloc[0]), float((label == most.index[0]).mean())
     text = f'{result.name} predicts "{name}" for {_percent(share)} of the test rows ({_percent(true)} are)'
     if share > MAX_LABEL_SHARE and true < MAX_LABEL_SHARE - 0.05:
