@@ -323,6 +323,10 @@ def test_solved_examples_may_be_given_and_a_response_format_stands_in_the_templa
             },
             "a\nup? it {rises} yes or no:",
         ),
+        (
+            {"instruction": "", "template": "{text}\nTopics:"},
+            "Does the label up (it {rises}) fit this text? Answer yes or no.\n\na\nTopics:",
+        ),
     ],
 )
 def test_a_question_about_one_label(prompt, turn):

@@ -32,7 +32,8 @@ def user_turn(task: Task, text: str) -> str:
 def label_question(task: Task, label: str) -> Task:
     """Whether `label` fits a text, as a task of its own with the labels `no` and `yes`.
 
-    The instruction of `task` holds the question where it has the field `{label}`; else one is added to it.
+    The instruction of `task` holds the question where it has the field `{label}`; else one is added to it. It stands
+    before a template without `{instruction}`, which would be the same for all labels.
     """
     prompt, named = task.prompt, {"{label}": task.word(label), "{meaning}": task.labels[label]}
     instruction = prompt.instruction
@@ -41,6 +42,8 @@ def label_question(task: Task, label: str) -> Task:
     for field, value in named.items():
         instruction = instruction.replace(field, value)
     template = prompt.template if prompt.template != TaskPrompt().template else QUESTION_TEMPLATE
+    if "{instruction}" not in template:
+        template = f"{{instruction}}\n\n{template}"
     prompt = prompt.model_copy(update={"instruction": instruction, "template": template})
     return Task(kind="classification", labels={"no": "", "yes": ""}, prompt=prompt)
 
