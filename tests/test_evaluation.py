@@ -25,6 +25,7 @@ from distillery.evaluation.leaderboard import (
     compare_with_published,
     leaderboard,
     phase_accuracies,
+    summarize,
     teacher_closeness,
 )
 from distillery.evaluation.results import ModelResult
@@ -81,6 +82,13 @@ def test_scores_are_those_of_the_runs(finished):
         assert (row["parameters"], row["megabytes"], row["seeds"]) == (17_000_000, 34.0, 2)
         assert (row["trainable"], row["train_seconds"], row["training_mb"]) == (16_000_000, 61.5, 901)
     assert board.loc["big", "accuracy"] == pytest.approx(sk.accuracy_score(test, teacher["label"]))
+
+
+def test_a_score_that_a_model_does_not_have_is_not_in_the_summary(finished):
+    _, _, results, board = finished
+    name = results.headline.name
+    mixed = board.reset_index().assign(micro_f1=np.where(board.index == name, 0.5, np.nan))
+    assert summarize(results, mixed)["micro_f1"] == {name: 0.5}
 
 
 def test_memory_of_a_gpu_is_in_the_leaderboard_where_there_was_one(tmp_path):

@@ -311,5 +311,6 @@ def summarize(results: Results, board: pd.DataFrame) -> dict[str, Any]:
     summary: dict[str, Any] = {"headline": {c: round(float(head[c]), 6) for c in columns if pd.notna(head[c])}}
     trained = board[board["role"].isin(TRAINED_ROLES)]
     for score in (*metrics.SCORES, *(score for score in SET_SCORES if score in board)):
-        summary[score] = {m: round(float(v), 6) for m, v in zip(trained["model"], trained[score], strict=True)}
+        scored = trained[trained[score].notna()]  # some scores are of label sets alone
+        summary[score] = {m: round(float(v), 6) for m, v in zip(scored["model"], scored[score], strict=True)}
     return summary
