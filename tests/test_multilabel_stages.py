@@ -221,11 +221,28 @@ def test_what_sets_cannot_have_is_refused_in_one_line(tmp_path, monkeypatch, key
     if value == "api":
         del node["answers"]
         node["api"] = {"model": "m", "base_url": "http://127.0.0.1:9", "labels": "logprobs"}
+    message = refusal(tmp_path, monkeypatch, raw)
+    assert message.startswith(f"params.yaml: {line}") and "\n" not in message
+
+
+def test_a_label_that_no_text_could_give_is_refused(tmp_path, monkeypatch):
+    raw = YAML(typ="safe", pure=True).load((tiny.ROOT / "tests/smoke_multilabel.yaml").read_text(encoding="utf-8"))
+    del raw["teachers"]["answers"]["answers"]
+    raw["teachers"]["answers"] |= {"kind": "api", "api": {"model": "m", "base_url": "http://127.0.0.1:9"}}
+    message = refusal(tmp_path, monkeypatch, raw, "verbalizer: {price: 'price, or cost'}\n")
+    assert message.startswith("params.yaml: teachers.answers.api.labels: the label 'price, or cost' holds what divides")
+    assert "\n" not in message
+
+
+def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: dict, task: str = "") -> str:
+    """The message that refuses the experiment `raw`; task: further lines of its task file."""
     label_sets.write_corpus(tmp_path, 2)
+    with (tmp_path / "tasks/shop.yaml").open("a") as file:
+        file.write(task)
     (tmp_path / "dvc.yaml").touch()
     with (tmp_path / "params.yaml").open("w") as file:
         YAML().dump(raw, file)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as mistake:
         check_label_sets(load_params(tmp_path / "params.yaml"))
-    assert str(mistake.value).startswith(f"params.yaml: {line}") and "\n" not in str(mistake.value)
+    return str(mistake.value)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from distillery.config.schema import DIVERGENCES, HIDDEN_STATE_TERMS, Params, PhaseConfig, TeacherConfig
 from distillery.errors import UserError
-from distillery.tasks.schema import load_task
+from distillery.tasks.parsing import LABEL_DIVIDER
+from distillery.tasks.schema import Task, load_task
 
 TERMS = ("ce", *DIVERGENCES, *HIDDEN_STATE_TERMS)  # each of the first in its binary form, the last as for any encoder
 SETTING = "in a task of `kind: multilabel`"
@@ -12,20 +13,12 @@ SETTING = "in a task of `kind: multilabel`"
 
 def check_label_sets(params: Params) -> None:
     """Raise UserError, one line with the key and what is allowed, for what no `multilabel` task can have."""
-    sources = {name for name, source in params.data.items() if load_task(source.task).kind == "multilabel"}
+    tasks = {name: load_task(source.task) for name, source in params.data.items()}
+    sources = {name for name, task in tasks.items() if task.kind == "multilabel"}
     for name, teacher in params.teachers.items():
-        if sources.isdisjoint(params.teacher_sources(name)):
-            continue
-        place = f"params.yaml: teachers.{name}"
-        if teacher.kind in ("lm", "seq2seq"):
-            _check_language_model(place, teacher)
-        if teacher.api and teacher.api.labels in ("logprobs", "explained"):
-            mode = teacher.api.labels
-            raise UserError(f"{place}.api.labels: {mode} is for one label a row; {SETTING} write text or structured")
-        if teacher.calibrate != "none":
-            raise UserError(f"{place}.calibrate: divides a distribution over labels; leave it out {SETTING}")
-        if teacher.finetune and teacher.finetune.balance != "none":
-            raise UserError(f"{place}.finetune.balance: weighs rows of one label each; leave it out {SETTING}")
+        labelled = [tasks[source] for source in params.teacher_sources(name) if source in sources]
+        if labelled:
+            _check_teacher(f"params.yaml: teachers.{name}", teacher, labelled)
     for name, student in params.students.items():
         if params.test_source(name) not in sources:
             continue
@@ -40,9 +33,33 @@ def check_label_sets(params: Params) -> None:
 def _check_evaluation(params: Params, sources: set[str]) -> None:
     """Neither prediction sets nor confusion matrices are wanted where no student can have them."""
     if params.evaluate.conformal_coverage and sources.issuperset(map(params.test_source, params.students)):
-        raise UserError(f"params.yaml: evaluate.conformal_coverage: is for one label a row; leave it out {ONLY}")
+        raise UserError(f"params.yaml: evaluate.conformal_coverage: is for one label a row; leave it out {SETTING}")
     if params.evaluate.confusion and params.test_source(params.evaluate.headline) in sources:
-        raise UserError(f"params.yaml: evaluate.confusion: label sets have no confusion matrix; leave it out {ONLY}")
+        raise UserError(f"params.yaml: evaluate.confusion: label sets have no confusion matrix; leave it out {SETTING}")
+
+
+def _check_teacher(place: str, teacher: TeacherConfig, tasks: list[Task]) -> None:
+    """The teacher can label rows of `tasks`, all of them `multilabel`."""
+    if teacher.kind in ("lm", "seq2seq"):
+        _check_language_model(place, teacher)
+    if teacher.api and teacher.api.labels in ("logprobs", "explained"):
+        mode = teacher.api.labels
+        raise UserError(f"{place}.api.labels: {mode} is for one label a row; {SETTING} write text or structured")
+    if teacher.api and teacher.api.labels == "text":
+        for task in tasks:
+            _check_words(place, task)
+    if teacher.calibrate != "none":
+        raise UserError(f"{place}.calibrate: divides a distribution over labels; leave it out {SETTING}")
+    if teacher.finetune and teacher.finetune.balance != "none":
+        raise UserError(f"{place}.finetune.balance: weighs rows of one label each; leave it out {SETTING}")
+
+
+def _check_words(place: str, task: Task) -> None:
+    """The words of the labels can be told apart in an answer that is a text."""
+    for word in task.words:
+        if LABEL_DIVIDER.search(word):
+            text = f"{place}.api.labels: the label {word!r} holds what divides labels in a text; write structured, or "
+            raise UserError(f"{text}another word for it under `verbalizer` of the task")
 
 
 def _check_language_model(place: str, teacher: TeacherConfig) -> None:
