@@ -30,6 +30,7 @@ from distillery.evaluation.results import ModelResult
 from distillery.label_sets import NO_LABELS, LabelSets, membership, rows_with, sets_of, split_labels
 from distillery.metrics.label_sets import SET_SCORES
 from distillery.tasks.schema import Task
+from distillery.teachers.agreement import combine_votes
 from distillery.teachers.file import FileTeacher, read_answer_files
 from distillery.teachers.label_review import find_label_errors, find_rows_to_label
 from distillery.training.rows import phase_rows
@@ -541,3 +542,11 @@ def test_answers_that_cannot_be_read_are_no_set_that_is_predicted_too_often():
     for run, words in ((some, "each label for some of them"), (np.full(40, None), "no answer to the test rows")):
         checks = find_shortcuts(ModelResult("m", "m", "teacher", "s", run[None]), label, LabelSets(["up", "down"]))
         assert len(checks) == 1 and words in checks[0].text
+
+
+def test_pseudo_labels_of_several_teachers_are_sets():
+    p = np.array([[[0.9, 0.8, 0.1], [0.2, 0.1, 0.3]], [[0.7, 0.6, 0.3], [0.4, 0.1, 0.9]]])
+    votes = pd.DataFrame({"id": ["a", "b"], "text": "t", "x": ["up | down", NO_LABELS], "y": ["up | down", "guidance"]})
+    pseudo = combine_votes(votes, p, LabelSets(["up", "down", "guidance"]))
+    assert pseudo["label"].tolist() == ["up | down", "guidance"] and pseudo["agree"].tolist() == [True, False]
+    np.testing.assert_allclose(pseudo["confidence"], [0.8 * 0.7 * 0.8, 0.7 * 0.9 * 0.6])

@@ -39,13 +39,15 @@ def teacher_votes(root: Path, params: Params, source: str, split: str = "pool") 
 def combine_votes(votes: pd.DataFrame, probabilities: np.ndarray, labels: Sequence[str]) -> pd.DataFrame:
     """Pseudo-labels of several teachers: id, label, confidence, agree.
 
-    label and confidence are those of the mean distribution; agree: whether all teachers give that label.
+    label and confidence are those of the mean distribution, or of the mean probabilities of each label (see
+    :func:`metrics.decide`, :func:`metrics.confidence`); agree: whether all teachers give that label, or that set.
     votes, probabilities: see :func:`teacher_votes`.
     """
     mean = probabilities.mean(0)
-    label = np.array(labels, dtype=object)[mean.argmax(-1)]
+    label = metrics.decide(mean, labels)
     agree = (votes[votes.columns.drop(["id", "text"])].to_numpy(object) == label[:, None]).all(1)
-    return pd.DataFrame({"id": votes["id"], "label": label, "confidence": mean.max(-1), "agree": agree})
+    confidence = metrics.confidence(mean, label, labels)
+    return pd.DataFrame({"id": votes["id"], "label": label, "confidence": confidence, "agree": agree})
 
 
 def pseudo_label_precision(pseudo: pd.DataFrame, gold: Sequence[str], confidences: Sequence[float]) -> pd.DataFrame:
