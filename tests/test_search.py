@@ -153,6 +153,16 @@ def test_the_best_settings_of_a_killed_search_are_read_by_the_phase(repository, 
     assert not [path for path in (repo / ".cache/search").iterdir() if path.is_dir()]  # no checkpoint stays
 
 
+def test_a_phase_that_looks_at_validation_rows_can_be_searched(repository, tmp_path):
+    repo, params = repository
+    student = params.students["tiny-gold"]
+    phases = [student.phases[0].model_copy(update={"validate_every": 1})]
+    students = params.students | {"tiny-gold": student.model_copy(update={"phases": phases})}
+    inputs = load_inputs(repo, params.model_copy(update={"students": students}))
+    gold = inputs.gold
+    assert 0 <= score_fold(inputs, {"batch_size": 4}, gold.iloc[4:], gold.iloc[:4], tmp_path / "checkpoints") <= 1
+
+
 def test_a_search_starts_anew_with_the_environment_of_a_stage():
     code = (
         "import json, os, sys; from distillery.pipeline.environment import restart_with_environment;"

@@ -126,7 +126,7 @@ def score_fold(
     train_phase(
         student,
         phase_rows(rows, phase, task.names, teacher_accuracy),
-        phase.model_copy(update={"early_stopping": None}),
+        phase.model_copy(update={"early_stopping": None, "validate_every": None}),
         folder=checkpoints,
         seed=search.seed,
         checkpoint_every=spec.checkpoint_every,
