@@ -112,6 +112,7 @@ DIFFERENCES = [
     ("phases.0.temperature", 2.0, ["init.layers: [0, 2] and all"]),
     ("phases.0.pseudo_labels", {"agreement": True}, ["init.layers: [0, 2] and all"]),
     ("checkpoint_every", 7, ["init.layers: [0, 2] and all"]),
+    ("phases.0.validate_every", 2, ["init.layers: [0, 2] and all"]),
 ]
 
 

@@ -50,7 +50,10 @@ def unused_settings(params: Params) -> list[str]:
 
 
 # What a student and its control differ in by design, and what changes no result.
-NOT_COMPARED = {"data", "teachers", "loss", "steps", "epochs", "control", "checkpoint_every", "gradient_checkpointing"}
+NOT_COMPARED = {
+    *("data", "teachers", "loss", "steps", "epochs", "control"),
+    *("checkpoint_every", "gradient_checkpointing", "validate_every"),
+}
 
 
 def control_differences(params: Params, name: str) -> list[str]:
