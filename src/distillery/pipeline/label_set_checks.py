@@ -55,7 +55,7 @@ def _check_teacher(place: str, teacher: TeacherConfig, tasks: list[Task]) -> Non
 
 
 def _check_words(place: str, task: Task) -> None:
-    """The words of the labels can be told apart in an answer that is a text."""
+    """An answer that is a text can be divided into the words of its labels."""
     for word in task.words:
         if LABEL_DIVIDER.search(word):
             text = f"{place}.api.labels: the label {word!r} holds what divides labels in a text; write structured, or "
