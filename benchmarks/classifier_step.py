@@ -49,9 +49,9 @@ from distillery.models.label_model import LabelModel
 from distillery.models.load import load_model, load_tokenizer
 from distillery.tasks.schema import Task, load_task
 from distillery.training.completions import StepCounts
+from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.rows import TrainingRows
 from distillery.training.student import build_student
-from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import PhaseTrainerMixin, build_trainer
 
 BATCH, EPOCHS, ROWS, STEPS, CHECKED = 16, 3, 320, {"plain": 11, "distillery": 21}, 3

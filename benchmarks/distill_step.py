@@ -46,9 +46,9 @@ from distillery.models.packed.token_tree import common_prefix
 from distillery.tasks.prompts import chat_turns
 from distillery.tasks.schema import Task, load_task
 from distillery.training.completions import StepCounts
+from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.rows import TrainingRows
 from distillery.training.student import build_student
-from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
 
 BATCH, EPOCHS, ROWS, STEPS = 8, 3, 96, {"trl": 4, "distillery": 11}

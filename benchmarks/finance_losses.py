@@ -30,9 +30,9 @@ from distillery.models.fetch import fetch_model
 from distillery.models.predictions import predict_rows
 from distillery.pipeline.inputs import StageTables, experiment_record, student_rows
 from distillery.tasks.schema import Task, load_task
+from distillery.training.openable_teachers import openable_teacher
 from distillery.training.run import run_key, train_phases
 from distillery.training.student import build_student
-from distillery.training.teacher_models import openable_teacher
 
 logging.set_verbosity_error()
 POOL, GOLD = ["finance/pool", "finance/augmented"], ["finance/train"]

@@ -34,7 +34,7 @@ from distillery.files import repository_root
 from distillery.models.fetch import fetch_model
 from distillery.models.label_model import LabelModel
 from distillery.tasks.schema import Task, load_task
-from distillery.training.teacher_models import OpenableTeacher
+from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.trainers import build_trainer
 
 NEW_TOKENS, STEPS, BETA = 24, 5, 0.5

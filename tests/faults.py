@@ -33,8 +33,8 @@ from distillery.models.packed.token_tree import common_prefix
 from distillery.tasks.prompts import chat_turns
 from distillery.tasks.schema import load_task
 from distillery.training.completions import StepCounts
+from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.rows import TrainingRows
-from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")

@@ -15,9 +15,9 @@ from distillery.models.label_model import LabelModel
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.predictions import find_alerts, predict_rows, score_answers, score_predictions
 from distillery.tasks.schema import Task
+from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.rows import phase_rows
 from distillery.training.run import train_phase
-from distillery.training.teacher_models import OpenableTeacher
 
 TASK = Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
 PHASE = {"data": ["q/train"], "loss": {"ce": 1.0}, "steps": 60, "batch_size": 4, "learning_rate": 1.0e-2}

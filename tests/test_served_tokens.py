@@ -37,11 +37,11 @@ from distillery.teachers.api.transport import UNREADABLE, Transport
 from distillery.teachers.base import gather_rows
 from distillery.teachers.cache import AnswerStore
 from distillery.teachers.served_tokens import collect_tokens, vocabulary_check
+from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.rows import phase_rows
 from distillery.training.run import train_phase
 from distillery.training.served_teacher import ServedTeacher, map_tokens, rows_with_tokens, top_k_arrays
 from distillery.training.student import build_student
-from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.teacher_outputs import collect_teacher_outputs
 from forked import fork_context
 

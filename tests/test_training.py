@@ -36,13 +36,13 @@ from distillery.tasks.prompts import chat_turns, render_prompt
 from distillery.tasks.schema import Task, TaskPrompt, load_task
 from distillery.training.completions import ANSWER, RATIONALE, SAMPLED, MicroBatch, PhaseCompletions, StepCounts
 from distillery.training.disk import disk_need, size_text
+from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.rows import TrainingRows, phase_rows
 from distillery.training.run import last_whole_checkpoint, run_key, train_phase, train_phases
 from distillery.training.sampler import LengthGroupedSampler
 from distillery.training.stopping import count_optimizer_steps
 from distillery.training.student import build_student, load_student
-from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.teacher_outputs import teacher_outputs_key
 from distillery.training.teacher_signals import TeacherSignals
 from distillery.training.trainers import OnPolicyTrainer, PhaseTrainerMixin, build_trainer

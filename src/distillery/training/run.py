@@ -24,10 +24,10 @@ from distillery.models.predictions import predict_splits
 from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.training.disk import check_disk, disk_need, size_text
 from distillery.training.keys import result_key
+from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.rows import TrainingRows, label_targets, phase_rows
 from distillery.training.served_teacher import ServedTeacher, rows_with_tokens
 from distillery.training.stopping import end_sentence, had_stopped, plan_sentence
-from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.trainers import build_trainer
 
 HISTORY_COLUMNS = ("step", "epoch", "loss", "learning_rate")

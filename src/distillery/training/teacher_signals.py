@@ -11,9 +11,10 @@ from distillery.errors import UserError
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.layers import configured_layers
 from distillery.training.completions import MicroBatch, row_completions
+from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.rows import TrainingRows
 from distillery.training.served_teacher import ServedTeacher, served_outputs
-from distillery.training.teacher_models import OpenableTeacher, check_same_tokens
+from distillery.training.teacher_models import check_same_tokens
 from distillery.training.teacher_outputs import TeacherOutputs, collect_teacher_outputs, teacher_outputs_key
 
 

@@ -24,6 +24,7 @@ from distillery.models.predictions import predict_splits, score_predictions
 from distillery.models.scoring import scored_completions
 from distillery.tasks.schema import N_OPTIONS
 from distillery.training.completions import PhaseCompletions, StepCounts
+from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.progress import LOG_EVERY, ProgressPrinter, example_line
 from distillery.training.rows import TrainingRows
@@ -35,7 +36,6 @@ from distillery.training.stopping import (
     evaluation_interval,
     schedule_arguments,
 )
-from distillery.training.teacher_models import OpenableTeacher
 from distillery.training.teacher_signals import TeacherSignals
 
 

@@ -21,10 +21,11 @@ from distillery.models.label_model import LabelModel
 from distillery.models.layers import count_layers
 from distillery.tasks.schema import Task
 from distillery.training.completions import PhaseCompletions, StepCounts
+from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.rows import phase_rows
 from distillery.training.student import attach_adapters, build_student
-from distillery.training.teacher_models import OpenableTeacher, load_teacher_model
+from distillery.training.teacher_models import load_teacher_model
 from distillery.training.teacher_signals import TeacherSignals
 
 CHECKED_TOKENS = 64  # of an answer at most
@@ -66,7 +67,7 @@ def adapt_teacher(teacher: LabelModel, spec: TeacherConfig) -> Any:
 def openable(
     name: str, spec: TeacherConfig, origin: ModelConfig, folder: Path, task: Task, cache: Path
 ) -> OpenableTeacher:
-    """As :func:`distillery.training.teacher_models.openable_teacher`, without weights."""
+    """As :func:`distillery.training.openable_teachers.openable_teacher`, without weights."""
     return OpenableTeacher(
         lambda fold: open_teacher_shapes(name, spec, origin, folder, task), [name], count_layers(folder), cache
     )
