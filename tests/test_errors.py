@@ -431,7 +431,10 @@ CASES = [
         "a student taught by a teacher of another source",
         all_of(second_task, setting("students/tiny-kd/phases/1/data", ["mood/train"])),
         STRIP,
-        pattern("params.yaml: students.tiny-kd.phases.1.teachers: unknown teacher for `mood` `lm`; known: none"),
+        pattern(
+            "params.yaml: students.tiny-kd.phases.1.data: `mood/train`: no teacher labels these rows; see "
+            "teachers.lm.data"
+        ),
     ),
     # the disk
     Case(

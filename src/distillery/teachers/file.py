@@ -61,7 +61,7 @@ def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.Dat
             probabilities = None
             if columns.probabilities:
                 probabilities = _read_probabilities(columns.probabilities, task, row, records.at(i))
-                label = metrics.decide(np.array(probabilities), task.names).item()
+                label = np.asarray(metrics.decide(np.array(probabilities), task.names)).item()
             # a script that kept its last answer when a call failed repeats it for another text
             repeated = (
                 explanation and previous is not None and previous[0] != key and previous[1:] == (label, explanation)

@@ -98,7 +98,8 @@ def phase_rows(
     if isinstance(labels, LabelSets):
         return _set_rows(rows, phase, labels)
     training_rows = TrainingRows(rows["text"].tolist(), np.array([index.get(label, -1) for label in rows["label"]]))
-    training_rows.ids = list(zip(rows["split_ref"], rows["id"], strict=True))
+    if "id" in rows:
+        training_rows.ids = list(zip(rows["split_ref"], rows["id"], strict=True))
     if N_OPTIONS in rows:
         training_rows.n_options = rows[N_OPTIONS].tolist()
     if phase.trains_on_rationales:

@@ -63,6 +63,8 @@ class PhaseTrainerMixin:
         self.token_ids = student.encode(rows.texts)
         self.term_values: dict[str, list[float]] = {}  # since the last logged step
         self.logged_step: int | None = None
+        if rows.answers is not None:
+            student.set_answers(rows.answers)  # before teachers compare their tokens with the student's
         self.signals = TeacherSignals(phase, rows, teachers, student, seed)
         self.completions = PhaseCompletions(student, rows, phase, self.signals.generated)
         self.phase_loss = PhaseLoss(phase, rows, self.completions, self.signals)
