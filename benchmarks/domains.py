@@ -54,7 +54,8 @@ def figure_domains(rows: pd.DataFrame) -> Figure:
             axes.set_xticks(range(len(DOMAINS)), list(DOMAINS))
             axes.grid(axis="x", visible=False)
         panels[0].set(title="accuracy; in trivia token F1", ylim=(0, 1))
-        panels[1].set(title="milliseconds a row, logarithmic", yscale="log")
+        panels[1].set(title="milliseconds a row, logarithmic", yscale="log", ylim=(1, None))
+        panels[1].yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")  # the page typesets no formula
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=4, handlelength=1)
     return figure

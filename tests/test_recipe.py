@@ -301,6 +301,9 @@ def test_three_domains_have_their_score_and_time_for_a_row(monkeypatch):
     table += [("multiteacher-distilbert", "finbert", "latency_p50_ms", 10.0, 8.0)]
     table += [("trivia-t5", "t5-small", "sentences_per_second", 5.0, None)]
     frame = pd.DataFrame(table, columns=["recipe", "model", "score", "published", "this run"])
+    drawn = domains.figure_svg(domains.figure_domains(domains.domain_rows(frame)))
+    for svg in (drawn, (tiny.ROOT / domains.FIGURE).read_text(encoding="utf-8")):
+        assert "$" not in svg and ">100</text>" in svg  # ticks are numbers, not formulas that nothing typesets
     rows = domains.domain_rows(frame).set_index(["domain", "role", "origin"])
     assert rows.loc[("finance", "teacher", "this run")].tolist() == [0.5, 8.0]
     assert rows.loc[("trivia", "student", "published"), "milliseconds"] == 200
