@@ -29,9 +29,11 @@ from distillery.files import read_yaml
 from distillery.tasks.parsing import parse_label, parse_label_set
 from distillery.tasks.prompts import EXPLANATION_REQUEST
 from distillery.tasks.schema import Task, load_task
+from distillery.teachers.api import pacing
 from distillery.teachers.api.budget import max_call_tokens
 from distillery.teachers.api.client import MAX_EMPTY_ANSWERS, Endpoint
 from distillery.teachers.api.failures import error_message, retry_after_seconds
+from distillery.teachers.api.pacing import Pacer
 from distillery.teachers.api.probabilities import label_probabilities
 from distillery.teachers.api.teacher import ApiTeacher, label_schema
 from distillery.teachers.base import open_teacher
@@ -226,11 +228,38 @@ def test_an_empty_answer_is_accepted_when_it_is_repeated(server, tmp_path):
         assert outcomes(opened) == {"an empty answer": MAX_EMPTY_ANSWERS - 1, "answered": 1}
 
 
-def test_no_more_calls_a_minute_than_allowed(server, tmp_path):
+class Clock:
+    """A clock that only waiting moves, so that a busy machine changes no interval."""
+
+    def __init__(self):
+        self.now = 1_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_no_more_calls_a_minute_than_allowed(server, tmp_path, monkeypatch, concurrency):
     port, model = server
+    clock, starts, wait_for_turn = Clock(), [], Pacer.wait_for_turn
+
+    def record(pacer):
+        pacer.stop.wait = clock.wait
+        granted = wait_for_turn(pacer)
+        starts.append(clock.now - 1_000)
+        return granted
+
+    monkeypatch.setattr(pacing, "time", clock)
+    monkeypatch.setattr(Pacer, "wait_for_turn", record)
     with loopback.Proxy(port) as proxy:
-        teacher(proxy.url, model, tmp_path, requests_per_minute=600.0).predict_texts(TEXTS[:6])
-        assert np.diff(sorted(proxy.times)).min() > 0.05 and max(proxy.times) - min(proxy.times) > 0.45
+        teacher(proxy.url, model, tmp_path, requests_per_minute=600.0, concurrency=concurrency).predict_texts(TEXTS[:6])
+        assert proxy.calls["whole"] == len(starts) == 6
+    assert (np.sort(starts) >= np.arange(6) * 0.1 - 1e-9).all(), "one call each tenth of a second"
+    if concurrency == 1:
+        np.testing.assert_allclose(starts, np.arange(6) * 0.1, atol=1e-9)
 
 
 def test_retry_after_is_a_number_or_a_date():
