@@ -279,6 +279,7 @@ CARD = "src/distillery/report/templates/model_card.md.jinja"
 # what is changed, how, and the stages that run again (strip runs always; teacher-inputs and inputs take a second)
 CHANGES: dict[str, tuple[Change, list[str]]] = {
     "nothing": (lambda repo: None, []),
+    "where trainings are tracked": (setting("tracking", value=["tensorboard", "mlflow"]), []),
     "an option of the evaluation, and notebooks run and saved in Jupyter": (
         both(setting("evaluate", "bootstrap", value=200), saved_by_jupyter),
         ["evaluate"],
@@ -393,6 +394,26 @@ def test_an_experiment_by_command_line_and_what_it_shows(base, tmp_path):
         assert "<DVC_METRIC_" not in content, name  # every placeholder of the template was filled
         rows = json.loads(content)["data"]["values"]
         assert {row["rev"] for row in rows} == {"HEAD", "workspace"} and columns <= set(rows[0]), name
+
+
+def test_a_student_is_pushed_to_a_folder_and_pulled_into_a_clone(base, tmp_path):
+    """The commands of docs/tracking.md."""
+    repo = shutil.copytree(base, tmp_path / "repo", symlinks=True)
+    dvc(repo, "remote", "add", "-d", "storage", str(tmp_path / "shared"))
+    author = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (
+        ["add", "-A"],
+        [*author, "commit", "-q", "-m", "ran"],
+        ["clone", "-q", ".", str(tmp_path / "clone")],
+    ):
+        subprocess.run(["git", *command], cwd=repo, check=True)
+    dvc(repo, "push", "distill@tiny-kd-0")
+    clone = tmp_path / "clone"
+    assert not (clone / "runs").exists()
+    dvc(clone, "pull", "distill@tiny-kd-0")
+    assert [path.name for path in (clone / "runs").iterdir()] == ["tiny-kd-0"]
+    pulled = {path.relative_to(clone): path for path in (clone / "runs").rglob("*") if path.is_file()}
+    assert len(pulled) == 3 and all(path.read_bytes() == (repo / name).read_bytes() for name, path in pulled.items())
 
 
 def test_outputs_are_ignored_by_git_but_for_the_reports(base):

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
@@ -55,6 +56,24 @@ def test_every_notebook_shows_its_tables_and_figures(repo):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         kinds = {kind for cell in cells for output in cell.get("outputs", []) for kind in output["data"]}
         assert kinds >= {"text/markdown", "text/html"} and ("image/png" in kinds or "augment" in path.name), path.name
+
+
+def test_each_student_has_its_scores_and_the_page_in_its_tracked_run(repo):
+    folders = {path.parent.name: path.parent for path in (repo / "runs").glob("*/tracking.json")}
+    assert len(folders) == len(list((repo / "runs").iterdir()))
+    client = mlflow.MlflowClient(f"sqlite:///{repo / '.cache/tracking/mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name(repo.name).experiment_id])
+    assert sorted(run.info.run_name for run in runs) == sorted(folders)
+    for run in runs:
+        folder, page = folders[run.info.run_name], Path(run.info.artifact_uri.removeprefix("file://")) / "index.html"
+        facts = json.loads((folder / "metrics.json").read_text())
+        assert run.info.status == "FINISHED" and page.read_bytes() == (repo / "reports/index.html").read_bytes()
+        assert run.data.metrics["test_accuracy"] == facts["test"]["accuracy"]
+        logged = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
+        assert logged[-1] == facts["steps"]
+    for path in (repo / "reports/notebooks").glob("0[45]*"):
+        outputs = [o for cell in json.loads(path.read_text())["cells"] for o in cell.get("outputs", [])]
+        assert [output["text"] for output in outputs if output.get("name") == "stderr"] == [], path.name
 
 
 def test_the_loss_of_gkd_has_all_of_its_terms(repo):

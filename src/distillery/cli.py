@@ -18,6 +18,7 @@ def check() -> None:
     """Validate params.yaml, its task files and models, and count what it names."""
     from distillery.config.effects import unused_settings
     from distillery.config.load import load_params
+    from distillery.config.trackers import check_trackers
     from distillery.pipeline.label_set_checks import check_label_sets
     from distillery.pipeline.model_checks import check_models
     from distillery.tasks.schema import load_task
@@ -27,6 +28,7 @@ def check() -> None:
         load_task(source.task)
     check_label_sets(params)
     check_models(params)
+    check_trackers(params.tracking)
     for line in unused_settings(params):
         print(f"warning: params.yaml: {line}", file=sys.stderr)
     print(

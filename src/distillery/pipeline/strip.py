@@ -26,6 +26,7 @@ from distillery import fingerprint
 from distillery.config.effects import unused_settings
 from distillery.config.load import load_params
 from distillery.config.schema import Params, SourceConfig
+from distillery.config.trackers import check_trackers
 from distillery.errors import UserError
 from distillery.files import Paths, file_digest, matching_files, repository_root, write_json
 from distillery.pipeline.label_set_checks import check_label_sets
@@ -166,6 +167,7 @@ def run_strip() -> None:
     check_augmentation(params)
     check_label_sets(params)
     check_models(params)
+    check_trackers(params.tracking)
     build = Paths(root).build
     for name in ("notebooks", "sources", "models", "answers", "code"):
         shutil.rmtree(build / name, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 import safetensors.torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from distillery.config.schema import PhaseConfig, StudentConfig
 from distillery.errors import UserError
@@ -28,6 +29,7 @@ from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.rows import TrainingRows, label_targets, phase_rows
 from distillery.training.served_teacher import ServedTeacher, rows_with_tokens
 from distillery.training.stopping import end_sentence, had_stopped, plan_sentence
+from distillery.training.tracking import Tracking
 from distillery.training.trainers import build_trainer
 
 HISTORY_COLUMNS = ("step", "epoch", "loss", "learning_rate")
@@ -57,12 +59,13 @@ def train_phase(
     validation: TrainingRows | None = None,
     teachers: dict[str, OpenableTeacher | ServedTeacher] | None = None,
     shared: SharedStates | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> pd.DataFrame:
     """Train `student` in place on the `rows` of `phase`; continue from the last checkpoint in `folder`, if any.
 
     checkpoint_every: optimizer steps between two checkpoints, unless early stopping sets them; it changes no weight.
     validation: the rows that early stopping scores. teachers: those whose tokens or hidden states the loss compares.
-    shared: states of frozen layers, see :func:`compute_frozen_states`.
+    shared: states of frozen layers, see :func:`compute_frozen_states`. callbacks: more of them for the trainer.
     Returns the history, a row a logged step: step, epoch, loss, learning_rate, the terms' values, and where validation
     rows were looked at validation_loss (nats, not of free answers) and validation_accuracy, empty at other steps.
     Prints the size of a checkpoint and the disk that the training needs.
@@ -84,6 +87,7 @@ def train_phase(
             validation=validation,
             teachers=teachers,
             shared=shared,
+            callbacks=callbacks,
         )
         need = disk_need(student, trainer.model)
         check_disk(need, folder)
@@ -153,17 +157,19 @@ def train_phases(
     scores: dict[str, float] | None = None,
     teachers: dict[str, OpenableTeacher | ServedTeacher] | None = None,
     checkpoint_every: int = 50,
+    tracking: Tracking | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Train `student` in place through all phases of `spec`, continuing where an earlier, killed run stood.
 
     frame: the rows of `rows.parquet`. validation: rows (id, text, label) for early stopping, predicted before the
     first phase and after each but the last. test: predicted before the first phase. scores: each teacher's validation
-    accuracy. checkpoint_every: optimizer steps between two checkpoints; it changes no weight.
+    accuracy. checkpoint_every: optimizer steps between two checkpoints; it changes no weight. tracking: where the steps
+    are logged, numbered through all phases.
     Returns the history (phase, and the columns of :func:`train_phase`) and these predictions
     (phase, split, id, label, prediction, probabilities), phase 0 being the untrained student.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held_out = validation_rows(validation, student.task)
+    held_out, tracking = validation_rows(validation, student.task), tracking or Tracking([])
     for k in range(len(spec.phases) + 1):
         finished = folder / f"phase-{k}"
         if not (finished / "history.csv").exists():
@@ -181,6 +187,7 @@ def train_phases(
                     checkpoint_every=checkpoint_every,
                     validation=held_out,
                     teachers=teachers,
+                    callbacks=tracking.callbacks(_last_step(folder, k)),
                 )
                 splits = {"validation": validation} if k < len(spec.phases) else {}
             _save_phase(finished, student, history, predict_splits(student, splits))
@@ -188,6 +195,12 @@ def train_phases(
         elif not (folder / f"phase-{k + 1}" / "history.csv").exists():
             _load_phase_weights(student.model, finished / "weights.safetensors")
     return _read_phases([folder / f"phase-{k}" for k in range(len(spec.phases) + 1)])
+
+
+def _last_step(folder: Path, phase: int) -> int:
+    """The optimizer steps of the finished phases before `phase`."""
+    steps = [pd.read_csv(folder / f"phase-{k}" / "history.csv")["step"] for k in range(1, phase)]
+    return sum(int(of_phase.max()) for of_phase in steps if len(of_phase))
 
 
 def validation_rows(validation: pd.DataFrame, task: Task) -> TrainingRows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -239,7 +240,7 @@ def training_arguments(
         "load_best_model_at_end": bool(stopping),
         "metric_for_best_model": stopping.metric if stopping else None,
         "greater_is_better": stopping.metric != "loss" if stopping else None,
-        "report_to": "none",
+        "report_to": "none",  # `callbacks` track a run of several phases
         "disable_tqdm": True,
         "remove_unused_columns": False,
         # LabelModel.autocast decides; float16's small gradients also need to be scaled up, which CPUs cannot do
@@ -292,6 +293,7 @@ def build_trainer(
     validation: TrainingRows | None = None,
     teachers: dict[str, OpenableTeacher | ServedTeacher] | None = None,
     shared: SharedStates | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> PhaseTrainerMixin:
     """The trainer of a phase, with everything that it needs of the teachers; see :func:`train_phase`."""
     stopping = phase.stopping
@@ -307,6 +309,7 @@ def build_trainer(
         "callbacks": [
             ProgressPrinter(title, free_answers=student.task.kind == "qa"),
             *([PatienceCallback(stopping)] if stopping else []),
+            *callbacks,
         ],
     }
     trainer = _create_trainer(student, phase, arguments, inputs)

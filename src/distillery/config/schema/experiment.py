@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -36,6 +36,8 @@ class Params(Section):
     """A search for settings of one phase, see `distillery search`."""
     recipe: RecipeConfig | None = None
     """The published system that this experiment reproduces."""
+    tracking: list[Literal["tensorboard", "mlflow", "wandb", "dvclive"]] = []
+    """Trackers to which each training is logged, with its test scores; it changes no result, see docs/tracking.md."""
     scale: dict[Name, dict[str, Any]] = {}
     """Overlays by name that change this experiment, see `distillery recipe --scale`."""
 

@@ -1,0 +1,219 @@
+"""Trackers on real stores: an MLflow database and TensorBoard event files of a training that was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distillery.config.schema import Params, StudentConfig
+from distillery.errors import UserError
+from distillery.tasks.schema import Task, TaskPrompt
+from distillery.training import tracking
+from distillery.training.run import train_phases
+from distillery.training.student import build_student
+from distillery.training.trackers import TRACKERS, TrackedRun
+from distillery.training.tracking import RECORD, Tracking, attach_results, run_settings, tracked_run, write_record
+from forked import fork_context
+
+TASK = Task(
+    kind="classification", labels={"up": "profit rose", "down": "it fell"}, prompt=TaskPrompt(template="{text}")
+)
+PHASE = {"data": ["toy/train"], "loss": {"ce": 1.0}, "steps": 20, "batch_size": 4, "learning_rate": 1e-3}
+SPEC = StudentConfig(
+    model="m",
+    arch="classifier",
+    init={"layers": [0]},
+    phases=[PHASE, PHASE | {"steps": 25, "learning_rate": 5e-4, "validate_every": 10}],
+)
+LOCAL = ["tensorboard", "mlflow"]
+
+
+def rows(n: int) -> pd.DataFrame:
+    texts = [f"{'Operating profit rose' if i % 2 else 'Sales fell'} in quarter {i}." for i in range(n)]
+    frame = pd.DataFrame({"split_ref": "toy/train", "id": [str(i) for i in range(n)], "text": texts})
+    return frame.assign(label=[TASK.names[(i + 1) % 2] for i in range(n)])
+
+
+def train(models: str, out: str, run: TrackedRun | None, trackers: list[str]) -> None:
+    """The training of both phases, with its weights at its end; runs in a process of its own, as a stage does."""
+    student = build_student(SPEC, Path(models) / "tiny-bert", TASK, 0)
+    with Tracking(trackers, run) as opened:
+        settings = {"validation": rows(6), "test": rows(6), "checkpoint_every": 10, "tracking": opened}
+        train_phases(student, rows(22), SPEC, folder=Path(out), seed=3, **settings)
+    torch.save(student.model.state_dict(), Path(out) / "weights")
+
+
+def start(models: Path, out: Path, run: TrackedRun | None, trackers: list[str]) -> Any:
+    process = fork_context().Process(target=train, args=(str(models), str(out), run, trackers))
+    process.start()
+    return process
+
+
+def kill_in_second_phase(process: Any, out: Path) -> None:
+    end = time.monotonic() + 120
+    while not list((out / "checkpoints-2").glob("checkpoint-*/trainer_state.json")):
+        assert process.is_alive() and time.monotonic() < end
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def finish(process: Any) -> None:
+    process.join(120)
+    assert process.exitcode == 0
+
+
+@pytest.fixture(scope="module")
+def repo(tiny_models, tmp_path_factory) -> SimpleNamespace:
+    """A repository with two runs: one that was killed in its second phase and went on, and one that was never."""
+    root = tmp_path_factory.mktemp("tracked") / "my-domain"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("MLFLOW_", "TENSORBOARD_", "DVC_"))]:
+            patch.delenv(name)
+        run = tracked_run(root, "small-3", "abcdef", run_settings(SPEC, 3))
+        plain = start(tiny_models, root / "plain", None, [])
+        kill_in_second_phase(start(tiny_models, root / "killed", run, LOCAL), root / "killed")
+        unbroken = tracked_run(root, "small-4", "123456", run_settings(SPEC, 4))
+        for process in (
+            start(tiny_models, root / "killed", run, LOCAL),
+            start(tiny_models, root / "unbroken", unbroken, LOCAL),
+            plain,
+        ):
+            finish(process)
+    return SimpleNamespace(root=root, run=run, unbroken=unbroken)
+
+
+def mlflow_run(run: TrackedRun) -> tuple[Any, dict[str, list[tuple[int, float]]]]:
+    client = mlflow.MlflowClient(f"sqlite:///{run.folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(run.experiment)
+    (found,) = client.search_runs([experiment.experiment_id], f"tags.`distillery.key` = '{run.key}'")
+    history = {key: client.get_metric_history(found.info.run_id, key) for key in found.data.metrics}
+    return found, {key: [(metric.step, metric.value) for metric in logged] for key, logged in history.items()}
+
+
+def tensorboard_run(run: TrackedRun) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run.folder / "tensorboard" / run.identifier), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_killed_training_goes_on_in_its_run_and_logs_no_step_twice(repo):
+    steps = [10, 20, 30, 40]  # those of the second phase are 10 and 20 of 25
+    found, logged = mlflow_run(repo.run)
+    assert (found.info.run_name, found.info.status) == ("small-3", "FINISHED")
+    assert found.data.params["phases.1.learning_rate"] == "0.0005" and found.data.params["seed"] == "3"
+    events = tensorboard_run(repo.run)
+    for of_run, prefix in ((logged, ""), (events, "train/")):
+        assert [step for step, _ in of_run[f"{prefix}loss"]] == steps
+        assert [step for step, _ in of_run[f"{prefix}learning_rate"]] == steps
+        assert all(len({step for step, _ in values}) == len(values) for values in of_run.values())
+    other = mlflow_run(repo.unbroken)[1]
+    assert {key for key in logged if "runtime" not in key} == {key for key in other if "runtime" not in key}
+    for key in ("loss", "learning_rate", "eval_accuracy", "epoch", "term_ce"):
+        assert logged[key] == other[key], key
+    assert dict(events["train/loss"]) == pytest.approx(dict(logged["loss"]), rel=1e-6)
+    assert [step for step, _ in events["eval/accuracy"]] == [30, 40, 45]
+    assert [step for step, _ in logged["eval_accuracy"]] == [30, 40, 45]
+
+
+def test_all_runs_of_a_repository_are_in_one_experiment_and_in_its_folder(repo):
+    with sqlite3.connect(repo.run.folder / "mlflow.db") as database:
+        names = {name for (name,) in database.execute("select name from experiments")}
+        runs = database.execute("select name from runs order by name").fetchall()
+    assert names == {"Default", "my-domain"} and runs == [("small-3",), ("small-4",)]
+    folders = sorted(path.name for path in (repo.run.folder / "tensorboard").iterdir())
+    assert folders == ["small-3-abcdef", "small-4-123456"]
+    assert sorted(path.name for path in repo.root.iterdir()) == [".cache", "killed", "plain", "unbroken"]
+
+
+def test_tracking_changes_no_weight(repo):
+    plain, *others = (torch.load(repo.root / name / "weights") for name in ("plain", "killed", "unbroken"))
+    assert all(torch.equal(plain[name], other[name]) for other in others for name in plain)
+
+
+def test_an_experiment_from_the_queue_is_tracked_in_the_repository_that_queued_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "mine"))
+    run = tracked_run(tmp_path / "mine/.dvc/tmp/exps/tmp1", "a-0", "k", {})
+    assert (run.folder, run.experiment) == (tmp_path / "mine/.cache/tracking", "mine")
+
+
+def test_the_evaluation_attaches_scores_and_the_page_once(repo, capsys, monkeypatch):
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    (repo.root / "reports").mkdir()
+    (repo.root / "reports/index.html").write_text("<p>the page</p>")
+    folder = repo.root / "runs/small-3"
+    folder.mkdir(parents=True)
+    scores = {"accuracy": 0.75, "macro_f1": 0.7, "confusion": [[1]]}
+    (folder / "metrics.json").write_text(json.dumps({"steps": 45, "test": scores}))
+    write_record(folder, [], repo.run)
+    assert not (folder / RECORD).exists()
+    params = Params.model_construct(tracking=LOCAL, students={"small": SPEC}, seeds=[3, 5])
+    attach_results(repo.root, params)
+    assert "small-3 was trained without it" in capsys.readouterr().out
+    write_record(folder, LOCAL, repo.run)
+    for _ in range(2):  # an evaluation that runs again adds nothing
+        attach_results(repo.root, params)
+        found, logged = mlflow_run(repo.run)
+        assert logged["test_accuracy"] == [(45, 0.75)] and logged["test_macro_f1"] == [(45, 0.7)]
+        assert tensorboard_run(repo.run)["test/accuracy"] == [(45, 0.75)]
+        assert found.info.status == "FINISHED"
+    assert "small-5 was trained without it" in capsys.readouterr().out
+    page = Path(found.info.artifact_uri.removeprefix("file://")) / "index.html"
+    assert page.read_text() == "<p>the page</p>" and repo.run.folder in page.parents
+    assert (repo.run.folder / "tensorboard/small-3-abcdef/report.html").read_text() == "<p>the page</p>"
+
+
+def test_a_tracker_that_fails_stops_no_training_and_shows_no_password(tiny_models, tmp_path, capsys, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("cannot reach http://me:secret@host/api\nmore")
+
+    run = tracked_run(tmp_path, "small-3", "fails", {})
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setattr(TRACKERS["tensorboard"], "log", fail)
+    train(str(tiny_models), str(tmp_path / "out"), run, ["tensorboard"])
+    out = capsys.readouterr().out
+    assert out.count("tracking:") == 1 and "secret" not in out
+    assert "tracking: tensorboard: cannot reach http://…@host/api more; nothing more is tracked there" in out
+    assert (tmp_path / "out/weights").exists()
+
+
+def test_a_tracker_that_cannot_start_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nosuch://me:secret@host")
+    with pytest.raises(UserError, match=r"^params\.yaml: tracking: mlflow: [^\n]+$") as caught:
+        Tracking(["mlflow"], tracked_run(tmp_path, "a", "b", {}))
+    assert "secret" not in str(caught.value)
+
+
+def test_a_tracker_that_is_not_installed_has_a_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    run = tracked_run(tmp_path, "a", "b", {})
+    for name, way_out in {"mlflow": "'.[tracking]'", "tensorboard": "'.[tracking]'", "wandb": "wandb"}.items():
+        with pytest.raises(UserError) as caught:
+            Tracking([name], run)
+        assert str(caught.value).startswith(
+            f"params.yaml: tracking: `{name}` is not installed; run: pip install {way_out}"
+        )
+
+
+def test_only_the_first_of_several_processes_tracks(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert Tracking(LOCAL, tracked_run(tmp_path, "a", "b", {})).callbacks(0) == []
+
+
+def test_settings_are_dotted_keys():
+    settings = run_settings(SPEC, 7)
+    assert settings["phases.0.loss.ce"] == 1.0 and settings["init.layers"] == [0] and settings["seed"] == 7
+    assert tracking._flattened({"a": [], "b": [{"c": 1}, {"c": 2}]}) == {"a": [], "b.0.c": 1, "b.1.c": 2}
