@@ -467,6 +467,38 @@ def test_top_k_is_a_lower_bound_that_grows_with_k(seed, k):
     assert (part >= -1e-12).all() and (part <= more + 1e-12).all() and (more <= full + 1e-12).all()
 
 
+@settings(max_examples=25)
+@given(seed=seeds, k=st.integers(1, 50), share=st.floats(0.01, 0.99))
+def test_every_divergence_on_top_k_is_a_lower_bound_and_exact_on_all_tokens(seed, k, share):
+    student, teacher = pair(seed, k=50)
+    settings = {"beta": share, "alpha": share, "denominator": 1.0}
+    for term in losses.DISTRIBUTION_TERMS:
+        for i in range(len(student)):
+            row = slice(i, i + 1)
+            kept = losses.merge_rest(student[row], *losses.to_top_k(teacher[row], k))
+            whole, _ = losses.combine_terms({term: 1.0}, student[row], teacher_logprobs=teacher[row], **settings)
+            part, _ = losses.combine_terms({term: 1.0}, kept[0], teacher_logprobs=kept[1], **settings)
+            assert -1e-12 <= part <= whole + 1e-12, term
+            if k == 50:
+                assert part == pytest.approx(whole.item(), rel=1e-9, abs=1e-12), term
+
+
+@settings(max_examples=10)
+@given(seed=seeds)
+def test_a_student_with_the_teachers_top_and_rest_has_no_gradient(seed):
+    """All that top-k can teach is learned when the k + 1 outcomes agree, whatever the tail looks like."""
+    _, teacher = pair(seed, k=50)
+    values, indices, log_tail = losses.to_top_k(teacher, 5)
+    student = torch.full_like(teacher, 0.0).scatter(1, indices, -torch.inf).log_softmax(-1) + log_tail[:, None]
+    student = student.scatter(1, indices, values).requires_grad_()
+    log_s, log_p = losses.merge_rest(student, values, indices, log_tail)
+    for term in losses.DISTRIBUTION_TERMS:
+        total, _ = losses.combine_terms({term: 1.0}, log_s, teacher_logprobs=log_p, denominator=1.0)
+        (gradient,) = torch.autograd.grad(total, student, retain_graph=True)
+        assert total.abs() < 1e-9, term
+        assert term == "tvd" or gradient.abs().max() < 1e-9, term  # |x| has no gradient at 0
+
+
 def test_top_k_tail_is_right_where_the_top_holds_nearly_all():
     # 1 - top would be 0 in float32, its logarithm -inf, and the student's gradient there infinite.
     teacher = torch.tensor([[30.0, 0.0, 0.0, 0.0]]).log_softmax(-1)

@@ -470,12 +470,15 @@ def test_divergences_over_the_vocabulary_are_those_at_the_supervised_tokens(tiny
 
 def test_top_k_keeps_less_and_loses_little(tiny_models, tmp_path):
     frame, logged = toy(6).assign(fold_one=-1), {}
+    terms = {"kl": 0.4, "jsd": 0.3, "reverse_kl": 0.1, "skew_kl": 0.1, "tvd": 0.1}
     for k in (None, 10_000, 5):
         student = learner(tiny_models, "causal", SHORT, scale=3, prompt="plain")
-        spec = phase({"kl": 1.0}, space="vocabulary", top_k=k, batch_size=6, learning_rate=1e-9)
+        spec = phase(terms, space="vocabulary", top_k=k, batch_size=6, learning_rate=1e-9)
         teachers = openable_teachers(tiny_models, tmp_path / str(k), one="causal")
-        logged[k] = one_step(student, spec, frame, tmp_path / f"run-{k}", teachers)["kl"]
-    assert logged[10_000] == pytest.approx(logged[None], rel=1e-2) and 0 < logged[5] < logged[None]
+        logged[k] = one_step(student, spec, frame, tmp_path / f"run-{k}", teachers)
+    for term in terms:
+        assert logged[10_000][term] == pytest.approx(logged[None][term], rel=1e-2), term
+        assert 0 < logged[5][term] < logged[None][term], term
 
 
 def test_another_tokenizer_is_compared_by_sorted_probabilities(tiny_models, tmp_path):

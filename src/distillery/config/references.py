@@ -198,7 +198,7 @@ def _check_served(place: str, student: StudentConfig, phase: PhaseConfig, name: 
     if not phase.top_k or phase.top_k > api.top_logprobs:
         raise UserError(
             f"{place}.top_k: `{name}` (api) gives its {api.top_logprobs} likeliest tokens alone: set `top_k` to "
-            f"{api.top_logprobs} or less (with `loss.kl`), or raise `{section}.top_logprobs`"
+            f"{api.top_logprobs} or less, or raise `{section}.top_logprobs`"
         )
     if student.prompt != "chat":
         raise UserError(f"{place}.teachers: `{name}` (api) answers in a chat: the student needs `prompt: chat`")

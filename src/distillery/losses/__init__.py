@@ -37,6 +37,7 @@ from distillery.losses.regularizers import shortcut_penalty
 from distillery.losses.two_outcomes import two_outcome_logits, two_outcome_probabilities
 from distillery.losses.vocabulary import (
     kl_top_k,
+    merge_rest,
     shared_vocabulary,
     to_top_k,
     universal_logit_distance,
@@ -55,6 +56,7 @@ __all__ = [
     "jsd",
     "kl",
     "kl_top_k",
+    "merge_rest",
     "mix_teachers",
     "pair_layers",
     "pkd",

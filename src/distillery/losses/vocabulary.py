@@ -86,16 +86,18 @@ def to_top_k(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return values, indices, _tail(log_p, indices)
 
 
-def kl_top_k(student_logits: Tensor, values: Tensor, indices: Tensor, log_tail: Tensor) -> Tensor:
-    """KL(p || s) over k + 1 outcomes: the teacher's top k tokens, and all other tokens as one.
+def merge_rest(student_logits: Tensor, values: Tensor, indices: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor]:
+    """Student and teacher over k + 1 outcomes: the teacher's top k tokens, and all other tokens as one.
 
-    Never above the full KL, as merging outcomes loses information. At T = 1 only: the mass of the tail at another
-    temperature depends on the single tokens in it, which are not stored.
+    Every divergence of this package but `uld` is an f-divergence. None of them is above that of the whole
+    distributions, as merging outcomes loses information (data-processing inequality). At T = 1 only: the mass of the
+    tail at another temperature depends on the single tokens in it, which are not stored.
 
     Args: student_logits: [n, K]; values, indices [n, k] and log_tail [n] from :func:`to_top_k`.
-    Returns: [n] nats, in [0, inf). Denominator: none, one value per row.
+    Returns: (log-probabilities of the student [n, k + 1], of the teacher [n, k + 1]).
     Space: vocabulary.
     Raises: ValueError for shapes that do not fit, naming them.
+    Source: Csiszar 1967, "Information-type measures of difference of probability distributions", for the inequality.
     """
     if student_logits.dim() != 2 or values.shape != indices.shape or log_tail.shape != values.shape[:1]:
         raise ValueError(
@@ -107,10 +109,21 @@ def kl_top_k(student_logits: Tensor, values: Tensor, indices: Tensor, log_tail: 
             f"student_logits [n, K] and values [n, k], not {shape_text(student_logits)} and {shape_text(values)}"
         )
     log_s = as_float(student_logits).log_softmax(-1)
-    log_s = torch.cat([log_s.gather(1, indices), _tail(log_s, indices)[:, None]], 1)
+    # the student's tail is empty when k == K: a finite floor keeps 0 x (-inf - -inf) from being NaN
+    tail = _tail(log_s, indices).clamp_min(torch.finfo(log_s.dtype).min)
     log_p = torch.cat([values, log_tail[:, None]], 1).to(log_s.dtype).log_softmax(-1)
-    # Both tails are empty when k == K: the floor keeps 0 x (-inf - -inf) from being NaN.
-    return (log_p.exp() * (log_p.clamp_min(LOG_FLOOR) - log_s.clamp_min(torch.finfo(log_s.dtype).min))).sum(-1)
+    return torch.cat([log_s.gather(1, indices), tail[:, None]], 1), log_p
+
+
+def kl_top_k(student_logits: Tensor, values: Tensor, indices: Tensor, log_tail: Tensor) -> Tensor:
+    """KL(p || s) over the k + 1 outcomes of :func:`merge_rest`; never above the full KL.
+
+    Args, Raises: as for :func:`merge_rest`.
+    Returns: [n] nats, in [0, inf). Denominator: none, one value per row.
+    Space: vocabulary.
+    """
+    log_s, log_p = merge_rest(student_logits, values, indices, log_tail)
+    return (log_p.exp() * (log_p.clamp_min(LOG_FLOOR) - log_s)).sum(-1)
 
 
 def _tail(log_p: Tensor, indices: Tensor) -> Tensor:

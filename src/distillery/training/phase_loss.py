@@ -133,8 +133,9 @@ class PhaseLoss:
             logits = logits[torch.tensor(sampled, device=logits.device)]
         if self.phase.top_k:
             top_k = self.signals.outputs[self.phase.teachers[0]].top_k(batch.rows)
-            value = losses.reduce(losses.kl_top_k(logits, *(part.to(logits.device) for part in top_k)), weights, tokens)
-            return self.weights["kl"] * value, {"kl": value.detach()}
+            return self._combine(
+                *losses.merge_rest(logits, *(part.to(logits.device) for part in top_k)), tokens, weights
+            )
         teachers = [logprobs.to(logits.device) for logprobs in self.signals.token_logprobs(batch)]
         try:
             shared = [losses.shared_vocabulary(logits, logprobs) for logprobs in teachers]

@@ -75,7 +75,7 @@ class PhaseConfig(TrainingConfig):
     """Divergences in `space: vocabulary` cover the tokens of rationales, too."""
     top_k: Annotated[int, Field(gt=0)] | None = None
     """Number of most likely tokens whose probabilities are kept, with the rest as one more outcome; all when not given.
-    A teacher of `kind: api` needs it."""
+    The divergences are then never above those of the whole vocabulary. A teacher of `kind: api` needs it."""
     on_policy: Fraction = 0.0
     """Share of the batches whose answers the student generates itself (Agarwal et al. 2024, GKD)."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 16
@@ -115,9 +115,9 @@ class PhaseConfig(TrainingConfig):
         if self.on_policy and not (self.space == "vocabulary" and self.needs_token_logprobs and "uld" not in self.loss):
             raise ValueError("`on_policy` needs `space: vocabulary` and a divergence in `loss`")
         if self.top_k:
-            other = [term for term in self.loss if term in (*DIVERGENCES, "uld") and term != "kl"]
-            if self.space != "vocabulary" or "kl" not in self.loss or other or len(self.teachers) != 1:
-                raise ValueError("`top_k` needs `space: vocabulary`, one teacher, and `kl` as the only divergence")
+            divergences = [term for term in self.loss if term in DIVERGENCES]
+            if self.space != "vocabulary" or not divergences or "uld" in self.loss or len(self.teachers) != 1:
+                raise ValueError("`top_k` needs `space: vocabulary`, one teacher, a divergence in `loss`, and no `uld`")
             if self.temperature != 1:
                 raise ValueError("`top_k` needs `temperature: 1`: at another, the mass of the rest is not known")
             if self.on_policy:
