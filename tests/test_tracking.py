@@ -208,6 +208,14 @@ def test_a_tracker_that_is_not_installed_has_a_way_out(tmp_path, monkeypatch):
         )
 
 
+def test_a_new_store_prints_nothing(tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with Tracking(["mlflow"], tracked_run(tmp_path, "a", "b", {"seed": 1})):
+        pass
+    assert (tmp_path / ".cache/tracking/mlflow.db").exists() and capfd.readouterr() == ("", "")
+
+
 def test_only_the_first_of_several_processes_tracks(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert Tracking(LOCAL, tracked_run(tmp_path, "a", "b", {})).callbacks(0) == []

@@ -123,9 +123,9 @@ class MLflow(Tracker):
     def __init__(self, run: TrackedRun):
         # MLflow sends its own usage statistics unless it is told not to
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # not a line for each table of a new file
         mlflow = import_module("mlflow")
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # no lines about the tables of a new file
         self.mlflow, self.run_is_active = mlflow, False
         artifacts = None
         uri = os.environ.get("MLFLOW_TRACKING_URI")
