@@ -89,6 +89,25 @@ def test_embeddings_and_linear_layers_have_8_bits(folder):
     assert sizes["onnx-int8"] < sizes["onnx-float32"] / 2  # of a model with narrow layers; scales weigh more there
 
 
+@pytest.mark.parametrize("engine", EXPORTED)
+def test_the_graph_that_runs_has_no_slow_nodes(folder, tmp_path, monkeypatch, engine):
+    import onnx
+    import onnxruntime
+
+    class Kept(onnxruntime.SessionOptions):
+        """Options that also write the graph as it runs."""
+
+        def __init__(self):
+            super().__init__()
+            self.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Kept)
+    open_predictor(folder, read_settings(folder), engine, 1)
+    nodes = {node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node}
+    assert "LayerNormalization" in nodes and not nodes & {"SkipLayerNormalization", "IsNaN"}
+    assert ("DynamicQuantizeMatMul" in nodes) == (engine == "onnx-int8")
+
+
 def test_the_scores_of_an_export_are_those_of_its_probabilities(folder):
     test, settings = rows(80), read_settings(folder)
     p = {

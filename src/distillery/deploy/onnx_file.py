@@ -68,6 +68,7 @@ def _export_float32(folder: Path, settings: InferenceSettings, path: Path) -> No
     student = load_model(folder, settings.arch, labels=settings.task.names)
     if stored_windows(student):
         raise UserError(f"{folder}: {settings.student} reads long texts in windows (`long_texts`): it is not exported")
+    student.set_attn_implementation("eager")  # the one of torch also looks for NaN in rows where all is masked: slower
     model = _Logits(student.cpu().eval())
     batch = load_tokenizer(folder)(["one text", "another, longer text"], padding=True, return_tensors="pt")
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
