@@ -118,7 +118,7 @@ def test_every_model_folder_gets_the_settings_of_its_run(tmp_path):
 
 
 def test_damaged_settings_are_one_line(tmp_path):
-    for content, line in (("{", "no JSON; `dvc repro` writes it anew"), ("{}", "student")):
+    for content, line in (("{", "no JSON; copy the student.s folder again"), ("{}", "student")):
         (tmp_path / "inference.json").write_text(content)
         with pytest.raises(UserError, match=line):
             read_settings(tmp_path)

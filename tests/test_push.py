@@ -226,6 +226,8 @@ def test_exports_go_with_the_student_unless_they_are_those_of_other_weights(fold
         (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "model" / name).touch()
     assert "gguf/model-f16.gguf" in student_files(tmp_path / "model")
-    (tmp_path / "model/gguf/exports.json").write_text(json.dumps({"weights": "others", "exports": {}}))
+    (tmp_path / "model/gguf/exports.json").write_text(
+        json.dumps({"weights": "others", "threads": 1, "rows": 1, "exports": {}})
+    )
     with pytest.raises(UserError, match="exported from other weights"):
         student_files(tmp_path / "model")

@@ -168,10 +168,10 @@ def _predict_to_file(job: _Job, kinds: tuple[str, str]) -> int:
     columns, done = _continue(job, folder)
     with _progress(done) as progress:
         for window in job.windows(kinds[0], done):
-            if columns is None:
-                columns = job.columns(window)
-                write_json(folder / RUN_FILE, {"key": job.key(), "columns": columns})
+            columns = columns or job.columns(window)
             job.complete(window)
+            if not done:  # a student that cannot be opened leaves nothing
+                write_json(folder / RUN_FILE, {"key": job.key(), "columns": columns})
             end = done + len(window.rows)
             write_part(folder / f"part-{done:012d}-{end:012d}", kinds[1], columns, window)
             done = end

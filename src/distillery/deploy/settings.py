@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
 
 from distillery.config.load import validate_section
 from distillery.config.schema.base import Section
@@ -14,6 +16,7 @@ from distillery.errors import UserError
 from distillery.tasks.schema import Task
 
 SETTINGS_FILE = "inference.json"
+AGAIN = "copy the student's folder again, or where it was trained run: dvc repro --force --single-item evaluate"
 
 
 class Abstention(Section):
@@ -49,17 +52,17 @@ class InferenceSettings(Section):
     """As in `params.yaml`."""
     task: Task
     """The task, with the labels in the order of the probabilities."""
-    text_columns: list[str]
+    text_columns: Annotated[list[str], Field(min_length=1)]
     """Columns that are joined with a space to the text of a row."""
     cleaning: Literal["nfc-spaces"] = "nfc-spaces"
     """Unicode NFC, runs of white space folded to one space: see `normalize_text`."""
-    max_length: int
+    max_length: Annotated[int, Field(ge=1)]
     """Tokens of a text, with its prompt; a longer text loses its end."""
     prompt: str = "plain"
     """As in `params.yaml`."""
     few_shot: int = 0
     """As in `params.yaml`."""
-    temperature: float
+    temperature: Annotated[float, Field(gt=0)]
     """Calibrated probabilities are proportional to p^(1 / temperature); fitted on the validation rows."""
     abstention: Abstention | None
     """When to abstain; none for free answers."""
@@ -67,6 +70,13 @@ class InferenceSettings(Section):
     """Of a `multilabel` task, for each label the probability from which it is predicted, chosen on validation rows."""
     prediction_sets: PredictionSets | None = None
     """Conformal prediction sets, where `evaluate.conformal_coverage` is given."""
+
+    @model_validator(mode="after")
+    def _thresholds_fit(self):
+        wanted = len(self.task.labels) if self.task.kind == "multilabel" else 0
+        if len(self.thresholds or []) != wanted:
+            raise ValueError(f"`thresholds` has {len(self.thresholds or [])} values; this task has {wanted}")
+        return self
 
 
 def model_folder(student: Path) -> Path:
@@ -81,14 +91,22 @@ def model_folder(student: Path) -> Path:
 
 def read_settings(folder: Path) -> InferenceSettings:
     """The settings in a model `folder`. Raises UserError when the file is missing or damaged."""
-    path = folder / SETTINGS_FILE
+    return read_section(InferenceSettings, folder / SETTINGS_FILE, AGAIN)
+
+
+def read_section(kind: type[Section], path: Path, way_out: str) -> Any:
+    """The JSON file `path` as an object of `kind`.
+
+    Raises UserError when it is missing, damaged or no such object. way_out: the end of that line.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return validate_section(kind, json.loads(path.read_text(encoding="utf-8")), str(path))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path}: no JSON; `dvc repro` writes it anew") from None
-    return validate_section(InferenceSettings, content, str(path))
+        raise UserError(f"{path}: cannot be read: {error.strerror}; {way_out}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: no JSON; {way_out}") from None
+    except UserError as error:
+        raise UserError(f"{error}; {way_out}") from None
 
 
 def is_unicode(text: str) -> bool:
