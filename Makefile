@@ -22,10 +22,12 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help repro recipe test lint unit coverage pipeline lessons study answers serve push lab report lock clean git
+.PHONY: help install repro recipe test lint unit coverage pipeline lessons study answers serve push lab report lock clean git
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## make .venv with everything, as the other commands do first
 
 repro: $(VENV)/.installed ## run every stage that is out of date, up to reports/index.html
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "error: this folder is no git repository, and DVC needs one; run: git init" >&2; exit 1; }

@@ -179,7 +179,7 @@ def test_a_key_changes_with_the_code_of_its_result_and_not_with_comments(name, t
         module.write_text(code + "\nLIMIT = 1\n", encoding="utf-8")
         assert key() != before
         module.write_text(code, encoding="utf-8")
-        (copy / "report/wording.py").write_text("LIMIT = 1\n", encoding="utf-8")  # computes nothing of a run
+        (copy / "report/svg.py").write_text("LIMIT = 1\n", encoding="utf-8")  # computes nothing of a run
         assert key() == before
     finally:
         fingerprint.code_digest.cache_clear()

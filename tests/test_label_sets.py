@@ -19,7 +19,9 @@ from scipy.special import expit, logit, rel_entr, xlogy
 from sklearn import metrics as sk
 
 from distillery import losses, metrics
+from distillery.config.load import validate_section
 from distillery.config.schema import AnswerFilesConfig, ColumnNames, PhaseConfig, SourceConfig, SplitShares
+from distillery.config.schema.data import OwnSplits
 from distillery.data.label_sets import audit_label_sets
 from distillery.data.prepare import PreparedSource, prepare_source
 from distillery.data.splitting import split_groups
@@ -73,7 +75,67 @@ def parquet_file(folder: Path, values: list[list[str]]) -> Path:
     return path
 
 
+def marked_file(folder: Path, **columns: list) -> Path:
+    """Columns of 1 and 0 beside the text."""
+    table = {"text": [text_of(i) for i in range(len(SETS))]}
+    table |= {name: [int(name in labels) for labels in SETS] for name in NAMES} | columns
+    pd.DataFrame(table).to_csv(folder / "a.csv", index=False)
+    return folder / "a.csv"
+
+
 # ------------------------------------------------------------------------------------------------------------- files
+
+
+def test_columns_of_1_and_0_are_sets_and_no_longer_columns(tmp_path):
+    prepared = prepare(marked_file(tmp_path, stars=[3] * len(SETS)), label_columns=list(NAMES))
+    assert list(prepared.rows["label"]) == TEXTS * 5
+    assert not {*NAMES} & {*prepared.rows} and "stars" in prepared.rows
+    (tmp_path / "a.csv").write_text((tmp_path / "a.csv").read_text().replace("guidance", "Vorschau", 1))
+    named = {"label_columns": ["up", "down", "Vorschau"], "values": {"Vorschau": "guidance"}}
+    assert list(prepare(tmp_path / "a.csv", **named).rows["label"]) == TEXTS * 5
+
+
+def test_a_column_called_label_beside_columns_of_1_and_0_is_left_out(tmp_path):
+    prepared = prepare(marked_file(tmp_path, label=["secret"] * len(SETS)), label_columns=list(NAMES))
+    assert list(prepared.rows["label"]) == TEXTS * 5
+    assert "The column `label` is left out: the labels stand in others." in prepared.audit["decisions"]
+
+
+def test_a_row_of_a_pool_without_marks_is_unknown_and_one_of_zeros_has_no_label(tmp_path):
+    lines = [{"text": text_of(i), **{name: int(name in SETS[i]) for name in NAMES}} for i in range(24)]
+    pool = [{"text": f"pool {text_of(i)}"} | (dict.fromkeys(NAMES, 0) if i else {}) for i in range(2)]
+    for name, rows in (("a.jsonl", lines[:12]), ("b.jsonl", lines[12:]), ("p.jsonl", pool)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = OwnSplits(train="a.jsonl", test="b.jsonl", pool="p.jsonl")
+    spec = SourceConfig(task="x", splits=splits, columns=ColumnNames(label_columns=list(NAMES)), near_duplicate=1.0)
+    rows = prepare_source("x", spec, TASK, tmp_path).rows
+    assert list(rows.loc[rows["text"].str.startswith("pool"), "label"]) == [None, NO_LABELS]
+
+
+@pytest.mark.parametrize(
+    "columns, task, line",
+    [
+        ({"label_columns": ["up", "dwn"]}, TASK, "a.csv: no column `dwn` of `label_columns`; there are: `text`, `up`"),
+        ({"label_columns": ["up", "text"]}, TASK, "a.csv, line 2: `text` must be 1 or 0, not 'aaa row'"),
+        ({"label_columns": ["up", "stars"]}, TASK, "a.csv, line 2: `stars` must be 1 or 0, not '3'"),
+        ({"label_columns": ["up", "other"]}, TASK, "a.csv, line 2: unknown label 'other'; allowed: up, down, guidance"),
+        (
+            {"label_columns": ["up", "down"]},
+            TASK.model_copy(update={"kind": "classification"}),
+            "a.csv: `columns.label_columns` is for a task of `kind: multilabel`",
+        ),
+    ],
+)
+def test_wrong_columns_of_1_and_0_end_in_one_line(tmp_path, columns, task, line):
+    file = marked_file(tmp_path, stars=[3] * len(SETS), other=[1] * len(SETS))
+    with pytest.raises(UserError) as error:
+        prepare(file, task, **columns)
+    assert str(error.value).startswith(line)
+
+
+def test_labels_stand_in_one_place():
+    with pytest.raises(UserError, match="`label_columns` stands in place of `label` and `label_separator`"):
+        validate_section(ColumnNames, {"label_columns": ["up", "down"], "label": "tags"}, "params.yaml")
 
 
 @pytest.mark.parametrize(

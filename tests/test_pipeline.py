@@ -132,7 +132,7 @@ def test_only_an_endpoint_depends_on_the_client():
 
 def test_a_student_depends_on_no_report_and_no_evaluation():
     packages = {module.split(".")[1] for module in stages({"lm": "lm"})["04_distill"]}
-    expected = "config errors files fingerprint label_sets losses metrics models notebook tasks training"
+    expected = "config errors files fingerprint label_sets losses metrics models notebook tasks training wording"
     assert packages == set(expected.split())
 
 

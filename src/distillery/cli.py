@@ -37,7 +37,7 @@ def check() -> None:
     )
 
 
-def new(file: str, name: str | None, text: str | None, label: str | None) -> None:
+def new(file: str, name: str | None, text: str | None, label: list[str]) -> None:
     """Draft a task file and params.yaml from a data file, and say what was guessed."""
     from distillery.files import repository_root
     from distillery.pipeline.draft import new_experiment
@@ -214,7 +214,12 @@ def parser() -> argparse.ArgumentParser:
     drafting.add_argument("file", help="a data file of the repository, such as data/reviews.csv")
     drafting.add_argument("--name", help="of the task and the source; the name of the file when not given")
     drafting.add_argument("--text", help="the column with the texts; guessed when not given")
-    drafting.add_argument("--label", help="the column with the labels; guessed when not given")
+    drafting.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        help="the column with the labels, or again and again each of the columns of 1 and 0; guessed when not given",
+    )
     verb(schema).add_argument(
         "--write", action="store_true", help="write docs/params.schema.json and docs/parameters.md"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from distillery.notebook.style import percent
+from distillery.wording import percent
 
 
 def teacher_sentence(student: pd.Series, teacher: pd.Series) -> str:

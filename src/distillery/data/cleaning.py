@@ -58,8 +58,9 @@ class RowCleaner:
         self.label_sets = (
             LabelSetReader(self.labels, task.names, column, spec.columns.label_separator) if is_multilabel else None
         )
-        if spec.columns.label_separator and not is_multilabel:
-            raise UserError(f"{raw.name}: `columns.label_separator` is for a task of `kind: multilabel`")
+        for key in ("label_separator", "label_columns"):
+            if getattr(spec.columns, key) and not is_multilabel:
+                raise UserError(f"{raw.name}: `columns.{key}` is for a task of `kind: multilabel`")
         file_columns = list(dict.fromkeys(column for record in raw.rows for column in record))
         if set(raw.splits or ()) == {"pool"} and "label" not in {*file_columns, *spec.columns.model_fields_set}:
             self.columns = spec.columns.model_copy(update={"label": None})  # rows that have no labels at all

@@ -79,7 +79,8 @@ class LabelSetReader:
         if not isinstance(value, str):
             return None if value is None or value != value else [value]
         if _is_list(value):
-            return _parse_list(value)
+            elements = parse_list(value)
+            return [value] if isinstance(elements, str) else elements
         text = value.strip()
         if not text or text == NO_LABELS:
             return [] if text else None
@@ -116,15 +117,17 @@ def _is_list(text: str) -> bool:
     return text.strip().startswith("[") and text.strip().endswith("]")
 
 
-def _parse_list(text: str) -> list[Any]:
+def parse_list(text: str) -> list[Any] | str:
     """The elements of a list as JSON or Python write it; `text` itself where it is none."""
+    if not _is_list(text):
+        return text
     for parse in (json.loads, ast.literal_eval):
         try:
             value = parse(text.strip())
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
-        return list(value) if isinstance(value, list | tuple) else [text]
-    return [text]
+        return list(value) if isinstance(value, list | tuple) else text
+    return text
 
 
 def audit_label_sets(rows: pd.DataFrame, names: LabelSets) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from distillery.data.decoding import decode, decompress
 from distillery.data.excel import read_xlsx
 from distillery.data.hub import read_hub
 from distillery.data.json_records import read_json
+from distillery.data.label_columns import join_label_columns
 from distillery.data.nested import open_paths
 from distillery.data.records import FileFormat, RawRows
 from distillery.data.selection import named_columns
@@ -36,11 +37,13 @@ def read_source(spec: SourceConfig, base: Path) -> RawRows:
         if not raw.rows:
             raise UserError(f"{spec.source}: empty, there are no rows in it")
     else:
-        text, label = spec.columns.text, spec.columns.label
-        names = (*([text] if isinstance(text, str) else text), *([label] if label else []))
+        text = spec.columns.text
+        names = (*([text] if isinstance(text, str) else text), *spec.columns.gold)
         form = FileFormat(spec.encoding, spec.delimiter, spec.quotes, spec.header, names)
         parts = {split: _read_files(file, spec, base, form) for split, file in spec.files.items()}
         raw = join_splits(parts, spec) if spec.splits else parts["source"]
+    if spec.columns.label_columns and spec.columns.label:
+        raw = join_label_columns(raw, spec.columns.label_columns, spec.columns.label)
     return split_by_column(raw, spec.split_column) if spec.split_column else raw
 
 

@@ -53,7 +53,7 @@ def _has_rejected_rows(raw: RawRows) -> bool:
 def named_columns(spec: SourceConfig) -> list[str]:
     """The columns that params.yaml names, or takes by their names."""
     columns, row_filter = spec.columns, spec.filter
-    roles = [columns.text, columns.label, columns.options, columns.id, columns.group, columns.rationale]
+    roles = [columns.text, columns.gold, columns.options, columns.id, columns.group, columns.rationale]
     roles += [
         spec.split_column,
         *([*row_filter.keep, row_filter.language, row_filter.theme, row_filter.date] if row_filter else []),

@@ -68,7 +68,7 @@ def _check_columns(parts: Mapping[str, RawRows], spec: SourceConfig) -> None:
     for split, raw in parts.items():
         text = [spec.columns.text] if isinstance(spec.columns.text, str) else spec.columns.text
         columns = dict.fromkeys(column for record in raw.rows for column in record)  # in the order of the file
-        for column in [*text, *([spec.columns.label] if spec.columns.label and split != "pool" else [])]:
+        for column in [*text, *(spec.columns.gold if split != "pool" else [])]:
             others = (other.rows for name, other in parts.items() if name != split)
             if column not in columns and any(column in record for rows in others for record in rows):
                 shown = ", ".join(f"`{name}`" for name in columns)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from distillery.notebook.style import BLUE, GREY, join_words, percent
+from distillery.notebook.style import BLUE, GREY, join_words
+from distillery.wording import percent
 
 PASSED = "kept"  # the reason of a paraphrase that every filter let pass
 CLOSE = 0.02  # a difference of shares below this is called none

@@ -13,7 +13,8 @@ from sklearn.feature_extraction.text import CountVectorizer
 from distillery.data.near_duplicates import NearDuplicates, nearest_vectors, rows_to_compare
 from distillery.data.similar_pairs import SIMILARITY_SLACK
 from distillery.label_sets import NO_LABELS, LabelSets, rows_with
-from distillery.notebook.style import BLUE, PALETTE, RED, percent
+from distillery.notebook.style import BLUE, PALETTE, RED
+from distillery.wording import percent
 
 if TYPE_CHECKING:
     from distillery.config.schema import SplitShares

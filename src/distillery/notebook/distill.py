@@ -9,9 +9,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from distillery.notebook.style import BLUE, join_words, percent
+from distillery.notebook.style import BLUE, join_words
 from distillery.training.progress import LAST_LOOKS
 from distillery.training.rows import phase_rows
+from distillery.wording import percent
 
 if TYPE_CHECKING:
     from distillery.config.schema import StudentConfig

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from distillery.notebook.style import join_words, percent
+from distillery.notebook.style import join_words
+from distillery.wording import percent
 
 if TYPE_CHECKING:
     from distillery.config.schema import Params

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from distillery.notebook.style import percent
+from distillery.wording import percent
 
 
 def soft_rows_sentence(share: float, threshold: float) -> str:

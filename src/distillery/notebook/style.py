@@ -44,11 +44,6 @@ def plot_distributions(names: list[str], distributions: dict[str, np.ndarray], t
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def percent(share: float) -> str:
-    """A share in [0, 1] as a percentage with one digit."""
-    return f"{100 * share:.1f} %"
-
-
 def join_words(words: list[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from distillery import metrics
-from distillery.notebook.style import BLUE, GREY, percent
+from distillery.notebook.style import BLUE, GREY
+from distillery.wording import percent
 
 KEYS = ["source", "split", "id"]
 SHOWN_SCORES = ["accuracy", "balanced_accuracy", "micro_f1", "macro_f1", "hamming_loss", "log_loss", "ece"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from distillery.notebook.style import percent
+from distillery.wording import percent
 
 WAY_OUT = "Raise `max_length`, or let a classifier read them in windows (`long_texts`)."
 

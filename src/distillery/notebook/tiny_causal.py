@@ -64,6 +64,14 @@ def copy_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return copy.deepcopy(model)
 
 
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    """Take a step down `loss`; returns its value."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 def train_on_texts(model: LlamaForCausalLM, tokens: Tensor, steps: int, seed: int, batch: int = 32) -> list[float]:
     """Cross-entropy of the next token with Adam; returns the loss of every step, in nats a token."""
     draw = torch.Generator().manual_seed(seed)
@@ -72,11 +80,7 @@ def train_on_texts(model: LlamaForCausalLM, tokens: Tensor, steps: int, seed: in
         rows = tokens[torch.randint(len(tokens), (batch,), generator=draw)]
         real = rows[:, 1:] != PAD
         values = losses.cross_entropy(model(rows).logits[:, :-1][real], rows[:, 1:][real])
-        loss = losses.reduce(values, None, int(real.sum()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(loss.item())
+        history.append(_update(optimizer, losses.reduce(values, None, int(real.sum()))))
     return history
 
 
@@ -123,11 +127,7 @@ def distill(
             logprobs = teacher(rows).logits[:, :-1].log_softmax(-1)
         real = rows[:, 1:] != PAD
         values = losses.jsd(student(rows).logits[:, :-1][real], logprobs[real])
-        loss = losses.reduce(values, None, int(real.sum()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(loss.item())
+        history.append(_update(optimizer, losses.reduce(values, None, int(real.sum()))))
     return history
 
 

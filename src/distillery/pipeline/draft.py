@@ -5,29 +5,22 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
 from distillery.config.load import load_params
 from distillery.config.schema import PATTERNS, SOURCE_NAME
-from distillery.data.labels import PLAIN_WORD, YAML_WORDS, value_text
+from distillery.data.labels import PLAIN_WORD, YAML_WORDS
 from distillery.data.prepare import prepare_source
 from distillery.data.readers import read_rows
-from distillery.data.records import RawRows
-from distillery.data.splits import SPLIT_NAMES
 from distillery.errors import UserError
 from distillery.files import Paths, atomic_write
+from distillery.pipeline.guess import Guess, LabelGuess, guess_columns
 from distillery.tasks.schema import load_task
 
-TEXT_NAMES = ("text", "sentence", "message", "review", "content", "body", "comment", "tweet", "utterance", "title")
-LABEL_NAMES = ("label", "labels", "category", "class", "sentiment", "intent", "topic", "target", "tag", "rating", "y")
-SPLIT_COLUMNS = ("split", "partition", "subset", "part", "set", "fold")
-MAX_LABELS = 50
 MAX_LABELS_OF_LANGUAGE_MODEL = 8  # it scores the words of every label
 MAX_ROWS = 20_000  # of more rows, so many are drawn: a teacher labels 20 to 60 a second
 MAX_STEPS = 2_000
@@ -38,7 +31,7 @@ SECONDS_PER_LABELLED_ROW = {"smollm2": 1 / 49, "minilm-l6": 1 / 493}
 
 TASK_FILE = """\
 # tasks/{name}.yaml: drafted from {file}. Say in your words what each label means: a language model reads it.
-kind: classification
+kind: {kind}
 labels:
 {labels}
 prompt:
@@ -98,118 +91,6 @@ TEACHERS = {
 }
 
 
-@dataclass(frozen=True)
-class Guess:
-    """What a file is taken for. labels: names and rows, the most frequent first. split_counts: of own splits."""
-
-    text: str
-    label: str
-    labels: dict[str, int]
-    split_column: str | None
-    split_counts: dict[str, int]
-    id_is_unique: bool
-    has_groups: bool
-    n_rows: int
-    words: float  # of a row, mean
-
-
-def guess_columns(raw: RawRows, text: str | None = None, label: str | None = None) -> Guess:
-    """Text, label, splits and sizes of the rows of a file. text, label: columns that the user names.
-
-    Raises UserError when a column is missing, or none looks like a text or a label.
-    """
-    columns: dict[str, list[Any]] = {}
-    for record in raw.rows:
-        for column in record:
-            columns.setdefault(column, [])
-    for column, values in columns.items():
-        values += [record.get(column) for record in raw.rows]
-    for name in filter(None, (text, label)):
-        if name not in columns:
-            raise UserError(f"{raw.name}: no column `{name}`; there are: {', '.join(f'`{c}`' for c in columns)}")
-    split_column = next((c for c in columns if c.casefold() in SPLIT_COLUMNS and _is_split(columns[c])), None)
-    text = text or _text_column(raw.name, {c: v for c, v in columns.items() if c not in (label, split_column)})
-    label = label or _label_column(raw.name, {c: v for c, v in columns.items() if c not in (text, split_column)})
-    n_words = [len(value.split()) for value in columns[text] if isinstance(value, str)]
-    splits = [SPLIT_NAMES[value.strip().casefold()] for value in columns.get(split_column or "", [])]
-    ids = [value for value in columns.get("id", []) if value is not None]
-    return Guess(
-        text,
-        label,
-        _label_names(raw, columns[label], label),
-        split_column,
-        dict(Counter(splits)),
-        "id" not in columns or len(set(map(str, ids))) == len(raw.rows),
-        "group" in columns,
-        len(raw.rows),
-        float(np.mean(n_words)) if n_words else 0.0,
-    )
-
-
-def _is_split(values: list[Any]) -> bool:
-    """Whether a column names splits, the test split among them."""
-    names = [SPLIT_NAMES.get(v.strip().casefold()) if isinstance(v, str) else None for v in values]
-    return None not in names and {"train", "test"} <= set(names)
-
-
-def _text_column(file: str, columns: dict[str, list[Any]]) -> str:
-    """The column with a usual name, else the one with the longest texts."""
-    lengths = {}
-    for column, values in columns.items():
-        filled = [value for value in values if value is not None and value != ""]
-        if filled and all(isinstance(value, str) for value in filled):
-            with_letters = [value for value in filled if re.search(r"[^\W\d_]", value)]  # dates and numbers are no text
-            if len(with_letters) > len(filled) / 2:
-                lengths[column] = float(np.mean([len(value) for value in filled]))
-    texts = list(lengths)
-    named = [c for name in TEXT_NAMES for c in texts if c.casefold() == name]
-    if not texts:
-        raise UserError(f"{file}: no column holds text; there are: {', '.join(f'`{c}`' for c in columns)}")
-    return named[0] if named else max(texts, key=lambda c: lengths[c])
-
-
-def _label_column(file: str, columns: dict[str, list[Any]]) -> str:
-    """The column with a usual name and few values, else the one with the fewest."""
-    n_values = {}
-    for column, values in columns.items():
-        try:
-            texts = {value_text(value) for value in values} - {None}
-        except TypeError:  # a list of several values, or an object
-            continue
-        if 2 <= len(texts) <= min(MAX_LABELS, max(2, len(values) // 3)):
-            n_values[column] = len(texts)
-    named = [c for name in LABEL_NAMES for c in n_values if c.casefold() == name]
-    if not n_values:
-        raise UserError(
-            f"{file}: no column looks like a label (2 to {MAX_LABELS} different values); name it with --label; "
-            f"there are: {', '.join(f'`{c}`' for c in columns)}"
-        )
-    return named[0] if named else min(n_values, key=lambda c: n_values[c])
-
-
-def _label_names(raw: RawRows, values: list[Any], column: str) -> dict[str, int]:
-    """The labels with their rows; spellings that differ in case alone are one, the most frequent of them."""
-    counts: Counter[str] = Counter()
-    for i, value in enumerate(values):
-        try:
-            counts[value_text(value) or ""] += 1
-        except TypeError:
-            raise UserError(f"{raw.at(i)}: `{column}` must be one label, not {value!r:.60}") from None
-    empty = counts.pop("", 0)
-    if empty:
-        raise UserError(
-            f"{raw.name}: {empty} rows have no label in the column `{column}`; put them into a file of their own, "
-            "and name both files under `splits` (docs/own-data.md, Own splits)"
-        )
-    names: dict[str, str] = {}
-    rows: Counter[str] = Counter()
-    for text, n in counts.most_common():
-        rows[names.setdefault(text.casefold(), text)] += n
-    if not 2 <= len(rows) <= MAX_LABELS:
-        raise UserError(f"{raw.name}: the column `{column}` holds {len(rows)} values; a label has 2 to {MAX_LABELS}")
-    return dict(rows.most_common())
-
-
 def _quoted(text: str) -> str:
     """`text` as a YAML scalar."""
     plain = PLAIN_WORD.fullmatch(text) and text.casefold() not in YAML_WORDS
@@ -223,20 +104,23 @@ def draft_files(name: str, file: str, guess: Guess) -> tuple[str, str, list[str]
     sizes = {split: round(share * n) for split, share in shares.items()}
     if guess.split_column:
         sizes = dict.fromkeys(shares, 0) | guess.split_counts
-    language_model = len(guess.labels) <= MAX_LABELS_OF_LANGUAGE_MODEL and not all(
-        re.fullmatch(r"-?[\d.]+", label) for label in guess.labels
-    )
-    teacher = "smollm2" if language_model else "minilm-l6"
+    gold, kind = guess.gold, "multilabel" if guess.gold.is_multilabel else "classification"
+    teacher, why = _choose_teacher(gold)
     phases, steps = _draft_phases(name, teacher, sizes)
-    columns = {"text": guess.text, "label": guess.label}
-    columns = {role: _quoted(column) for role, column in columns.items() if column != role}
+    columns = {} if guess.text == "text" else {"text": _quoted(guess.text)}
+    if len(gold.columns) > 1:
+        columns["label_columns"] = f"[{', '.join(map(_quoted, gold.columns))}]"
+    elif gold.columns != ("label",):
+        columns["label"] = _quoted(gold.columns[0])
+    columns |= {} if gold.separator is None else {"label_separator": json.dumps(gold.separator)}
     columns |= {} if guess.id_is_unique else {"id": "null"}
     shown_columns = ", ".join(f"{role}: {column}" for role, column in columns.items())
     shown_shares = ", ".join(f"{split}: {share:g}" for split, share in shares.items())
     split = f"split_column: {_quoted(guess.split_column)}" if guess.split_column else f"split: {{{shown_shares}}}"
-    labels = "\n".join(f"  {_quoted(label)}: {_quoted('the text belongs to ' + label)}" for label in guess.labels)
-    instruction = json.dumps(f"Which label fits the text: {', '.join(guess.labels)}?", ensure_ascii=False)
-    task = TASK_FILE.format(name=name, file=file, labels=labels, instruction=instruction)
+    labels = "\n".join(f"  {_quoted(label)}: {_quoted('the text belongs to ' + label)}" for label in gold.labels)
+    which = "Which of these labels fit" if gold.is_multilabel else "Which label fits"
+    instruction = json.dumps(f"{which} the text: {', '.join(gold.labels)}?", ensure_ascii=False)
+    task = TASK_FILE.format(name=name, file=file, kind=kind, labels=labels, instruction=instruction)
     params = PARAMS_FILE.format(
         file=file,
         name=name,
@@ -252,7 +136,16 @@ def draft_files(name: str, file: str, guess: Guess) -> tuple[str, str, list[str]
         phases=phases,
         steps=steps,
     )
-    return task, params, _guesses(guess, sizes, teacher, steps)
+    return task, params, _guesses(guess, sizes, f"{teacher}, since {why}", _minutes(guess, sizes, teacher, steps))
+
+
+def _choose_teacher(gold: LabelGuess) -> tuple[str, str]:
+    """The model that teaches, and why."""
+    if gold.is_multilabel:
+        return "minilm-l6", "a language model is not tuned on label sets"
+    if len(gold.labels) > MAX_LABELS_OF_LANGUAGE_MODEL or all(re.fullmatch(r"-?[\d.]+", x) for x in gold.labels):
+        return "minilm-l6", "there are many labels, or labels in numbers, which say nothing"
+    return "smollm2", "there are few labels in words"
 
 
 def _draft_phases(name: str, teacher: str, sizes: dict[str, int]) -> tuple[str, int]:
@@ -273,12 +166,19 @@ def _draft_phases(name: str, teacher: str, sizes: dict[str, int]) -> tuple[str, 
     return "\n".join(lines), pool_steps + train_steps
 
 
-def _guesses(guess: Guess, sizes: dict[str, int], teacher: str, steps: int) -> list[str]:
-    shown = ", ".join(f"{label} ({n:,})" for label, n in guess.labels.items())
-    lines = [
-        f"text: the column `{guess.text}`, {guess.words:.0f} words a row",
-        f"label: the column `{guess.label}`, {len(guess.labels)} labels: {shown}",
-    ]
+def _guesses(guess: Guess, sizes: dict[str, int], teacher: str, minutes: int) -> list[str]:
+    gold = guess.gold
+    shown = ", ".join(f"{label} ({n:,})" for label, n in gold.labels.items())
+    columns = ", ".join(f"`{column}`" for column in gold.columns)
+    place = f"the columns {columns} of 1 and 0" if len(gold.columns) > 1 else f"the column {columns}"
+    lines = [f"text: the column `{guess.text}`, {guess.words:.0f} words a row"]
+    if gold.is_multilabel:
+        divided = f"divided by {json.dumps(gold.separator)}, " if gold.separator else ""
+        per_row = f"{gold.n_labels / guess.n_rows:.1f} of {len(gold.labels)} labels a row"
+        without = f"; rows without any: {gold.n_without:,} (kind: multilabel)"
+        lines.append(f"labels: {place}, {divided}{per_row}: {shown}{without}")
+    else:
+        lines.append(f"label: {place}, {len(gold.labels)} labels: {shown}")
     if guess.has_groups:
         lines.append("groups: rows with the same value in the column `group` go to the same split")
     lines.append(
@@ -289,17 +189,23 @@ def _guesses(guess: Guess, sizes: dict[str, int], teacher: str, steps: int) -> l
     lines[-1] += ": " + ", ".join(f"{split} {n:,}" for split, n in sizes.items() if n)
     if guess.n_rows > MAX_ROWS and not guess.split_column:
         lines.append(f"limit: {MAX_ROWS:,} of the {guess.n_rows:,} rows, to be done within the hour")
-    why = "few labels in words" if teacher == "smollm2" else "many labels, or labels in numbers, which say nothing"
-    lines.append(f"teacher: {teacher}, since there are {why}; student: 3 layers of minilm-l6. Both read English best")
+    lines.append(f"teacher: {teacher}; student: 3 layers of minilm-l6. Both read English best")
+    lines.append(f"time: about {minutes} minutes on two cores, a rough guess")
+    return lines
+
+
+def _minutes(guess: Guess, sizes: dict[str, int], teacher: str, steps: int) -> int:
+    """How long the drafted experiment may take on two cores."""
     length = max(0.5, guess.words / 20)
     passes = 6 * sizes["train"] * 2  # all gold rows, and once more in folds
     seconds = length * (passes * SECONDS_PER_ROW[teacher] + sum(sizes.values()) * SECONDS_PER_LABELLED_ROW[teacher])
     seconds += length * 2 * steps * BATCH * SECONDS_PER_ROW["student"] + 120
-    lines.append(f"time: about {max(1, round(seconds / 60))} minutes on two cores, a rough guess")
-    return lines
+    return max(1, round(seconds / 60))
 
 
-def new_experiment(root: Path, file: str, name: str | None, text: str | None, label: str | None) -> list[str]:
+def new_experiment(
+    root: Path, file: str, name: str | None = None, text: str | None = None, label: Sequence[str] = ()
+) -> list[str]:
     """Write `tasks/<name>.yaml` and `params.yaml` for the data file `file`; what was guessed, a sentence each.
 
     Nothing is written unless the drafts are valid and the rows can be read, cleaned and split. Raises UserError when

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ruamel.yaml import YAML
 
@@ -127,14 +127,17 @@ def recipe_steps(params: Params) -> list[list[str]]:
     return [[*repro, "inputs"], ["-m", "distillery", "search", "--write"], repro] if params.search else [repro]
 
 
-def run_recipe(folder: Path) -> int:
-    """Run the recipe prepared in `folder` on this Python; returns the exit status of the first failed step, or 0."""
+def run_recipe(folder: Path, output: TextIO | None = None) -> int:
+    """Run the recipe prepared in `folder` on this Python; returns the exit status of the first failed step, or 0.
+
+    output: where its steps print, standard output when not given.
+    """
     set_environment()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder / "src")}
     environment.pop("DVC_STAGE", None)
     for step in recipe_steps(load_params(folder / "params.yaml")):
-        if status := subprocess.run([sys.executable, *step], cwd=folder, env=environment).returncode:
+        if status := subprocess.run([sys.executable, *step], cwd=folder, env=environment, stdout=output).returncode:
             return status
     return 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from distillery.files import Paths, write_json
-from distillery.report.wording import human_duration
+from distillery.wording import human_duration
 
 
 class StageTime(TypedDict):

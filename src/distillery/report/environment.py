@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from distillery.report.wording import (
+from distillery.wording import (
     human_count,
     human_dollars,
     human_duration,

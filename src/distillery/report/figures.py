@@ -15,7 +15,7 @@ from distillery import metrics
 from distillery.evaluation.results import ROLES, Results
 from distillery.report.style import INK, LABEL_COLOURS, MUTED, ROLE_COLOURS, drawing
 from distillery.report.tables import pooled_predictions, reliability_table
-from distillery.report.wording import human_count
+from distillery.wording import human_count
 
 
 def figure_leaderboard(results: Results, board: pd.DataFrame) -> Figure:

@@ -20,8 +20,8 @@ from distillery.models.label_model import MAX_ANSWER_TOKENS
 from distillery.models.load import load_tokenizer
 from distillery.models.windows import Windows
 from distillery.report.environment import TEMPLATES
-from distillery.report.wording import human_duration, percent
 from distillery.tasks.schema import Task
+from distillery.wording import human_duration, percent
 
 PIPELINES = {"classifier": "text-classification", "causal": "text-generation", "seq2seq": "text2text-generation"}
 

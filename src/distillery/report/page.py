@@ -35,8 +35,8 @@ from distillery.report.figures import all_figures
 from distillery.report.sentences import describe_result
 from distillery.report.svg import figure_svg, inline_svg
 from distillery.report.tables import reliability_table, score_table
-from distillery.report.wording import human_count, percent, percentage_points
 from distillery.teachers.label_review import read_label_errors
+from distillery.wording import human_count, percent, percentage_points
 
 LIBRARIES = (
     "torch",

@@ -69,6 +69,9 @@ class ColumnNames(Section):
     label_separator: Annotated[str, Field(min_length=1)] | None = None
     """The text between two labels of a `multilabel` row, such as `;`. When not given, the one of `;`, `|`, `,`, line
     break, tab and space that fits the column; a list needs none."""
+    label_columns: Annotated[list[str], Field(min_length=2)] | None = None
+    """Of a `multilabel` task, a column of 1 and 0 for each label, in place of `label`. A column is called as its label,
+    or `values` names it."""
     options: str | Annotated[list[str], Field(min_length=2)] = "options"
     """The options of a `choice` task: one column with a list, or one column for each option."""
     first: Literal[0, 1, "A"] = 0
@@ -83,6 +86,17 @@ class ColumnNames(Section):
     """Rows with the same value always go to the same split; optional. null: no column."""
     rationale: str | None = "rationale"
     """An explanation of the label; optional. null: no column."""
+
+    @property
+    def gold(self) -> list[str]:
+        """The columns of the file that hold labels."""
+        return self.label_columns or ([self.label] if self.label else [])
+
+    @model_validator(mode="after")
+    def _one_place_of_labels(self):
+        if self.label_columns and {"label", "label_separator"} & self.model_fields_set:
+            raise ValueError("`label_columns` stands in place of `label` and `label_separator`: take them away")
+        return self
 
     @model_validator(mode="after")
     def _keys_of_values_alike(self):
