@@ -22,7 +22,7 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro recipe test lint unit coverage pipeline lessons study answers serve push lab report lock clean git
+.PHONY: help install repro recipe test lint unit coverage pipeline lessons study answers texts serve push lab report lock clean git
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ study: $(VENV)/.installed ## show the results of a study, into reports/studies: 
 
 answers: $(VENV)/.installed ## ask the large models of data/answers again, half an hour and 6 GB of disk; repro does not need it
 	@$(BIN)/python -m distillery answers
+
+texts: $(VENV)/.installed ## let the large models of data/texts write their texts again, 6 GB of disk; repro does not need it
+	@$(BIN)/python -m distillery texts $(if $(NAME),'$(NAME)')
 
 serve: $(VENV)/.installed ## serve a student over HTTP: make serve STUDENT=runs/tiny-kd-0 [PORT=8000]
 	@$(BIN)/python -m distillery serve $(if $(STUDENT),'$(STUDENT)',$(error name a student: make serve STUDENT=runs/tiny-kd-0)) --port '$(or $(PORT),8000)'

@@ -14,11 +14,12 @@ import pytest
 
 from distillery.config.effects import unused_settings
 from distillery.config.load import load_params
-from distillery.config.schema import Params
-from distillery.data.overlaps import add_overlaps
+from distillery.config.schema import OwnSplits, Params
+from distillery.data.overlaps import add_overlaps, held_out_texts
 from distillery.data.prepare import PreparedSource, prepare_source
 from distillery.data.storage import read_split, write_source
 from distillery.errors import UserError
+from distillery.evaluation.checks import find_leaks
 from distillery.evaluation.further_sources import add_further_sources
 from distillery.evaluation.gather import gather_results
 from distillery.evaluation.leaderboard import leaderboard
@@ -70,7 +71,8 @@ def three_sources(folder: Path, bench: list[str], **settings: Any) -> Params:
 
 def prepare(folder: Path, params: Params, source: str) -> PreparedSource:
     task = load_task("demo", folder / "tasks")
-    return add_overlaps(prepare_source(source, params.data[source], task, folder), source, params, folder)
+    held_out = held_out_texts(source, params, task, folder)
+    return add_overlaps(prepare_source(source, params.data[source], task, folder, held_out), source, params, folder)
 
 
 def test_a_benchmark_is_all_test_and_a_pool_without_labels_all_pool(tmp_path):
@@ -125,6 +127,44 @@ def test_test_rows_of_a_benchmark_among_the_rows_of_another_source_are_counted_a
     assert overlap_sentence(clean) == "None of the 12 test rows of bench is here, and none nearly."
     assert overlap_pairs(clean).empty and overlap_pairs({}).empty
     assert "test_rows_of_others" not in prepare(tmp_path, params, "bench").audit  # no other names its test rows
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_rows_of_a_pool_that_repeat_held_out_rows_of_another_source_are_left_out_of_the_training(tmp_path, drop):
+    """Also where the other source draws its splits by shares: its rows stay."""
+    params = three_sources(tmp_path, texts(1, 15))
+    demo = prepare(tmp_path, params, "demo")
+    parts = {
+        split: demo.rows["text"][demo.split == split].tolist() for split in ("train", "pool", "validation", "test")
+    }
+    leaks = [parts["test"][0], parts["test"][1] + " now", parts["validation"][0], texts(1, 15)[3]]
+    own = [*texts(3, 8), parts["train"][0], parts["pool"][0]]
+    lines = [json.dumps({"text": text, "label": "up", "probabilities": {"up": 1.0}}) for text in [*leaks, *own]]
+    (tmp_path / "data/news.jsonl").write_text("\n".join(lines))
+    news = params.data["news"].model_copy(update={"splits": OwnSplits(pool="data/news.jsonl"), "drop_leaks": drop})
+    params = params.model_copy(update={"data": params.data | {"news": news}})
+    prepared = prepare(tmp_path, params, "news")
+    assert prepared.rows["text"].tolist() == (own if drop else [*leaks, *own])
+    assert prepared.audit["dropped"].get("leaks") == (4 if drop else None)
+    sentence = "4 rows that repeat a validation or test row of another source were left out."
+    assert (sentence in prepared.audit["decisions"]) == drop
+    for source, part in (("demo", demo), ("bench", prepare(tmp_path, params, "bench")), ("news", prepared)):
+        write_source(part, tmp_path / "data/processed" / source)
+    again = prepare(tmp_path, params, "demo")
+    assert again.rows.equals(demo.rows) and (again.split == demo.split).all()
+    found = {
+        source: [check.passed for check in find_leaks(tmp_path, params, source, read_split(tmp_path / folder, "test"))]
+        for source, folder in (("demo", "data/processed/demo"), ("bench", "data/processed/bench"))
+    }
+    assert found == {"demo": [drop], "bench": [drop]}
+
+
+def test_a_source_without_leaks_depends_on_the_rows_of_all_others_of_its_task(tmp_path):
+    params = three_sources(tmp_path, texts(1, 9))
+    news = params.data["news"].model_copy(update={"drop_leaks": True})
+    write_sources(tmp_path, params.model_copy(update={"data": params.data | {"news": news}}))
+    record = json.loads((tmp_path / "build/sources/news.json").read_text())
+    assert set(record["tests_of_others"]) == {"demo", "bench"}
 
 
 def test_the_audit_of_a_source_depends_on_the_test_rows_of_the_others(tmp_path):

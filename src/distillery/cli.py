@@ -143,6 +143,17 @@ def answers() -> None:
         print(write_answers(root, path.relative_to(root).as_posix()).relative_to(root))
 
 
+def texts(name: str | None) -> None:
+    """Let the models of data/texts/*.yaml write labelled texts from a task file, into the .jsonl files beside them."""
+    from distillery.files import repository_root
+    from distillery.teachers.writing import write_texts
+
+    root = repository_root()
+    files = [root / f"data/texts/{name}.yaml"] if name else sorted((root / "data/texts").glob("*.yaml"))
+    for path in files:
+        print(write_texts(root, path.relative_to(root).as_posix()).relative_to(root))
+
+
 def search(write: bool) -> None:
     """Search settings for one phase of a student."""
     from distillery.pipeline.environment import restart_with_environment
@@ -233,6 +244,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verb(lesson).add_argument("name", nargs="?", help="a file of notebooks/lessons/ without folder and ending")
     verb(answers)
+    verb(texts).add_argument("name", nargs="?", help="a file of data/texts/ without folder and ending; all without it")
     running_study = verb(study)
     running_study.add_argument("name", help="a folder of studies/")
     running_study.add_argument(

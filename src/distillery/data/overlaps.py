@@ -13,7 +13,7 @@ from distillery.config.schema import Params, SourceConfig
 from distillery.data.cleaning import OWN_SPLIT_COLUMN, clean_rows
 from distillery.data.filtering import filter_rows
 from distillery.data.near_duplicates import has_near_duplicate, nearest_texts
-from distillery.data.prepare import PreparedSource
+from distillery.data.prepare import PreparedSource, prepare_source
 from distillery.data.readers import read_source
 from distillery.tasks.schema import Task
 
@@ -36,6 +36,18 @@ def add_overlaps(prepared: PreparedSource, source: str, params: Params, base: Pa
         for name, spec in others.items()
     }
     return replace(prepared, audit=prepared.audit | {"test_rows_of_others": findings})
+
+
+def held_out_texts(source: str, params: Params, task: Task, base: Path) -> list[str]:
+    """The validation and test texts of all other sources of the task, however split, if `source` has `drop_leaks`.
+
+    Raises UserError when a file of another source cannot be read.
+    """
+    texts: list[str] = []
+    for name, spec in params.sources_with_held_out_rows(source).items() if params.data[source].drop_leaks else ():
+        prepared = prepare_source(name, spec, task, base)
+        texts += prepared.rows["text"][np.isin(prepared.split, ("validation", "test"))].tolist()
+    return texts
 
 
 def _test_rows(spec: SourceConfig, task: Task, base: Path) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from distillery.config.schema import SPLITS, SourceConfig
 from distillery.data.audit import audit_source, few_shot_texts
 from distillery.data.cleaning import OWN_SPLIT_COLUMN, clean_rows
 from distillery.data.filtering import filter_rows
-from distillery.data.near_duplicates import NearDuplicates, cluster_pairs, find_near_duplicates, name_groups
+from distillery.data.near_duplicates import (
+    NearDuplicates,
+    cluster_pairs,
+    find_near_duplicates,
+    has_near_duplicate,
+    name_groups,
+)
 from distillery.data.readers import read_source
 from distillery.data.selection import DuplicateGroup, take_rows
 from distillery.data.similar_pairs import MAX_EXACT
@@ -40,15 +47,19 @@ class PreparedSource:
     near: NearDuplicates
 
 
-def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> PreparedSource:
+def prepare_source(
+    name: str, spec: SourceConfig, task: Task, base: Path, held_out: Sequence[str] = ()
+) -> PreparedSource:
     """Read, clean, cluster, split and audit the source `name`; writes nothing.
 
+    held_out: texts that no row to learn from may repeat, see :func:`distillery.data.overlaps.held_out_texts`.
     Deterministic in the file, the task and `spec`. Raises UserError (see :func:`read_source`, :func:`clean_rows` and
     :func:`split_groups`), with one line that names the file.
     """
     raw = read_source(spec, base)
     rows, duplicate_groups, counts = clean_rows(raw, spec, task)
     rows, duplicate_groups, filtered, filter_report = filter_rows(raw, rows, duplicate_groups, spec)
+    rows, duplicate_groups, leaks = _drop_leaks(rows, duplicate_groups, held_out, spec.near_duplicate)
     n_filtered, file = len(rows), raw.name
     del raw  # of a million rows, the records of the file have half a gigabyte
     if spec.limit:
@@ -66,6 +77,7 @@ def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> Pre
         raise UserError(f"{file}: {error}{hint}") from None
     dropped = {key: counts[key] for key in ("blank", "not_kept", "empty", "duplicates")}
     dropped["over_limit"] = n_filtered - len(rows)
+    dropped |= {"leaks": leaks} if spec.drop_leaks else {}
     audit = {
         "name": name,
         "source": spec.origin,
@@ -75,10 +87,27 @@ def prepare_source(name: str, spec: SourceConfig, task: Task, base: Path) -> Pre
         **({"filter": filter_report} if filter_report else {}),
         "columns_left_out": counts["columns_left_out"],
         "mapped_labels": counts["mapped_labels"],
-        "decisions": [*counts["decisions"], *decisions, *_search_decision(len(rows))],
+        "decisions": [*counts["decisions"], *_leak_decision(leaks), *decisions, *_search_decision(len(rows))],
         "rows_read": counts["read"],
     } | audit_source(rows, split, cluster, file_groups, task, near)
     return PreparedSource(rows, split, cluster, task, audit, near)
+
+
+def _drop_leaks(
+    rows: pd.DataFrame, duplicate_groups: list[DuplicateGroup], held_out: Sequence[str], threshold: float
+) -> tuple[pd.DataFrame, list[DuplicateGroup], int]:
+    """The rows without those to learn from that are near-duplicates of `held_out`, and how many those were."""
+    if not held_out:
+        return rows, duplicate_groups, 0
+    leaks = has_near_duplicate(rows["text"].tolist(), held_out, threshold)
+    if OWN_SPLIT_COLUMN in rows:
+        leaks &= ~rows[OWN_SPLIT_COLUMN].isin(("validation", "test")).to_numpy()
+    return *take_rows(rows, duplicate_groups, np.flatnonzero(~leaks)), int(leaks.sum())
+
+
+def _leak_decision(leaks: int) -> list[str]:
+    """A sentence where rows were left out."""
+    return [f"{leaks} rows that repeat a validation or test row of another source were left out."] if leaks else []
 
 
 def _search_decision(n_texts: int) -> list[str]:

@@ -28,14 +28,16 @@ def generate_batch(
     end_token_ids: set[int],
     max_new_tokens: int,
     temperature: float,
+    top_p: float = 1.0,
     step_logits: list[Tensor] | None = None,
 ) -> list[list[int]]:
     """The tokens that `model` generates after each prompt, up to and with one of `end_token_ids`.
 
-    prefix_kv: of the tokens that all prompts begin with; see :func:`compute_prefix_kv`. Greedy when `temperature` is 0.
+    prefix_kv: of the tokens that all prompts begin with; see :func:`compute_prefix_kv`. temperature, top_p: see
+    :func:`next_tokens`.
     step_logits: a list that receives the logits [unfinished rows, vocabulary] of each step, but for `plain`.
     """
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     settings["end_token_ids"] = end_token_ids
     if prefix_kv:
         settings |= {"direct_head": methods.direct_head, "step_logits": step_logits}
@@ -52,12 +54,13 @@ def generate_plainly(
     end_token_ids: set[int],
     max_new_tokens: int,
     temperature: float,
+    top_p: float = 1.0,
 ) -> list[int]:
     """As :func:`generate_padded` for one prompt, by a whole forward pass for each token: slow, and right by design."""
     tokens: list[int] = []
     while len(tokens) < max_new_tokens and end_token_ids.isdisjoint(tokens[-1:]):
         logits = plain_token_logits(model, [[*prompt, *tokens]], [[[0]]], ()).logits
-        tokens.append(int(next_tokens(logits, temperature)))
+        tokens.append(int(next_tokens(logits, temperature, top_p)))
     return tokens
 
 
@@ -69,6 +72,7 @@ def generate_padded(
     end_token_ids: set[int],
     max_new_tokens: int,
     temperature: float,
+    top_p: float = 1.0,
     step_logits: list[Tensor] | None = None,
 ) -> list[list[int]]:
     """The tokens that `model` generates after each prompt, up to and with one of `end_token_ids`.
@@ -78,7 +82,10 @@ def generate_padded(
     """
     seq2seq, width = model.config.is_encoder_decoder, max(map(len, prompts))
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_id} | PLAIN_DECODING
-    settings |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    if temperature:
+        settings |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
+    else:
+        settings |= {"do_sample": False}
     if step_logits is not None:
 
         def keep_logits(_tokens: Tensor, logits: Tensor) -> Tensor:

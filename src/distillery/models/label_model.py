@@ -255,12 +255,13 @@ class LabelModel:
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = 32,
         cached: Sequence[str | None] | None = None,
         on_batch: Callable[[list[int], list[str]], None] | None = None,
     ) -> list[str]:
-        """The model's next turn in each conversation (turns as in a chat), one line; greedy when `temperature` is 0.
+        """The model's next turn in each conversation (turns as in a chat), one line; drawn by :func:`next_tokens`.
 
         Whatever the style of its label prompt, a model with a chat template is prompted by it: it then knows when to
         stop. Without one the answer ends at the first empty line.
@@ -277,8 +278,8 @@ class LabelModel:
             return [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text in prompts]
 
         clean = first_paragraph if style == "plain" else one_line
-        settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        settings |= {"temperature": temperature, "seed": seed}
+        settings = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        settings |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         return self._generate_texts(encode, len(conversations), clean, cached, on_batch, **settings)
 
     def _generate_texts(
@@ -315,6 +316,7 @@ class LabelModel:
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = 32,
         wanted: Sequence[bool] | None = None,
@@ -328,10 +330,8 @@ class LabelModel:
         """
         training = self.model.training
         self.model.eval()
-        completions: list[list[int]] = [[] for _ in ids]
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature} | end_tokens(
-            self.model, self.tokenizer
-        )
+        completions, settings = [[] for _ in ids], end_tokens(self.model, self.tokenizer)
+        settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         # weights that are being trained lie in float32 whatever the precision of the products
         wide = any(weight.dtype == torch.float32 for weight in self.model.parameters())
         methods = self.forward_methods(ids, max_new_tokens)

@@ -112,9 +112,10 @@ def write_sources(root: Path, params: Params) -> None:
     """Write `build/sources`. Raises UserError when the file of a source is missing."""
     for name, source in params.data.items():
         record: dict[str, Any] = {"source": source.origin} | _source_digests(root, name, source)
-        others = {  # the audit compares the rows of this source with them
+        held_out = params.sources_with_held_out_rows(name) if source.drop_leaks else {}
+        others = {  # with which the rows of this source are compared
             other: {"section": spec.model_dump(mode="json"), "files": _source_digests(root, other, spec)}
-            for other, spec in params.sources_with_own_tests(name).items()
+            for other, spec in (params.sources_with_own_tests(name) | held_out).items()
         }
         record |= {"tests_of_others": others} if others else {}
         write_json(Paths(root).build / "sources" / f"{name}.json", record)

@@ -145,7 +145,7 @@ def write_answers(root: Path, file: str) -> Path:
     blocks = [teacher.predict_texts(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
     with atomic_write(path) as temporary:
         lines = [
-            json.dumps({"id": i, "probabilities": _rounded(model.task.names, row)}, ensure_ascii=False)
+            json.dumps({"id": i, "probabilities": rounded_probabilities(model.task.names, row)}, ensure_ascii=False)
             for i, row in zip(ids, np.concatenate(blocks).astype(float).tolist(), strict=True)
         ]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -153,22 +153,30 @@ def write_answers(root: Path, file: str) -> Path:
     return path
 
 
-def _rounded(names: list[str], row: list[float]) -> dict[str, float]:
+def rounded_probabilities(names: Sequence[str], row: Sequence[float]) -> dict[str, float]:
+    """The probabilities `row` of the labels `names`, as a file holds them."""
     return {name: round(value, DIGITS) for name, value in zip(names, row, strict=True)}
 
 
 def _origin(root: Path, request: AnswerRequest, model: LabelModel, progress: Progress) -> dict[str, Any]:
     """What gave the answers: model, prompt, code, machine, and the time for the rows that the last start computed."""
-    head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "request": request.model_dump(exclude_defaults=True),
         "prompt": model.prompt_for("{text}", model.few_shot),
         "labels": model.task.names,
         "rows": progress.rows,
         "computed_rows": progress.computed,
+        **run_record(root, progress.seconds),
+    }
+
+
+def run_record(root: Path, seconds: float) -> dict[str, Any]:
+    """When, where and by which code a model answered. seconds: that the last start took."""
+    head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
         "commit": head,
         "date": str(date.today()),
-        "seconds": round(progress.seconds),
+        "seconds": round(seconds),
         "machine": f"{cpu_model()}, {torch.get_num_threads()} threads",
         "versions": {package: version(package) for package in ("torch", "transformers")},
     }

@@ -48,13 +48,15 @@ class Teacher(Protocol):
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
         sample: int = 0,
         batch_size: int | None = None,
     ) -> list[str]:
         """The next turn of each conversation. Raises UserError when this kind of teacher generates nothing.
 
-        sample: number among the answers to one conversation. batch_size: of a local model; its own when not given.
+        top_p: draw from the likeliest tokens alone whose probabilities sum to this. sample: number among the answers to
+        one conversation. batch_size: of a local model; its own when not given.
         """
 
     def prompt(self, row: pd.Series) -> str:

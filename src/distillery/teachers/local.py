@@ -129,11 +129,12 @@ class LocalTeacher(PromptedTeacher):
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
         sample: int = 0,
         batch_size: int | None = None,
     ) -> list[str]:
-        """The next turn of each conversation; greedy when `temperature` is 0. See :meth:`LabelModel.generate`.
+        """The next turn of each conversation. See :meth:`LabelModel.generate`.
 
         sample: number among the answers to one conversation. batch_size: conversations decoded at a time; the model's
         when not given.
@@ -141,6 +142,7 @@ class LocalTeacher(PromptedTeacher):
         cached = write = None
         if self.cache is not None:
             sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+            sampling |= {"top_p": top_p} if top_p < 1 else {}  # answers of older versions have no such key
             identity = self.cache.model_identity | sampling | {"seed": seed if temperature else None}
             questions = [Question(identity, turns, sample) for turns in conversations]
             cached, write = self.cache.texts(questions), self.cache.writer(questions)
@@ -148,6 +150,7 @@ class LocalTeacher(PromptedTeacher):
             conversations,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            top_p=top_p,
             seed=1000 * seed + sample,
             batch_size=batch_size or self.model.batch_size,
             cached=cached,

@@ -183,6 +183,9 @@ class SourceConfig(Section):
     """Largest number of rows, drawn at random; all when not given."""
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Similarity from which two texts are near-duplicates: they go to the same split."""
+    drop_leaks: bool = False
+    """Leave out each row that repeats, to the letter or nearly, a validation or test row of another source of the task.
+    Rows that own splits name as validation or test stay."""
 
     @model_validator(mode="after")
     def _one_way_to_split(self):

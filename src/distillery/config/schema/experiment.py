@@ -75,6 +75,12 @@ class Params(Section):
                 others[name] = spec
         return others
 
+    def sources_with_held_out_rows(self, source: str) -> dict[str, SourceConfig]:
+        """The other sources of the task of `source` that hold validation or test rows."""
+        task = self.data[source].task
+        of_task = {name: spec for name, spec in self.data.items() if name != source and spec.task == task}
+        return {name: spec for name, spec in of_task.items() if spec.holds("validation") or spec.holds("test")}
+
     def teacher_sources(self, teacher: str) -> list[str]:
         """The sources that `teacher` labels, in the order of `data`."""
         return self.teachers[teacher].data or list(self.data)

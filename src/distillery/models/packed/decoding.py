@@ -21,14 +21,15 @@ def decode_completions(
     *,
     max_new_tokens: int,
     temperature: float,
+    top_p: float = 1.0,
     end_token_ids: set[int],
     direct_head: bool = True,
     step_logits: list[Tensor] | None = None,
 ) -> list[list[int]]:
     """The tokens that a causal `model` generates after each prompt, up to and with one of `end_token_ids`.
 
-    prefix_kv: see :func:`compute_prefix_kv`; all prompts begin with its P tokens. Greedy when `temperature` is 0, else
-    drawn from torch's random state. direct_head: see :func:`output_logits`.
+    prefix_kv: see :func:`compute_prefix_kv`; all prompts begin with its P tokens. temperature, top_p: see
+    :func:`next_tokens`; drawn from torch's random state. direct_head: see :func:`output_logits`.
     step_logits: a list that receives the logits [unfinished rows, vocabulary] of each step.
     """
     body, device = transformer_body(model), next(model.parameters()).device
@@ -40,7 +41,7 @@ def decode_completions(
     for step in range(max_new_tokens):
         if step_logits is not None:
             step_logits.append(logits)
-        tokens = next_tokens(logits, temperature)
+        tokens = next_tokens(logits, temperature, top_p)
         for i, token in zip(unfinished, tokens.tolist(), strict=True):
             completions[i].append(token)
         going = [k for k, token in enumerate(tokens.tolist()) if token not in end_token_ids]
@@ -57,11 +58,20 @@ def decode_completions(
     return completions
 
 
-def next_tokens(logits: Tensor, temperature: float) -> Tensor:
-    """A token [rows] for each row of `logits` [rows, vocabulary]: the likeliest when `temperature` is 0, else drawn."""
-    if temperature:
-        return torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]
-    return logits.argmax(-1)
+def next_tokens(logits: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+    """A token [rows] for each row of `logits` [rows, vocabulary]: the likeliest when `temperature` is 0, else drawn.
+
+    top_p: draw from the likeliest tokens alone whose probabilities sum to this (nucleus sampling, Holtzman et al. 2020,
+    section 3.1); 1 draws from all.
+    """
+    if not temperature:
+        return logits.argmax(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ranked.cumsum(-1) - ranked  # a token stays while those above it sum to less than `top_p`
+        probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked.masked_fill(before >= top_p, 0.0))
+    return torch.multinomial(probabilities, 1)[:, 0]
 
 
 def _prefill(

@@ -200,6 +200,7 @@ class ApiTeacher(PromptedTeacher):
         *,
         max_new_tokens: int,
         temperature: float | None = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
         sample: int = 0,
         batch_size: int | None = None,
@@ -209,6 +210,7 @@ class ApiTeacher(PromptedTeacher):
         seed, batch_size: not used; an endpoint has no seed that all vendors know.
         """
         identity = self._identity | {"temperature": temperature, "max_tokens": max_new_tokens}
+        identity |= {"top_p": top_p} if top_p < 1 else {}
         answers = self.endpoint.query([Question(identity, turns, sample) for turns in conversations])
         return [" ".join(without_reasoning(answer.text).split()) for answer in answers]
 

@@ -140,6 +140,8 @@ class Transport:
         extra: dict[str, Any] = {("max_tokens" if spec.base_url else "max_completion_tokens"): settings["max_tokens"]}
         if settings["temperature"] is not None:
             extra["temperature"] = settings["temperature"]
+        if "top_p" in settings:
+            extra["top_p"] = settings["top_p"]
         top_logprobs = settings.get("tokens") or (TOP_LOGPROBS if settings.get("logprobs") else 0)
         if top_logprobs:
             extra |= {"logprobs": True, "top_logprobs": top_logprobs}
@@ -185,6 +187,8 @@ class Transport:
         extra["extra_body"] = settings.get("extra_body", {})
         if settings["temperature"] is not None:  # the package has no argument for it: newer models take no temperature
             extra["extra_body"] = {"temperature": settings["temperature"]} | extra["extra_body"]
+        if "top_p" in settings:
+            extra["extra_body"] = {"top_p": settings["top_p"]} | extra["extra_body"]
         if settings.get("schema"):
             extra["output_config"] = {"format": {"type": "json_schema", "schema": settings["schema"]}}
         turns = [turn for turn in question.prompt if turn["role"] != "system"]

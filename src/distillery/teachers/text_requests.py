@@ -1,0 +1,88 @@
+"""The files `data/texts/<name>.yaml`: which model writes which texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from distillery.config.load import validate_section
+from distillery.config.schema import TRIMMED_TEXT, Count, Fraction, ModelConfig, Name, Positive, TeacherConfig
+from distillery.config.schema.base import Section
+from distillery.errors import UserError
+from distillery.files import Paths, read_yaml
+from distillery.tasks.schema import Task, load_task
+
+Line = Annotated[str, Field(pattern=TRIMMED_TEXT)]
+
+
+class TextRequest(Section):
+    """A file `data/texts/<name>.yaml`: the model and the texts that it writes into `<name>.jsonl`."""
+
+    task: Name
+    """The task file, whose labels, question and solved examples are all that the model is shown; `tasks/<task>.yaml`."""
+    models: Annotated[dict[Name, ModelConfig], Field(max_length=1)] = {}
+    """The model of `kind: lm`."""
+    teacher: TeacherConfig
+    """The model, a `kind: lm` or `api`, which is only prompted: it writes the texts, and labels them again."""
+    texts: Annotated[int, Field(gt=0)]
+    """Texts to write; those that pass all filters are fewer."""
+    shares: dict[str, Positive] | None = None
+    """Share of each label among the texts to write; equal when not given."""
+    topics: Annotated[list[Line], Field(min_length=1)] | Annotated[int, Field(gt=0)]
+    """What the texts are about, or the number of topics that the model proposes from the task file."""
+    attributes: dict[Name, Annotated[list[Line], Field(min_length=1)]] = {}
+    """Further properties, such as `form`: each text gets one of the values at random."""
+    examples: Count = 6
+    """Solved examples of the task file that the model is shown, others for each pass over the topics."""
+    temperature: Positive = 1.0
+    """Sampling temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Draw from the likeliest tokens alone whose probabilities sum to this; 1 draws from all."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 80
+    """Largest length of an answer, in tokens."""
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    """Texts that are written at a time."""
+    min_words: Annotated[int, Field(gt=0)] = 4
+    """Shortest text, in words."""
+    max_words: Annotated[int, Field(gt=0)] = 45
+    """Longest text, in words."""
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Similarity from which a text repeats another one, or a solved example."""
+    min_confidence: Fraction = 0.5
+    """Smallest probability of the label that the model gives a text that it has written."""
+    seed: int = 0
+    """Seed of the plan and of the sampling."""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if isinstance(self.topics, list) and len(set(self.topics)) < len(self.topics):
+            raise ValueError("`topics` must be different")
+        if self.min_words > self.max_words:
+            raise ValueError("`min_words` must not be above `max_words`")
+        return self
+
+
+def read_text_request(root: Path, file: str) -> tuple[TextRequest, Task]:
+    """The request in `file`, a path below `root`, and its task. Raises UserError naming the file and the key."""
+    request = validate_section(TextRequest, read_yaml(root / file), file)
+    teacher = request.teacher
+    if teacher.kind not in ("lm", "api") or teacher.finetune:
+        raise UserError(f"{file}: teacher: must be a `kind: lm` or `api` without `finetune`")
+    if set(request.models) != ({teacher.model} if teacher.model else set()):
+        raise UserError(f"{file}: models: must be the `model` of the teacher, and no other")
+    if teacher.prompts or teacher.examples_from != "task":
+        raise UserError(f"{file}: teacher: `prompts` and `examples_from` need gold rows: leave out")
+    task = load_task(request.task, Paths(root).tasks)
+    if task.kind != "classification":
+        raise UserError(f"{file}: task: texts are written for a task of `kind: classification`, not {task.kind}")
+    for name in request.shares or {}:
+        if name not in task.names:
+            raise UserError(f"{file}: shares: unknown label {name!r}; known: {', '.join(task.names)}")
+    for key, n in (("examples", request.examples), ("teacher.few_shot", teacher.few_shot)):
+        if n > len(task.few_shot):
+            raise UserError(
+                f"{file}: {key}: {n} wanted, tasks/{request.task}.yaml has {len(task.few_shot)} in `few_shot`"
+            )
+    return request, task

@@ -1,0 +1,249 @@
+"""A language model writes labelled texts from a task file alone: `data/texts/<name>.yaml` to `<name>.jsonl`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from distillery.errors import UserError
+from distillery.files import atomic_write, write_json
+from distillery.fingerprint import code_digest
+from distillery.tasks.schema import Task
+from distillery.teachers.asking import BLOCK, CountingCache, Progress, rounded_probabilities, run_record
+from distillery.teachers.cache import STORE_PATH, AnswerStore, canonical_json
+from distillery.teachers.identity import model_identity
+from distillery.teachers.local import LocalTeacher
+from distillery.teachers.prompt_search import estimate_label_prior
+from distillery.teachers.prompted import PromptedTeacher, divide_by_prior
+from distillery.teachers.text_cleaning import clean_text, label_reasons, rejection_reason, repeat_reasons
+from distillery.teachers.text_plan import (
+    PlannedText,
+    cycle_examples,
+    label_counts,
+    parse_topics,
+    plan_texts,
+    topic_turns,
+    writing_turns,
+)
+from distillery.teachers.text_requests import TextRequest, read_text_request
+from distillery.training.teacher_models import load_teacher_model
+
+STAGES = ("written", "parsed", "unique", "agreed")  # of the funnel: texts that are left after each
+MAX_TOPIC_REQUESTS = 8
+TOPIC_TOKENS = 16  # that a topic in a list may take
+
+Conversation = list[dict[str, str]]
+
+
+def write_texts(root: Path, file: str) -> Path:
+    """Let the model that `file` (below `root`) requests write its texts; the file that holds those that pass.
+
+    `<name>.jsonl` gets a line {id, text, label, topic, attributes, probabilities: {label: p}} for each text whose label
+    the same model confirms, `<name>.json` its origin and the numbers of texts after each filter. Every batch is kept
+    in the answer store of `root`: a stopped run goes on with the next one, and ends as if it had not been stopped.
+    Raises UserError for a wrong request and for a full disk.
+    """
+    request, task = read_text_request(root, file)
+    try:
+        return _write(root, (root / file).with_suffix(".jsonl"), request, task)
+    except UserError as mistake:  # of the model or the endpoint, whose messages are about params.yaml
+        name = request.teacher.model or Path(file).stem
+        message = str(mistake).replace(f"params.yaml: teachers.{name}", f"{file}: teacher")
+        raise UserError(message.replace("params.yaml:", f"{file}:", 1)) from None
+
+
+def _write(root: Path, path: Path, request: TextRequest, task: Task) -> Path:
+    started = time.monotonic()
+    model = Writer(root, path.stem, request, task)
+    topics = request.topics if isinstance(request.topics, list) else propose_topics(model, request.topics)
+    counts = label_counts(request.texts, task.names, request.shares)
+    planned = plan_texts(counts, topics, request.attributes, request.seed)
+    examples = [cycle_examples(task, request.examples, request.seed, k) for k in range(planned[-1].cycle + 1)]
+    conversations = [writing_turns(task, text, examples[text.cycle]) for text in planned]
+    answers = model.write(conversations, [text.cycle for text in planned])
+    rows, prior = filter_texts(model, planned, answers)
+    with atomic_write(path) as temporary:
+        lines = [json.dumps(line, ensure_ascii=False) for line in _lines(rows, task.names)]
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    origin = {
+        "request": request.model_dump(exclude_defaults=True),
+        "model": model.identity,
+        "prompt": conversations[0],
+        "label_prompt": model.labeller().render("{text}", None),
+        "topics": topics,
+        "label_prior": None if prior is None else dict(zip(task.names, prior.round(4).tolist(), strict=True)),
+        "funnel": funnel(rows, task.names),
+        "rejected": _rejected(rows),
+        "computed_texts": model.progress.computed,
+    }
+    write_json(path.with_suffix(".json"), origin | run_record(root, time.monotonic() - started))
+    return path
+
+
+@dataclass
+class Writer:
+    """The model of a request. name: of its file. identity: all that decides its answers but prompt and sampling."""
+
+    root: Path
+    name: str
+    request: TextRequest
+    task: Task
+    identity: dict[str, Any] = field(init=False)
+    progress: Progress = field(init=False)
+
+    def __post_init__(self) -> None:
+        spec, store = self.request.teacher, AnswerStore(self.root / STORE_PATH)
+        self.progress, self.store = Progress(f"{self.name}, texts", self.request.texts), store
+        if spec.api:
+            # imported here, as in open_teacher: other requests do not need the API client
+            from distillery.teachers.api.client import Endpoint
+            from distillery.teachers.api.teacher import ApiTeacher
+
+            self.endpoint = ApiTeacher(Endpoint(self.name, spec.api, store), self.task, spec.few_shot)
+            self.identity = {"client": spec.api.client, "base_url": spec.api.base_url, "model": spec.api.model}
+            return
+        ((name, origin),) = self.request.models.items()
+        self.local = load_teacher_model(name, spec, origin, self.task)
+        self.identity = model_identity(name, origin, self.local) | {"seed": spec.seed}
+
+    def generate(self, conversations: Sequence[Conversation], sample: int, **settings: Any) -> list[str]:
+        """The next turn of each of `conversations`, which are decoded together; see :meth:`Teacher.generate`."""
+        request, writer = self.request, self._teacher(self.progress, conversations)
+        sampling = {"temperature": request.temperature, "top_p": request.top_p, "batch_size": request.batch_size}
+        sampling |= {"max_new_tokens": request.max_new_tokens, "seed": request.seed, "sample": sample}
+        return writer.generate(conversations, **(sampling | settings))
+
+    def write(self, conversations: Sequence[Conversation], cycles: Sequence[int]) -> list[str]:
+        """The answers to `conversations`, cycle after cycle. cycles: [n], ascending; one has no conversation twice."""
+        answers = []
+        for cycle in range(cycles[-1] + 1):
+            part = [turns for turns, k in zip(conversations, cycles, strict=True) if k == cycle]
+            answers += self.generate(part, cycle)
+        return answers
+
+    def labeller(self, n: int = 0) -> PromptedTeacher:
+        """The same model as a teacher of the task's labels, for `n` texts."""
+        return self._teacher(Progress(f"{self.name}, labels", n))
+
+    def _teacher(self, progress: Progress, together: Sequence[Conversation] = ()) -> Any:
+        """The model, which keeps its answers. together: conversations that share batches, which decide their answers."""
+        if self.request.teacher.api:
+            return self.endpoint
+        computation = {
+            "batches": [self.request.batch_size, hashlib.sha256(canonical_json(list(together)).encode()).hexdigest()],
+            "code": code_digest("models", "tasks"),
+            "machine": [torch.__version__, torch.get_num_threads(), self.local.device.type],
+        }
+        identity = self.identity | (computation if together else {})
+        return LocalTeacher(self.local, CountingCache(self.store, identity, progress))
+
+
+def propose_topics(model: Writer, n: int) -> list[str]:
+    """Up to `n` different topics that the model proposes from its task file. Raises UserError when it proposes none."""
+    topics: dict[str, str] = {}
+    for sample in range(MAX_TOPIC_REQUESTS):
+        if len(topics) >= n:
+            break
+        (answer,) = model.generate([topic_turns(model.task, n)], sample, max_new_tokens=TOPIC_TOKENS * n)
+        for topic in parse_topics(answer):
+            topics.setdefault(topic.casefold(), topic)
+    if not topics:
+        raise UserError("params.yaml: topics: the model proposes none in a numbered list; write a list of topics")
+    return list(topics.values())[:n]
+
+
+def filter_texts(
+    model: Writer, planned: Sequence[PlannedText], answers: Sequence[str]
+) -> tuple[pd.DataFrame, np.ndarray | None]:
+    """A row for each of `answers` and the label prior [labels] by which probabilities were divided, if any.
+
+    Columns: id, text, label (the one that was wanted), topic, attributes, answer, probabilities (None of a text that
+    was not labelled), stage (the last of `STAGES` that it passed) and reason (why it went no further, or empty).
+    """
+    request, names = model.request, model.task.names
+    rows = pd.DataFrame(
+        {
+            "id": [f"w{i}" for i in range(len(planned))],
+            "text": [clean_text(model.task, answer) for answer in answers],
+            "label": [text.label for text in planned],
+            "topic": [text.topic for text in planned],
+            "attributes": [dict(text.attributes) for text in planned],
+            "answer": list(answers),
+            "probabilities": None,
+            "stage": STAGES[0],
+        }
+    )
+    rows["reason"] = [rejection_reason(text, request.min_words, request.max_words) for text in rows["text"]]
+    left = _advance(rows, STAGES[1])
+    examples = [example.text for example in model.task.few_shot]
+    rows.loc[left, "reason"] = repeat_reasons(rows["text"][left].tolist(), examples, request.near_duplicate)
+    left = _advance(rows, STAGES[2])
+    labelled = rows.loc[left].reset_index(drop=True)
+    probabilities, prior = label_texts(model, labelled)
+    rows.loc[left, "probabilities"] = pd.Series(probabilities.tolist(), index=left, dtype=object)
+    rows.loc[left, "reason"] = label_reasons(probabilities, labelled["label"].tolist(), names, request.min_confidence)
+    _advance(rows, STAGES[3])
+    return rows, prior
+
+
+def _advance(rows: pd.DataFrame, stage: str) -> pd.Index:
+    """The rows without a reason against them, which have passed `stage`."""
+    left = rows.index[rows["reason"] == ""]
+    rows.loc[left, "stage"] = stage
+    return left
+
+
+def label_texts(model: Writer, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray | None]:
+    """The model's label probabilities [n, labels] for the texts of `rows` (id, text, label), and their label prior.
+
+    `calibrate: batch` takes the mean over the texts of each wanted label, and then over the labels: with any `shares`
+    every label counts the same.
+    """
+    names, calibration = model.task.names, model.request.teacher.calibrate
+    if rows.empty:
+        return np.zeros((0, len(names))), None
+    teacher, rows = model.labeller(len(rows)), rows.assign(group=None)
+    blocks = [teacher.predict(rows.iloc[start : start + BLOCK]) for start in range(0, len(rows), BLOCK)]
+    probabilities = np.concatenate(blocks).astype(float)
+    prior = None
+    if calibration == "contextual":
+        prior = estimate_label_prior(teacher, calibration, rows)
+    elif calibration == "batch":
+        readable = pd.DataFrame(probabilities).groupby(rows["label"].to_numpy()).mean().dropna()
+        prior = readable.mean().to_numpy()
+    return divide_by_prior(probabilities, prior), prior
+
+
+def funnel(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """For each of `STAGES` how many texts are left, by wanted label and in all."""
+    counts = {}
+    for i, stage in enumerate(STAGES):
+        left = rows["label"][rows["stage"].isin(STAGES[i:])]
+        counts[stage] = {"all": len(left), **{name: int((left == name).sum()) for name in names}}
+    return counts
+
+
+def _rejected(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """For each reason against a text how many have it, and the first of them."""
+    parts = rows[rows["reason"] != ""].groupby("reason")
+    columns = ["label", "topic", "answer"]
+    return {str(reason): {"texts": len(part), "first": part[columns].iloc[0].to_dict()} for reason, part in parts}
+
+
+def _lines(rows: pd.DataFrame, names: list[str]) -> list[dict[str, Any]]:
+    """What the file holds of the texts in `rows` that passed all filters."""
+    lines = []
+    for row in rows[rows["stage"] == STAGES[-1]].to_dict("records"):
+        line = {key: row[key] for key in ("id", "text", "label", "topic")}
+        line |= {"attributes": row["attributes"]} if row["attributes"] else {}
+        lines.append(line | {"probabilities": rounded_probabilities(names, row["probabilities"])})
+    return lines
