@@ -23,10 +23,11 @@ from distillery.tasks.schema import load_task
 from distillery.teachers import cache
 from distillery.teachers.text_cleaning import clean_text, label_reasons, rejection_reason, repeat_reasons
 from distillery.teachers.text_plan import (
-    cycle_examples,
+    PlannedText,
     label_counts,
     parse_topics,
     plan_texts,
+    shown_examples,
     topic_turns,
     writing_turns,
 )
@@ -50,15 +51,16 @@ def test_every_label_gets_its_share_and_every_topic_in_turn(n, weights, topics, 
     counts = label_counts(n, TASK.names, shares)
     assert sum(counts.values()) == n
     assert all(abs(counts[name] - n * shares[name] / sum(weights)) < 1 for name in TASK.names)
-    names = [f"topic {i}" for i in range(topics)]
+    names = {label: [f"{label} {i}" for i in range(topics + k)] for k, label in enumerate(TASK.names)}
     planned = plan_texts(counts, names, {"form": ["a", "b"]}, seed)
     assert planned == plan_texts(counts, names, {"form": ["a", "b"]}, seed)
     assert Counter(text.label for text in planned) == Counter({name: k for name, k in counts.items() if k})
     assert [text.cycle for text in planned] == sorted(text.cycle for text in planned)
     assert max(Counter((text.cycle, text.label, text.topic) for text in planned).values()) == 1
-    used = Counter((text.label, text.topic) for text in planned)
-    assert all(used[name, topic] in (counts[name] // topics, -(-counts[name] // topics))
-               for name in TASK.names for topic in names)  # fmt: skip
+    for label, topics_of_label in names.items():
+        used = Counter(text.topic for text in planned if text.label == label)
+        few = counts[label] // len(topics_of_label)
+        assert all(used[topic] in (few, few + 1) for topic in topics_of_label) and set(used) <= set(topics_of_label)
 
 
 def test_equal_numbers_and_rounded_shares():
@@ -67,26 +69,29 @@ def test_equal_numbers_and_rounded_shares():
     assert label_counts(10, ["a", "b", "c"], {"a": 2.0, "c": 3.0}) == {"a": 4, "b": 0, "c": 6}
 
 
-def test_cycles_show_other_examples_of_all_labels():
-    cycles = [cycle_examples(TASK, 6, 0, k) for k in range(5)]
-    assert all(Counter(e.label for e in shown) == dict.fromkeys(TASK.names, 2) for shown in cycles)
-    assert len({tuple(e.text for e in shown) for shown in cycles}) > 1
-    assert cycle_examples(TASK, 0, 0, 0) == []
-    assert sorted(e.text for e in cycle_examples(TASK, 9, 0, 3)) == sorted(e.text for e in TASK.few_shot)
+def test_each_cycle_shows_examples_of_its_label_in_another_order():
+    def shown(label, cycle, n):
+        return [example.text for example in shown_examples(TASK, PlannedText(label, "x", {}, cycle), n, 0)]
+
+    for label in TASK.names:
+        known = {example.text for example in TASK.few_shot if example.label == label}
+        orders = {tuple(shown(label, cycle, 9)) for cycle in range(9)}
+        assert len(orders) > 1 and all(set(order) == known for order in orders)
+        assert shown(label, 2, 2) == shown(label, 2, 9)[:2] and shown(label, 2, 0) == []
 
 
-def test_a_request_says_label_meaning_topic_and_form_and_shows_nothing_but_the_task_file():
-    (text,) = plan_texts({"negative": 1}, ["dividend"], {"form": ["headline"]}, 0)
-    examples = cycle_examples(TASK, 3, 0, 0)
+def test_a_request_holds_label_meaning_topic_and_form_and_nothing_but_the_task_file():
+    (text,) = plan_texts({"positive": 0, "negative": 1}, {"negative": ["dividend"]}, {"form": ["headline"]}, 0)
+    examples = shown_examples(TASK, text, 3, 0)
     turns = writing_turns(TASK, text, examples)
     assert [turn["role"] for turn in turns] == ["system", *["user", "assistant"] * 3, "user"]
     assert [turn["content"] for turn in turns[2:-1:2]] == [example.text for example in examples]
-    for word in ("negative", TASK.labels["negative"], "Topic: dividend", "Form: headline"):
-        assert word in turns[-1]["content"]
-    for meaning in (TASK.prompt.instruction, *TASK.labels.values()):
-        assert meaning in turns[0]["content"]
-    (request,) = [turn["content"] for turn in topic_turns(TASK, 7) if turn["role"] == "user"]
-    assert " 7 " in request and all(example.text in request for example in TASK.few_shot)
+    assert turns[-1]["content"].endswith("\nTopic: dividend\nForm: headline")
+    for part in (TASK.prompt.instruction, "negative", TASK.labels["negative"]):
+        assert part in turns[0]["content"]
+    (request,) = topic_turns(TASK, "negative", 7)
+    assert " 7 " in request["content"] and TASK.labels["negative"] in request["content"]
+    assert all((e.text in request["content"]) == (e.label == "negative") for e in TASK.few_shot)
 
 
 @pytest.mark.parametrize(
@@ -303,26 +308,7 @@ def test_texts_of_an_earlier_request_do_not_change_those_of_a_later_one(folder, 
     assert write_texts(folder, write_request(folder, local_request(tiny_models, texts=11), "a")).read_text() == alone
 
 
-WORDS = [
-    "amber",
-    "birch",
-    "cedar",
-    "delta",
-    "ember",
-    "flint",
-    "grove",
-    "haven",
-    "inlet",
-    "jetty",
-    "knoll",
-    "larch",
-    "maple",
-    "north",
-    "ocean",
-    "pearl",
-    "quill",
-    "ridge",
-]
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "flint", "grove", "haven", "inlet", "jetty", "knoll", "larch"]
 
 
 class Author:
@@ -338,9 +324,9 @@ class Author:
         content = request["messages"][-1]["content"]
         if "numbered list" in content:
             answer = "Here are topics: 1. Oil 2. Grain 3. Ships"
-        elif content.startswith("Write a text. Label: "):
-            i, label = next(self.written), content.removeprefix("Write a text. Label: ").split()[0]
-            label = "neutral" if i % 3 == 2 else label
+        elif content.startswith("Write a text."):
+            i, system = next(self.written), request["messages"][0]["content"]
+            label = "neutral" if i % 3 == 2 else next(name for name in TASK.words if f"you write is {name}:" in system)
             words = np.random.default_rng(i).choice(WORDS, 9)
             answer = f'Sentence: "{" ".join(words)} is {label} news"'
             answer = "Sentence: " if i % 7 == 6 else answer.replace(" ".join(words), "amber") if i % 5 == 4 else answer
@@ -369,7 +355,7 @@ def test_an_endpoint_writes_texts_and_the_funnel_counts_them(folder, capsys):
     assert len(sent) == 18 and {(body["top_p"], body["temperature"]) for body in sent} == {(0.9, 0.8)}
     lines, origin = read_lines(path), json.loads(path.with_suffix(".json").read_text())
     funnel, rejected = origin["funnel"], origin["rejected"]
-    assert origin["topics"] == ["Oil", "Grain", "Ships"] and list(funnel) == list(STAGES)
+    assert origin["topics"] == dict.fromkeys(TASK.names, ["Oil", "Grain", "Ships"]) and list(funnel) == list(STAGES)
     assert funnel["written"] == {"all": 18, **dict.fromkeys(TASK.names, 6)}
     totals = [funnel[stage]["all"] for stage in STAGES]
     assert totals[1] == 18 - 2 and totals[3] == len(lines)
@@ -406,7 +392,8 @@ def test_batch_calibration_counts_every_wanted_label_the_same(folder, tiny_model
         ({"topics": ["a", "a"]}, "(the whole file): `topics` must be different"),
         ({"min_words": 50}, "(the whole file): `min_words` must not be above `max_words`"),
         ({"shares": {"good": 1.0}}, "shares: unknown label 'good'; known: positive, neutral, negative"),
-        ({"examples": 10}, "examples: 10 wanted, tasks/finance-prompted.yaml has 9 in `few_shot`"),
+        ({"topics": {"good": ["a"]}}, "topics: unknown label 'good'; known: positive, neutral, negative"),
+        ({"topics": {"positive": ["a"], "neutral": ["b"]}}, "topics: none for negative"),
         ({"task": "math"}, "task: texts are written for a task of `kind: classification`, not choice"),
         ({"models": {}}, "models: must be the `model` of the teacher, and no other"),
         ({"teacher": {"kind": "classifier", "model": "tiny"}}, "teacher: must be a `kind: lm` or `api`"),

@@ -10,27 +10,27 @@ import numpy as np
 
 from distillery.tasks.schema import FewShotExample, Task
 
-# Of a request for a text. What is the same for all texts of a cycle comes first.
-SYSTEM = """You write texts for training a classifier. Its question about each text: {question}
-The labels:
-{meanings}
-Write each text so that its label is clear from the text alone, without naming the label. Every text has new names, \
-numbers and words. Reply with the text only."""
-LABEL = "{label} ({meaning})"
-REQUEST = "Write a text. Label: {label}"
+# Of a request for a text. What is the same for the texts of a label comes first, so that it is read once.
+SYSTEM = """You write short texts for training a classifier. Its question about each text: {question}
+The right answer to every text that you write is {label}: {meaning}.
+Write concrete facts with names and numbers, as real texts have them, and never the answer itself.
+Reply with one text."""
+REQUEST = "Write a text."
 TOPICS = """A classifier answers a question about each text: {question}
-The labels:
-{meanings}{examples}
+Name what texts may be about to which the right answer is {label}: {meaning}.{examples}
 
-Write a numbered list of {n} different topics of such texts, each in at most five words, as different from each other as \
-possible. Each topic must allow texts of every label."""
+Write a numbered list of {n} different topics, each in at most five words."""
+DEFAULT_QUESTION = "Which label fits?"
 LIST_ITEM = re.compile(r"(?:^|\s)\d+[.)]\s+")  # of a numbered list, also on one line
 MAX_TOPIC_WORDS = 12
 
 
 @dataclass(frozen=True)
 class PlannedText:
-    """One text to write. attributes: further properties by name. cycle: the texts of one cycle and label have different topics."""
+    """One text to write.
+
+    attributes: further properties by name. cycle: the texts of one label in one cycle have different topics.
+    """
 
     label: str
     topic: str
@@ -52,61 +52,54 @@ def label_counts(n: int, names: Sequence[str], shares: Mapping[str, float] | Non
 
 
 def plan_texts(
-    counts: Mapping[str, int], topics: Sequence[str], attributes: Mapping[str, Sequence[str]], seed: int
+    counts: Mapping[str, int],
+    topics: Mapping[str, Sequence[str]],
+    attributes: Mapping[str, Sequence[str]],
+    seed: int,
 ) -> list[PlannedText]:
-    """The texts to write, cycle after cycle: in each cycle a label has every topic once, in random order.
+    """The texts to write, cycle after cycle: in each cycle a label has each of its topics once, in random order.
 
-    counts: texts of each label. attributes: the values of each further property, of which a text gets one at random.
+    counts: texts of each label. topics: of each label. attributes: the values of each further property, of which a text
+    gets one at random.
     """
     rng, planned = np.random.default_rng(seed), []
     for label, n in counts.items():
-        for start in range(0, n, len(topics)):
-            for k in rng.permutation(len(topics))[: n - start]:
+        of_label = topics[label] if n else []
+        for start in range(0, n, max(1, len(of_label))):
+            for k in rng.permutation(len(of_label))[: n - start]:
                 values = {name: options[rng.integers(len(options))] for name, options in attributes.items()}
-                planned.append(PlannedText(label, topics[k], values, start // len(topics)))
+                planned.append(PlannedText(label, of_label[k], values, start // len(of_label)))
     return sorted(planned, key=lambda text: text.cycle)
 
 
-def cycle_examples(task: Task, n: int, seed: int, cycle: int) -> list[FewShotExample]:
-    """The `n` solved examples of the task file that all texts of a cycle are shown: labels take turns, order random."""
-    shuffled = [task.few_shot[i] for i in np.random.default_rng([seed, cycle]).permutation(len(task.few_shot))]
-    by_label = [[example for example in shuffled if example.label == name] for name in task.names]
-    turns = [examples[k] for k in range(len(shuffled)) for examples in by_label if k < len(examples)]
-    return turns[:n]
+def shown_examples(task: Task, text: PlannedText, n: int, seed: int) -> list[FewShotExample]:
+    """The `n` solved examples of the task file that a request for `text` shows: of its label, in random order, the same
+    for all texts of its cycle."""
+    examples = [example for example in task.few_shot if example.label == text.label]
+    rng = np.random.default_rng([seed, text.cycle, task.names.index(text.label)])
+    return [examples[i] for i in rng.permutation(len(examples))[:n]]
 
 
-def writing_turns(task: Task, planned: PlannedText, examples: Sequence[FewShotExample]) -> list[dict[str, str]]:
-    """The conversation that requests the text `planned`, after `examples` as texts that were written before.
-
-    What differs between two texts of a cycle stands at its end, so their common beginning is read once.
-    """
-    meanings = "\n".join(f"- {task.word(name)}: {meaning}" for name, meaning in task.labels.items())
-    system = SYSTEM.format(question=task.prompt.instruction or "Which label fits?", meanings=meanings)
-    turns = [{"role": "system", "content": system}]
+def writing_turns(task: Task, text: PlannedText, examples: Sequence[FewShotExample]) -> list[dict[str, str]]:
+    """The conversation that requests `text`, after `examples` as texts that were written before."""
+    turns = [{"role": "system", "content": SYSTEM.format(**_fields(task, text.label))}]
     for example in examples:
-        label = LABEL.format(label=task.word(example.label), meaning=task.labels[example.label])
-        turns += [
-            {"role": "user", "content": REQUEST.format(label=label)},
-            {"role": "assistant", "content": example.text},
-        ]
-    label = LABEL.format(label=task.word(planned.label), meaning=task.labels[planned.label])
-    properties = {"topic": planned.topic, **planned.attributes}
+        turns += [{"role": "user", "content": REQUEST}, {"role": "assistant", "content": example.text}]
+    properties = {"topic": text.topic, **text.attributes}
     lines = [f"{name.capitalize().replace('_', ' ')}: {value}" for name, value in properties.items()]
-    return [*turns, {"role": "user", "content": "\n".join([REQUEST.format(label=label), *lines])}]
+    return [*turns, {"role": "user", "content": "\n".join([REQUEST, *lines])}]
 
 
-def topic_turns(task: Task, n: int) -> list[dict[str, str]]:
-    """The conversation that requests `n` topics of texts of `task`."""
-    meanings = "\n".join(f"- {task.word(name)}: {meaning}" for name, meaning in task.labels.items())
-    examples = "\n".join(f"- {example.text}" for example in task.few_shot)
-    content = TOPICS.format(
-        question=task.prompt.instruction or "Which label fits?",
-        meanings=meanings,
-        examples=examples and f"\n\nSuch texts are:\n{examples}",
-        n=n,
-    )
-    system = [{"role": "system", "content": task.prompt.system}] if task.prompt.system else []
-    return [*system, {"role": "user", "content": content}]
+def topic_turns(task: Task, label: str, n: int) -> list[dict[str, str]]:
+    """The conversation that requests `n` topics of texts with `label`."""
+    lines = "\n".join(f"- {example.text}" for example in task.few_shot if example.label == label)
+    examples = f"\n\nSuch texts are:\n{lines}" if lines else ""
+    return [{"role": "user", "content": TOPICS.format(**_fields(task, label), examples=examples, n=n)}]
+
+
+def _fields(task: Task, label: str) -> dict[str, str]:
+    question = task.prompt.instruction or DEFAULT_QUESTION
+    return {"question": question, "label": task.word(label), "meaning": task.labels[label]}
 
 
 def parse_topics(answer: str) -> list[str]:

@@ -14,14 +14,14 @@ from distillery.errors import UserError
 from distillery.files import Paths, read_yaml
 from distillery.tasks.schema import Task, load_task
 
-Line = Annotated[str, Field(pattern=TRIMMED_TEXT)]
+Phrases = Annotated[list[Annotated[str, Field(pattern=TRIMMED_TEXT)]], Field(min_length=1)]
 
 
 class TextRequest(Section):
     """A file `data/texts/<name>.yaml`: the model and the texts that it writes into `<name>.jsonl`."""
 
     task: Name
-    """The task file, whose labels, question and solved examples are all that the model is shown; `tasks/<task>.yaml`."""
+    """The task file, `tasks/<task>.yaml`: its labels, question and solved examples are all that the model is shown."""
     models: Annotated[dict[Name, ModelConfig], Field(max_length=1)] = {}
     """The model of `kind: lm`."""
     teacher: TeacherConfig
@@ -30,12 +30,13 @@ class TextRequest(Section):
     """Texts to write; those that pass all filters are fewer."""
     shares: dict[str, Positive] | None = None
     """Share of each label among the texts to write; equal when not given."""
-    topics: Annotated[list[Line], Field(min_length=1)] | Annotated[int, Field(gt=0)]
-    """What the texts are about, or the number of topics that the model proposes from the task file."""
-    attributes: dict[Name, Annotated[list[Line], Field(min_length=1)]] = {}
+    topics: Phrases | dict[str, Phrases] | Annotated[int, Field(gt=0)]
+    """What the texts are about: a list, a list for each label, or the number of topics that the model proposes for each
+    label from the task file."""
+    attributes: dict[Name, Phrases] = {}
     """Further properties, such as `form`: each text gets one of the values at random."""
-    examples: Count = 6
-    """Solved examples of the task file that the model is shown, others for each pass over the topics."""
+    examples: Count = 3
+    """Largest number of solved examples that the model is shown; of the wanted label, anew for each pass over topics."""
     temperature: Positive = 1.0
     """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -57,7 +58,8 @@ class TextRequest(Section):
 
     @model_validator(mode="after")
     def _fits(self):
-        if isinstance(self.topics, list) and len(set(self.topics)) < len(self.topics):
+        lists = self.topics.values() if isinstance(self.topics, dict) else [self.topics]
+        if any(isinstance(topics, list) and len(set(topics)) < len(topics) for topics in lists):
             raise ValueError("`topics` must be different")
         if self.min_words > self.max_words:
             raise ValueError("`min_words` must not be above `max_words`")
@@ -77,12 +79,20 @@ def read_text_request(root: Path, file: str) -> tuple[TextRequest, Task]:
     task = load_task(request.task, Paths(root).tasks)
     if task.kind != "classification":
         raise UserError(f"{file}: task: texts are written for a task of `kind: classification`, not {task.kind}")
-    for name in request.shares or {}:
-        if name not in task.names:
-            raise UserError(f"{file}: shares: unknown label {name!r}; known: {', '.join(task.names)}")
-    for key, n in (("examples", request.examples), ("teacher.few_shot", teacher.few_shot)):
-        if n > len(task.few_shot):
-            raise UserError(
-                f"{file}: {key}: {n} wanted, tasks/{request.task}.yaml has {len(task.few_shot)} in `few_shot`"
-            )
+    if teacher.few_shot > len(task.few_shot):
+        shown = f"tasks/{request.task}.yaml has {len(task.few_shot)} in `few_shot`"
+        raise UserError(f"{file}: teacher.few_shot: {teacher.few_shot} wanted, {shown}")
+    _check_labels(request, task, file)
     return request, task
+
+
+def _check_labels(request: TextRequest, task: Task, file: str) -> None:
+    """`shares` and `topics` name labels of `task`, and there are topics for each label that has a share."""
+    topics = request.topics if isinstance(request.topics, dict) else {}
+    for key, labels in (("shares", request.shares or {}), ("topics", topics)):
+        for name in labels:
+            if name not in task.names:
+                raise UserError(f"{file}: {key}: unknown label {name!r}; known: {', '.join(task.names)}")
+    missing = [name for name in request.shares or task.names if topics and name not in topics]
+    if missing:
+        raise UserError(f"{file}: topics: none for {', '.join(missing)}")

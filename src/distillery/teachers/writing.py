@@ -27,10 +27,10 @@ from distillery.teachers.prompted import PromptedTeacher, divide_by_prior
 from distillery.teachers.text_cleaning import clean_text, label_reasons, rejection_reason, repeat_reasons
 from distillery.teachers.text_plan import (
     PlannedText,
-    cycle_examples,
     label_counts,
     parse_topics,
     plan_texts,
+    shown_examples,
     topic_turns,
     writing_turns,
 )
@@ -64,12 +64,12 @@ def write_texts(root: Path, file: str) -> Path:
 def _write(root: Path, path: Path, request: TextRequest, task: Task) -> Path:
     started = time.monotonic()
     model = Writer(root, path.stem, request, task)
-    topics = request.topics if isinstance(request.topics, list) else propose_topics(model, request.topics)
     counts = label_counts(request.texts, task.names, request.shares)
+    topics = {label: topics_of(model, label) for label, n in counts.items() if n}
     planned = plan_texts(counts, topics, request.attributes, request.seed)
-    examples = [cycle_examples(task, request.examples, request.seed, k) for k in range(planned[-1].cycle + 1)]
-    conversations = [writing_turns(task, text, examples[text.cycle]) for text in planned]
-    answers = model.write(conversations, [text.cycle for text in planned])
+    examples = [shown_examples(task, text, request.examples, request.seed) for text in planned]
+    conversations = [writing_turns(task, *one) for one in zip(planned, examples, strict=True)]
+    answers = model.write(conversations, [text.cycle * len(counts) + task.names.index(text.label) for text in planned])
     rows, prior = filter_texts(model, planned, answers)
     with atomic_write(path) as temporary:
         lines = [json.dumps(line, ensure_ascii=False) for line in _lines(rows, task.names)]
@@ -122,12 +122,12 @@ class Writer:
         sampling |= {"max_new_tokens": request.max_new_tokens, "seed": request.seed, "sample": sample}
         return writer.generate(conversations, **(sampling | settings))
 
-    def write(self, conversations: Sequence[Conversation], cycles: Sequence[int]) -> list[str]:
-        """The answers to `conversations`, cycle after cycle. cycles: [n], ascending; one has no conversation twice."""
+    def write(self, conversations: Sequence[Conversation], groups: Sequence[int]) -> list[str]:
+        """The answers to `conversations`, group after group. groups: [n], ascending; a group has none of them twice."""
         answers = []
-        for cycle in range(cycles[-1] + 1):
-            part = [turns for turns, k in zip(conversations, cycles, strict=True) if k == cycle]
-            answers += self.generate(part, cycle)
+        for group in dict.fromkeys(groups):
+            part = [turns for turns, k in zip(conversations, groups, strict=True) if k == group]
+            answers += self.generate(part, group)
         return answers
 
     def labeller(self, n: int = 0) -> PromptedTeacher:
@@ -135,7 +135,7 @@ class Writer:
         return self._teacher(Progress(f"{self.name}, labels", n))
 
     def _teacher(self, progress: Progress, together: Sequence[Conversation] = ()) -> Any:
-        """The model, which keeps its answers. together: conversations that share batches, which decide their answers."""
+        """The model, which keeps its answers. together: the conversations that share batches, and so decide answers."""
         if self.request.teacher.api:
             return self.endpoint
         computation = {
@@ -147,18 +147,25 @@ class Writer:
         return LocalTeacher(self.local, CountingCache(self.store, identity, progress))
 
 
-def propose_topics(model: Writer, n: int) -> list[str]:
-    """Up to `n` different topics that the model proposes from its task file. Raises UserError when it proposes none."""
+def topics_of(model: Writer, label: str) -> list[str]:
+    """The topics of texts with `label`: those of the request, or those that the model proposes from its task file.
+
+    Of the number that is wanted it may propose fewer. Raises UserError when it proposes none.
+    """
+    wanted = model.request.topics
+    if not isinstance(wanted, int):
+        return wanted[label] if isinstance(wanted, dict) else wanted
     topics: dict[str, str] = {}
     for sample in range(MAX_TOPIC_REQUESTS):
-        if len(topics) >= n:
-            break
-        (answer,) = model.generate([topic_turns(model.task, n)], sample, max_new_tokens=TOPIC_TOKENS * n)
+        turns = topic_turns(model.task, label, wanted)
+        (answer,) = model.generate([turns], sample, max_new_tokens=TOPIC_TOKENS * wanted)
         for topic in parse_topics(answer):
             topics.setdefault(topic.casefold(), topic)
+        if len(topics) >= wanted:
+            break
     if not topics:
         raise UserError("params.yaml: topics: the model proposes none in a numbered list; write a list of topics")
-    return list(topics.values())[:n]
+    return list(topics.values())[:wanted]
 
 
 def filter_texts(
@@ -172,7 +179,7 @@ def filter_texts(
     request, names = model.request, model.task.names
     rows = pd.DataFrame(
         {
-            "id": [f"w{i}" for i in range(len(planned))],
+            "id": [f"written-{i}" for i in range(len(planned))],
             "text": [clean_text(model.task, answer) for answer in answers],
             "label": [text.label for text in planned],
             "topic": [text.topic for text in planned],
