@@ -410,6 +410,10 @@ def test_batch_calibration_counts_every_wanted_label_the_same(folder, tiny_model
             {"models": {}, "teacher": {"kind": "api", "api": {"model": "m", "key": "NO_SUCH_KEY"}}},
             "teacher.api.key: set NO_SUCH_KEY in the environment",
         ),
+        (
+            {"texts": 1, "min_confidence": 1.0},
+            "texts: none is left (written: 1, parsed: 1, unique: 1, agreed: 0); nothing",
+        ),
         ({"topics": 2}, "topics: the model proposes none in a numbered list; write a list of topics"),
     ],
 )

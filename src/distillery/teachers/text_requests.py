@@ -36,7 +36,7 @@ class TextRequest(Section):
     attributes: dict[Name, Phrases] = {}
     """Further properties, such as `form`: each text gets one of the values at random."""
     examples: Count = 3
-    """Largest number of solved examples that the model is shown; of the wanted label, anew for each pass over topics."""
+    """Largest number of solved examples of the label that the model is shown, drawn for each pass over the topics."""
     temperature: Positive = 1.0
     """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95

@@ -71,17 +71,21 @@ def _write(root: Path, path: Path, request: TextRequest, task: Task) -> Path:
     conversations = [writing_turns(task, *one) for one in zip(planned, examples, strict=True)]
     answers = model.write(conversations, [text.cycle * len(counts) + task.names.index(text.label) for text in planned])
     rows, prior = filter_texts(model, planned, answers)
+    left = funnel(rows, task.names)
+    if not left[STAGES[-1]]["all"]:
+        numbers = ", ".join(f"{stage}: {counts['all']}" for stage, counts in left.items())
+        raise UserError(f"params.yaml: texts: none is left ({numbers}); nothing was written")
     with atomic_write(path) as temporary:
         lines = [json.dumps(line, ensure_ascii=False) for line in _lines(rows, task.names)]
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     origin = {
         "request": request.model_dump(exclude_defaults=True),
         "model": model.identity,
-        "prompt": conversations[0],
+        "prompts": {text.label: turns for text, turns in zip(planned[::-1], conversations[::-1], strict=True)},
         "label_prompt": model.labeller().render("{text}", None),
         "topics": topics,
         "label_prior": None if prior is None else dict(zip(task.names, prior.round(4).tolist(), strict=True)),
-        "funnel": funnel(rows, task.names),
+        "funnel": left,
         "rejected": _rejected(rows),
         "computed_texts": model.progress.computed,
     }
@@ -115,19 +119,21 @@ class Writer:
         self.local = load_teacher_model(name, spec, origin, self.task)
         self.identity = model_identity(name, origin, self.local) | {"seed": spec.seed}
 
-    def generate(self, conversations: Sequence[Conversation], sample: int, **settings: Any) -> list[str]:
+    def generate(
+        self, conversations: Sequence[Conversation], sample: int, max_new_tokens: int, progress: Progress
+    ) -> list[str]:
         """The next turn of each of `conversations`, which are decoded together; see :meth:`Teacher.generate`."""
-        request, writer = self.request, self._teacher(self.progress, conversations)
+        request, writer = self.request, self._teacher(progress, conversations)
         sampling = {"temperature": request.temperature, "top_p": request.top_p, "batch_size": request.batch_size}
-        sampling |= {"max_new_tokens": request.max_new_tokens, "seed": request.seed, "sample": sample}
-        return writer.generate(conversations, **(sampling | settings))
+        sampling |= {"max_new_tokens": max_new_tokens, "seed": request.seed, "sample": sample}
+        return writer.generate(conversations, **sampling)
 
     def write(self, conversations: Sequence[Conversation], groups: Sequence[int]) -> list[str]:
         """The answers to `conversations`, group after group. groups: [n], ascending; a group has none of them twice."""
         answers = []
         for group in dict.fromkeys(groups):
             part = [turns for turns, k in zip(conversations, groups, strict=True) if k == group]
-            answers += self.generate(part, group)
+            answers += self.generate(part, group, self.request.max_new_tokens, self.progress)
         return answers
 
     def labeller(self, n: int = 0) -> PromptedTeacher:
@@ -158,7 +164,8 @@ def topics_of(model: Writer, label: str) -> list[str]:
     topics: dict[str, str] = {}
     for sample in range(MAX_TOPIC_REQUESTS):
         turns = topic_turns(model.task, label, wanted)
-        (answer,) = model.generate([turns], sample, max_new_tokens=TOPIC_TOKENS * wanted)
+        progress = Progress(f"{model.name}, topics for {label}", 1)
+        (answer,) = model.generate([turns], sample, TOPIC_TOKENS * wanted, progress)
         for topic in parse_topics(answer):
             topics.setdefault(topic.casefold(), topic)
         if len(topics) >= wanted:
