@@ -12,12 +12,11 @@ from ruamel.yaml import YAML
 
 from distillery.config.load import validate_section
 from distillery.config.schema import AnswerFilesConfig
-from distillery.data.readers import read_rows
 from distillery.errors import UserError
 from distillery.models.folders import model_folder
 from distillery.tasks.schema import load_task
 from distillery.teachers import asking, cache
-from distillery.teachers.asking import AnswerRequest, open_requested, read_request, write_answers
+from distillery.teachers.asking import AnswerRequest, open_requested, read_columns, read_request, write_answers
 from distillery.teachers.file import FileTeacher, read_answer_files
 from tiny import ROOT
 
@@ -96,6 +95,40 @@ def test_answers_go_on_where_they_stopped_and_teach_as_the_model_would(request_f
     assert write_answers(tmp_path, FILE).read_text() == lines  # without a stop
 
 
+def test_rationales_and_paraphrases_are_kept_beside_the_labels_and_read_again(request_file, tmp_path):
+    YAML().dump(request_file | {"rationales": True, "paraphrases": 2, "max_new_tokens": 6}, tmp_path / FILE)
+    path, rows = write_answers(tmp_path, FILE), gold_rows(7)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    ids = rows["id"].tolist()
+    assert [line["id"] for line in lines] == ids + [f"{i}#{sample}" for sample in range(2) for i in ids]
+    assert all(list(line) == ["id", "probabilities", "rationale"] for line in lines[:7])
+    assert all(list(line) == ["id", "paraphrase", "probabilities"] for line in lines[7:])
+    teacher = read_answers(tmp_path, COLUMNS | {"explanation": "rationale", "paraphrase": "paraphrase"})
+    for sample in range(2):
+        assert teacher.paraphrases(rows, sample) == [line["paraphrase"] for line in lines[7 * (sample + 1) :][:7]]
+    assert teacher.paraphrases(rows, 2) == [""] * 7
+    own = teacher.predict(pd.DataFrame({"id": [line["id"] for line in lines]}))
+    assert np.allclose(own, [list(line["probabilities"].values()) for line in lines], atol=1e-3)
+    labels = [LABELS[i] for i in own[:7].argmax(1)]
+    assert teacher.explanations(rows, labels) == [line["rationale"] or None for line in lines[:7]]
+    text = path.read_text()
+    assert write_answers(tmp_path, FILE).read_text() == text  # from the store
+    (tmp_path / cache.STORE_PATH).unlink()
+    assert write_answers(tmp_path, FILE).read_text() == text
+
+
+def test_only_the_rows_of_a_split_are_requested(request_file, tmp_path):
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    (tmp_path / "data/corpora").symlink_to(ROOT / "data/corpora")
+    whole = gold_rows(2020)
+    whole.to_json(tmp_path / "data/rows.jsonl", orient="records", lines=True)
+    request = request_file | {"rows": "finance/train"}
+    YAML().dump(request, tmp_path / FILE)
+    ids, texts = read_columns(tmp_path, FILE, read_request(tmp_path, FILE))
+    assert len(ids) == len(set(ids)) == 303 and set(ids) < set(whole["id"])
+    assert texts == whole.set_index("id")["text"][ids].tolist()
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -160,18 +193,20 @@ KEPT = sorted(path.with_suffix(".yaml") for path in (ROOT / "data/answers").glob
 every_kept = pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
 
 
-def kept_answers(path) -> tuple[AnswerRequest, list[dict], dict[str, dict[str, float]]]:
-    """The request in `path`, its rows, and their kept probabilities by id."""
-    request = read_request(ROOT, path.relative_to(ROOT).as_posix())
+def kept_answers(path) -> tuple[AnswerRequest, list[str], list[str], dict[str, dict[str, float]]]:
+    """The request in `path`, the ids and texts of its rows, and the kept probabilities by id."""
+    file = path.relative_to(ROOT).as_posix()
+    request = read_request(ROOT, file)
     lines = map(json.loads, path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines())
-    return request, read_rows(request.source, ROOT).rows, {line["id"]: line["probabilities"] for line in lines}
+    return request, *read_columns(ROOT, file, request), {line["id"]: line["probabilities"] for line in lines}
 
 
 @every_kept
 def test_kept_answers_are_those_that_were_requested(path):
-    request, rows, answers = kept_answers(path)
+    request, ids, _, answers = kept_answers(path)
     origin = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    assert list(answers) == [row[request.id] for row in rows] and origin["rows"] == len(rows)
+    paraphrases = [f"{row_id}#{sample}" for sample in range(request.paraphrases) for row_id in ids]
+    assert list(answers) == ids + paraphrases and origin["rows"] == len(ids)
     assert {tuple(answer) for answer in answers.values()} == {tuple(origin["labels"])}
     assert all(abs(sum(answer.values()) - 1) < 1e-3 for answer in answers.values())
     assert origin["request"] == request.model_dump(exclude_defaults=True)
@@ -179,11 +214,11 @@ def test_kept_answers_are_those_that_were_requested(path):
 
 @every_kept
 def test_kept_answers_are_those_of_their_model(path):
-    request, rows, answers = kept_answers(path)
+    request, ids, texts, answers = kept_answers(path)
     ((name, spec),) = request.models.items()
     if not model_folder(name, spec).exists():
         pytest.skip(f"{name} is not fetched here; `make answers` fetches it")
-    sample = rows[:: len(rows) // 4]
-    probabilities = open_requested(ROOT, request).predict([row[request.text] for row in sample])
-    kept = [list(answers[row[request.id]].values()) for row in sample]
+    step = len(ids) // 4
+    probabilities = open_requested(ROOT, request).predict(texts[::step])
+    kept = [list(answers[row_id].values()) for row_id in ids[::step]]
     assert np.allclose(probabilities, kept, atol=0.1)

@@ -232,6 +232,16 @@ MISTAKES = [
     ("augment.source", "x", "augment.source: unknown source `x`; known: news, bare, other"),
     ("augment.teacher", "x", "augment.teacher: unknown teacher `x`; known: llm, encoder"),
     ("augment.teacher", "encoder", "augment.teacher: `encoder` cannot write; needs `kind: lm or seq2seq or api`"),
+    (
+        "teachers.llm",
+        {"kind": "answers", "answers": {"files": ["a.csv"], "columns": {"label": "l"}}},
+        "augment.teacher: `llm` cannot write; needs `answers.columns.paraphrase`",
+    ),
+    (
+        "teachers.llm",
+        {"kind": "answers", "answers": {"files": ["a.csv"], "columns": {"label": "l", "paraphrase": "p"}}},
+        "teachers.llm.answers.columns: `paraphrase` needs `id`, by which a paraphrase finds its row",
+    ),
     ("augment.source", "other", "augment.teacher: `llm` does not label that source"),
     ("augment.keep", {"same_labels": True}, "augment.keep.same_labels: unknown key; did you mean `same_label`?"),
     # students

@@ -420,6 +420,32 @@ def test_paraphrases_are_generated_once_and_depend_on_the_seed(experiment, monke
     assert generate_paraphrases(root, nothing, TASK, gold).columns.tolist() == rows.columns.tolist()
 
 
+def test_kept_paraphrases_take_the_place_of_a_model(experiment):
+    """Text, label and signal of each come from the file; a row without one has an empty candidate."""
+    root, params = experiment
+    gold = gold_rows(3)
+    p = {"positive": 0.1, "neutral": 0.2, "negative": 0.7}
+    lines = [
+        {"id": f"{gold['id'][i]}#0", "paraphrase": f"{gold['text'][i]} At least so they say.", **p} for i in (0, 2)
+    ]
+    (root / "kept.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    columns = {"id": "id", "text": None, "paraphrase": "paraphrase", "probabilities": {name: name for name in p}}
+    raw = {"kind": "answers", "answers": {"files": ["kept.jsonl"], "columns": columns}}
+    kept = validate_section(TeacherConfig, raw, "x")
+    keep = params.augment.keep.model_copy(update={"max_similarity": 1.0})
+    augment = params.augment.model_copy(update={"teacher": "kept", "per_row": 1, "keep": keep})
+    params = params.model_copy(update={"teachers": {"kept": kept}, "augment": augment})
+    candidates = generate_paraphrases(root, params, TASK, gold)
+    assert candidates["text"].tolist() == [lines[0]["paraphrase"], "", lines[1]["paraphrase"]]
+    filtered = filter_paraphrases(root, params, TASK, candidates.assign(label="negative"), [], 0.85)
+    assert filtered["reason"].tolist() == ["kept", "empty", "kept"]
+    other = filter_paraphrases(root, params, TASK, candidates.assign(label="positive"), [], 0.85)
+    assert other["reason"].tolist() == ["label changed", "empty", "label changed"]
+    signals = label_paraphrases(root, params, TASK, filtered[filtered["reason"] == "kept"].reset_index(drop=True))
+    assert signals["id"].tolist() == [line["id"] for line in lines] and set(signals["label"]) == {"negative"}
+    assert np.allclose(np.stack(signals["probabilities"]), [list(p.values())] * 2)
+
+
 def test_every_candidate_gets_one_reason(experiment, tiny_models):
     root, params = experiment
     lm = root / "data/teacher/lm/model"

@@ -108,9 +108,10 @@ def _check_augment(params: Params, file: str) -> None:
         return
     _check_split(params, f"{file}: augment.source", f"{source}/train", ("train",))
     _check_known(f"{file}: augment.teacher", teacher, params.teachers, "teacher")
-    if params.teachers[teacher].kind not in WRITING_KINDS:
-        kinds = " or ".join(WRITING_KINDS)
-        raise UserError(f"{file}: augment.teacher: `{teacher}` cannot write; needs `kind: {kinds}`")
+    spec = params.teachers[teacher]
+    if spec.kind not in WRITING_KINDS and not (spec.answers and spec.answers.columns.paraphrase):
+        way = "`answers.columns.paraphrase`" if spec.answers else f"`kind: {' or '.join(WRITING_KINDS)}`"
+        raise UserError(f"{file}: augment.teacher: `{teacher}` cannot write; needs {way}")
     if source not in params.teacher_sources(teacher):
         raise UserError(f"{file}: augment.teacher: `{teacher}` does not label that source")
 

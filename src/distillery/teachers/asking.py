@@ -16,18 +16,22 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from distillery.config.load import validate_section
-from distillery.config.schema import ModelConfig, TeacherConfig
+from distillery.config.load import load_params, validate_section
+from distillery.config.schema import SPLITS, Count, ModelConfig, Positive, SplitRef, TeacherConfig
 from distillery.config.schema.base import Section
+from distillery.data.prepare import prepare_source
 from distillery.data.readers import read_rows
 from distillery.errors import UserError
 from distillery.files import Paths, atomic_write, read_yaml, write_json
 from distillery.models.devices import cpu_model
 from distillery.models.label_model import LabelModel
+from distillery.tasks.parsing import first_sentence
 from distillery.tasks.schema import load_task
 from distillery.teachers.cache import STORE_PATH, AnswerStore, Question
 from distillery.teachers.identity import model_identity
 from distillery.teachers.local import AnswerCache, LocalTeacher
+from distillery.teachers.paraphrases import clean_paraphrase, paraphrase_prompts
+from distillery.teachers.rationales import rationale_prompts
 from distillery.training.teacher_models import load_teacher_model
 
 DIGITS = 4  # of a probability in the file
@@ -50,6 +54,16 @@ class AnswerRequest(Section):
     """The model."""
     teacher: TeacherConfig
     """The prompted teacher: its form of the prompt, its number of solved examples, its precision."""
+    rows: str | None = None
+    """Only the rows of one split of a source of params.yaml, such as `finance/train`; all when not given."""
+    rationales: bool = False
+    """Also a sentence on why the likeliest label holds, in the column `rationale`."""
+    paraphrases: Count = 0
+    """Paraphrases of each text, in lines of their own: id `<id>#<n>`, `paraphrase`, and its label probabilities."""
+    temperature: Positive = 0.7
+    """Sampling temperature of paraphrases."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 80
+    """Largest length of a rationale or a paraphrase, in tokens."""
 
 
 def read_request(root: Path, file: str) -> AnswerRequest:
@@ -125,32 +139,88 @@ def read_columns(root: Path, file: str, request: AnswerRequest) -> tuple[list[st
     for column in (request.id, request.text):
         if column not in records.rows[0]:
             raise UserError(f"{file}: {request.source} has no column `{column}`")
-    ids, texts = ([str(row[column]) for row in records.rows] for column in (request.id, request.text))
+    rows = records.rows
+    if request.rows:
+        wanted = _split_ids(root, file, request.rows)
+        rows = [row for row in rows if str(row[request.id]) in wanted]
+        if not rows:
+            raise UserError(f"{file}: rows: {request.source} has no row of `{request.rows}`")
+    ids, texts = ([str(row[column]) for row in rows] for column in (request.id, request.text))
     return ids, texts
+
+
+def _split_ids(root: Path, file: str, split_ref: str) -> set[str]:
+    """The ids of the rows of `source/split` in params.yaml."""
+    params = load_params(Paths(root).params)
+    try:
+        ref = SplitRef.parse(split_ref, SPLITS)
+    except ValueError as error:
+        raise UserError(f"{file}: rows: {error}") from None
+    if ref.source not in params.data:
+        raise UserError(f"{file}: rows: unknown source `{ref.source}`; known: {', '.join(params.data)}")
+    spec = params.data[ref.source]
+    prepared = prepare_source(ref.source, spec, load_task(spec.task, Paths(root).tasks), root)
+    return set(prepared.rows["id"][prepared.split == ref.split])
 
 
 def write_answers(root: Path, file: str) -> Path:
     """Ask for the label probabilities of all rows that `file` (below `root`) requests; the file that holds them.
 
-    `<name>.jsonl` gets a line {id, probabilities: {label: p}} a row, `<name>.json` the origin of the answers. Every
-    batch is kept in the answer store of `root`, so a stopped run goes on with the next one. Raises UserError for a
-    wrong request and for a full disk.
+    `<name>.jsonl` gets a line {id, probabilities: {label: p}} a row, with its `rationale` if one is wanted, then a
+    line {id, paraphrase, probabilities} a paraphrase; `<name>.json` gets their origin. Every batch is kept in the
+    answer store of `root`, so a stopped run goes on with the next one. Raises UserError for a wrong request and for a
+    full disk.
     """
     request = read_request(root, file)
     ids, texts = read_columns(root, file, request)
     model, path, name = open_requested(root, request), (root / file).with_suffix(".jsonl"), request.teacher.model
-    progress = Progress(path.stem, len(ids))
     identity = model_identity(name, request.models[name], model) | {"seed": request.teacher.seed}
-    teacher = LocalTeacher(model, CountingCache(AnswerStore(root / STORE_PATH), identity, progress))
-    blocks = [teacher.predict_texts(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
+    author = Author(model, AnswerStore(root / STORE_PATH), identity, path.stem)
+    probabilities, progress = author.label(texts)
+    lines = [
+        {"id": i, "probabilities": rounded_probabilities(model.task.names, row)}
+        for i, row in zip(ids, probabilities, strict=True)
+    ]
+    if request.rationales:
+        labels = [model.task.names[int(np.argmax(row))] for row in probabilities]
+        prompts = rationale_prompts(model.task, texts, labels)
+        written = author.write("rationales", prompts, max_new_tokens=request.max_new_tokens)
+        lines = [line | {"rationale": first_sentence(text)} for line, text in zip(lines, written, strict=True)]
+    for sample in range(request.paraphrases):
+        sampling = {"max_new_tokens": request.max_new_tokens, "temperature": request.temperature}
+        sampling |= {"seed": request.teacher.seed, "sample": sample}
+        written = author.write("paraphrases", paraphrase_prompts(model.task, texts), **sampling)
+        written = [clean_paraphrase(text) for text in written]
+        for i, text, row in zip(ids, written, author.label(written)[0], strict=True):
+            probability = rounded_probabilities(model.task.names, row)
+            lines.append({"id": f"{i}#{sample}", "paraphrase": text, "probabilities": probability})
     with atomic_write(path) as temporary:
-        lines = [
-            json.dumps({"id": i, "probabilities": rounded_probabilities(model.task.names, row)}, ensure_ascii=False)
-            for i, row in zip(ids, np.concatenate(blocks).astype(float).tolist(), strict=True)
-        ]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        content = [json.dumps(line, ensure_ascii=False) for line in lines]
+        temporary.write_text("\n".join(content) + "\n", encoding="utf-8")
     write_json(path.with_suffix(".json"), _origin(root, request, model, progress))
     return path
+
+
+@dataclass(frozen=True)
+class Author:
+    """A prompted model that labels and writes for the file `name`, and keeps every answer in `store`."""
+
+    model: LabelModel
+    store: AnswerStore
+    identity: dict[str, Any]
+    name: str
+
+    def label(self, texts: Sequence[str]) -> tuple[list[list[float]], Progress]:
+        """Label probabilities [n, labels] of `texts`, and how many of them were computed."""
+        progress = Progress(self.name, len(texts))
+        teacher = LocalTeacher(self.model, CountingCache(self.store, self.identity, progress))
+        blocks = [teacher.predict_texts(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
+        return np.concatenate(blocks).astype(float).tolist(), progress
+
+    def write(self, what: str, prompts: Sequence[list[dict[str, str]]], **settings: Any) -> list[str]:
+        """The next turn of each of the conversations `prompts`; see :meth:`LocalTeacher.generate`."""
+        cache = CountingCache(self.store, self.identity, Progress(f"{self.name}, {what}", len(prompts)))
+        return LocalTeacher(self.model, cache).generate(prompts, **settings)
 
 
 def rounded_probabilities(names: Sequence[str], row: Sequence[float]) -> dict[str, float]:

@@ -31,9 +31,9 @@ def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.Dat
     """Answers of an external LLM from files below `base`, one row per answer, in the order of the files.
 
     Returns at (file and line), key (id, or the text as :func:`normalize_text` returns it), label (None if it cannot be
-    read), probabilities (of all labels, or None), explanation, status: `kept`, `repeats the answer before`, or `cannot
-    be read`. Raises UserError naming the file, and the line or the column, when something is missing there, and for
-    probabilities that are none.
+    read), probabilities (of all labels, or None), explanation, paraphrase (empty if there is none), status: `kept`,
+    `repeats the answer before`, or `cannot be read`. Raises UserError naming the file, and the line or the column, when
+    something is missing there, and for probabilities that are none.
     """
     columns, answers = spec.columns, []
     key_column = columns.id or columns.text
@@ -48,7 +48,8 @@ def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.Dat
             f"the labels are {', '.join(task.names)}"
         )
     for file in spec.files:
-        records, previous = open_paths(read_rows(file, base), columns.names), None
+        names = [*columns.names, *([columns.paraphrase] if columns.paraphrase else [])]
+        records, previous = open_paths(read_rows(file, base), names), None
         for column in columns.names:
             if column not in records.rows[0]:
                 raise UserError(f"{file}: no column `{column}`; there are: {', '.join(records.rows[0])}")
@@ -70,8 +71,11 @@ def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.Dat
             status = "kept" if label else UNREADABLE
             if repeated and spec.repeats == "drop":
                 status = REPEATED
-            answers.append((records.at(i), normalize_text(str(key)), label, probabilities, explanation, status))
-    return pd.DataFrame(answers, columns=["at", "key", "label", "probabilities", "explanation", "status"])
+            paraphrase = str(row.get(columns.paraphrase) or "").strip() if columns.paraphrase else ""
+            key = normalize_text(str(key))
+            answers.append((records.at(i), key, label, probabilities, explanation, paraphrase, status))
+    names = ["at", "key", "label", "probabilities", "explanation", "paraphrase", "status"]
+    return pd.DataFrame(answers, columns=names)
 
 
 def _read_probabilities(columns: dict[str, str], task: Task, row: dict[str, Any], at: str) -> list[float]:
@@ -165,6 +169,11 @@ class FileTeacher:
             given = [] if answers is None else answers["explanation"][answers["label"] == label].tolist()
             sentences.append(first_sentence(" ".join(given[0].split())) or None if given else None)
         return sentences
+
+    def paraphrases(self, rows: pd.DataFrame, sample: int) -> list[str]:
+        """The paraphrase number `sample` of each of `rows` (id); empty where the files have none."""
+        known = dict(zip(self.answers["key"], self.answers["paraphrase"], strict=True))
+        return [known.get(normalize_text(f"{row_id}#{sample}"), "") for row_id in rows["id"]]
 
     def prompt(self, row: pd.Series) -> str:
         """The text of `row` and the answers to it: the prompt is not known. Raises KeyError when it has no answer."""

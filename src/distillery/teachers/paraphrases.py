@@ -14,6 +14,7 @@ from distillery.files import Paths
 from distillery.tasks.schema import N_OPTIONS, Perturbations, Task
 from distillery.teachers.base import open_teacher
 from distillery.teachers.directions import directions, numbers, tickers
+from distillery.teachers.file import FileTeacher
 from distillery.teachers.signals import signal_table
 
 
@@ -28,6 +29,11 @@ def paraphrase_prompts(task: Task, texts: Sequence[str]) -> list[list[dict[str, 
         if example.paraphrase:
             examples += [request(example.text), {"role": "assistant", "content": example.paraphrase}]
     return [[*examples, request(text)] for text in texts]
+
+
+def clean_paraphrase(text: str) -> str:
+    """`text` without white space and quotes around it."""
+    return text.strip().strip('"').strip()
 
 
 def text_similarity(a: str, b: str) -> float:
@@ -75,7 +81,7 @@ def changed_fact(source: str, text: str, perturbations: Perturbations) -> str:
 
 
 def generate_paraphrases(root: Path, params: Params, task: Task, gold: pd.DataFrame) -> pd.DataFrame:
-    """`augment.per_row` paraphrases of every row of `gold` by the untuned teacher; its answers are cached.
+    """`augment.per_row` paraphrases of every row of `gold`: by the untuned teacher, which keeps them, or from files.
 
     gold: id, text, label, group; of a `choice` task n_options. Returns these and source_id, source_text; all but id and
     text are those of the row.
@@ -85,12 +91,13 @@ def generate_paraphrases(root: Path, params: Params, task: Task, gold: pd.DataFr
     if not spec.per_row:
         return pd.DataFrame(columns=columns, dtype=str)
     teacher = open_teacher(root, spec.teacher, params, task)
+    kept = teacher if isinstance(teacher, FileTeacher) else None
     prompts = paraphrase_prompts(task, gold["text"].tolist())
     settings = {key: getattr(spec, key) for key in ("temperature", "max_new_tokens", "batch_size", "seed")}
     samples = []
     for sample in range(spec.per_row):
-        texts = teacher.generate(prompts, sample=sample, **settings)
-        samples.append(gold.assign(paraphrase=[text.strip().strip('"').strip() for text in texts], sample=sample))
+        texts = kept.paraphrases(gold, sample) if kept else teacher.generate(prompts, sample=sample, **settings)
+        samples.append(gold.assign(paraphrase=[clean_paraphrase(text) for text in texts], sample=sample))
     rows = pd.concat(samples, ignore_index=True)
     return rows.assign(
         id=rows["id"] + "#" + rows["sample"].astype(str),
@@ -148,8 +155,10 @@ def label_paraphrases(root: Path, params: Params, task: Task, paraphrases: pd.Da
     source, signals = params.augment.source, []
     rows = paraphrases.assign(source=source, split="augmented")
     for name, spec in params.teachers.items():
-        if source not in params.teacher_sources(name) or rows.empty or spec.kind == "answers":
-            continue  # answers from a file are for other texts
+        if source not in params.teacher_sources(name) or rows.empty:
+            continue
+        if spec.answers and not spec.answers.columns.paraphrase:
+            continue  # its answers are for other texts
         folder = Paths(root).teacher(name)
         fold = pd.Series(-1, index=rows.index)
         if spec.finetune:

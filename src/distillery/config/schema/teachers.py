@@ -183,6 +183,8 @@ class AnswerColumns(Section):
     """For each label of the task the column that holds its probability; or `label` or `answer`."""
     explanation: str | None = None
     """The explanation of the label."""
+    paraphrase: str | None = None
+    """A paraphrase of the row `<id>`, in a line with the id `<id>#<n>` (n from 0). Not every line or file has one."""
     answer: str | None = None
     """Label and explanation in one text, as a language model wrote them; or `label` or `probabilities`."""
 
@@ -190,13 +192,15 @@ class AnswerColumns(Section):
     def _fits(self):
         if (self.id is None) == (self.text is None):
             raise ValueError("needs exactly one of `id` or `text`, by which answers find their rows (`text: null`)")
+        if self.paraphrase and not self.id:
+            raise ValueError("`paraphrase` needs `id`, by which a paraphrase finds its row")
         if sum(column is not None for column in (self.label, self.probabilities, self.answer)) != 1:
             raise ValueError("needs exactly one of `label`, `probabilities` or `answer`")
         return self
 
     @property
     def names(self) -> list[str]:
-        """Every column that is read."""
+        """Every column that each file must have."""
         columns = [self.id, self.text, self.label, *(self.probabilities or {}).values(), self.explanation, self.answer]
         return [column for column in columns if column is not None]
 
