@@ -217,9 +217,9 @@ class Author:
         blocks = [teacher.predict_texts(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
         return np.concatenate(blocks).astype(float).tolist(), progress
 
-    def write(self, what: str, prompts: Sequence[list[dict[str, str]]], **settings: Any) -> list[str]:
+    def write(self, part: str, prompts: Sequence[list[dict[str, str]]], **settings: Any) -> list[str]:
         """The next turn of each of the conversations `prompts`; see :meth:`LocalTeacher.generate`."""
-        cache = CountingCache(self.store, self.identity, Progress(f"{self.name}, {what}", len(prompts)))
+        cache = CountingCache(self.store, self.identity, Progress(f"{self.name}, {part}", len(prompts)))
         return LocalTeacher(self.model, cache).generate(prompts, **settings)
 
 

@@ -91,12 +91,12 @@ def generate_paraphrases(root: Path, params: Params, task: Task, gold: pd.DataFr
     if not spec.per_row:
         return pd.DataFrame(columns=columns, dtype=str)
     teacher = open_teacher(root, spec.teacher, params, task)
-    kept = teacher if isinstance(teacher, FileTeacher) else None
+    files = teacher if isinstance(teacher, FileTeacher) else None
     prompts = paraphrase_prompts(task, gold["text"].tolist())
     settings = {key: getattr(spec, key) for key in ("temperature", "max_new_tokens", "batch_size", "seed")}
     samples = []
     for sample in range(spec.per_row):
-        texts = kept.paraphrases(gold, sample) if kept else teacher.generate(prompts, sample=sample, **settings)
+        texts = files.paraphrases(gold, sample) if files else teacher.generate(prompts, sample=sample, **settings)
         samples.append(gold.assign(paraphrase=[clean_paraphrase(text) for text in texts], sample=sample))
     rows = pd.concat(samples, ignore_index=True)
     return rows.assign(
