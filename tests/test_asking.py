@@ -49,8 +49,9 @@ def request_file(tiny_models, tmp_path):
     return request
 
 
-def read_answers(root, columns=COLUMNS) -> FileTeacher:
-    spec = validate_section(AnswerFilesConfig, {"files": ["data/answers/mine.jsonl"], "columns": columns}, "x")
+def read_answers(root, columns=COLUMNS, repeats="drop") -> FileTeacher:
+    raw = {"files": ["data/answers/mine.jsonl"], "columns": columns, "repeats": repeats}
+    spec = validate_section(AnswerFilesConfig, raw, "x")
     task = load_task("finance-sentiment", root / "tasks")
     return FileTeacher(read_answer_files(spec, task, root), task, "id")
 
@@ -103,7 +104,8 @@ def test_rationales_and_paraphrases_are_kept_beside_the_labels_and_read_again(re
     assert [line["id"] for line in lines] == ids + [f"{i}#{sample}" for sample in range(2) for i in ids]
     assert all(list(line) == ["id", "probabilities", "rationale"] for line in lines[:7])
     assert all(list(line) == ["id", "paraphrase", "probabilities"] for line in lines[7:])
-    teacher = read_answers(tmp_path, COLUMNS | {"explanation": "rationale", "paraphrase": "paraphrase"})
+    columns = COLUMNS | {"explanation": "rationale", "paraphrase": "paraphrase"}
+    teacher = read_answers(tmp_path, columns, repeats="keep")  # a random model writes one sentence for all rows
     for sample in range(2):
         assert teacher.paraphrases(rows, sample) == [line["paraphrase"] for line in lines[7 * (sample + 1) :][:7]]
     assert teacher.paraphrases(rows, 2) == [""] * 7
@@ -142,13 +144,19 @@ def test_only_the_rows_of_a_split_are_requested(request_file, tmp_path):
             {"teacher": {"kind": "lm", "model": "tiny", "calibrate": "batch"}},
             "data/answers/mine.yaml: teacher: `prompts`, `examples_from` and `calibrate` need gold rows or a pool",
         ),
-        ({"rows": 3}, "data/answers/mine.yaml: rows: unknown key"),
+        ({"lines": 3}, "data/answers/mine.yaml: lines: unknown key"),
+        (
+            {"rows": "finance"},
+            "data/answers/mine.yaml: rows: `finance` must be `source/split` with split one of train,",
+        ),
+        ({"rows": "news/train"}, "data/answers/mine.yaml: rows: unknown source `news`; known: finance"),
         ({"task": "math"}, "tasks/math.yaml: `make answers` takes a task of `kind: classification`"),
         ({"task": "commonsense"}, "tasks/commonsense.yaml: `make answers` takes a task of `kind: classification`"),
     ],
 )
 def test_a_request_that_cannot_be_met_ends_in_one_line(request_file, tmp_path, change, line):
     YAML().dump(request_file | change, tmp_path / FILE)
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
     with pytest.raises(UserError) as caught:
         write_answers(tmp_path, FILE)
     assert str(caught.value).startswith(line)
