@@ -14,7 +14,6 @@ gold set, and the verdict of the leaderboard.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -46,8 +45,8 @@ labels:
   constant: the price stayed or will stay as it is
   down: the price fell or will fall
   comparison: gold is compared with another asset
-  past: it tells of the past
-  future: it tells of the future
+  past: it is about the past
+  future: it is about the future
 """
 DATA, MODEL = "data/news.csv", {"model": "minilm-l6", "max_length": 48}
 SHARES = {"train": 0.15, "pool": 0.5, "validation": 0.1, "test": 0.25}
@@ -82,10 +81,7 @@ def experiment(root: Path, seeds: int, rows: int, steps: int) -> dict:
 def run(root: Path, file: Path, raw: dict) -> Path:
     """Run the experiment `raw` on `file`; returns its folder. Exits when a stage fails."""
     folder = Paths(root).cache / "benchmarks/multilabel"
-    prepare_folder(root, raw, folder, "multilabel")
-    (folder / "data").mkdir(exist_ok=True)
-    shutil.copyfile(file, folder / DATA)
-    (folder / "tasks/news.yaml").write_text(TASK, encoding="utf-8")
+    prepare_folder(root, raw, folder, "multilabel", {DATA: file.read_bytes(), "tasks/news.yaml": TASK.encode()})
     if status := run_recipe(folder, sys.stderr):
         sys.exit(status)
     return folder
@@ -106,7 +102,7 @@ def score_cells(label: ArrayLike, predictions: np.ndarray, labels: LabelSets, gr
 
 
 def report(folder: Path) -> None:
-    """Print the scores of teacher, students and the constant answer, and what the leaderboard says of them."""
+    """Print the scores of teacher, students and the constant answer, and the verdict of the leaderboard."""
     params = load_params(folder / "params.yaml")
     results, processed = gather_results(folder, params), Paths(folder).processed("news")
     test, labels = results.tests["news"], LabelSets(LABELS.values())

@@ -61,7 +61,7 @@ def own_experiment(tmp_path_factory, tiny_models) -> Path:
     repo = tiny.experiment(tmp_path_factory.mktemp("mine") / "repo", tiny_models)
     (repo / "data/mine.csv").write_text(messages(), encoding="utf-8")
     (repo / "params.yaml").unlink()
-    new_experiment(repo, str(repo / "data/mine.csv"), None, None, None)
+    new_experiment(repo, str(repo / "data/mine.csv"))
     yaml = YAML()
     content = yaml.load((repo / "params.yaml").read_text(encoding="utf-8"))
     content["models"] = {"smollm2": {"folder": "models/tiny-llama"}, "minilm-l6": {"folder": "models/tiny-bert"}}

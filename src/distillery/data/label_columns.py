@@ -14,9 +14,9 @@ MARKS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no":
 
 
 def mark(value: Any) -> bool | None:
-    """Whether a cell says that the row has the label of its column; None for an empty one.
+    """Whether a cell marks its row with the label of the column; None for an empty one.
 
-    Raises ValueError for a value that says neither.
+    Raises ValueError for a value that is neither 1 nor 0, nor one of their other spellings in `MARKS`.
     """
     try:
         text = value_text(value)

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -74,10 +75,18 @@ def prepare_recipe(root: Path, name: str, scale: str | None = None) -> Path:
     return prepare_folder(root, load_recipe(root, name, scale), folder, name)
 
 
-def prepare_folder(root: Path, raw: dict[str, Any], folder: Path, name: str) -> Path:
-    """`folder` with all files that the experiment `raw` needs. Raises UserError naming the recipe and the key."""
+def prepare_folder(
+    root: Path, raw: dict[str, Any], folder: Path, name: str, added: Mapping[str, bytes] | None = None
+) -> Path:
+    """`folder` with all files that the experiment `raw` needs. Raises UserError naming the recipe and the key.
+
+    added: content of files that the repository does not have, by their path in `folder`.
+    """
     for part in (*COPIED_PATHS, *(file for name in _corpora(raw) for file in matching_files(root, name))):
         _copy_changed(root / part, folder / part)
+    for path, content in (added or {}).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
     # DVC works without git in there, and the history of the repository is not concerned
     (folder / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
     for shared in (".cache/models", ".cache/answers"):
@@ -86,6 +95,7 @@ def prepare_folder(root: Path, raw: dict[str, Any], folder: Path, name: str) -> 
             (root / shared).mkdir(parents=True, exist_ok=True)
             (folder / shared).symlink_to(root / shared)
     yaml = YAML(typ="safe", pure=True)
+    yaml.width = 10_000  # a key with spaces that is divided into two lines cannot be read
     yaml.sort_base_mapping_type_on_output = False  # an untrained model is named after the first student
     with atomic_write(folder / "params.yaml") as path, path.open("w", encoding="utf-8") as file:
         yaml.dump(raw, file)
