@@ -234,7 +234,7 @@ MISTAKES = [
     ("augment.teacher", "encoder", "augment.teacher: `encoder` cannot write; needs `kind: lm or seq2seq or api`"),
     (
         "teachers.llm",
-        {"kind": "answers", "answers": {"files": ["a.csv"], "columns": {"label": "l"}}},
+        {"kind": "answers", "data": ["news"], "answers": {"files": ["a.csv"], "columns": {"label": "l"}}},
         "augment.teacher: `llm` cannot write; needs `answers.columns.paraphrase`",
     ),
     (

@@ -31,6 +31,7 @@ from distillery.teachers.text_plan import (
     topic_turns,
     writing_turns,
 )
+from distillery.teachers.text_requests import read_text_request
 from distillery.teachers.writing import STAGES, write_texts
 from tiny import ROOT
 
@@ -437,3 +438,24 @@ def test_the_verb_takes_one_file_or_all(folder, tiny_models, monkeypatch, capsys
     assert printed == ["data/texts/a.jsonl", "data/texts/b.jsonl"]
     with pytest.raises(SystemExit, match=r"error: .*data/texts/none.yaml: no such file"):
         main(["texts", "none"])
+
+
+KEPT = sorted((ROOT / "data/texts").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_the_texts_in_the_repository_are_those_that_were_requested(path):
+    request, task = read_text_request(ROOT, path.with_suffix(".yaml").relative_to(ROOT).as_posix())
+    origin, lines = json.loads(path.with_suffix(".json").read_text(encoding="utf-8")), read_lines(path)
+    assert origin["request"] == request.model_dump(exclude_defaults=True)
+    assert origin["funnel"]["written"]["all"] == request.texts and origin["funnel"]["agreed"]["all"] == len(lines)
+    assert Counter(line["label"] for line in lines) == Counter(
+        {name: origin["funnel"]["agreed"][name] for name in task.names}
+    )
+    for line in lines:
+        p = line["probabilities"]
+        assert list(p) == task.names and sum(p.values()) == pytest.approx(1, abs=1e-3)
+        assert max(p, key=p.get) == line["label"] and p[line["label"]] >= request.min_confidence - 1e-4
+        assert line["topic"] in origin["topics"][line["label"]] and clean_text(task, line["text"]) == line["text"]
+    texts = [line["text"] for line in lines]
+    assert not any(repeat_reasons(texts, [example.text for example in task.few_shot], request.near_duplicate))
