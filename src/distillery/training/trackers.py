@@ -1,7 +1,7 @@
 """The experiment trackers that transformers knows, each opened on the run of one student and seed.
 
 A tracker here starts or continues its run and attaches results to it. Logging is that of transformers' own callback.
-Files are local, and nothing is sent, unless the user's environment says so (`MLFLOW_TRACKING_URI`, `WANDB_MODE`).
+Files are local, and nothing is sent, unless the user's environment wants it (`MLFLOW_TRACKING_URI`, `WANDB_MODE`).
 
 The packages are loaded by name when they are used: a project without tracking installs none of them.
 """
@@ -121,7 +121,7 @@ class MLflow(Tracker):
     """A run in a SQLite file, or in the store of `MLFLOW_TRACKING_URI`; found again by a tag with its key."""
 
     def __init__(self, run: TrackedRun):
-        # MLflow sends its own usage statistics unless it is told not to
+        # by default MLflow sends statistics of its use
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         mlflow = import_module("mlflow")
         for name in ("mlflow", "alembic"):
@@ -198,7 +198,7 @@ class WandB(Tracker):
         for name, value in defaults.items():
             os.environ.setdefault(f"WANDB_{name}", value)
         wandb = import_module("wandb")
-        self.steps_file = run.folder / "wandb-steps" / f"{run.identifier}.json"  # offline files cannot be asked
+        self.steps_file = run.folder / "wandb-steps" / f"{run.identifier}.json"  # offline files are not read back
         self.last_steps = json.loads(self.steps_file.read_text()) if self.steps_file.exists() else {}
         project = os.environ.get("WANDB_PROJECT") or run.experiment
         settings = {"config": dict(run.settings), "resume": "allow"}

@@ -105,7 +105,7 @@ def write_record(folder: Path, trackers: list[str], run: TrackedRun) -> None:
 def attach_results(root: Path, params: Params) -> None:
     """Attach to the run of each trained student its scores on test rows and the report page.
 
-    A student that was trained without tracking has no run, and a line says so. Raises UserError as :class:`Tracking`.
+    A student that was trained without tracking has no run, and a line names it. Raises UserError as :class:`Tracking`.
     """
     page = Paths(root).reports / "index.html"
     folders = [Paths(root).run(student, seed) for student in params.students for seed in params.seeds]
