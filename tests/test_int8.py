@@ -10,7 +10,7 @@ from torch import nn
 from distillery.config.schema import ModelConfig, TeacherConfig
 from distillery.errors import UserError
 from distillery.models.int8 import Int8Linear, quantize_int8, quantize_rows, rounding_error
-from distillery.models.layers import output_head
+from distillery.models.layers import count_parameters, output_head
 from distillery.tasks.schema import load_task
 from distillery.teachers.identity import model_identity
 from distillery.training.teacher_models import load_teacher_model
@@ -60,6 +60,12 @@ def test_a_prompted_teacher_predicts_nearly_what_the_dense_one_does(tiny_models)
     assert np.allclose(quick.predict(TEXTS[1:]), probabilities[1:], atol=2e-3)  # whatever is predicted beside it
     origin = ModelConfig(folder=str(tiny_models / "tiny-llama"))
     assert [model_identity("m", origin, model)["quantization"] for model in (dense, quick)] == [None, "int8"]
+
+
+def test_quantizing_changes_no_number_of_parameters(tiny_models):
+    models = [teacher(tiny_models / "tiny-llama", quantize).model.model for quantize in ("none", "int8")]
+    dense, quick = (count_parameters(model)[0] for model in models)
+    assert dense == quick == sum(weight.numel() for weight in models[0].parameters())
 
 
 def test_methods_may_differ_by_the_rounding_to_bytes(tiny_models):

@@ -37,6 +37,11 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale[:, 0])
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
 
+    @property
+    def quantized_parameters(self) -> int:
+        """The number of weights, which are buffers here."""
+        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
         output = x.new_empty(*x.shape[:-1], self.out_features)

@@ -125,11 +125,13 @@ def head_layers(model: PreTrainedModel) -> list[str]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, trainable) parameters; a 4-bit weight counts as the numbers it stands for."""
+    """(all, trainable) parameters; a weight of 4 or 8 bits counts as the numbers it stands for."""
     total = trainable = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         size = int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
         total += size
         trainable += size if parameter.requires_grad else 0
+    # integers are no parameters of torch
+    total += sum(getattr(module, "quantized_parameters", 0) for module in model.modules())
     return total, trainable

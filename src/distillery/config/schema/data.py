@@ -180,7 +180,7 @@ class SourceConfig(Section):
     seed: int = 0
     """Seed of the split and of the rows that `limit` draws."""
     limit: Annotated[int, Field(gt=0)] | None = None
-    """Largest number of rows, drawn at random; all when not given."""
+    """Number of groups to draw at random, a row without a group being one; all when not given."""
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Similarity from which two texts are near-duplicates: they go to the same split."""
     drop_leaks: bool = False
