@@ -128,6 +128,8 @@ def test_several_labels_in_a_cell_are_label_sets(tmp_path, monkeypatch, written)
     counts = "up (40), guidance (40), down (30); rows without any: 10 (kind: multilabel)"
     assert lines[1] == f"labels: the column `tags`, {divided}1.4 of 3 labels a row: {counts}"
     assert {teacher.kind for teacher in params.teachers.values()} == {"classifier"}
+    rates = {phase.learning_rate for student in params.students.values() for phase in student.phases}
+    assert rates == {3.0e-4, 1.0e-4}  # higher than for one label a row
     rows = prepare_source("mine", source, task, tmp_path).rows
     wanted = dict(zip(columns["text"], sets_of_rows(), strict=True))
     assert {row.text: set(split_labels(row.label)) for row in rows.itertuples()} == {t: {*x} for t, x in wanted.items()}

@@ -25,6 +25,7 @@ MAX_LABELS_OF_LANGUAGE_MODEL = 8  # it scores the words of every label
 MAX_ROWS = 20_000  # of more rows, so many are drawn: a teacher labels 20 to 60 a second
 MAX_STEPS = 2_000
 BATCH = 16
+RATES, SET_RATES = ("1.0e-4", "5.0e-5"), ("3.0e-4", "1.0e-4")  # of one label a row; of label sets
 # Seconds for a row of 20 words on two cores, forward and backward, and to label it: a rough guess.
 SECONDS_PER_ROW = {"smollm2": 0.16, "minilm-l6": 0.023, "student": 0.004}
 SECONDS_PER_LABELLED_ROW = {"smollm2": 1 / 49, "minilm-l6": 1 / 493}
@@ -71,7 +72,7 @@ students:
     arch: classifier
     init: {{layers: [0, 2, 5]}}
     phases:
-      - {{data: [{name}/train], loss: {{ce: 1.0}}, steps: {steps}, learning_rate: 1.0e-4}}
+      - {{data: [{name}/train], loss: {{ce: 1.0}}, steps: {steps}, learning_rate: {rate}}}
 evaluate: {{headline: small}}
 """
 
@@ -87,7 +88,7 @@ TEACHERS = {
     kind: classifier
     model: minilm-l6
     dtype: auto
-    finetune: {{on: {name}/train, epochs: 6, learning_rate: 1.0e-4, batch_size: 16}}""",
+    finetune: {{on: {name}/train, epochs: 6, learning_rate: {rate}, batch_size: 16}}""",
 }
 
 
@@ -106,7 +107,8 @@ def draft_files(name: str, file: str, guess: Guess) -> tuple[str, str, list[str]
         sizes = dict.fromkeys(shares, 0) | guess.split_counts
     gold, kind = guess.gold, "multilabel" if guess.gold.is_multilabel else "classification"
     teacher, why = _choose_teacher(gold)
-    phases, steps = _draft_phases(name, teacher, sizes)
+    rates = SET_RATES if gold.is_multilabel else RATES
+    phases, steps = _draft_phases(name, teacher, sizes, rates)
     columns = {} if guess.text == "text" else {"text": _quoted(guess.text)}
     if len(gold.columns) > 1:
         columns["label_columns"] = f"[{', '.join(map(_quoted, gold.columns))}]"
@@ -131,10 +133,11 @@ def draft_files(name: str, file: str, guess: Guess) -> tuple[str, str, list[str]
         limit=f"    limit: {MAX_ROWS}          # of {guess.n_rows}; all when this line is gone\n"
         if guess.n_rows > MAX_ROWS and not guess.split_column
         else "",
-        teacher=TEACHERS[teacher].format(name=name),
+        teacher=TEACHERS[teacher].format(name=name, rate=rates[0]),
         teacher_name=teacher,
         phases=phases,
         steps=steps,
+        rate=rates[0],
     )
     return task, params, _guesses(guess, sizes, f"{teacher}, since {why}", _minutes(guess, sizes, teacher, steps))
 
@@ -148,20 +151,20 @@ def _choose_teacher(gold: LabelGuess) -> tuple[str, str]:
     return "smollm2", "there are few labels in words"
 
 
-def _draft_phases(name: str, teacher: str, sizes: dict[str, int]) -> tuple[str, int]:
-    """The phases of the student, and how many steps they have in all."""
+def _draft_phases(name: str, teacher: str, sizes: dict[str, int], rates: tuple[str, str]) -> tuple[str, int]:
+    """The phases of the student, and how many steps they have in all. rates: of its first phase and of its last."""
     head = f"teachers: [{teacher}], "
     train_steps = int(np.clip(sizes["train"] // BATCH, 20, MAX_STEPS // 4))
     if not sizes["pool"]:
         steps = int(np.clip(8 * sizes["train"] // BATCH, 100, MAX_STEPS))
         both = "loss: {ce: 0.5, kl: 0.5}, temperature: 2.0"
-        return f"      - {{data: [{name}/train], {head}{both}, steps: {steps}, learning_rate: 1.0e-4}}", steps
+        return f"      - {{data: [{name}/train], {head}{both}, steps: {steps}, learning_rate: {rates[0]}}}", steps
     pool_steps = int(np.clip(8 * sizes["pool"] // BATCH, 100, MAX_STEPS))
     lines = [
         f"      - {{data: [{name}/pool], {head}loss: {{kl: 1.0}}, temperature: 2.0, steps: {pool_steps}, "
-        "learning_rate: 1.0e-4}",
+        f"learning_rate: {rates[0]}}}",
         f"      - {{data: [{name}/train], {head}loss: {{ce: 0.5, kl: 0.5}}, temperature: 2.0, steps: {train_steps}, "
-        "learning_rate: 5.0e-5}",
+        f"learning_rate: {rates[1]}}}",
     ]
     return "\n".join(lines), pool_steps + train_steps
 
