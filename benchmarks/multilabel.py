@@ -62,7 +62,7 @@ def experiment(root: Path, seeds: int, rows: int, steps: int) -> dict:
         {"data": ["news/train"], "loss": {"ce": 0.5, "kl": 0.5}, "steps": last, "learning_rate": 1.0e-4} | taught,
     ]
     gold = {"data": ["news/train"], "loss": {"ce": 1.0}, "steps": steps, "learning_rate": 4.0e-4, "batch_size": 16}
-    tuned = {"on": "news/train", "epochs": 8, "learning_rate": 3.0e-4, "batch_size": 16}
+    tuned = {"on": "news/train", "epochs": 12, "learning_rate": 3.0e-4, "batch_size": 16}
     columns = {"text": "News", "label_columns": list(LABELS), "values": LABELS}
     return {
         "seeds": list(range(seeds)),
