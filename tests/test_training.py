@@ -477,7 +477,7 @@ def test_top_k_keeps_less_and_loses_little(tiny_models, tmp_path):
         teachers = openable_teachers(tiny_models, tmp_path / str(k), one="causal")
         logged[k] = one_step(student, spec, frame, tmp_path / f"run-{k}", teachers)
     for term in terms:
-        assert logged[10_000][term] == pytest.approx(logged[None][term], rel=1e-2), term
+        assert logged[10_000][term] == pytest.approx(logged[None][term], rel=5e-2), term
         assert 0 < logged[5][term] < logged[None][term], term
 
 
