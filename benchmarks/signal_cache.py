@@ -4,11 +4,12 @@
 
 Teacher: SmolLM2-135M. Student: its first 15 layers, as they are and after some steps on these very rows: an untrained
 one is so far off that anything compared with it looks small. 24 rows of the finance corpus, each with its label and
-its rationale, in float32. Everything is computed and stored by `signals.collect`, and the loss (`kl`) of what lies on
-the disk is compared with the loss of the full distributions in float32.
+its rationale, in float32. Everything is computed and stored as in a training, and the loss (`kl`) of what lies on the
+disk is compared with the loss of the full distributions in float32.
 
-Prints a markdown table a student. Error: sum |KL - KL of what is kept| / sum KL over the positions. "refused": a phase
-with `top_k` takes no other temperature than 1; in brackets, the error that it would have had.
+Prints a markdown table a student. Error: sum |KL - KL of what is kept| / sum KL over the positions. "plain": the top-k
+probabilities scaled to a sum of 1, ids in four bytes and probabilities in two; "-": a phase with `top_k` takes no other
+temperature than 1.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +37,13 @@ from distillery.training.run import train_phase
 from distillery.training.student import build_student
 from distillery.training.teacher_outputs import TeacherOutputs, collect_teacher_outputs
 
-ROWS, PART, TOP, TEMPERATURES = 24, 4, (16, 64, 512), (1.0, 2.0, 5.0)
+ROWS, PART, TEMPERATURES = 24, 4, (1.0, 2.0, 5.0)
+PLAIN = (16, 64)  # tokens
+KEPT = ((64, 0), (15, 22), (63, 94))  # `top_k` and `tail_samples`; the last two take the bytes of `PLAIN`
 KINDS = ("label", "rationale")
+Loss = Callable[
+    [list[int], Tensor, Tensor, float], Tensor
+]  # rows, student's logits, teacher's, T -> a value a position
 
 
 def student_of(folder: Path, task: Task) -> LabelModel:
@@ -90,26 +97,41 @@ class Positions:
 
 
 def vocabulary_errors(
-    positions: Positions, student: list[Tensor], teacher: list[Tensor], stored: TeacherOutputs, k: int | None
+    positions: Positions, student: list[Tensor], teacher: list[Tensor], loss: Loss, temperatures: tuple[float, ...]
 ) -> dict[tuple[str, float], float]:
-    """The relative error of the loss of what is `kept`, by position and temperature."""
+    """The relative error of `loss`, by position and temperature."""
     apart: dict[tuple[str, float], list[float]] = {}
     for part, student_logits, full in zip(positions.parts, student, teacher, strict=True):
-        for temperature in TEMPERATURES:
+        for temperature in temperatures:
             exact = losses.kl(student_logits, full, temperature)
-            if k is None:
-                wrong = (losses.kl(student_logits, stored.logprobs(part), temperature) - exact).abs()
-            elif temperature == 1:
-                wrong = (losses.kl_top_k(student_logits, *stored.top_k(part)) - exact).abs()
-            else:  # what is kept would give this loss, if a phase took it
-                values, indices, tail = losses.to_top_k(full, k)
-                cut = losses.kl_top_k(student_logits / temperature, values / temperature, indices, tail / temperature)
-                wrong = (cut - exact).abs()
+            wrong = (loss(part, student_logits, full, temperature) - exact).abs()
             for kind, mask in positions.of(part).items():
                 sums = apart.setdefault((kind, temperature), [0.0, 0.0])
                 sums[0] += wrong[mask].double().sum().item()
                 sums[1] += exact[mask].double().sum().item()
     return {key: error / whole for key, (error, whole) in apart.items()}
+
+
+def whole(stored: TeacherOutputs) -> Loss:
+    return lambda part, student, full, temperature: losses.kl(student, stored.logprobs(part), temperature)
+
+
+def plain(k: int) -> Loss:
+    def loss(part: list[int], student: Tensor, full: Tensor, temperature: float) -> Tensor:
+        values, indices, _ = losses.to_top_k(full, k)
+        values = values.log_softmax(-1)
+        return (values.exp() * (values - student.log_softmax(-1).gather(1, indices))).sum(-1)
+
+    return loss
+
+
+def packed_loss(stored: TeacherOutputs, samples: int) -> Loss:
+    def loss(part: list[int], student: Tensor, full: Tensor, temperature: float) -> Tensor:
+        if not samples:
+            return losses.kl_top_k(student, *stored.top_k(part))
+        return losses.kl_sampled_rest(student, *stored.top_k(part), *stored.rest(part))
+
+    return loss
 
 
 def label_errors(positions: Positions, student: LabelModel, teacher: LabelModel, rows: TrainingRows):
@@ -130,13 +152,12 @@ def label_errors(positions: Positions, student: LabelModel, teacher: LabelModel,
     return errors, stored.nbytes / len(rows)
 
 
-def line(name: str, size: float, errors: dict[tuple[str, float], float], refused: bool) -> str:
-    cells = [f"{size:,.0f}"]
+def line(name: str, size: float, errors: dict[tuple[str, float], float]) -> str:
+    cells = [f"{8 * size:,.0f}"]
     for kind in KINDS:
         for temperature in TEMPERATURES:
             error = errors.get((kind, temperature))
-            shown = "-" if error is None else f"{error:.1%}" if error >= 5e-4 else f"{error:.0e}"
-            cells.append(f"refused ({shown})" if refused and temperature != 1 else shown)
+            cells.append("-" if error is None else f"{error:.1%}" if error >= 5e-4 else f"{error:.0e}")
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
@@ -151,15 +172,16 @@ def main(steps: int = 12) -> None:
     positions = Positions(rows, teacher)
     with tempfile.TemporaryDirectory() as scratch:
         stored = {
-            k: collect_teacher_outputs(
-                Path(scratch) / str(k),
+            (k, samples): collect_teacher_outputs(
+                Path(scratch) / f"{k}-{samples}",
                 lambda fold: teacher,
                 rows.texts,
                 fold=[-1] * ROWS,
                 completions=lambda model: positions.completions,
                 top_k=k,
+                tail_samples=samples,
             )
-            for k in (None, *TOP)
+            for k, samples in ((None, 0), *KEPT)
         }
         full = [logits.log_softmax(-1) for logits in positions.logits(teacher)]
         counts = [sum(int(positions.of(part)[kind].sum()) for part in positions.parts) for kind in KINDS]
@@ -171,14 +193,21 @@ def main(steps: int = 12) -> None:
             student_logits = positions.logits(student)
             print(f"\nStudent after {trained} steps\n")
             at = [f"{kind}, T = {temperature:g}" for kind in KINDS for temperature in TEMPERATURES]
-            print(f"| kept | bytes a token | {' | '.join(at)} |")
+            print(f"| kept | bits a token | {' | '.join(at)} |")
             print("|---|" + "---:|" * (1 + len(at)))
             errors, size = label_errors(positions, student, teacher, rows)
-            print(line("labels, exact (bytes a row)", size, errors, False))
-            for k in (None, *reversed(TOP)):
-                errors = vocabulary_errors(positions, student_logits, full, stored[k], k)
-                name = "vocabulary, float16" if k is None else f"top {k} and the tail"
-                print(line(name, stored[k].bytes_a_token, errors, k is not None), flush=True)
+            print(line("labels, exact (bits a row)", size, errors))
+            dense = stored[None, 0]
+            methods = {"vocabulary, float16": (dense.bytes_a_token, whole(dense), TEMPERATURES)}
+            methods |= {f"plain top {k}": (6 * k, plain(k), (1.0,)) for k in PLAIN}
+            for k, samples in KEPT:
+                rest = f"{samples} tokens drawn from the rest" if samples else "the rest as one"
+                packed = stored[k, samples]
+                methods[f"top {k}, {rest}"] = (packed.bytes_a_token, packed_loss(packed, samples), (1.0,))
+            for name, (size, loss, temperatures) in methods.items():
+                print(
+                    line(name, size, vocabulary_errors(positions, student_logits, full, loss, temperatures)), flush=True
+                )
 
 
 if __name__ == "__main__":

@@ -476,6 +476,11 @@ def test_top_k_keeps_less_and_loses_little(tiny_models, tmp_path):
         spec = phase(terms, space="vocabulary", top_k=k, batch_size=6, learning_rate=1e-9)
         teachers = openable_teachers(tiny_models, tmp_path / str(k), one="causal")
         logged[k] = one_step(student, spec, frame, tmp_path / f"run-{k}", teachers)
+    student = learner(tiny_models, "causal", SHORT, scale=3, prompt="plain")
+    kept = {"top_k": 5, "tail_samples": 60, "batch_size": 6, "learning_rate": 1e-9}
+    teachers = openable_teachers(tiny_models, tmp_path / "drawn", one="causal")
+    drawn = one_step(student, phase({"kl": 1.0}, space="vocabulary", **kept), frame, tmp_path / "run-drawn", teachers)
+    assert drawn["kl"] == pytest.approx(logged[None]["kl"], rel=0.1)
     for term in terms:
         assert logged[10_000][term] == pytest.approx(logged[None][term], rel=5e-2), term
         assert 0 < logged[5][term] < logged[None][term], term

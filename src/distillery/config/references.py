@@ -201,6 +201,8 @@ def _check_served(place: str, student: StudentConfig, phase: PhaseConfig, name: 
             f"{place}.top_k: `{name}` (api) gives its {api.top_logprobs} likeliest tokens alone: set `top_k` to "
             f"{api.top_logprobs} or less, or raise `{section}.top_logprobs`"
         )
+    if phase.tail_samples:
+        raise UserError(f"{place}.tail_samples: `{name}` (api) gives no tokens of the rest; leave it out")
     if student.prompt != "chat":
         raise UserError(f"{place}.teachers: `{name}` (api) answers in a chat: the student needs `prompt: chat`")
     for ref in phase.data:

@@ -36,6 +36,7 @@ from distillery.losses.multi_teacher import confidence_weights, mix_teachers
 from distillery.losses.regularizers import shortcut_penalty
 from distillery.losses.two_outcomes import two_outcome_logits, two_outcome_probabilities
 from distillery.losses.vocabulary import (
+    kl_sampled_rest,
     kl_top_k,
     merge_rest,
     shared_vocabulary,
@@ -55,6 +56,7 @@ __all__ = [
     "hidden_mse",
     "jsd",
     "kl",
+    "kl_sampled_rest",
     "kl_top_k",
     "merge_rest",
     "mix_teachers",

@@ -112,7 +112,10 @@ def merge_rest(student_logits: Tensor, values: Tensor, indices: Tensor, log_tail
     # the student's tail is empty when k == K: a finite floor keeps 0 x (-inf - -inf) from being NaN
     tail = _tail(log_s, indices).clamp_min(torch.finfo(log_s.dtype).min)
     log_p = torch.cat([values, log_tail[:, None]], 1).to(log_s.dtype).log_softmax(-1)
-    return torch.cat([log_s.gather(1, indices), tail[:, None]], 1), log_p
+    # a teacher that gave fewer than k tokens has the first of them again, with probability 0: it counts once
+    repeated = F.pad(indices[:, 1:] == indices[:, :1], (1, 0))
+    top = log_s.gather(1, indices).masked_fill(repeated, torch.finfo(log_s.dtype).min)
+    return torch.cat([top, tail[:, None]], 1), log_p
 
 
 def kl_top_k(student_logits: Tensor, values: Tensor, indices: Tensor, log_tail: Tensor) -> Tensor:
@@ -124,6 +127,36 @@ def kl_top_k(student_logits: Tensor, values: Tensor, indices: Tensor, log_tail: 
     """
     log_s, log_p = merge_rest(student_logits, values, indices, log_tail)
     return (log_p.exp() * (log_p.clamp_min(LOG_FLOOR) - log_s)).sum(-1)
+
+
+def kl_sampled_rest(
+    student_logits: Tensor, values: Tensor, indices: Tensor, log_tail: Tensor, samples: Tensor, entropy: Tensor
+) -> Tensor:
+    """KL(p || s) over all outcomes, from the teacher's top k tokens and tokens drawn from the rest.
+
+    The top counts exactly. Of the rest, sum p log p is known from its mass and entropy, and sum p log s is the mean
+    over the drawn tokens. So value and gradient are those of the full KL on average over the draws; one row may be off
+    in both directions, and below 0. At T = 1 only.
+
+    Args: as for :func:`merge_rest`, and
+        samples: [n, m] int64, tokens drawn from the rest in proportion to the teacher's probability.
+        entropy: [n] nats, of the teacher's distribution over the rest.
+    Returns: [n] nats. Denominator: none, one value per row.
+    Space: vocabulary.
+    Raises: as :func:`merge_rest`; ValueError for samples and an entropy that do not fit.
+    Source: Anshumann et al. 2025, "Sparse Logit Sampling", for estimates from sampled tokens; here only the rest is
+        sampled, and its entropy is exact.
+    """
+    if samples.dim() != 2 or not samples.shape[1] or not len(samples) == len(entropy) == len(values):
+        raise ValueError(
+            f"samples [n, m] with m > 0 and entropy [n], not {shape_text(samples)} and {shape_text(entropy)} "
+            f"beside values {shape_text(values)}"
+        )
+    log_s, log_p = merge_rest(student_logits, values, indices, log_tail)
+    p, log_p = log_p.exp(), log_p.clamp_min(LOG_FLOOR)
+    top = (p[:, :-1] * (log_p[:, :-1] - log_s[:, :-1])).sum(-1)
+    drawn = as_float(student_logits).log_softmax(-1).gather(1, samples).mean(-1)
+    return top + p[:, -1] * (log_p[:, -1] - entropy.to(log_p.dtype) - drawn)
 
 
 def _tail(log_p: Tensor, indices: Tensor) -> Tensor:

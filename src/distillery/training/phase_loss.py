@@ -132,10 +132,7 @@ class PhaseLoss:
             sampled = [k for k, kind in enumerate(batch.token_kinds) if kind == SAMPLED]
             logits = logits[torch.tensor(sampled, device=logits.device)]
         if self.phase.top_k:
-            top_k = self.signals.outputs[self.phase.teachers[0]].top_k(batch.rows)
-            return self._combine(
-                *losses.merge_rest(logits, *(part.to(logits.device) for part in top_k)), tokens, weights
-            )
+            return self._top_k_terms(logits, batch, tokens, weights)
         teachers = [logprobs.to(logits.device) for logprobs in self.signals.token_logprobs(batch)]
         try:
             shared = [losses.shared_vocabulary(logits, logprobs) for logprobs in teachers]
@@ -151,6 +148,18 @@ class PhaseLoss:
         ]
         mixed = losses.mix_teachers(torch.stack(teachers), move_tensor(torch.stack(teacher_weights), logits.device))
         return self._combine(logits[:, :width], mixed, tokens, weights)
+
+    def _top_k_terms(
+        self, logits: Tensor, batch: MicroBatch, denominator: int, weights: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As :meth:`_divergence_terms`, of a teacher whose likeliest tokens were kept."""
+        outputs = self.signals.outputs[self.phase.teachers[0]]
+        top_k = [part.to(logits.device) for part in outputs.top_k(batch.rows)]
+        if not self.phase.tail_samples:
+            return self._combine(*losses.merge_rest(logits, *top_k), denominator, weights)
+        rest = [part.to(logits.device) for part in outputs.rest(batch.rows)]
+        value = losses.reduce(losses.kl_sampled_rest(logits, *top_k, *rest), weights, denominator)
+        return self.weights["kl"] * value, {"kl": value.detach()}
 
     def _combine(
         self, logits: Tensor, teacher: Tensor, denominator: int, weights: Tensor | None

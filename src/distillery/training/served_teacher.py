@@ -18,6 +18,7 @@ from distillery.files import atomic_write
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.token_strings import TokenStrings
 from distillery.training.completions import row_completions
+from distillery.training.kept_tokens import id_type
 from distillery.training.rows import TrainingRows
 from distillery.training.teacher_outputs import TeacherOutputs, teacher_outputs_key
 
@@ -185,7 +186,8 @@ def top_k_arrays(rows: Sequence[Sequence[MappedTokens]], top_k: int) -> dict[str
     lengths = [[len(one.ids) for one in row] for row in rows]
     steps = [step for row in rows for one in row for step in one.alternatives]
     values = np.full((len(steps), top_k), LOWEST_LOGPROB, dtype=np.float16)
-    indices, tail = np.zeros((len(steps), top_k), dtype=np.int32), np.zeros(len(steps), dtype=np.float32)
+    size = 1 + max((token for step in steps for token in step), default=0)
+    indices, tail = np.zeros((len(steps), top_k), dtype=id_type(size)), np.zeros(len(steps), dtype=np.float32)
     for i, step in enumerate(steps):
         best = sorted(step.items(), key=lambda item: (-item[1], item[0]))[:top_k]
         indices[i] = best[0][0]

@@ -21,6 +21,13 @@ from distillery.fingerprint import code_digest
 from distillery.models.devices import to_array
 from distillery.models.label_model import Completion, LabelModel, ModelOutput
 from distillery.models.layers import output_head
+from distillery.training.kept_tokens import (
+    decode_logprobs,
+    encode_logprobs,
+    id_type,
+    sample_rest,
+    scaled_to_tail,
+)
 from distillery.training.keys import result_key
 
 MAX_ROWS_PER_BATCH = 16  # when distributions over the whole vocabulary are stored
@@ -32,6 +39,10 @@ ARRAYS = (
     "token_logprobs",
     "token_indices",
     "tail_logprobs",
+    "tail_entropies",
+    "tail_samples",
+    "exact_positions",
+    "exact_logprobs",
     "states",
     "maps",
     "text_offsets",
@@ -44,7 +55,10 @@ class TeacherOutputs:
 
     token_offsets: [n + 1], the first supervised token of each row. completion_lengths: [completions], supervised tokens
     of each. token_logprobs: [tokens, vocabulary] float16, at T = 1; or with `top_k` [tokens, k], of the k likeliest
-    tokens, `token_indices` naming them and `tail_logprobs` [tokens] holding the logarithm of the remaining mass.
+    tokens in one byte each, see :mod:`distillery.training.kept_tokens`, `token_indices` naming them and `tail_logprobs`
+    [tokens] holding the logarithm of the remaining mass. exact_positions [labels]: the tokens of labels, whose
+    log-probabilities are also in `exact_logprobs` [labels, k] float16, and are read from there. tail_samples: [tokens,
+    samples] tokens drawn from the rest; tail_entropies: [tokens] its entropy.
     states: [n, layers, d] float32. maps: [tokens of all texts, layers] float32, row i from `text_offsets[i]` to
     `text_offsets[i + 1]`.
     """
@@ -64,10 +78,22 @@ class TeacherOutputs:
     def top_k(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """values [m, k], indices [m, k], log_tail [m]: the arguments of :func:`losses.kl_top_k`."""
         tokens = token_positions(self.token_offsets, rows)
-        values, log_tail = (
-            torch.from_numpy(np.asarray(array[tokens])).float() for array in (self.token_logprobs, self.tail_logprobs)
-        )
-        return values, torch.from_numpy(self.token_indices[tokens].astype(np.int64)), log_tail
+        log_tail = torch.from_numpy(np.asarray(self.tail_logprobs[tokens])).float()
+        indices = torch.from_numpy(self.token_indices[tokens].astype(np.int64))
+        stored = np.asarray(self.token_logprobs[tokens])
+        if stored.dtype != np.uint8:
+            return torch.from_numpy(stored).float(), indices, log_tail
+        values = scaled_to_tail(torch.from_numpy(decode_logprobs(stored)), log_tail)
+        exact = np.searchsorted(self.exact_positions, tokens)
+        is_exact = np.append(self.exact_positions, -1)[exact] == tokens
+        values[torch.from_numpy(is_exact)] = torch.from_numpy(self.exact_logprobs[exact[is_exact]]).float()
+        return values, indices, log_tail
+
+    def rest(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """samples [m, count], entropy [m] of the rest: the further arguments of :func:`losses.kl_sampled_rest`."""
+        tokens = token_positions(self.token_offsets, rows)
+        samples = torch.from_numpy(self.tail_samples[tokens].astype(np.int64))
+        return samples, torch.from_numpy(np.asarray(self.tail_entropies[tokens])).float()
 
     def hidden_states(self, rows: Sequence[int]) -> Tensor:
         """[len(rows), layers, d] float32."""
@@ -89,7 +115,8 @@ class TeacherOutputs:
     @property
     def bytes_a_token(self) -> float:
         """Bytes on the disk for each supervised token."""
-        stored = [a.nbytes for a in (self.token_logprobs, self.token_indices, self.tail_logprobs) if a is not None]
+        names = [name for name in ARRAYS if name.startswith(("token_l", "token_i", "tail_", "exact_"))]
+        stored = [array.nbytes for name in names if (array := getattr(self, name)) is not None]
         return sum(stored) / max(1, int(self.token_offsets[-1]))
 
 
@@ -107,6 +134,8 @@ def collect_teacher_outputs(
     fold: Sequence[int],
     completions: Callable[[LabelModel], list[list[Completion]]] | None = None,
     top_k: int | None = None,
+    tail_samples: int = 0,
+    has_labels: bool = True,
     layers: Sequence[int] = (),
     maps: bool = False,
 ) -> TeacherOutputs:
@@ -114,6 +143,8 @@ def collect_teacher_outputs(
 
     open_model: returns the teacher's model for rows of a fold (-1: the one tuned on all gold rows). fold: [n].
     completions: the supervised tokens of every row, in the tokens of the given model; None when none are needed.
+    top_k: how many tokens are kept at each; tail_samples: how many are drawn from the rest. has_labels: whether the
+    first completion of a row is its label, whose log-probabilities are kept in two bytes.
     layers: of which hidden states are stored, 0 being the embeddings; maps: whether their activation maps are, too.
     Raises UserError when the disk is full; nothing half-written stays.
     """
@@ -128,7 +159,8 @@ def collect_teacher_outputs(
             ids = teacher.encode(texts)
             supervised = completions(teacher) if completions else None
             if not arrays:
-                arrays = _allocate_arrays(scratch, teacher, ids, supervised, top_k, layers, maps)
+                packing = (top_k, tail_samples, has_labels) if top_k else None
+                arrays = _allocate_arrays(scratch, teacher, ids, supervised, layers, maps, packing)
             members = sorted((i for i in range(len(texts)) if fold[i] == k), key=lambda i: len(ids[i]))
             batch_size = min(MAX_ROWS_PER_BATCH, teacher.batch_size) if supervised else teacher.batch_size
             for a in range(0, len(members), batch_size):
@@ -147,12 +179,11 @@ def _store_outputs(arrays: dict[str, np.ndarray], rows: list[int], output: Model
     """Write the `output` of a teacher for `rows` into the arrays that were allocated."""
     if "token_logprobs" in arrays:
         tokens = token_positions(arrays["token_offsets"], rows)
-        values = output.completion_logits.log_softmax(-1)
+        logprobs = output.completion_logits.log_softmax(-1)
         if top_k:
-            values, indices, log_tail = losses.to_top_k(values, top_k)
-            arrays["token_indices"][tokens] = to_array(indices)
-            arrays["tail_logprobs"][tokens] = to_array(log_tail.clamp_min(-6e4))
-        arrays["token_logprobs"][tokens] = to_array(values)  # float16: down to -65,504
+            _store_top_k(arrays, tokens, logprobs, top_k)
+        else:
+            arrays["token_logprobs"][tokens] = to_array(logprobs)  # float16: down to -65,504
     if "states" in arrays:
         arrays["states"][rows] = to_array(output.hidden_states)
     if "maps" in arrays:
@@ -161,16 +192,66 @@ def _store_outputs(arrays: dict[str, np.ndarray], rows: list[int], output: Model
             arrays["maps"][start:end] = to_array(output.activation_maps[j, :, : end - start].T)
 
 
+def _store_top_k(arrays: dict[str, np.ndarray], tokens: np.ndarray, logprobs: Tensor, top_k: int) -> None:
+    """Write the distributions `logprobs` [m, vocabulary] at the positions `tokens` [m] in their packed form."""
+    values, indices, log_tail = losses.to_top_k(logprobs, top_k)
+    arrays["token_indices"][tokens] = to_array(indices)
+    arrays["tail_logprobs"][tokens] = to_array(log_tail.clamp_min(-6e4))
+    arrays["token_logprobs"][tokens] = encode_logprobs(to_array(values))
+    is_exact = np.isin(tokens, arrays["exact_positions"])
+    exact = np.searchsorted(arrays["exact_positions"], tokens[is_exact])
+    arrays["exact_logprobs"][exact] = to_array(values)[is_exact].clip(min=-6e4)
+    if "tail_samples" in arrays:
+        count = arrays["tail_samples"].shape[1]
+        samples, entropies = sample_rest(logprobs, indices, count, seed=int(tokens[0]))
+        arrays["tail_samples"][tokens] = to_array(samples)
+        arrays["tail_entropies"][tokens] = to_array(entropies)
+
+
+def _allocate_top_k(
+    arrays: dict[str, np.ndarray],
+    folder: Path,
+    completions: list[list[Completion]],
+    vocabulary: int,
+    top_k: int,
+    tail_samples: int,
+    has_labels: bool,
+) -> None:
+    """Add the empty arrays of packed distributions, and the positions of labels filled in."""
+    tokens = int(arrays["token_offsets"][-1])
+    exact: list[int] = []
+    if has_labels:
+        lengths = [len(row[0][0]) - row[0][1] if row else 0 for row in completions]
+        for start, length in zip(arrays["token_offsets"], lengths, strict=False):
+            exact += range(start, start + length)
+    shapes = {
+        "token_logprobs": ((tokens, top_k), np.uint8),
+        "token_indices": ((tokens, top_k), id_type(vocabulary)),
+        "tail_logprobs": ((tokens,), np.float32),
+        "exact_positions": ((len(exact),), np.int64),
+        "exact_logprobs": ((len(exact), top_k), np.float16),
+    }
+    if tail_samples:
+        shapes["tail_samples"] = ((tokens, tail_samples), id_type(vocabulary))
+        shapes["tail_entropies"] = ((tokens,), np.float16)
+    for name, (shape, kind) in shapes.items():
+        arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype=kind, shape=shape)
+    arrays["exact_positions"][:] = exact
+
+
 def _allocate_arrays(
     folder: Path,
     teacher: LabelModel,
     ids: list[list[int]],
     completions: list[list[Completion]] | None,
-    top_k: int | None,
     layers: Sequence[int],
     maps: bool,
+    packing: tuple[int, int, bool] | None,
 ) -> dict[str, np.ndarray]:
-    """The empty arrays of :class:`TeacherOutputs` in `folder`, and the offsets and lengths filled in."""
+    """The empty arrays of :class:`TeacherOutputs` in `folder`, and the offsets and lengths filled in.
+
+    packing: top_k, tail_samples and has_labels of :func:`collect_teacher_outputs`; None for whole distributions.
+    """
     arrays: dict[str, np.ndarray] = {}
 
     def allocate(name: str, shape: tuple[int, ...], kind: type) -> None:
@@ -185,11 +266,10 @@ def _allocate_arrays(
         store("token_offsets", np.cumsum([0, *map(sum, lengths)]))
         store("completion_lengths", [length for row in lengths for length in row])
         vocabulary = output_head(teacher.model).weight.shape[0]
-        tokens = int(arrays["token_offsets"][-1])
-        allocate("token_logprobs", (tokens, top_k or vocabulary), np.float16)
-        if top_k:
-            allocate("token_indices", (tokens, top_k), np.int32)
-            allocate("tail_logprobs", (tokens,), np.float32)
+        if packing:
+            _allocate_top_k(arrays, folder, completions, vocabulary, *packing)
+        else:
+            allocate("token_logprobs", (int(arrays["token_offsets"][-1]), vocabulary), np.float16)
     if layers:
         allocate("states", (len(ids), len(layers), teacher.model.config.hidden_size), np.float32)
     if maps:
@@ -200,5 +280,6 @@ def _allocate_arrays(
 
 def teacher_outputs_key(*parts: object) -> str:
     """A name for the outputs of a teacher: a hash of `parts` and of the code and libraries that compute them."""
-    modules = ("training.completions", "training.keys", "training.teacher_models", "training.teacher_outputs")
-    return result_key(code_digest("losses", "models", "tasks", *modules), *parts)
+    modules = ("completions", "keys", "kept_tokens", "teacher_models", "teacher_outputs")
+    names = [f"training.{module}" for module in modules]
+    return result_key(code_digest("losses", "models", "tasks", *names), *parts)

@@ -88,7 +88,7 @@ class TeacherSignals:
             return  # all that it will score has yet to be sampled
         maps = "attention" in phase.loss
         supervised = [rows.targets.tolist(), rows.rationales, rows.answers, "uld" in phase.loss] if from_data else None
-        identity = [rows.texts, supervised, self.folds[name], layers, maps, phase.top_k]
+        identity = [rows.texts, supervised, self.folds[name], layers, maps, phase.top_k, phase.tail_samples]
         self.outputs[name] = collect_teacher_outputs(
             teacher.cache_dir / teacher_outputs_key(teacher.identity, identity),
             lambda fold: self._open(name, fold),
@@ -96,6 +96,8 @@ class TeacherSignals:
             fold=self.folds[name],
             completions=(lambda model: row_completions(model, rows)) if from_data else None,
             top_k=phase.top_k,
+            tail_samples=phase.tail_samples,
+            has_labels=rows.answers is None,
             layers=layers,
             maps=maps,
         )

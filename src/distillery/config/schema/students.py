@@ -76,6 +76,9 @@ class PhaseConfig(TrainingConfig):
     top_k: Annotated[int, Field(gt=0)] | None = None
     """Number of most likely tokens whose probabilities are kept, with the rest as one more outcome; all when not given.
     The divergences are then never above those of the whole vocabulary. A teacher of `kind: api` needs it."""
+    tail_samples: Count = 0
+    """Tokens drawn from the rest beside `top_k`: `kl` is then an estimate of its whole value without bias, not a lower
+    bound. At 0 the rest is one outcome."""
     on_policy: Fraction = 0.0
     """Share of the batches whose answers the student generates itself (Agarwal et al. 2024, GKD)."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 16
@@ -124,6 +127,8 @@ class PhaseConfig(TrainingConfig):
                 raise ValueError(
                     "`top_k` is for cached teacher outputs; with `on_policy` the teacher runs in every step"
                 )
+        if self.tail_samples and not (self.top_k and {"kl"} == set(self.loss) & set(DIVERGENCES)):
+            raise ValueError("`tail_samples` needs `top_k`, and `kl` as the only divergence")
         return self
 
 
