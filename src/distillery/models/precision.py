@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -24,6 +25,7 @@ Use = Literal["training", "prediction"]
 USES: tuple[Use, ...] = ("training", "prediction")
 DTYPES = ("float32", "bfloat16")  # float16 is slow on CPUs, and small gradients vanish in it
 MIN_SPEEDUP = 1.1  # of bfloat16, below which float32 is taken: it has 16 more bits of precision
+VARIABLE = "DISTILLERY_DTYPES"  # of the environment: what `auto` means, as JSON, in place of a choice by times
 ROUNDS = 3
 LAYERS, TOKENS = 4, 48  # of the timed model; tokens of a row
 
@@ -33,11 +35,14 @@ def resolve_dtype(dtype: str, use: Use) -> str:
 
     The first call on a machine times both number formats, which takes seconds. The choice stays in
     `.cache/dtype.json`, which no stage depends on: a later run decides the same, and nothing reruns. float32 where
-    the device has no products in `dtype`. On the `meta` device, which stands for a GPU, `auto` is bfloat16.
+    the device has no products in `dtype`. On the `meta` device, which stands for a GPU, `auto` is bfloat16. Processes
+    that train together take the choice of the one that started them, from :data:`VARIABLE`.
     """
     if dtype == "auto":
         if default_device().type == "meta":
             return "bfloat16"
+        if chosen := os.environ.get(VARIABLE):
+            return json.loads(chosen)[use]
         return faster_dtypes(Paths(repository_root()).cache / "dtype.json")[use]
     return working_dtype(dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,13 +82,18 @@ def score_answers(rows: pd.DataFrame, answers: Sequence[str]) -> pd.DataFrame:
     ).join(token_scores.astype(float))
 
 
-def predict_splits(model: LabelModel, splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def predict_splits(
+    model: LabelModel,
+    splits: dict[str, pd.DataFrame],
+    predict: Callable[[LabelModel, pd.DataFrame], pd.DataFrame] = predict_rows,
+) -> pd.DataFrame:
     """The predictions of `model` for the rows of every split: split, and the columns of :func:`predict_rows`.
 
+    predict: computes them for the rows of one split.
     Of a `multilabel` task the thresholds are those of the rows of `validation`, see :func:`decide_by_validation`.
     """
     columns = ["split", "id", "label", "prediction", "probabilities"]
-    parts = [predict_rows(model, rows) for rows in splits.values()]
+    parts = [predict(model, rows) for rows in splits.values()]
     parts = [part.assign(split=split)[["split", *part]] for split, part in zip(splits, parts, strict=True)]
     predictions = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
     return decide_by_validation(predictions, model.task.names)

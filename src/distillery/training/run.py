@@ -21,11 +21,11 @@ from distillery.fingerprint import code_digest
 from distillery.models.fast_cpu import restore_full_embedding
 from distillery.models.label_model import LabelModel
 from distillery.models.packed.frozen_layers import SharedStates
-from distillery.models.predictions import predict_splits
 from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.training.disk import check_disk, disk_need, size_text
 from distillery.training.keys import result_key
 from distillery.training.openable_teachers import OpenableTeacher
+from distillery.training.processes import from_first, predict_together, process_rank, wait_for_all
 from distillery.training.rows import TrainingRows, label_targets, phase_rows
 from distillery.training.served_teacher import ServedTeacher, rows_with_tokens
 from distillery.training.stopping import end_sentence, had_stopped, plan_sentence
@@ -93,7 +93,7 @@ def train_phase(
         check_disk(need, folder)
         sizes = f"a checkpoint takes {size_text(need.checkpoint)}, and the run up to {size_text(need.total)} of disk"
         print(f"{title}: {sizes}", flush=True)
-        _train_or_restore(trainer, last_whole_checkpoint(folder), title)
+        _train_or_restore(trainer, from_first(lambda: last_whole_checkpoint(folder)), title)
     except Exception as error:  # torch and safetensors have error classes of their own
         raise_if_disk_full(error, folder)
         raise
@@ -140,9 +140,13 @@ def _train_or_restore(trainer: Any, checkpoint: str | None, title: str) -> None:
         print(f"{title}: {end_sentence(trainer.state.log_history, steps, phase)}", flush=True)
 
 
-def run_key(*parts: Any) -> str:
-    """A name for a run's checkpoints: a hash of `parts` and of the code and libraries that compute the run."""
-    return result_key(code_digest("config", "losses", "metrics", "models", "tasks", "training"), *parts)
+def run_key(*parts: Any, threads: int | None = None) -> str:
+    """A name for a run's checkpoints: a hash of `parts` and of the code and libraries that compute the run.
+
+    threads: in place of the number of torch's threads.
+    """
+    code = code_digest("config", "losses", "metrics", "models", "tasks", "training")
+    return result_key(code, *parts, threads=threads)
 
 
 def train_phases(
@@ -170,9 +174,9 @@ def train_phases(
     """
     folder.mkdir(parents=True, exist_ok=True)
     held_out, tracking = validation_rows(validation, student.task), tracking or Tracking([])
+    finished_phases = from_first(lambda: count_finished(folder, len(spec.phases)))
     for k in range(len(spec.phases) + 1):
-        finished = folder / f"phase-{k}"
-        if not (finished / "history.csv").exists():
+        if k >= finished_phases:
             history, splits = pd.DataFrame(columns=list(HISTORY_COLUMNS)), {"validation": validation, "test": test}
             if k:
                 phase = spec.phases[k - 1]
@@ -190,10 +194,13 @@ def train_phases(
                     callbacks=tracking.callbacks(_last_step(folder, k)),
                 )
                 splits = {"validation": validation} if k < len(spec.phases) else {}
-            _save_phase(finished, student, history, predict_splits(student, splits))
-            shutil.rmtree(folder / f"checkpoints-{k}", ignore_errors=True)
-        elif not (folder / f"phase-{k + 1}" / "history.csv").exists():
-            _load_phase_weights(student.model, finished / "weights.safetensors")
+            predictions = predict_together(student, splits)
+            if process_rank() == 0:
+                _save_phase(folder / f"phase-{k}", student, history, predictions)
+                shutil.rmtree(folder / f"checkpoints-{k}", ignore_errors=True)
+            wait_for_all()
+        elif k == finished_phases - 1:
+            _load_phase_weights(student.model, folder / f"phase-{k}" / "weights.safetensors")
     return _read_phases([folder / f"phase-{k}" for k in range(len(spec.phases) + 1)])
 
 
@@ -201,6 +208,12 @@ def _last_step(folder: Path, phase: int) -> int:
     """The optimizer steps of the finished phases before `phase`."""
     steps = [pd.read_csv(folder / f"phase-{k}" / "history.csv")["step"] for k in range(1, phase)]
     return sum(int(of_phase.max()) for of_phase in steps if len(of_phase))
+
+
+def count_finished(folder: Path, phases: int) -> int:
+    """How many of phase 0, the untrained student, and the `phases` after it have left their files in `folder`."""
+    finished = [(folder / f"phase-{k}" / "history.csv").exists() for k in range(phases + 1)]
+    return [*finished, False].index(False)
 
 
 def validation_rows(validation: pd.DataFrame, task: Task) -> TrainingRows:

@@ -19,6 +19,7 @@ from distillery.models.label_model import Completion, LabelModel
 from distillery.models.token_strings import TokenStrings
 from distillery.training.completions import row_completions
 from distillery.training.kept_tokens import id_type
+from distillery.training.processes import first_process_first
 from distillery.training.rows import TrainingRows
 from distillery.training.teacher_outputs import TeacherOutputs, teacher_outputs_key
 
@@ -152,12 +153,13 @@ def served_outputs(
         ]
     key = teacher_outputs_key(teacher.identity, rows.ids, [[one.ids for one in row] for row in chosen], top_k)
     folder = teacher.cache_dir / key
-    if not (folder / "done.json").exists():
-        with atomic_write(folder) as scratch:
-            scratch.mkdir(parents=True)
-            for name, array in top_k_arrays(chosen, top_k).items():
-                np.save(scratch / f"{name}.npy", array)
-            (scratch / "done.json").write_text(json.dumps({"rows": len(rows), "top_k": top_k}))
+    with first_process_first():
+        if not (folder / "done.json").exists():
+            with atomic_write(folder) as scratch:
+                scratch.mkdir(parents=True)
+                for name, array in top_k_arrays(chosen, top_k).items():
+                    np.save(scratch / f"{name}.npy", array)
+                (scratch / "done.json").write_text(json.dumps({"rows": len(rows), "top_k": top_k}))
     own = [(row[0].ids, 0) for row in chosen] if teacher.generates else None
     return TeacherOutputs(folder), own
 

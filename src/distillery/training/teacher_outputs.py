@@ -7,9 +7,11 @@ need the same outputs share them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from distillery.training.kept_tokens import (
     scaled_to_tail,
 )
 from distillery.training.keys import result_key
+from distillery.training.processes import computing_processes, from_first, process_rank, wait_for_all
 
 MAX_ROWS_PER_BATCH = 16  # when distributions over the whole vocabulary are stored
 
@@ -146,12 +149,11 @@ def collect_teacher_outputs(
     top_k: how many tokens are kept at each; tail_samples: how many are drawn from the rest. has_labels: whether the
     first completion of a row is its label, whose log-probabilities are kept in two bytes.
     layers: of which hidden states are stored, 0 being the embeddings; maps: whether their activation maps are, too.
-    Raises UserError when the disk is full; nothing half-written stays.
+    Processes that train together share the batches. Raises UserError when the disk is full; nothing half-written stays.
     """
-    if (folder / "done.json").exists():
+    if from_first((folder / "done.json").exists):
         return TeacherOutputs(folder)
-    with atomic_write(folder) as scratch:
-        scratch.mkdir(parents=True)
+    with _folder_of_all(folder) as scratch:
         arrays: dict[str, np.ndarray] = {}
         for k in sorted(set(fold)):
             teacher = open_model(k)
@@ -160,10 +162,12 @@ def collect_teacher_outputs(
             supervised = completions(teacher) if completions else None
             if not arrays:
                 packing = (top_k, tail_samples, has_labels) if top_k else None
-                arrays = _allocate_arrays(scratch, teacher, ids, supervised, layers, maps, packing)
+                arrays = _arrays_of_all(scratch, teacher, ids, supervised, layers, maps, packing)
             members = sorted((i for i in range(len(texts)) if fold[i] == k), key=lambda i: len(ids[i]))
             batch_size = min(MAX_ROWS_PER_BATCH, teacher.batch_size) if supervised else teacher.batch_size
-            for a in range(0, len(members), batch_size):
+            starts = range(0, len(members), batch_size)
+            own = starts[process_rank() :: computing_processes()] if process_rank() < computing_processes() else []
+            for a in own:
                 rows = members[a : a + batch_size]
                 batch = [supervised[i] for i in rows] if supervised else None
                 options = {"label_space": False, "layers": layers, "activation_maps": maps}
@@ -171,8 +175,30 @@ def collect_teacher_outputs(
             del teacher
         for array in arrays.values():
             array.flush()
-        (scratch / "done.json").write_text(json.dumps({"rows": len(texts), "layers": list(layers), "top_k": top_k}))
+        wait_for_all()
+        if process_rank() == 0:
+            record = {"rows": len(texts), "layers": list(layers), "top_k": top_k}
+            (scratch / "done.json").write_text(json.dumps(record))
+    wait_for_all()
     return TeacherOutputs(folder)
+
+
+@contextmanager
+def _folder_of_all(folder: Path) -> Iterator[Path]:
+    """:func:`atomic_write` of `folder` by the first process; the others get the path of its temporary folder."""
+    if process_rank():
+        yield from_first(lambda: Path())
+        return
+    with atomic_write(folder) as scratch:
+        scratch.mkdir(parents=True)
+        yield from_first(lambda: scratch)
+
+
+def _arrays_of_all(folder: Path, *settings: Any) -> dict[str, np.ndarray]:
+    """The arrays that :func:`_allocate_arrays` makes in the first process, opened for writing in all of them."""
+    arrays = _allocate_arrays(folder, *settings) if process_rank() == 0 else {}
+    wait_for_all()
+    return arrays or {path.stem: np.load(path, mmap_mode="r+") for path in folder.glob("*.npy")}
 
 
 def _store_outputs(arrays: dict[str, np.ndarray], rows: list[int], output: ModelOutput, top_k: int | None) -> None:

@@ -21,16 +21,18 @@ from distillery.label_sets import sets_of
 from distillery.models.fast_cpu import train_used_embeddings, use_bit_dropout
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.packed.frozen_layers import SharedStates, compute_frozen_states
-from distillery.models.predictions import predict_splits, score_predictions
+from distillery.models.predictions import score_predictions
 from distillery.models.scoring import scored_completions
 from distillery.tasks.schema import N_OPTIONS
 from distillery.training.completions import PhaseCompletions, StepCounts
 from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.phase_loss import PhaseLoss
+from distillery.training.processes import predict_together, process_count, process_rank, sum_values
 from distillery.training.progress import LOG_EVERY, ProgressPrinter, example_line
 from distillery.training.rows import TrainingRows
 from distillery.training.sampler import BalancedSampler, LengthGroupedSampler
 from distillery.training.served_teacher import ServedTeacher
+from distillery.training.shared_steps import PlainStep, SharedStepsMixin
 from distillery.training.stopping import (
     PatienceCallback,
     count_optimizer_steps,
@@ -40,7 +42,7 @@ from distillery.training.stopping import (
 from distillery.training.teacher_signals import TeacherSignals
 
 
-class PhaseTrainerMixin:
+class PhaseTrainerMixin(SharedStepsMixin):
     """What this repository changes in a trainer: which rows make a batch, the loss, and the scores on validation rows.
 
     A batch of the data loader holds the indices of its rows; :meth:`get_batch_samples` turns it into a `MicroBatch`.
@@ -79,6 +81,7 @@ class PhaseTrainerMixin:
         repeats = count_optimizer_steps(len(rows), phase) * phase.accumulate * phase.batch_size > len(rows)
         if student.arch == "causal" and repeats and not phase.on_policy and not self.signals.student_layers:
             self._compute_frozen_states(shared)
+        self.share_model()
 
     def _compute_frozen_states(self, shared: SharedStates | None) -> None:
         """Compute once what the student's frozen lower layers, if it has any, give for all rows of the phase."""
@@ -106,15 +109,17 @@ class PhaseTrainerMixin:
         if self.logged_step is None:
             self.logged_step = self.state.global_step  # not 0 in a run that continues from a checkpoint
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        for k, batch in enumerate(batches):
-            rows = batch.pop("index").tolist()
-            batch["micro_batch"] = self.completions.micro_batch(rows, self.sample_answers(rows, k))
-        self.counts = StepCounts.of([batch["micro_batch"] for batch in batches])
+        rows = [batch.pop("index").tolist() for batch in batches]
+        shares = self.share_step(rows, [self.is_sampled(k) for k in range(len(batches))])
+        for k, (batch, (own, sampled)) in enumerate(zip(batches, shares, strict=True)):
+            answers = self.sample_answers(own, k) if sampled else None
+            batch["micro_batch"] = self.completions.micro_batch(own, answers)
+        self.counts = self.count_step(StepCounts.of([batch["micro_batch"] for batch in batches]))
         return batches, None
 
-    def sample_answers(self, rows: list[int], micro_batch: int) -> list[Completion] | None:
-        """Answers that the student generates itself, for a trainer that learns on-policy."""
-        return None
+    def is_sampled(self, micro_batch: int) -> bool:
+        """Whether the student answers the rows of this micro-batch of the step itself, learning on-policy."""
+        return False
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -142,7 +147,8 @@ class PhaseTrainerMixin:
         """Log `logs`, and with a training loss the mean of each term since the last logged step."""
         if "loss" in logs:
             steps = max(1, self.state.global_step - (self.logged_step or 0))
-            logs |= {f"term_{term}": sum(values) / steps for term, values in self.term_values.items()}
+            sums = sum_values({term: sum(values) for term, values in self.term_values.items()})
+            logs |= {f"term_{term}": value / steps for term, value in sums.items()}
             self.logged_step, self.term_values = self.state.global_step, {}
         super().log(logs, *args, **kwargs)
 
@@ -155,7 +161,7 @@ class PhaseTrainerMixin:
             frame["answers"] = rows.accepted_answers
         if rows.n_options is not None:
             frame[N_OPTIONS] = rows.n_options
-        report = score_predictions(predict_splits(self.student, {"validation": frame}), names)
+        report = score_predictions(predict_together(self.student, {"validation": frame}), names)
         f1 = report.get("token_f1", report["macro_f1"])  # of free answers
         scores = {"eval_accuracy": report["accuracy"], "eval_macro_f1": f1, "eval_loss": report["log_loss"]}
         self.log(scores)
@@ -175,7 +181,7 @@ class CausalTrainer(PhaseTrainerMixin, SFTTrainer):
     """
 
 
-class OnPolicyTrainer(PhaseTrainerMixin, GKDTrainer):
+class OnPolicyTrainer(PhaseTrainerMixin, PlainStep, GKDTrainer):
     """Distillation on answers that the student generates itself (Agarwal et al. 2024, GKD), scored by the teachers.
 
     What is overridden, and the fault of TRL 1.16.0 that it mends:
@@ -183,7 +189,8 @@ class OnPolicyTrainer(PhaseTrainerMixin, GKDTrainer):
     they are needed, one model for each fold, and the ids that both vocabularies hold are compared.
     `get_batch_samples` (in the mixin): divides by the data set's labels, not by the tokens that were generated; here
     all answers of an optimizer step are generated before its first backward pass, and counted.
-    `training_step`: draws from Python's global random state and generates for one micro-batch at a time.
+    `training_step` (in `PlainStep`): draws from Python's global random state and generates for one micro-batch at a
+    time.
     `compute_loss` (in the mixin): drops the temperature, has no cross-entropy, jumps at the ends of beta, and runs
     both models over every position with full-vocabulary logits for the prompt.
     """
@@ -192,19 +199,22 @@ class OnPolicyTrainer(PhaseTrainerMixin, GKDTrainer):
         # the student stands in for the teachers, which TeacherSignals opens
         super().__init__(*args, teacher_model=kwargs["model"], **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return Trainer.training_step(self, *args, **kwargs)
+    def _draws(self, *micro_batch: int) -> tuple[float, int]:
+        """A share of 1, and a seed: functions of the step alone, so that a resumed run generates what it would have."""
+        rng = np.random.default_rng([self.seed, self.state.global_step, *micro_batch])
+        return rng.random(), int(rng.integers(2**31))
 
-    def sample_answers(self, rows: list[int], micro_batch: int) -> list[Completion] | None:
-        # a function of the step alone, so that a resumed run generates what it would have generated
-        rng = np.random.default_rng([self.seed, self.state.global_step, micro_batch])
-        if rng.random() >= self.phase.on_policy:
-            return None
+    def is_sampled(self, micro_batch: int) -> bool:
+        return self._draws(micro_batch)[0] < self.phase.on_policy
+
+    def sample_answers(self, rows: list[int], micro_batch: int) -> list[Completion]:
+        """Answers to `rows` that the student generates itself."""
+        place = (micro_batch, process_rank()) if process_count() > 1 else (micro_batch,)
         generated = self.student.generate_tokens(
             [self.token_ids[i] for i in rows],
             max_new_tokens=self.phase.max_new_tokens,
             temperature=self.phase.sampling_temperature,
-            seed=int(rng.integers(2**31)),
+            seed=self._draws(*place)[1],
             batch_size=len(rows),
         )
         return [(tokens, 0) for tokens in generated]

@@ -25,6 +25,7 @@ from distillery.config.schema.base import (
     Section,
     SplitRef,
 )
+from distillery.config.schema.compute import ComputeConfig
 from distillery.config.schema.data import ColumnNames, OwnSplits, RowFilter, SourceConfig, SplitShares
 from distillery.config.schema.evaluate import (
     EvaluateConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "ApiPrice",
     "AugmentConfig",
     "ColumnNames",
+    "ComputeConfig",
     "Count",
     "DIVERGENCES",
     "Digest",

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from distillery.config.schema.augment import AugmentConfig
 from distillery.config.schema.base import Name, Section, SourceName, SplitRef
+from distillery.config.schema.compute import ComputeConfig
 from distillery.config.schema.data import OwnSplits, SourceConfig
 from distillery.config.schema.evaluate import EvaluateConfig, RecipeConfig, SearchConfig
 from distillery.config.schema.models import ModelConfig
@@ -32,6 +33,8 @@ class Params(Section):
     """Students by name."""
     evaluate: EvaluateConfig
     """How students and teachers are scored and compared."""
+    compute: ComputeConfig = ComputeConfig()
+    """On what the training of students runs."""
     search: SearchConfig | None = None
     """A search for settings of one phase, see `distillery search`."""
     recipe: RecipeConfig | None = None

@@ -1,0 +1,88 @@
+"""One of the processes that train a student together.
+
+A launcher starts it, on one machine or on several that share the repository's folder:
+
+    torchrun --nproc-per-node 4 -m distillery.training.worker tiny-kd 0
+
+The notebook 04_distill starts it in this way where `compute.processes` is more than 1, and goes on with the files that
+it leaves. Each finished phase has a folder, so the stage continues after processes that a scheduler started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import psutil
+
+from distillery.errors import UserError
+from distillery.files import repository_root
+from distillery.training.launch import MISTAKE, STARTED_BY
+from distillery.training.processes import first_process_first, join_processes, process_count, process_rank
+from distillery.training.student_inputs import StudentInputs
+
+
+def end_with(pid: int) -> None:
+    """End this process soon after the process `pid`: when the notebook is killed, nothing may go on training."""
+    try:
+        starter = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        os._exit(1)
+
+    def watch() -> None:
+        while starter.is_running() and starter.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_together(train: Callable[[], None]) -> None:
+    """Run `train` in this process and the others that its launcher started; the first one alone prints.
+
+    A user's mistake ends all of them; its message is left for the process that started them, or printed.
+    """
+    if STARTED_BY in os.environ:
+        end_with(int(os.environ[STARTED_BY]))
+    try:
+        with join_processes(), open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout) as shown:
+            sys.stdout = nowhere if process_rank() else shown
+            train()
+    except UserError as mistake:
+        if MISTAKE in os.environ:
+            Path(os.environ[MISTAKE]).write_text(str(mistake), encoding="utf-8")
+        else:
+            print(f"error: {mistake}", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(1)  # the others wait in an exchange, and would hold up an orderly end
+
+
+def train_student(student: str, seed: int, folder: Path | None) -> None:
+    """Train `student` with `seed` through all its phases; what each leaves behind is in `folder`.
+
+    None: in the folder where the notebook looks for it.
+    """
+    inputs = StudentInputs(repository_root(), student)
+    with first_process_first():  # it may fetch the model
+        learner = inputs.build(seed)
+    inputs.train(learner, seed, folder or inputs.checkpoints(learner, seed, process_count()))
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(prog="python -m distillery.training.worker", description=__doc__.splitlines()[0])
+    parser.add_argument("student")
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--folder", type=Path, help="where checkpoints and finished phases are")
+    arguments = parser.parse_args()
+    run_together(lambda: train_student(arguments.student, arguments.seed, arguments.folder))
+
+
+if __name__ == "__main__":
+    main()
