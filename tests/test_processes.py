@@ -5,8 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import re
 import shutil
+import signal
 import socket
+import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +23,16 @@ import pytest
 import torch
 
 import tiny
-from distillery.config.load import load_params
+from distillery.config.schema import ComputeConfig
 from distillery.errors import UserError
+from distillery.pipeline.environment import ENVIRONMENT
 from distillery.training import trainers
+from distillery.training.launch import run_processes
 from distillery.training.processes import join_processes, process_count, process_rank
 from distillery.training.rows import phase_rows
 from distillery.training.run import train_phase, validation_rows
 from distillery.training.shared_steps import share_rows
+from distillery.training.worker import run_together
 from forked import fork_context
 from test_training import LABELS, SHORT, WORDS, learner, openable_teachers, phase, toy
 
@@ -52,6 +60,9 @@ CASES = {
     "hidden states": Case("classifier", {"ce": 0.5, "pkd": 0.5}, {"batch_size": 6, "layers": "skip"}, task=SHORT),
     "early stopping": Case("classifier", {"ce": 1.0}, {"batch_size": 8} | STOPPED),
 }
+
+
+KILLED = Case("classifier", {"ce": 1.0}, {"batch_size": 4, "steps": 15}, {"dropout": True})
 
 
 def train_case(case: Case, models: Path, folder: Path, rows: int = 22, **more: Any) -> dict[str, Any]:
@@ -126,6 +137,7 @@ def continue_from(checkpoint: Path, models: Path, folder: Path) -> dict[str, Any
 def shared_work(models: Path, folder: Path, alone: Path) -> dict[str, dict[str, Any]]:
     """What the two processes of this file do."""
     results = train_all(models, folder)
+    results["unbroken"] = train_case(KILLED, models, folder / "unbroken")
     results["continued"] = continue_from(alone / "causal/checkpoint-3", models, folder / "continued")
     return results
 
@@ -188,10 +200,45 @@ def test_the_shares_of_a_step_are_its_rows(count, batch_size):
     assert max(sizes) - min(sizes) <= 2  # one row of each kind
 
 
-def test_a_term_that_does_not_add_up_is_refused(tmp_path):
-    text = (tiny.ROOT / "tests/smoke.yaml").read_text(encoding="utf-8")
-    (tmp_path / "params.yaml").write_text(f"{text}\ncompute: {{processes: 2}}\n", encoding="utf-8")
-    assert load_params(tmp_path / "params.yaml").compute.processes == 2
-    (tmp_path / "params.yaml").write_text(f"{text}\ncompute: {{processes: 0}}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"params.yaml: compute.processes: .*"):
-        load_params(tmp_path / "params.yaml")
+def kill_at_a_checkpoint(folder: Path) -> None:
+    """SIGKILL the second process as soon as a whole checkpoint is there."""
+    end = time.monotonic() + 120
+    while not (folder / "run/checkpoint-3/trainer_state.json").exists():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    os.kill(int((folder / "pid-1").read_text()), signal.SIGKILL)
+
+
+def test_a_killed_process_is_named_and_the_run_continues(two, tiny_models, tmp_path, monkeypatch, capsys):
+    """As if nothing had happened: to the bit, with dropout."""
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+    monkeypatch.setenv("DISTILLERY_DTYPES", '{"training": "float32", "prediction": "float32"}')
+    monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT / "tests"))
+    watch = threading.Thread(target=kill_at_a_checkpoint, args=(folder,))
+    watch.start()
+    with pytest.raises(UserError) as error:
+        run_processes(ComputeConfig(processes=2), "test_processes", [str(tiny_models), str(folder)], "tiny")
+    watch.join()
+    assert str(error.value) == (
+        "tiny: process 1 of 2, counted from 0, was ended by SIGKILL (out of memory?); run again: it continues from the "
+        "last checkpoint"
+    )
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"training: a checkpoint takes", shown)) == 1, shown  # the first process alone prints
+    first, _ = in_processes(2, train_case, KILLED, tiny_models, folder / "run", folder=tmp_path / "again")
+    assert {path.name for path in (folder / "run").iterdir()} == {"checkpoint-12", "checkpoint-15"}
+    for name, weight in two[0][0]["unbroken"]["weights"].items():
+        assert torch.equal(first["weights"][name], weight), name
+
+
+def run_by_the_launcher(models: str, folder: str) -> None:
+    """Runs in each process that torchrun starts."""
+    (Path(folder) / f"pid-{process_rank()}").write_text(str(os.getpid()))
+    train_case(KILLED, Path(models), Path(folder) / "run")
+
+
+if __name__ == "__main__":
+    run_together(lambda: run_by_the_launcher(*sys.argv[1:]))
