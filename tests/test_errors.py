@@ -104,6 +104,10 @@ def setting(key: str, value: Any) -> Callable[[Path], None]:
     return change
 
 
+def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda repo: [change(repo) for change in changes] and None
+
+
 def in_corpus(edit: Callable[[list[bytes]], list[bytes]]) -> Callable[[Path], None]:
     """Edit the lines of the data file."""
 
@@ -263,6 +267,30 @@ CASES = [
         setting("students/tiny-kd/model", "tiny-brt"),
         STRIP,
         pattern("params.yaml: students.tiny-kd.model: unknown model `tiny-brt`; known: tiny-llama, tiny-bert"),
+    ),
+    Case(
+        "a term of the loss that does not add up over processes",
+        both(
+            setting("compute", {"processes": 2}),
+            setting("students/tiny-kd/phases/1/loss", {"ce": 1.0, "label_prior": 0.1}),
+        ),
+        STRIP,
+        pattern(
+            "params.yaml: students.tiny-kd.phases.1.loss.label_prior: it is a mean over the rows of one process, …; "
+            "set `compute.processes: 1`"
+        ),
+    ),
+    Case(
+        "a strategy that is not there",
+        setting("compute", {"processes": 2, "strategy": "fsdp"}),
+        STRIP,
+        pattern("params.yaml: compute.strategy: must be 'ddp', not 'fsdp'"),
+    ),
+    Case(
+        "a configuration of accelerate that is not there",
+        setting("compute", {"processes": 2, "config": "cluster.yaml"}),
+        STRIP,
+        pattern("params.yaml: compute.config: cluster.yaml: no such file"),
     ),
     Case(
         "a task without a file",

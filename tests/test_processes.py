@@ -25,6 +25,7 @@ import torch
 import tiny
 from distillery.config.schema import ComputeConfig
 from distillery.errors import UserError
+from distillery.models.forward_check import KEEP_CHECKS
 from distillery.pipeline.environment import ENVIRONMENT
 from distillery.training import trainers
 from distillery.training.launch import run_processes
@@ -214,7 +215,8 @@ def test_a_killed_process_is_named_and_the_run_continues(two, tiny_models, tmp_p
     folder = tmp_path / "killed"
     folder.mkdir()
     for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, os.environ.get(name, value))
+        if name != KEEP_CHECKS:
+            monkeypatch.setenv(name, os.environ.get(name, value))
     monkeypatch.setenv("DISTILLERY_DTYPES", '{"training": "float32", "prediction": "float32"}')
     monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT / "tests"))
     watch = threading.Thread(target=kill_at_a_checkpoint, args=(folder,))

@@ -32,6 +32,8 @@ def check_references(params: Params, file: str, folder: Path) -> None:
     for name, student in params.students.items():
         _check_student(params, f"{file}: students.{name}", name, student)
     _check_evaluation(params, file)
+    if params.compute.config and not (folder / params.compute.config).exists():
+        raise UserError(f"{file}: compute.config: {params.compute.config}: no such file")
     if len(set(params.seeds)) != len(params.seeds):
         raise UserError(f"{file}: seeds: each seed once, not {params.seeds}")
 
@@ -131,6 +133,9 @@ def _check_student(params: Params, place: str, name: str, student: StudentConfig
         refs = _check_phase_data(params, f"{place}.phases.{i}", phase)
         tasks |= {params.data[ref.source].task for ref in refs}
         _check_terms(params, f"{place}.phases.{i}", student, phase)
+        if "label_prior" in phase.loss and params.compute.processes > 1:
+            reason = "it is a mean over the rows of one process, which does not add up over several"
+            raise UserError(f"{place}.phases.{i}.loss.label_prior: {reason}; set `compute.processes: 1`")
         _check_phase_teachers(params, f"{place}.phases.{i}", phase, refs)
     if len(tasks) > 1:
         raise UserError(f"{place}.phases: one task only, not {', '.join(sorted(tasks))}")

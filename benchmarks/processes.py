@@ -1,0 +1,167 @@
+"""A training step on two processes of one thread, against one process of one thread.
+
+    PYTHONPATH=src OMP_NUM_THREADS=1 python benchmarks/processes.py [rounds, 2 by default]
+
+The same global batch and seed, in float32 and in bfloat16: a classifier (MiniLM's layers 0, 2 and 5, cross-entropy and
+KL over the labels, batch of 32) and a causal student (SmolLM2's first 15 layers, LoRA r 16 on all linear layers, JSD
+over the vocabulary, batch of 8), on rows of the finance corpus. Dropout is off, since it differs by process. The two
+take turns; each is started by the launcher of `compute.processes`, and its first two steps are not counted. The
+teacher's outputs are computed before.
+
+Prints seconds a step (the median), the ratio, the largest memory of a process, and the largest relative difference of
+the loss of a step. It needs two idle cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import TrainerCallback
+
+from distillery.config.load import load_params
+from distillery.config.schema import ComputeConfig, PhaseConfig, StudentConfig
+from distillery.files import repository_root
+from distillery.models.fetch import fetch_model
+from distillery.models.label_model import LabelModel
+from distillery.models.load import load_model, load_tokenizer
+from distillery.tasks.schema import Task, load_task
+from distillery.training import trainers
+from distillery.training.launch import run_processes
+from distillery.training.openable_teachers import OpenableTeacher
+from distillery.training.processes import gather, process_rank
+from distillery.training.rows import TrainingRows
+from distillery.training.student import build_student
+from distillery.training.worker import run_together
+
+COUNTS, UNCOUNTED = (1, 2), 2
+STUDENTS: dict[str, dict[str, Any]] = {
+    "classifier": {"model": "minilm-l6", "arch": "classifier", "init": {"layers": [0, 2, 5]}, "phases": []},
+    "causal": {
+        "model": "smollm2",
+        "arch": "causal",
+        "prompt": "plain",
+        "init": {"layers": "first-15"},
+        "adapter": {"kind": "lora", "r": 16},
+        "phases": [],
+    },
+}
+PHASES: dict[str, dict[str, Any]] = {
+    "classifier": {"loss": {"ce": 0.5, "kl": 0.5}, "temperature": 2.0, "batch_size": 32, "steps": 30},
+    "causal": {"loss": {"jsd": 1.0}, "space": "vocabulary", "batch_size": 8, "steps": 12},
+}
+ROWS = {"classifier": 640, "causal": 48}
+
+
+class StepClock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def rows_of(task: Task, n: int) -> TrainingRows:
+    """Rows of the finance corpus, with drawn distributions of a teacher."""
+    lines = (repository_root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:n]
+    examples = [json.loads(line) for line in lines]
+    rows = TrainingRows(
+        [row["text"] for row in examples], np.array([task.names.index(row["label"]) for row in examples])
+    )
+    rows.logprobs = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(len(task.names)), n)).log().float()
+    rows.teacher_weights = {"teacher": torch.ones(n, dtype=torch.double)}
+    return rows
+
+
+def train(kind: str, dtype: str, folder: str) -> None:
+    """Runs in each process: train the student `kind`, and write its times, losses and memory to `folder`."""
+    params, task = load_params(), load_task("finance-sentiment")
+    spec = StudentConfig.model_validate(STUDENTS[kind] | {"dtype": dtype})
+    model_folder = fetch_model(spec.model, params.models[spec.model])
+    student = build_student(spec, model_folder, task, 0)
+    for module in student.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+    def open_teacher(fold: int) -> LabelModel:
+        model = load_model(model_folder, spec.arch, labels=task.names, seed=1)
+        return LabelModel(model, load_tokenizer(model_folder), task, spec.arch, prompt=spec.prompt)
+
+    phase = {"data": ["finance/train"], "teachers": ["teacher"], "learning_rate": 1e-4, **PHASES[kind]}
+    trainers.LOG_EVERY, clock = 1, StepClock()
+    trainer = trainers.build_trainer(
+        student,
+        rows_of(task, ROWS[kind]),
+        PhaseConfig.model_validate(phase),
+        folder=Path(folder) / "run",
+        seed=0,
+        title=kind,
+        checkpoint_every=10**6,
+        teachers={"teacher": OpenableTeacher(open_teacher, [kind], 0, Path(folder).parent / "signals")},
+    )
+    trainer.add_callback(clock)
+    trainer.train()
+    memory = gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024))
+    if process_rank() == 0:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        seconds = np.diff(clock.ends)[UNCOUNTED - 1 :].tolist()
+        (Path(folder) / "result.json").write_text(json.dumps({"s": seconds, "loss": losses, "memory": max(memory)}))
+
+
+def measure(kind: str, dtype: str, count: int, folder: Path) -> dict[str, Any]:
+    """The results of :func:`train` on `count` processes."""
+    folder.mkdir(parents=True)
+    run_processes(ComputeConfig(processes=count), "processes", [kind, dtype, str(folder)], kind)
+    return json.loads((folder / "result.json").read_text())
+
+
+def main() -> None:
+    """Measure all students, `rounds` times, and print the table."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    table = []
+    for kind in STUDENTS:
+        for dtype in ("float32", "bfloat16"):
+            with tempfile.TemporaryDirectory() as scratch:
+                results = {
+                    (turn, count): measure(kind, dtype, count, Path(scratch) / f"{turn}-{count}")
+                    for turn in range(-1, rounds)  # the first turn computes what is kept
+                    for count in COUNTS
+                    if turn >= 0 or count == 1
+                }
+            one, two = (median(s for turn in range(rounds) for s in results[turn, count]["s"]) for count in COUNTS)
+            losses = [np.array(results[0, count]["loss"]) for count in COUNTS]
+            table.append(
+                {
+                    "student": kind,
+                    "products": dtype,
+                    "one, s a step": f"{one:.3f}",
+                    "two, s a step": f"{two:.3f}",
+                    "ratio": f"{one / two:.2f}",
+                    "MB, one": f"{results[0, 1]['memory']:.0f}",
+                    "MB, each of two": f"{results[0, 2]['memory']:.0f}",
+                    "loss, relative": f"{np.abs(losses[1] / losses[0] - 1).max():.1e}",
+                }
+            )
+    print(f"threads of a process: {torch.get_num_threads()}")
+    print(pd.DataFrame(table).to_string(index=False))
+    print("ratio:", min(float(row["ratio"]) for row in table))
+
+
+if __name__ == "__main__":
+    if "LOCAL_RANK" in os.environ:
+        run_together(lambda: train(*sys.argv[1:]))
+    else:
+        main()
