@@ -7,9 +7,7 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,25 +17,30 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
+import stages
 import tiny
-from distillery.config.schema import ComputeConfig
+from distillery.config.load import load_params
 from distillery.errors import UserError
-from distillery.models.forward_check import KEEP_CHECKS
 from distillery.pipeline.environment import ENVIRONMENT
+from distillery.pipeline.inputs import write_student_inputs
+from distillery.pipeline.strip import run_strip
 from distillery.training import trainers
-from distillery.training.launch import run_processes
+from distillery.training.launch import MISTAKE, describe_failure
 from distillery.training.processes import join_processes, process_count, process_rank
 from distillery.training.rows import phase_rows
 from distillery.training.run import train_phase, validation_rows
 from distillery.training.shared_steps import share_rows
-from distillery.training.worker import run_together
+from distillery.training.student_inputs import StudentInputs
+from distillery.training.worker import run_together, train_student
 from forked import fork_context
 from test_training import LABELS, SHORT, WORDS, learner, openable_teachers, phase, toy
 
 LORA = {"adapter": {"kind": "lora", "r": 4}}
+PATIENCE = 300  # seconds for what takes a few on an idle machine
 STOPPED = {"early_stopping": {"every": 1, "patience": 2, "metric": "accuracy"}, "steps": 12}
 
 
@@ -61,9 +64,6 @@ CASES = {
     "hidden states": Case("classifier", {"ce": 0.5, "pkd": 0.5}, {"batch_size": 6, "layers": "skip"}, task=SHORT),
     "early stopping": Case("classifier", {"ce": 1.0}, {"batch_size": 8} | STOPPED),
 }
-
-
-KILLED = Case("classifier", {"ce": 1.0}, {"batch_size": 4, "steps": 15}, {"dropout": True})
 
 
 def train_case(case: Case, models: Path, folder: Path, rows: int = 22, **more: Any) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def in_processes(count: int, function: Callable[..., Any], *arguments: Any, fold
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0] * count
     return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(count)]
 
@@ -138,7 +138,6 @@ def continue_from(checkpoint: Path, models: Path, folder: Path) -> dict[str, Any
 def shared_work(models: Path, folder: Path, alone: Path) -> dict[str, dict[str, Any]]:
     """What the two processes of this file do."""
     results = train_all(models, folder)
-    results["unbroken"] = train_case(KILLED, models, folder / "unbroken")
     results["continued"] = continue_from(alone / "causal/checkpoint-3", models, folder / "continued")
     return results
 
@@ -201,46 +200,130 @@ def test_the_shares_of_a_step_are_its_rows(count, batch_size):
     assert max(sizes) - min(sizes) <= 2  # one row of each kind
 
 
-def kill_at_a_checkpoint(folder: Path) -> None:
-    """SIGKILL the second process as soon as a whole checkpoint is there."""
-    end = time.monotonic() + 120
-    while not (folder / "run/checkpoint-3/trainer_state.json").exists():
+# ------------------------------------------------------------------------- the stage, and a process that is killed
+
+
+@pytest.fixture
+def repo(tiny_models, tmp_path, monkeypatch) -> Path:
+    """An experiment whose student `tiny-gold` is about to be trained by two processes."""
+    repo = tiny.experiment(tmp_path / "repo", tiny_models)
+    text = (repo / "params.yaml").read_text(encoding="utf-8")
+    text = text.replace("  tiny-gold:\n", "  tiny-gold:\n    checkpoint_every: 3\n").replace("steps: 6", "steps: 15")
+    (repo / "params.yaml").write_text(f"{text}\ncompute: {{processes: 2}}\n", encoding="utf-8")
+    monkeypatch.chdir(repo)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+    monkeypatch.setenv("DISTILLERY_DTYPES", '{"training": "float32", "prediction": "float32"}')
+    run_strip()
+    tiny.prepare_data(repo)
+    params = load_params()
+    write_student_inputs(repo, params.model_copy(update={"students": {"tiny-gold": params.students["tiny-gold"]}}))
+    return repo
+
+
+def kill_at_a_checkpoint(folder: Path, rank: int) -> None:
+    """SIGKILL the process of this `rank` as soon as `folder` holds a whole checkpoint."""
+    end = time.monotonic() + PATIENCE
+    while not list(folder.glob("checkpoints-1/checkpoint-*/trainer_state.json")):
         assert time.monotonic() < end
         time.sleep(0.001)
-    os.kill(int((folder / "pid-1").read_text()), signal.SIGKILL)
+    processes = [process for process in psutil.Process().children(recursive=True) if process.is_running()]
+    (killed,) = [process for process in processes if process.environ().get("RANK") == str(rank)]
+    killed.kill()
 
 
-def test_a_killed_process_is_named_and_the_run_continues(two, tiny_models, tmp_path, monkeypatch, capsys):
-    """As if nothing had happened: to the bit, with dropout."""
-    folder = tmp_path / "killed"
-    folder.mkdir()
-    for name, value in ENVIRONMENT.items():
-        if name != KEEP_CHECKS:
-            monkeypatch.setenv(name, os.environ.get(name, value))
-    monkeypatch.setenv("DISTILLERY_DTYPES", '{"training": "float32", "prediction": "float32"}')
-    monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT / "tests"))
-    watch = threading.Thread(target=kill_at_a_checkpoint, args=(folder,))
+def go_on_and_begin_anew(repo: Path) -> None:
+    """What two processes of a scheduler do: continue the training of the student, and train it in another folder."""
+    os.chdir(repo)
+    train_student("tiny-gold", 0, None)
+    train_student("tiny-gold", 0, repo / "unbroken")
+
+
+def test_a_killed_process_is_named_and_the_run_continues(repo, capsys):
+    """To the bit, with dropout. Then the notebook goes on with what the processes have left."""
+    inputs, params = StudentInputs(repo, "tiny-gold"), load_params()
+    folder = inputs.checkpoints(inputs.build(0), 0, processes=2)
+    watch = threading.Thread(target=kill_at_a_checkpoint, args=(folder, 1))
     watch.start()
     with pytest.raises(UserError) as error:
-        run_processes(ComputeConfig(processes=2), "test_processes", [str(tiny_models), str(folder)], "tiny")
+        inputs.train_in_processes(params.compute, 0, folder)
     watch.join()
     assert str(error.value) == (
-        "tiny: process 1 of 2, counted from 0, was ended by SIGKILL (out of memory?); run again: it continues from the "
-        "last checkpoint"
+        "tiny-gold, seed 0: process 1 of 2, counted from 0, was ended by SIGKILL (out of memory?); run again: it "
+        "continues from the last checkpoint"
     )
-    shown = capsys.readouterr().out
-    assert len(re.findall(r"training: a checkpoint takes", shown)) == 1, shown  # the first process alone prints
-    first, _ = in_processes(2, train_case, KILLED, tiny_models, folder / "run", folder=tmp_path / "again")
-    assert {path.name for path in (folder / "run").iterdir()} == {"checkpoint-12", "checkpoint-15"}
-    for name, weight in two[0][0]["unbroken"]["weights"].items():
-        assert torch.equal(first["weights"][name], weight), name
+    lines = re.findall(r"phase 1 of 1: a checkpoint takes", capsys.readouterr().out)
+    assert len(lines) == 1  # the first process alone prints
+    assert {path.name for path in folder.iterdir()} == {"phase-0", "checkpoints-1"}
+    in_processes(2, go_on_and_begin_anew, repo, folder=repo / "results")
+    names = ["phase-0", "phase-1"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for file in [f"{name}/{file}" for name in names for file in ("weights.safetensors", "history.csv")]:
+        assert (folder / file).read_bytes() == (repo / "unbroken" / file).read_bytes(), file
+    expected = pd.read_csv(folder / "phase-1/history.csv")
+    inputs.train_in_processes(params.compute, 0, folder)  # nothing is left to do
+    stages.run_notebook(repo, "04_distill", student="tiny-gold", seed=0)
+    pd.testing.assert_frame_equal(pd.read_csv("runs/tiny-gold-0/history.csv").drop(columns="phase"), expected)
+    assert not folder.exists()
+
+    # one process never finds what several left, unless it is the only thing there
+    learner = inputs.build(0)
+    alone = inputs.checkpoints(learner, 0, processes=1)
+    assert alone != folder == inputs.checkpoints(learner, 0, processes=3)
+    folder.mkdir()
+    assert inputs.checkpoints(learner, 0, processes=1) == folder
+    alone.mkdir()
+    assert [inputs.checkpoints(learner, 0, count) for count in (1, 2)] == [alone, folder]
 
 
-def run_by_the_launcher(models: str, folder: str) -> None:
-    """Runs in each process that torchrun starts."""
-    (Path(folder) / f"pid-{process_rank()}").write_text(str(os.getpid()))
-    train_case(KILLED, Path(models), Path(folder) / "run")
+def make_a_mistake() -> None:
+    raise UserError("phases: not so")
 
 
-if __name__ == "__main__":
-    run_together(lambda: run_by_the_launcher(*sys.argv[1:]))
+def test_a_mistake_in_a_process_is_left_for_the_one_that_started_it(tmp_path):
+    process = fork_context().Process(target=fail_in_a_process, args=(str(tmp_path / "mistake"),))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 1 and (tmp_path / "mistake").read_text() == "phases: not so"
+
+
+def fail_in_a_process(mistake: str) -> None:
+    """Runs in a process of its own."""
+    os.environ[MISTAKE] = mistake
+    run_together(make_a_mistake)
+
+
+REPORT = """
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+Failures:
+[1]:
+  time      : 2026-01-01_00:00:00
+  host      : localhost
+  rank      : {other} (local_rank: 0)
+  exitcode  : {code} (pid: 11)
+  error_file: <N/A>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-01_00:00:00
+  host      : localhost
+  rank      : 2 (local_rank: 2)
+  exitcode  : 1 (pid: 12)
+  error_file: <N/A>
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (-9, "t: process 3 of 4, counted from 0, was ended by SIGKILL (out of memory?); run again: …"),
+        (-11, "t: process 3 of 4, counted from 0, was ended by SIGSEGV; run again: …"),
+        (-15, "t: a process failed:…"),
+        (1, "t: a process failed:…"),
+    ],
+)
+def test_a_killed_process_is_named_whichever_failed_first(code, message):
+    """The others fail in their next exchange with it, often before the launcher looks."""
+    failure = describe_failure(REPORT.format(other=3, code=code), 4, "t")
+    assert str(failure).startswith(message.removesuffix("…"))
+    assert isinstance(failure, UserError) == (code in (-9, -11))

@@ -75,11 +75,14 @@ def run_processes(compute: ComputeConfig, module: str, arguments: Sequence[str],
         if mistake.exists():
             raise UserError(mistake.read_text(encoding="utf-8"))
         if code:
-            raise _failure(errors.read_text(encoding="utf-8", errors="replace"), compute.processes, title)
+            raise describe_failure(errors.read_text(encoding="utf-8", errors="replace"), compute.processes, title)
 
 
-def _failure(report: str, processes: int, title: str) -> Exception:
-    """The exception for processes that failed with the error output `report`."""
+def describe_failure(report: str, processes: int, title: str) -> Exception:
+    """The exception for `processes` that failed with the error output `report`: a UserError if one was killed.
+
+    title: of the training, the start of the message.
+    """
     # when one is killed, the others fail in the next exchange with it, and the launcher ends what is left
     codes = {int(rank): int(code) for rank, code in FAILURE.findall(report)}
     killed = {rank: -code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}

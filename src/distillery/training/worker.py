@@ -27,6 +27,8 @@ from distillery.training.launch import MISTAKE, STARTED_BY
 from distillery.training.processes import first_process_first, join_processes, process_count, process_rank
 from distillery.training.student_inputs import StudentInputs
 
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # of the environment, set by `accelerate launch`
+
 
 def end_with(pid: int) -> None:
     """End this process soon after the process `pid`: when the notebook is killed, nothing may go on training."""
@@ -46,11 +48,16 @@ def end_with(pid: int) -> None:
 def run_together(train: Callable[[], None]) -> None:
     """Run `train` in this process and the others that its launcher started; the first one alone prints.
 
-    A user's mistake ends all of them; its message is left for the process that started them, or printed.
+    A user's mistake, such as a launcher that shards the model, ends all of them; its message is left for the process
+    that started them, or printed.
     """
     if STARTED_BY in os.environ:
         end_with(int(os.environ[STARTED_BY]))
     try:
+        if any(os.environ.get(name, "").lower() in ("true", "1") for name in SHARDING):
+            raise UserError(
+                "compute.config: it shards the model (FSDP or DeepSpeed); every process has to hold all of it"
+            )
         with join_processes(), open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout) as shown:
             sys.stdout = nowhere if process_rank() else shown
             train()
