@@ -24,10 +24,14 @@ import torch
 import stages
 import tiny
 from distillery.config.load import load_params
+from distillery.config.schema import ComputeConfig
+from distillery.data.storage import read_task
 from distillery.errors import UserError
 from distillery.pipeline.environment import ENVIRONMENT
 from distillery.pipeline.inputs import write_student_inputs
 from distillery.pipeline.strip import run_strip
+from distillery.teachers import finetune
+from distillery.teachers.worker import tune_teacher
 from distillery.training import trainers
 from distillery.training.launch import MISTAKE, describe_failure
 from distillery.training.processes import join_processes, process_count, process_rank
@@ -274,6 +278,36 @@ def test_a_killed_process_is_named_and_the_run_continues(repo, capsys):
     assert inputs.checkpoints(learner, 0, processes=1) == folder
     alone.mkdir()
     assert [inputs.checkpoints(learner, 0, count) for count in (1, 2)] == [alone, folder]
+
+
+def tune_in(repo: Path, folder: Path) -> None:
+    """What each process that 02_teach starts does."""
+    os.chdir(repo)
+    tune_teacher(folder)
+
+
+def test_a_teacher_is_tuned_as_by_one_process(repo, monkeypatch):
+    params, rows = load_params(), pd.read_parquet("data/processed/finance/train.parquet")
+    task, trained = read_task(repo / "data/processed/finance"), []
+    monkeypatch.setattr(  # the launcher has its test above
+        finetune,
+        "run_processes",
+        lambda compute, module, arguments, title: in_processes(
+            compute.processes, tune_in, repo, Path(arguments[0]), folder=repo / "results"
+        ),
+    )
+    for processes in (1, 2):
+        settings = params.model_copy(update={"compute": ComputeConfig(processes=processes)})
+        teacher, history = finetune.finetune_teacher("lm", settings, task, rows, folder=repo / "checkpoints")
+        weights = {name: p.detach() for name, p in teacher.model.named_parameters() if p.requires_grad}
+        trained.append((history, weights, teacher.predict(rows["text"].tolist())))
+    (history, weights, predictions), (other_history, other_weights, other_predictions) = trained
+    pd.testing.assert_frame_equal(other_history, history, rtol=1e-6)
+    np.testing.assert_allclose(other_predictions, predictions, atol=1e-6)
+    moved = [name for name, weight in weights.items() if ".lora_B." in name and weight.abs().max() > 1e-4]
+    assert moved and other_weights.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert torch.allclose(other_weights[name], weight, atol=1e-5), name
 
 
 def make_a_mistake() -> None:

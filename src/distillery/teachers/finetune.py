@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,13 @@ from distillery.models.packed.frozen_layers import SharedStates
 from distillery.tasks.schema import Task
 from distillery.teachers.local import LocalTeacher
 from distillery.teachers.signals import KEYS, label_rows
+from distillery.training.launch import run_processes
 from distillery.training.rows import gold_rows
-from distillery.training.run import run_key, train_phase, validation_rows
+from distillery.training.run import load_weights, run_key, train_phase, validation_rows
 from distillery.training.student import attach_adapters
 from distillery.training.teacher_models import load_teacher_model
+
+TUNING, WEIGHTS, HISTORY = "tuning.pickle", "weights.safetensors", "history.csv"  # files of a training in processes
 
 
 def finetune_teacher(
@@ -41,11 +46,10 @@ def finetune_teacher(
     stopping scores. shared: states of the layers below all adapters, for the next model on some of these rows; give it
     to the model on all gold rows first.
     """
-    spec = params.teachers[name]
-    teacher = load_teacher_model(name, spec, params.models[spec.model], task, use="training")
-    teacher.model = attach_adapters(teacher.model, spec.finetune.lora, teacher.arch, spec.seed)
+    spec, teacher = params.teachers[name], build_teacher(name, params, task)
     columns = ["id", "text", "label", *(["answers"] if task.kind == "qa" else [])]
     watched = validation if spec.finetune.stopping else None
+    together = params.compute.processes > 1
     key = run_key(
         spec.model_dump(),
         str(teacher.dtype),
@@ -54,18 +58,63 @@ def finetune_teacher(
         part,
         rows[columns].to_csv(),
         *([] if watched is None else [watched[columns].to_csv()]),
+        threads=0 if together else None,
     )
-    history = train_phase(
-        teacher,
-        gold_rows(rows, task),
-        spec.finetune.as_phase(),
-        folder=folder / key,
-        seed=spec.seed,
-        title=f"{name} on {part}",
-        validation=None if watched is None else validation_rows(watched, task),
-        shared=shared,
-    )
-    return teacher, history
+    tuning = Tuning(name, part, task, rows, watched)
+    if not together:
+        return teacher, tuning.train(teacher, params, folder / key, shared)
+    del teacher  # its memory is for the processes that train
+    finished = tuning.train_in_processes(params, folder / f"together-{key}")
+    teacher = build_teacher(name, params, task)
+    load_weights(teacher.model, finished / WEIGHTS)
+    return teacher, pd.read_csv(finished / HISTORY)
+
+
+def build_teacher(name: str, params: Params, task: Task) -> LabelModel:
+    """The teacher `name` before its first step, with its adapters if it has any."""
+    spec = params.teachers[name]
+    teacher = load_teacher_model(name, spec, params.models[spec.model], task, use="training")
+    teacher.model = attach_adapters(teacher.model, spec.finetune.lora, teacher.arch, spec.seed)
+    return teacher
+
+
+@dataclass
+class Tuning:
+    """The fine-tuning of teacher `name` on gold `rows`, which messages call `part`. watched: rows of early stopping."""
+
+    name: str
+    part: str
+    task: Task
+    rows: pd.DataFrame
+    watched: pd.DataFrame | None
+
+    def train(
+        self, teacher: LabelModel, params: Params, folder: Path, shared: SharedStates | None = None
+    ) -> pd.DataFrame:
+        """Train `teacher` in place, with checkpoints in `folder`; its history."""
+        spec = params.teachers[self.name]
+        return train_phase(
+            teacher,
+            gold_rows(self.rows, self.task),
+            spec.finetune.as_phase(),
+            folder=folder,
+            seed=spec.seed,
+            title=f"{self.name} on {self.part}",
+            validation=None if self.watched is None else validation_rows(self.watched, self.task),
+            shared=shared,
+        )
+
+    def train_in_processes(self, params: Params, folder: Path) -> Path:
+        """Train in the processes of `params.compute`; the folder with the weights and the history that they leave.
+
+        The processes read this object from `folder`, where their checkpoints are, too.
+        """
+        finished = folder / "finished"
+        if not (finished / HISTORY).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / TUNING).write_bytes(pickle.dumps(self))
+            run_processes(params.compute, "distillery.teachers.worker", [str(folder)], f"{self.name} on {self.part}")
+        return finished
 
 
 def assign_folds(rows: pd.DataFrame, k: int, seed: int, names: Sequence[str] = ()) -> np.ndarray:

@@ -16,7 +16,8 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, distributed
 
-from distillery.models.devices import default_device
+from distillery.errors import UserError
+from distillery.models.devices import VARIABLE, default_device
 from distillery.models.label_model import LabelModel
 from distillery.models.predictions import predict_rows, predict_splits
 
@@ -30,10 +31,19 @@ BUCKET_BYTES = 2**26  # of gradients that are summed in one message
 
 @contextmanager
 def join_processes() -> Iterator[None]:
-    """Take part in the training of the processes that a launcher started, within the context."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before anything is computed on the first GPU
-    PartialState(cpu=default_device().type == "cpu", timeout=PATIENCE)
+    """Take part in the training of the processes that a launcher started, within the context.
+
+    Raises UserError when there are fewer GPUs than processes on this machine.
+    """
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    on_cpu = os.environ.get(VARIABLE) == "cpu" or not gpus
+    if not on_cpu and local_rank >= gpus:
+        raise UserError(f"compute.processes: process {local_rank} of a machine with {gpus} GPUs: each needs its own")
+    if not on_cpu:
+        torch.cuda.set_device(local_rank)  # before anything is computed on the first GPU
+    if default_device().type == "mps":
+        raise UserError(f"compute.processes: Apple's GPU serves one process; set `processes: 1` or {VARIABLE}=cpu")
+    PartialState(cpu=on_cpu, timeout=PATIENCE)
     try:
         yield
     finally:

@@ -200,7 +200,7 @@ def train_phases(
                 shutil.rmtree(folder / f"checkpoints-{k}", ignore_errors=True)
             wait_for_all()
         elif k == finished_phases - 1:
-            _load_phase_weights(student.model, folder / f"phase-{k}" / "weights.safetensors")
+            load_weights(student.model, folder / f"phase-{k}" / "weights.safetensors")
     return _read_phases([folder / f"phase-{k}" for k in range(len(spec.phases) + 1)])
 
 
@@ -226,7 +226,7 @@ def validation_rows(validation: pd.DataFrame, task: Task) -> TrainingRows:
 
 def _save_phase(folder: Path, student: LabelModel, history: pd.DataFrame, predictions: pd.DataFrame) -> None:
     """Write what a finished phase leaves behind; its history last, since it marks the phase as finished."""
-    _save_phase_weights(student.model, folder / "weights.safetensors")
+    save_weights(student.model, folder / "weights.safetensors")
     predictions.to_parquet(folder / "predictions.parquet")
     with atomic_write(folder / "history.csv") as path:
         history.to_csv(path, index=False)
@@ -242,7 +242,8 @@ def _read_phases(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return tables[0], tables[1]
 
 
-def _save_phase_weights(model: Any, path: Path) -> None:
+def save_weights(model: Any, path: Path) -> None:
+    """Write the trained weights of `model` to the file `path`: its adapters, or all where it has none."""
     with atomic_write(path) as scratch:
         if hasattr(model, "peft_config"):
             save_file({k: v.contiguous() for k, v in get_peft_model_state_dict(model).items()}, scratch)
@@ -250,7 +251,8 @@ def _save_phase_weights(model: Any, path: Path) -> None:
             safetensors.torch.save_model(model, str(scratch))
 
 
-def _load_phase_weights(model: Any, path: Path) -> None:
+def load_weights(model: Any, path: Path) -> None:
+    """Give `model` the weights that :func:`save_weights` wrote."""
     if hasattr(model, "peft_config"):
         set_peft_model_state_dict(model, load_file(path))
     else:

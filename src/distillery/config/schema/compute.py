@@ -10,7 +10,7 @@ from distillery.config.schema.base import Section
 
 
 class ComputeConfig(Section):
-    """On what the training of students runs. It changes no result beyond rounding, and reruns no stage."""
+    """On what students and teachers are trained. It changes no result beyond rounding, and reruns no stage."""
 
     processes: Annotated[int, Field(gt=0)] = 1
     """Processes that share the rows of each optimizer step, on machines with GPUs one for each GPU. 1: the process of

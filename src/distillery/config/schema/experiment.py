@@ -34,7 +34,7 @@ class Params(Section):
     evaluate: EvaluateConfig
     """How students and teachers are scored and compared."""
     compute: ComputeConfig = ComputeConfig()
-    """On what the training of students runs."""
+    """On what students and teachers are trained."""
     search: SearchConfig | None = None
     """A search for settings of one phase, see `distillery search`."""
     recipe: RecipeConfig | None = None
