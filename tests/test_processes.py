@@ -30,8 +30,10 @@ from distillery.errors import UserError
 from distillery.pipeline.environment import ENVIRONMENT
 from distillery.pipeline.inputs import write_student_inputs
 from distillery.pipeline.strip import run_strip
-from distillery.teachers import finetune
-from distillery.teachers.worker import tune_teacher
+from distillery.teachers import finetune, labelling
+from distillery.teachers.base import gather_rows, open_teacher
+from distillery.teachers.signals import label_rows
+from distillery.teachers.worker import label_rows_of_teacher, tune_teacher
 from distillery.training import trainers
 from distillery.training.launch import MISTAKE, describe_failure
 from distillery.training.processes import join_processes, process_count, process_rank
@@ -293,7 +295,7 @@ def test_a_teacher_is_tuned_as_by_one_process(repo, monkeypatch):
         finetune,
         "run_processes",
         lambda compute, module, arguments, title: in_processes(
-            compute.processes, tune_in, repo, Path(arguments[0]), folder=repo / "results"
+            compute.processes, tune_in, repo, Path(arguments[1]), folder=repo / "results"
         ),
     )
     for processes in (1, 2):
@@ -308,6 +310,39 @@ def test_a_teacher_is_tuned_as_by_one_process(repo, monkeypatch):
     assert moved and other_weights.keys() == weights.keys()
     for name, weight in weights.items():
         assert torch.allclose(other_weights[name], weight, atol=1e-5), name
+
+
+def label_in(repo: Path, folder: Path) -> None:
+    """What each process that 02_teach starts for the labels does."""
+    os.chdir(repo)
+    label_rows_of_teacher(folder)
+
+
+def test_a_teacher_labels_as_in_one_process(repo, monkeypatch):
+    """Part by part: those that are there are not computed again."""
+    params, task = load_params(), read_task(repo / "data/processed/finance")
+    rows = gather_rows(repo, params, "lm").iloc[:20].reset_index(drop=True)
+    prompting = {"prompt": None, "prior": [0.2, 0.3, 0.5]}
+    monkeypatch.setattr(  # the launcher has its test above
+        labelling,
+        "run_processes",
+        lambda compute, module, arguments, title: in_processes(
+            compute.processes, label_in, repo, Path(arguments[1]), folder=repo / "results"
+        ),
+    )
+    expected = label_rows(open_teacher(repo, "lm", params, task, prompting=prompting), rows, -1, 8)
+    shared = labelling.Labelling("lm", task, rows, None, prompting, rows_per_part=6)
+    signals = shared.label_in_processes(params, repo / "scratch")
+    for both in (expected, signals):
+        both["values"] = [p.tolist() for p in both.pop("probabilities")]
+    np.testing.assert_allclose(signals.pop("values").tolist(), expected.pop("values").tolist(), atol=1e-6)
+    pd.testing.assert_frame_equal(signals, expected)
+    (folder,) = (repo / "scratch").iterdir()
+    assert len(parts := shared.parts(folder)) == 4 and all(part.exists() for part in parts)
+    parts[2].unlink()
+    before = [part.stat().st_mtime_ns for part in (*parts[:2], parts[3])]
+    assert shared.label_in_processes(params, repo / "scratch")["label"].equals(signals["label"])
+    assert parts[2].exists() and before == [part.stat().st_mtime_ns for part in (*parts[:2], parts[3])]
 
 
 def make_a_mistake() -> None:

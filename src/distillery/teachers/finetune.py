@@ -113,7 +113,9 @@ class Tuning:
         if not (finished / HISTORY).exists():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / TUNING).write_bytes(pickle.dumps(self))
-            run_processes(params.compute, "distillery.teachers.worker", [str(folder)], f"{self.name} on {self.part}")
+            run_processes(
+                params.compute, "distillery.teachers.worker", ["tune", str(folder)], f"{self.name} on {self.part}"
+            )
         return finished
 
 

@@ -1,8 +1,8 @@
-"""One of the processes that fine-tune a teacher together; the notebook 02_teach starts them.
+"""One of the processes that fine-tune a local teacher together, or label its rows; the notebook 02_teach starts them.
 
-    torchrun --nproc-per-node 4 -m distillery.teachers.worker FOLDER
+    torchrun --nproc-per-node 4 -m distillery.teachers.worker tune FOLDER
 
-FOLDER is what :meth:`distillery.teachers.finetune.Tuning.train_in_processes` has filled.
+FOLDER is what `Tuning` of `distillery.teachers.finetune`, or `Labelling` of `distillery.teachers.labelling`, has left.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from distillery.config.load import load_params
-from distillery.files import atomic_write
+from distillery.files import atomic_write, repository_root
 from distillery.teachers.finetune import HISTORY, TUNING, WEIGHTS, Tuning, build_teacher
+from distillery.teachers.labelling import LABELLING, Labelling
 from distillery.training.processes import process_rank, wait_for_all
 from distillery.training.run import save_weights
 from distillery.training.worker import run_together
@@ -32,5 +33,13 @@ def tune_teacher(folder: Path) -> None:
     wait_for_all()
 
 
+def label_rows_of_teacher(folder: Path) -> None:
+    """Label this process's share of the rows that `folder` holds, and leave the signals there."""
+    labelling: Labelling = pickle.loads((folder / LABELLING).read_bytes())
+    labelling.label_share(repository_root(), load_params(), folder)
+    wait_for_all()
+
+
 if __name__ == "__main__":
-    run_together(lambda: tune_teacher(Path(sys.argv[1])))
+    work = {"tune": tune_teacher, "label": label_rows_of_teacher}[sys.argv[1]]
+    run_together(lambda: work(Path(sys.argv[2])))

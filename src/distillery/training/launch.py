@@ -62,7 +62,14 @@ def run_processes(compute: ComputeConfig, module: str, arguments: Sequence[str],
         command, environment = launch_command(compute, module, arguments), launch_environment(compute, mistake)
         with errors.open("w") as stderr:
             process = subprocess.Popen(
-                command, cwd=repository_root(), env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True
+                command,
+                cwd=repository_root(),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                encoding="utf-8",
+                errors="replace",
             )
             try:
                 for line in process.stdout or ():
