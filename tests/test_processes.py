@@ -46,7 +46,7 @@ from forked import fork_context
 from test_training import LABELS, SHORT, WORDS, learner, openable_teachers, phase, toy
 
 LORA = {"adapter": {"kind": "lora", "r": 4}}
-PATIENCE = 300  # seconds for what takes a few on an idle machine
+PATIENCE = 1800  # seconds, for what takes a few on an idle machine
 STOPPED = {"early_stopping": {"every": 1, "patience": 2, "metric": "accuracy"}, "steps": 12}
 
 
