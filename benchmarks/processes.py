@@ -1,6 +1,6 @@
 """A training step on two processes of one thread, against one process of one thread.
 
-    PYTHONPATH=src OMP_NUM_THREADS=1 python benchmarks/processes.py [rounds, 2 by default]
+    PYTHONPATH=src OMP_NUM_THREADS=1 python benchmarks/processes.py [rounds, 2 by default] [classifier] [causal]
 
 The same global batch and seed, in float32 and in bfloat16: a classifier (MiniLM's layers 0, 2 and 5, cross-entropy and
 KL over the labels, batch of 32) and a causal student (SmolLM2's first 15 layers, LoRA r 16 on all linear layers, JSD
@@ -128,11 +128,11 @@ def measure(kind: str, dtype: str, count: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all students, `rounds` times, and print the table."""
+    """Measure the students, all by default, `rounds` times, and print the table."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 2
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     table = []
-    for kind in STUDENTS:
+    for kind in sys.argv[2:] or STUDENTS:
         for dtype in ("float32", "bfloat16"):
             with tempfile.TemporaryDirectory() as scratch:
                 results = {
