@@ -349,16 +349,24 @@ def make_a_mistake() -> None:
     raise UserError("phases: not so")
 
 
-def test_a_mistake_in_a_process_is_left_for_the_one_that_started_it(tmp_path):
-    process = fork_context().Process(target=fail_in_a_process, args=(str(tmp_path / "mistake"),))
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "phases: not so"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "compute.config: it shards the model (FSDP or DeepSpeed); every process …"),
+    ],
+)
+def test_a_mistake_in_a_process_is_left_for_the_one_that_started_it(tmp_path, environment, message):
+    here = environment | {MISTAKE: str(tmp_path / "mistake")}
+    process = fork_context().Process(target=fail_in_a_process, args=(here,))
     process.start()
     process.join(PATIENCE)
-    assert process.exitcode == 1 and (tmp_path / "mistake").read_text() == "phases: not so"
+    assert process.exitcode == 1 and (tmp_path / "mistake").read_text().startswith(message.removesuffix("…"))
 
 
-def fail_in_a_process(mistake: str) -> None:
+def fail_in_a_process(environment: dict[str, str]) -> None:
     """Runs in a process of its own."""
-    os.environ[MISTAKE] = mistake
+    os.environ |= environment
     run_together(make_a_mistake)
 
 
