@@ -209,22 +209,30 @@ def test_the_shares_of_a_step_are_its_rows(count, batch_size):
 # ------------------------------------------------------------------------- the stage, and a process that is killed
 
 
-@pytest.fixture
-def repo(tiny_models, tmp_path, monkeypatch) -> Path:
-    """An experiment whose student `tiny-gold` is about to be trained by two processes."""
-    repo = tiny.experiment(tmp_path / "repo", tiny_models)
+@pytest.fixture(scope="module")
+def built(tiny_models, tmp_path_factory) -> Path:
+    """An experiment whose teachers are about to be tuned, and its student `tiny-gold` trained, by two processes."""
+    repo = tiny.experiment(tmp_path_factory.mktemp("together") / "repo", tiny_models)
     text = (repo / "params.yaml").read_text(encoding="utf-8")
     text = text.replace("  tiny-gold:\n", "  tiny-gold:\n    checkpoint_every: 3\n").replace("steps: 6", "steps: 15")
     (repo / "params.yaml").write_text(f"{text}\ncompute: {{processes: 2}}\n", encoding="utf-8")
-    monkeypatch.chdir(repo)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(repo)
+        run_strip()
+        tiny.prepare_data(repo)
+        params = load_params()
+        write_student_inputs(repo, params.model_copy(update={"students": {"tiny-gold": params.students["tiny-gold"]}}))
+    return repo
+
+
+@pytest.fixture
+def repo(built, monkeypatch) -> Path:
+    """The folder of that experiment, in which this process then is, in the environment of a stage."""
+    monkeypatch.chdir(built)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, os.environ.get(name, value))
     monkeypatch.setenv("DISTILLERY_DTYPES", '{"training": "float32", "prediction": "float32"}')
-    run_strip()
-    tiny.prepare_data(repo)
-    params = load_params()
-    write_student_inputs(repo, params.model_copy(update={"students": {"tiny-gold": params.students["tiny-gold"]}}))
-    return repo
+    return built
 
 
 def kill_at_a_checkpoint(folder: Path, rank: int) -> None:
