@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from distillery.config.load import load_params
 from distillery.errors import UserError
 from distillery.files import repository_root
 from distillery.training.launch import MISTAKE, STARTED_BY
@@ -78,7 +79,8 @@ def train_student(student: str, seed: int, folder: Path | None) -> None:
     inputs = StudentInputs(repository_root(), student)
     with first_process_first():  # it may fetch the model
         learner = inputs.build(seed)
-    inputs.train(learner, seed, folder or inputs.checkpoints(learner, seed, process_count()))
+    folder = folder or inputs.checkpoints(learner, seed, process_count())
+    inputs.train(learner, seed, folder, load_params().tracking)
 
 
 def main() -> None:
