@@ -221,6 +221,22 @@ def test_rows_steps_memory_and_disk_by_hand(root):
     assert hours == pytest.approx(flops / (UTILISATION * GPUS["a100-80gb"].half) / 3600)
 
 
+def test_names_may_hold_dots_and_begin_alike(root):
+    """`kd` holds the activations of its own phase alone, not those of the larger batch of `kd-1.5b`."""
+    raw = recipe()
+    tuning = {"on": "demo/train", "epochs": 1, "batch_size": 2, "learning_rate": 1.0e-3}
+    raw["teachers"] = {"big-1.5b": raw["teachers"]["big"] | {"finetune": tuning}}
+    raw["augment"]["teacher"] = "big-1.5b"
+    wide = PHASE | {"batch_size": 4 * PHASE.get("batch_size", 16)}
+    raw["students"] = {"kd": raw["students"]["kd"], "kd-1.5b": raw["students"]["kd"] | {"phases": [wide]}}
+    plan = resolve_recipe(root, "demo", raw)
+    names = ["teachers.big-1.5b.finetune", "students.kd.phases.0", "students.kd-1.5b.phases.0"]
+    assert sorted(training_hours(plan, "a100-80gb")) == sorted(names)
+    stages = stage_memory(plan)
+    small, large = (stages[f"04_distill, {name}, training"].activations for name in ("kd", "kd-1.5b"))
+    assert 0 < small < large
+
+
 def test_the_mean_of_tokens_is_that_of_all_rows_and_the_step_that_of_the_longest(root):
     """600 rows of two lengths, one in two of them long; a second source has short rows alone."""
     words = ["".join(letters) for letters in itertools.product("abcdefghij", repeat=3)][:600]

@@ -52,13 +52,13 @@ def stage_memory(plan: RecipePlan) -> dict[str, Memory]:
             frozen = spec.dtype if spec.finetune.lora and spec.kind != "classifier" else "float32"
             frozen = "nf4" if spec.quantize == "nf4" else frozen
             stages[f"02_teach, {name}, fine-tuning"] = training_memory(
-                model.model, frozen, optimizer_bytes([spec.finetune]), _activations(plan, f"teachers.{name}.")
+                model.model, frozen, optimizer_bytes([spec.finetune]), _activations(plan, f"teachers.{name}")
             )
     for name, spec in plan.params.students.items():
         model = plan.models.get(f"students.{name}")
         if model is None:
             continue
-        activations = _activations(plan, f"students.{name}.")
+        activations = _activations(plan, f"students.{name}")
         training = training_memory(model.model, frozen_format(spec), optimizer_bytes(spec.phases), activations)
         beside = max((_teacher_beside(plan, phase) for phase in spec.phases), default=0.0)
         stages[f"04_distill, {name}, training"] = Memory(
@@ -70,7 +70,7 @@ def stage_memory(plan: RecipePlan) -> dict[str, Memory]:
 
 
 def _activations(plan: RecipePlan, owner: str) -> float:
-    steps = [phase.step for phase in plan.phases if phase.owner.startswith(owner) and phase.step]
+    steps = [phase.step for phase in plan.phases if phase.model == owner and phase.step]
     return float(max((step.activations for step in steps), default=0))
 
 
@@ -139,7 +139,7 @@ def training_hours(plan: RecipePlan, gpu: str) -> dict[str, float | None]:
     """Hours of each training on `gpu`, all seeds and folds; None where its rows are not known."""
     hours: dict[str, float | None] = {}
     for phase in plan.phases:
-        section, name = phase.owner.split(".")[:2]
+        section, _, name = phase.model.partition(".")
         spec = plan.params.teachers[name] if section == "teachers" else plan.params.students[name]
         repeats = 1 + spec.finetune.folds if section == "teachers" else len(plan.params.seeds)
         if phase.step is None or phase.steps is None:

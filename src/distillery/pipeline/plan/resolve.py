@@ -45,9 +45,10 @@ class Finding:
 
 @dataclass
 class PhasePlan:
-    """A phase, or the fine-tuning of a teacher. owner: its student or teacher. rows, steps: None where not known.
+    """A phase, or the fine-tuning of a teacher. rows, steps: None where not known.
 
-    step: of one micro-batch of its longest rows. tokens: of a row, mean and longest, prompt included.
+    owner: `students.<name>.phases.<position>` or `teachers.<name>.finetune`; names may hold dots. step: of one
+    micro-batch of its longest rows. tokens: of a row, mean and longest, prompt included.
     """
 
     owner: str
@@ -56,6 +57,11 @@ class PhasePlan:
     steps: int | None
     step: StepShapes | None = None
     tokens: tuple[float, int] | None = None
+
+    @property
+    def model(self) -> str:
+        """The student or teacher that it trains, as in :attr:`RecipePlan.models`."""
+        return self.owner.rpartition(".phases.")[0] or self.owner.removesuffix(".finetune")
 
 
 @dataclass
