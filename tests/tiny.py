@@ -63,11 +63,14 @@ def limit_file_size(size: int) -> Iterator[None]:
 
 
 def texts(root: Path = ROOT) -> list[str]:
-    """Every text a tiny model may meet: the finance corpus with its rationales, and the task files."""
+    """Texts with the words of a tiny model: the finance corpus with its rationales, and the task files.
+
+    Of the task files `vocabulary.txt` has a copy: a word more in one of them would draw every random model anew.
+    """
     lines = (root / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    prompts = [path.read_text(encoding="utf-8") for path in sorted((root / "tasks").glob("*.yaml"))]
-    return [row[key] for row in rows for key in ("text", "rationale")] + prompts
+    prompts = (ROOT / "tests/vocabulary.txt").read_text(encoding="utf-8")
+    return [*(row[key] for row in rows for key in ("text", "rationale")), prompts]
 
 
 def word_tokenizer(corpus: list[str], kind: str):
