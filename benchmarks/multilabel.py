@@ -116,7 +116,7 @@ def report(folder: Path) -> None:
     rows = {model.name: score_cells(label, model.predictions, labels, groups) for model in results.models}
     rows["constant"] = score_cells(label, np.full((1, len(label)), constant, dtype=object), labels, groups)
     names = list(rows)
-    print("| | " + " | ".join(names) + " |\n|---|" + "--:|" * len(names))
+    print("| | " + " | ".join(name.replace(" | ", " and ") for name in names) + " |\n|---|" + "--:|" * len(names))
     for column in rows["constant"]:
         print(f"| {column} | " + " | ".join(rows[name][column] for name in names) + " |")
     board = leaderboard(results).set_index("model").loc["taught"]

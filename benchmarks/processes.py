@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from half_student import HALF_STUDENT
 from transformers import TrainerCallback
 
 from distillery.config.load import load_params
@@ -47,14 +48,7 @@ from distillery.training.worker import run_together
 COUNTS, UNCOUNTED = (1, 2), 2
 STUDENTS: dict[str, dict[str, Any]] = {
     "classifier": {"model": "minilm-l6", "arch": "classifier", "init": {"layers": [0, 2, 5]}, "phases": []},
-    "causal": {
-        "model": "smollm2",
-        "arch": "causal",
-        "prompt": "plain",
-        "init": {"layers": "first-15"},
-        "adapter": {"kind": "lora", "r": 16},
-        "phases": [],
-    },
+    "causal": HALF_STUDENT,
 }
 PHASES: dict[str, dict[str, Any]] = {
     "classifier": {"loss": {"ce": 0.5, "kl": 0.5}, "temperature": 2.0, "batch_size": 32, "steps": 30},

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from half_student import HALF_STUDENT
 from torch import Tensor
 
 from distillery import losses
@@ -31,7 +32,7 @@ from distillery.files import repository_root
 from distillery.models.fetch import fetch_model
 from distillery.models.label_model import LabelModel
 from distillery.models.load import load_model, load_tokenizer
-from distillery.tasks.schema import Task, load_task
+from distillery.tasks.schema import load_task
 from distillery.training.rows import TrainingRows
 from distillery.training.run import train_phase
 from distillery.training.student import build_student
@@ -41,21 +42,8 @@ ROWS, PART, TEMPERATURES = 24, 4, (1.0, 2.0, 5.0)
 PLAIN = (16, 64)  # tokens
 KEPT = ((64, 0), (15, 22), (63, 94))  # `top_k` and `tail_samples`; the last two take the bytes of `PLAIN`
 KINDS = ("label", "rationale")
-Loss = Callable[
-    [list[int], Tensor, Tensor, float], Tensor
-]  # rows, student's logits, teacher's, T -> a value a position
-
-
-def student_of(folder: Path, task: Task) -> LabelModel:
-    spec = {
-        "model": "smollm2",
-        "arch": "causal",
-        "prompt": "plain",
-        "init": {"layers": "first-15"},
-        "adapter": {"kind": "lora", "r": 16},
-        "phases": [],
-    }
-    return build_student(StudentConfig.model_validate(spec), folder, task, 0)
+# rows, the student's logits, the teacher's, temperature -> a value a position
+Loss = Callable[[list[int], Tensor, Tensor, float], Tensor]
 
 
 def train(student: LabelModel, rows: TrainingRows, steps: int, folder: Path) -> None:
@@ -186,7 +174,7 @@ def main(steps: int = 12) -> None:
         full = [logits.log_softmax(-1) for logits in positions.logits(teacher)]
         counts = [sum(int(positions.of(part)[kind].sum()) for part in positions.parts) for kind in KINDS]
         print(f"{ROWS} rows: {counts[0]} positions of labels, {counts[1]} of rationales, {full[0].shape[1]:,} tokens")
-        student = student_of(folder, task)
+        student = build_student(StudentConfig.model_validate(HALF_STUDENT), folder, task, 0)
         for trained in (0, steps):
             if trained:
                 train(student, rows, trained, Path(scratch) / "run")

@@ -27,6 +27,7 @@ from typing import Any
 import pandas as pd
 import torch
 from default_run import product_speed, seconds
+from half_student import HALF_STUDENT
 from operations import count_operations
 from peft.tuners.lora.layer import LoraLayer
 from torch.profiler import ProfilerActivity, profile
@@ -284,8 +285,7 @@ def profile_encoder(rows: pd.DataFrame, by_length: list[int], task: Task, rounds
 
 def profile_loss(rows: pd.DataFrame, batches: Batches, task: Task, rounds: int) -> None:
     """Steps of a causal student with a loss over the vocabulary, computed in one way after the other."""
-    spec = {"model": "smollm2", "arch": "causal", "init": {"layers": "first-15"}, "adapter": {"kind": "lora", "r": 16}}
-    spec = StudentConfig.model_validate(spec | {"prompt": "plain", "dtype": "auto", "phases": []})
+    spec = StudentConfig.model_validate(HALF_STUDENT | {"dtype": "auto"})
     student = build_student(spec, fetch_model("smollm2", load_params().models["smollm2"]), task, 0)
     student.model.train()
     ids, answers = student.encode(rows["text"].tolist()), [student.label_completion(i % 3)[0] for i in range(BATCH)]

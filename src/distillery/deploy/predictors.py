@@ -18,7 +18,7 @@ from distillery.models.batches import batches_by_length
 from distillery.models.heads import read_head
 
 BATCH_SIZE = 32  # as a student predicts in its evaluation
-# Of onnxruntime: its one node for a sum with its layer norm takes eight times as long on a CPU as two nodes do.
+# Of onnxruntime: its one node for a sum with its layer norm is slower on a CPU than the two nodes that it replaces.
 SLOW_FUSIONS = ["SkipLayerNormFusion"]
 ONNX_FILES = {"onnx-int8": "model_int8.onnx", "onnx-float32": "model.onnx"}  # by engine, the faster one first
 GGUF_FILES = {"gguf-q8_0": "model-q8_0.gguf", "gguf-f16": "model-f16.gguf"}  # for other programs, such as llama.cpp
