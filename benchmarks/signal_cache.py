@@ -40,7 +40,7 @@ from distillery.training.teacher_outputs import TeacherOutputs, collect_teacher_
 
 ROWS, PART, TEMPERATURES = 24, 4, (1.0, 2.0, 5.0)
 PLAIN = (16, 64)  # tokens
-KEPT = ((64, 0), (15, 22), (63, 94))  # `top_k` and `tail_samples`; the last two take the bytes of `PLAIN`
+KEPT = ((15, 0), (15, 22), (63, 0), (63, 94))  # `top_k` and `tail_samples`; with samples the bytes of `PLAIN`
 KINDS = ("label", "rationale")
 # rows, the student's logits, the teacher's, temperature -> a value a position
 Loss = Callable[[list[int], Tensor, Tensor, float], Tensor]

@@ -287,6 +287,12 @@ CASES = [
         pattern("params.yaml: compute.strategy: must be 'ddp', not 'fsdp'"),
     ),
     Case(
+        "a configuration of accelerate for one process",
+        setting("compute", {"config": "cluster.yaml"}),
+        STRIP,
+        pattern("params.yaml: compute: `config` needs `processes`, the number of processes that it starts"),
+    ),
+    Case(
         "a configuration of accelerate that is not there",
         setting("compute", {"processes": 2, "config": "cluster.yaml"}),
         STRIP,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from distillery.teachers import finetune, labelling
 from distillery.teachers.base import gather_rows, open_teacher
 from distillery.teachers.signals import label_rows
 from distillery.teachers.worker import label_rows_of_teacher, tune_teacher
-from distillery.training import trainers
+from distillery.training import shared_steps, trainers
 from distillery.training.launch import MISTAKE, describe_failure
 from distillery.training.processes import join_processes, process_count, process_rank
 from distillery.training.rows import phase_rows
@@ -412,3 +413,11 @@ def test_a_killed_process_is_named_whichever_failed_first(code, message):
     failure = describe_failure(REPORT.format(other=3, code=code), 4, "t")
     assert str(failure).startswith(message.removesuffix("…"))
     assert isinstance(failure, UserError) == (code in (-9, -11))
+
+
+def test_a_term_that_does_not_add_up_is_refused_in_the_processes_too(monkeypatch):
+    """A scheduler may start them where params.yaml has one process."""
+    monkeypatch.setattr(shared_steps, "process_count", lambda: 2)
+    trainer = SimpleNamespace(phase=SimpleNamespace(loss={"ce": 1.0, "label_prior": 0.1}))
+    with pytest.raises(UserError, match=r"^loss.label_prior: .* set `compute.processes: 1`$"):
+        shared_steps.SharedStepsMixin.share_model(trainer)

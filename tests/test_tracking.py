@@ -30,12 +30,12 @@ from forked import fork_context
 TASK = Task(
     kind="classification", labels={"up": "profit rose", "down": "it fell"}, prompt=TaskPrompt(template="{text}")
 )
-PHASE = {"data": ["toy/train"], "loss": {"ce": 1.0}, "steps": 20, "batch_size": 4, "learning_rate": 1e-3}
+PHASE = {"data": ["toy/train"], "loss": {"ce": 1.0}, "steps": 25, "batch_size": 4, "learning_rate": 1e-3}
 SPEC = StudentConfig(
     model="m",
     arch="classifier",
     init={"layers": [0]},
-    phases=[PHASE, PHASE | {"steps": 25, "learning_rate": 5e-4, "validate_every": 10}],
+    phases=[PHASE, PHASE | {"learning_rate": 5e-4, "validate_every": 10}],
 )
 LOCAL = ["tensorboard", "mlflow"]
 
@@ -111,7 +111,7 @@ def tensorboard_run(run: TrackedRun) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_a_killed_training_goes_on_in_its_run_and_logs_no_step_twice(repo):
-    steps = [10, 20, 30, 40]  # those of the second phase are 10 and 20 of 25
+    steps = [10, 20, 25, 35, 45, 50]  # twice 10, 20 and the last one of 25
     found, logged = mlflow_run(repo.run)
     assert (found.info.run_name, found.info.status) == ("small-3", "FINISHED")
     assert found.data.params["phases.1.learning_rate"] == "0.0005" and found.data.params["seed"] == "3"
@@ -125,8 +125,8 @@ def test_a_killed_training_goes_on_in_its_run_and_logs_no_step_twice(repo):
     for key in ("loss", "learning_rate", "eval_accuracy", "epoch", "term_ce"):
         assert logged[key] == other[key], key
     assert dict(events["train/loss"]) == pytest.approx(dict(logged["loss"]), rel=1e-6)
-    assert [step for step, _ in events["eval/accuracy"]] == [30, 40, 45]
-    assert [step for step, _ in logged["eval_accuracy"]] == [30, 40, 45]
+    assert [step for step, _ in events["eval/accuracy"]] == [35, 45, 50]
+    assert [step for step, _ in logged["eval_accuracy"]] == [35, 45, 50]
 
 
 def test_all_runs_of_a_repository_are_in_one_experiment_and_in_its_folder(repo):
@@ -157,20 +157,23 @@ def test_the_evaluation_attaches_scores_and_the_page_once(repo, capsys, monkeypa
     folder = repo.root / "runs/small-3"
     folder.mkdir(parents=True)
     scores = {"accuracy": 0.75, "macro_f1": 0.7, "confusion": [[1]]}
-    (folder / "metrics.json").write_text(json.dumps({"steps": 45, "test": scores}))
+    (folder / "metrics.json").write_text(json.dumps({"steps": 50, "test": scores}))
     write_record(folder, [], repo.run)
     assert not (folder / RECORD).exists()
     params = Params.model_construct(tracking=LOCAL, students={"small": SPEC}, seeds=[3, 5])
     attach_results(repo.root, params)
-    assert "small-3 was trained without it" in capsys.readouterr().out
+    assert "small-3 was trained without mlflow" in capsys.readouterr().out
     write_record(folder, LOCAL, repo.run)
     for _ in range(2):  # an evaluation that runs again adds nothing
         attach_results(repo.root, params)
         found, logged = mlflow_run(repo.run)
-        assert logged["test_accuracy"] == [(45, 0.75)] and logged["test_macro_f1"] == [(45, 0.7)]
-        assert tensorboard_run(repo.run)["test/accuracy"] == [(45, 0.75)]
+        assert logged["test_accuracy"] == [(50, 0.75)] and logged["test_macro_f1"] == [(50, 0.7)]
+        assert tensorboard_run(repo.run)["test/accuracy"] == [(50, 0.75)]
         assert found.info.status == "FINISHED"
-    assert "small-5 was trained without it" in capsys.readouterr().out
+    assert "small-5 was trained without tensorboard" in capsys.readouterr().out
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at.all")
+    attach_results(repo.root, params)  # the evaluation ends well all the same
+    assert "tracking: mlflow: " in (printed := capsys.readouterr().out) and "small-3 has no scores there" in printed
     page = Path(found.info.artifact_uri.removeprefix("file://")) / "index.html"
     assert page.read_text() == "<p>the page</p>" and repo.run.folder in page.parents
     assert (repo.run.folder / "tensorboard/small-3-abcdef/report.html").read_text() == "<p>the page</p>"
@@ -217,7 +220,7 @@ def test_a_new_store_prints_nothing(tmp_path, capfd, monkeypatch):
 
 
 def test_only_the_first_of_several_processes_tracks(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(tracking, "process_rank", lambda: 1)
     assert Tracking(LOCAL, tracked_run(tmp_path, "a", "b", {})).callbacks(0) == []
 
 

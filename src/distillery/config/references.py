@@ -15,6 +15,7 @@ from distillery.config.schema import (
     StudentConfig,
     TeacherConfig,
 )
+from distillery.config.schema.compute import ONE_PROCESS_TERM
 from distillery.errors import UserError
 from distillery.files import Paths
 
@@ -134,8 +135,7 @@ def _check_student(params: Params, place: str, name: str, student: StudentConfig
         tasks |= {params.data[ref.source].task for ref in refs}
         _check_terms(params, f"{place}.phases.{i}", student, phase)
         if "label_prior" in phase.loss and params.compute.processes > 1:
-            reason = "it is a mean over the rows of one process, which does not add up over several"
-            raise UserError(f"{place}.phases.{i}.loss.label_prior: {reason}; set `compute.processes: 1`")
+            raise UserError(f"{place}.phases.{i}.{ONE_PROCESS_TERM}")
         _check_phase_teachers(params, f"{place}.phases.{i}", phase, refs)
     if len(tasks) > 1:
         raise UserError(f"{place}.phases: one task only, not {', '.join(sorted(tasks))}")

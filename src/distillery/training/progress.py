@@ -28,6 +28,10 @@ class ProgressPrinter(TrainerCallback):
         if self.start is None:
             self.start = time.monotonic(), state.global_step
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the trainer logs every n-th step, and the last one may be none of them
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs and state.global_step % max(LOG_EVERY, state.max_steps // 80 * 10) == 0:
             start, first = self.start or (time.monotonic(), state.global_step - 1)

@@ -12,14 +12,10 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from distillery.config.schema.compute import ONE_PROCESS_TERM
 from distillery.errors import UserError
 from distillery.training.completions import StepCounts
 from distillery.training.processes import process_count, process_rank, share_weights, sum_gradients, sum_numbers
-
-LABEL_PRIOR = (
-    "loss.label_prior: it is a mean over the rows of one process, which does not add up over several; set "
-    "`compute.processes: 1`"
-)
 
 
 def share_rows(
@@ -60,7 +56,7 @@ class SharedStepsMixin:
         """
         if process_count() > 1:
             if "label_prior" in self.phase.loss:
-                raise UserError(LABEL_PRIOR)
+                raise UserError(ONE_PROCESS_TERM)
             share_weights(weight for weight in self.model.parameters() if weight.requires_grad)
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 

@@ -87,9 +87,8 @@ class TeacherOutputs:
         if stored.dtype != np.uint8:
             return torch.from_numpy(stored).float(), indices, log_tail
         values = scaled_to_tail(torch.from_numpy(decode_logprobs(stored)), log_tail)
-        exact = np.searchsorted(self.exact_positions, tokens)
-        is_exact = np.append(self.exact_positions, -1)[exact] == tokens
-        values[torch.from_numpy(is_exact)] = torch.from_numpy(self.exact_logprobs[exact[is_exact]]).float()
+        is_exact, exact = _find(tokens, self.exact_positions)
+        values[torch.from_numpy(is_exact)] = torch.from_numpy(self.exact_logprobs[exact]).float()
         return values, indices, log_tail
 
     def rest(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -155,7 +154,10 @@ def collect_teacher_outputs(
         return TeacherOutputs(folder)
     with _folder_of_all(folder) as scratch:
         arrays: dict[str, np.ndarray] = {}
-        for k in sorted(set(fold)):
+        computes = process_rank() < computing_processes()
+        if not computes:
+            wait_for_all()  # the others do in `_arrays_of_all`
+        for k in sorted(set(fold)) if computes else ():
             teacher = open_model(k)
             teacher.model.eval()
             ids = teacher.encode(texts)
@@ -166,8 +168,7 @@ def collect_teacher_outputs(
             members = sorted((i for i in range(len(texts)) if fold[i] == k), key=lambda i: len(ids[i]))
             batch_size = min(MAX_ROWS_PER_BATCH, teacher.batch_size) if supervised else teacher.batch_size
             starts = range(0, len(members), batch_size)
-            own = starts[process_rank() :: computing_processes()] if process_rank() < computing_processes() else []
-            for a in own:
+            for a in starts[process_rank() :: computing_processes()]:
                 rows = members[a : a + batch_size]
                 batch = [supervised[i] for i in rows] if supervised else None
                 options = {"label_space": False, "layers": layers, "activation_maps": maps}
@@ -218,14 +219,21 @@ def _store_outputs(arrays: dict[str, np.ndarray], rows: list[int], output: Model
             arrays["maps"][start:end] = to_array(output.activation_maps[j, :, : end - start].T)
 
 
+def _find(tokens: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `tokens` are among the ascending `positions`, and where these are there."""
+    at = np.searchsorted(positions, tokens)
+    is_found = at < len(positions)
+    is_found[is_found] = positions[at[is_found]] == tokens[is_found]
+    return is_found, at[is_found]
+
+
 def _store_top_k(arrays: dict[str, np.ndarray], tokens: np.ndarray, logprobs: Tensor, top_k: int) -> None:
     """Write the distributions `logprobs` [m, vocabulary] at the positions `tokens` [m] in their packed form."""
     values, indices, log_tail = losses.to_top_k(logprobs, top_k)
     arrays["token_indices"][tokens] = to_array(indices)
     arrays["tail_logprobs"][tokens] = to_array(log_tail.clamp_min(-6e4))
     arrays["token_logprobs"][tokens] = encode_logprobs(to_array(values))
-    is_exact = np.isin(tokens, arrays["exact_positions"])
-    exact = np.searchsorted(arrays["exact_positions"], tokens[is_exact])
+    is_exact, exact = _find(tokens, arrays["exact_positions"])
     arrays["exact_logprobs"][exact] = to_array(values)[is_exact].clip(min=-6e4)
     if "tail_samples" in arrays:
         count = arrays["tail_samples"].shape[1]

@@ -17,6 +17,7 @@ from distillery.config.schema import Params, StudentConfig
 from distillery.config.trackers import check_trackers
 from distillery.errors import UserError
 from distillery.files import Paths, write_json
+from distillery.training.processes import process_rank
 from distillery.training.trackers import TRACKERS, TrackedRun, Tracker
 
 RECORD = "tracking.json"  # in the folder of a trained student: the runs that it has
@@ -38,10 +39,9 @@ class Tracking:
     def __init__(self, trackers: list[str], run: TrackedRun | None = None):
         """Start or continue `run` in each of `trackers`. Raises UserError when one cannot."""
         self.opened: dict[str, Tracker] = {}
-        first_process = os.environ.get("RANK", "0") == "0"  # of several that train together
         if run:
             check_trackers(trackers)
-        for name in dict.fromkeys(trackers) if run and first_process else ():
+        for name in dict.fromkeys(trackers) if run and process_rank() == 0 else ():
             try:
                 self.opened[name] = TRACKERS[name](run)
             except Exception as error:  # each tracker has error classes of its own
@@ -99,24 +99,33 @@ def _flattened(value: Any, prefix: str = "") -> dict[str, Any]:
 def write_record(folder: Path, trackers: list[str], run: TrackedRun) -> None:
     """Note in the `folder` of a trained student which run it is; nothing without trackers."""
     if trackers:
-        write_json(folder / RECORD, {"name": run.name, "key": run.key})
+        write_json(folder / RECORD, {"name": run.name, "key": run.key, "trackers": trackers, "settings": run.settings})
 
 
 def attach_results(root: Path, params: Params) -> None:
     """Attach to the run of each trained student its scores on test rows and the report page.
 
-    A student that was trained without tracking has no run, and a line names it. Raises UserError as :class:`Tracking`.
+    A student that was trained without a tracker has no run there, and a line names it. So does one for a tracker that
+    cannot be reached: the evaluation is finished by then, and must not be lost.
     """
     page = Paths(root).reports / "index.html"
     folders = [Paths(root).run(student, seed) for student in params.students for seed in params.seeds]
     for folder in folders if params.tracking else ():
-        if not (folder / RECORD).exists():
-            print(f"tracking: {folder.name} was trained without it, so it has no run", flush=True)
+        record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).exists() else {"trackers": []}
+        for name in sorted(set(params.tracking) - set(record["trackers"])):
+            print(f"tracking: {folder.name} was trained without {name}, so it has no run there", flush=True)
+        trackers = [name for name in record["trackers"] if name in params.tracking]
+        if not trackers:
             continue
-        record, results = (json.loads((folder / file).read_text()) for file in (RECORD, "metrics.json"))
+        results = json.loads((folder / "metrics.json").read_text())
         scores = {key: value for key, value in results["test"].items() if isinstance(value, float)}
-        with Tracking(params.tracking, tracked_run(root, record["name"], record["key"], {})) as tracking:
-            tracking.each(methodcaller("attach", scores=scores, step=results["steps"], page=page))
+        run = tracked_run(root, record["name"], record["key"], record["settings"])
+        for name in trackers:
+            try:
+                with Tracking([name], run) as tracking:
+                    tracking.each(methodcaller("attach", scores=scores, step=results["steps"], page=page))
+            except UserError as error:
+                print(f"{error}; {folder.name} has no scores there", flush=True)
 
 
 def _one_line(error: Exception) -> str:

@@ -59,8 +59,11 @@ def run_together(train: Callable[[], None]) -> None:
             raise UserError(
                 "compute.config: it shards the model (FSDP or DeepSpeed); every process has to hold all of it"
             )
-        with join_processes(), open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout) as shown:
-            sys.stdout = nowhere if process_rank() else shown
+        with (
+            join_processes(),
+            open(os.devnull, "w") as nowhere,
+            redirect_stdout(nowhere if process_rank() else sys.stdout),
+        ):
             train()
     except UserError as mistake:
         if MISTAKE in os.environ:

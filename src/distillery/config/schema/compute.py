@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distillery.config.schema.base import Section
+
+ONE_PROCESS_TERM = (
+    "loss.label_prior: it is a mean over the rows of one process, which does not add up over several; set "
+    "`compute.processes: 1`"
+)
 
 
 class ComputeConfig(Section):
@@ -20,3 +25,9 @@ class ComputeConfig(Section):
     config: str | None = None
     """A configuration file of `accelerate`, relative to the repository: `accelerate launch` then starts the processes
     as it states. It may name machines and network addresses; it must not shard the model."""
+
+    @model_validator(mode="after")
+    def _config_names_processes(self):
+        if self.config and self.processes == 1:
+            raise ValueError("`config` needs `processes`, the number of processes that it starts")
+        return self

@@ -40,7 +40,8 @@ class Params(Section):
     recipe: RecipeConfig | None = None
     """The published system that this experiment reproduces."""
     tracking: list[Literal["tensorboard", "mlflow", "wandb", "dvclive"]] = []
-    """Trackers to which each training is logged, with its test scores; it changes no result, see docs/tracking.md."""
+    """Trackers to which the training of each student is logged, with its test scores; it changes no result, see
+    docs/tracking.md."""
     scale: dict[Name, dict[str, Any]] = {}
     """Overlays by name that change this experiment, see `distillery recipe --scale`."""
 
