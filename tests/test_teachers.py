@@ -446,6 +446,31 @@ def test_kept_paraphrases_take_the_place_of_a_model(experiment):
     assert np.allclose(np.stack(signals["probabilities"]), [list(p.values())] * 2)
 
 
+def test_kept_paraphrases_are_labelled_by_the_teacher_that_wrote_them_alone(experiment):
+    """Another teacher of answers has paraphrases of the same rows, with the same ids and other texts."""
+    root, params = experiment
+    gold = gold_rows(2)
+    probabilities = {"first": [0.8, 0.1, 0.1], "second": [0.1, 0.1, 0.8]}
+    teachers = {}
+    for name, values in probabilities.items():
+        lines = [
+            {"id": f"{row_id}#0", "paraphrase": f"{text} So the {name}.", **dict(zip(LABELS, values, strict=True))}
+            for row_id, text in zip(gold["id"], gold["text"], strict=True)
+        ]
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        columns = {"id": "id", "text": None, "paraphrase": "paraphrase", "probabilities": {n: n for n in LABELS}}
+        raw = {"kind": "answers", "answers": {"files": [f"{name}.jsonl"], "columns": columns}}
+        teachers[name] = validate_section(TeacherConfig, raw, "x")
+    for writer in teachers:
+        augment = params.augment.model_copy(update={"teacher": writer, "per_row": 1})
+        augmented = params.model_copy(update={"teachers": teachers, "augment": augment})
+        candidates = generate_paraphrases(root, augmented, TASK, gold)
+        assert candidates["text"].str.endswith(f"{writer}.").all()
+        signals = label_paraphrases(root, augmented, TASK, candidates)
+        assert signals["teacher"].tolist() == [writer] * 2
+        assert np.allclose(np.stack(signals["probabilities"]), [probabilities[writer]] * 2)
+
+
 def test_every_candidate_gets_one_reason(experiment, tiny_models):
     root, params = experiment
     lm = root / "data/teacher/lm/model"

@@ -135,6 +135,7 @@ class FileTeacher:
     def __init__(self, answers: pd.DataFrame, task: Task, by: str = "text", label_prior: np.ndarray | None = None):
         self.answers, self.task, self.by, self.label_prior = answers, task, by, label_prior
         self.answers_by_key = dict(list(answers[answers["status"] != REPEATED].groupby("key")))
+        self.paraphrases_by_key = dict(zip(answers["key"], answers["paraphrase"], strict=True))
 
     def keys(self, rows: pd.DataFrame) -> list[str]:
         """The keys of `rows` (id, text) in `answers_by_key`."""
@@ -172,8 +173,7 @@ class FileTeacher:
 
     def paraphrases(self, rows: pd.DataFrame, sample: int) -> list[str]:
         """The paraphrase number `sample` of each of `rows` (id); empty where the files have none."""
-        known = dict(zip(self.answers["key"], self.answers["paraphrase"], strict=True))
-        return [known.get(normalize_text(f"{row_id}#{sample}"), "") for row_id in rows["id"]]
+        return [self.paraphrases_by_key.get(normalize_text(f"{row_id}#{sample}"), "") for row_id in rows["id"]]
 
     def prompt(self, row: pd.Series) -> str:
         """The text of `row` and the answers to it: the prompt is not known. Raises KeyError when it has no answer."""

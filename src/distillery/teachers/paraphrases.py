@@ -91,12 +91,14 @@ def generate_paraphrases(root: Path, params: Params, task: Task, gold: pd.DataFr
     if not spec.per_row:
         return pd.DataFrame(columns=columns, dtype=str)
     teacher = open_teacher(root, spec.teacher, params, task)
-    files = teacher if isinstance(teacher, FileTeacher) else None
-    prompts = paraphrase_prompts(task, gold["text"].tolist())
-    settings = {key: getattr(spec, key) for key in ("temperature", "max_new_tokens", "batch_size", "seed")}
+    if isinstance(teacher, FileTeacher):
+        written = [teacher.paraphrases(gold, sample) for sample in range(spec.per_row)]
+    else:
+        prompts = paraphrase_prompts(task, gold["text"].tolist())
+        settings = {key: getattr(spec, key) for key in ("temperature", "max_new_tokens", "batch_size", "seed")}
+        written = [teacher.generate(prompts, sample=sample, **settings) for sample in range(spec.per_row)]
     samples = []
-    for sample in range(spec.per_row):
-        texts = files.paraphrases(gold, sample) if files else teacher.generate(prompts, sample=sample, **settings)
+    for sample, texts in enumerate(written):
         samples.append(gold.assign(paraphrase=[clean_paraphrase(text) for text in texts], sample=sample))
     rows = pd.concat(samples, ignore_index=True)
     return rows.assign(
@@ -157,8 +159,8 @@ def label_paraphrases(root: Path, params: Params, task: Task, paraphrases: pd.Da
     for name, spec in params.teachers.items():
         if source not in params.teacher_sources(name) or rows.empty:
             continue
-        if spec.answers and not spec.answers.columns.paraphrase:
-            continue  # its answers are for other texts
+        if spec.answers and name != params.augment.teacher:
+            continue  # its answers are for other texts, also where their ids are the same
         folder = Paths(root).teacher(name)
         fold = pd.Series(-1, index=rows.index)
         if spec.finetune:
