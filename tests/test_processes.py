@@ -31,6 +31,7 @@ from distillery.errors import UserError
 from distillery.pipeline.environment import ENVIRONMENT
 from distillery.pipeline.inputs import write_student_inputs
 from distillery.pipeline.strip import run_strip
+from distillery.tasks.schema import load_task
 from distillery.teachers import finetune, labelling
 from distillery.teachers.base import gather_rows, open_teacher
 from distillery.teachers.signals import label_rows
@@ -352,6 +353,23 @@ def test_a_teacher_labels_as_in_one_process(repo, monkeypatch):
     before = [part.stat().st_mtime_ns for part in (*parts[:2], parts[3])]
     assert shared.label_in_processes(params, repo / "scratch")["label"].equals(signals["label"])
     assert parts[2].exists() and before == [part.stat().st_mtime_ns for part in (*parts[:2], parts[3])]
+
+
+def test_a_process_that_comes_later_labels_its_own_parts_alone(tmp_path, monkeypatch):
+    """Whatever the other process has finished by then."""
+    labelled = []
+    monkeypatch.setattr(labelling, "open_teacher", lambda *_, **__: "teacher")
+    monkeypatch.setattr(labelling, "label_rows", lambda _, part, *__: labelled.extend(part["id"]) or part)
+    monkeypatch.setattr(labelling, "process_count", lambda: 2)
+    task = load_task("finance-sentiment", tiny.ROOT / "tasks")
+    work = labelling.Labelling("lm", task, pd.DataFrame({"id": range(5)}), None, {}, rows_per_part=1)
+    params = load_params(tiny.ROOT / "params.yaml")
+    params = params.model_copy(update={"teachers": {"lm": next(iter(params.teachers.values()))}})
+    for rank, parts in ((0, [0, 2, 4]), (1, [1, 3])):
+        labelled.clear()
+        monkeypatch.setattr(labelling, "process_rank", lambda rank=rank: rank)
+        work.label_share(tmp_path, params, tmp_path)
+        assert labelled == parts
 
 
 def make_a_mistake() -> None:

@@ -46,13 +46,17 @@ class Labelling:
         return [folder / f"part-{start}.pickle" for start in range(0, len(self.rows), self.rows_per_part)]
 
     def label_share(self, root: Path, params: Params, folder: Path) -> None:
-        """Label this process's share of the parts that are not in `folder` yet."""
-        missing = [(k, path) for k, path in enumerate(self.parts(folder)) if not path.exists()]
+        """Label those of this process's parts that are not in `folder` yet.
+
+        A part belongs to a process by its number: processes that look at different times share none.
+        """
+        rank, count = process_rank(), process_count()
+        missing = [(k, path) for k, path in enumerate(self.parts(folder)) if k % count == rank and not path.exists()]
         teacher, spec = None, params.teachers[self.name]
         thresholds = None
         if isinstance(self.task.names, LabelSets):  # those of all validation rows come when all parts are there
             thresholds = np.full(len(self.task.names), metrics.DEFAULT_THRESHOLD)
-        for k, path in missing[process_rank() :: process_count()]:
+        for k, path in missing:
             teacher = teacher or open_teacher(
                 root, self.name, params, self.task, tuned=self.tuned, prompting=self.prompting
             )
