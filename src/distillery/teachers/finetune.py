@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.model_selection import StratifiedGroupKFold
 
 from distillery.config.schema import Params
@@ -16,6 +17,7 @@ from distillery.errors import UserError
 from distillery.label_sets import LabelSets, rarest_labels
 from distillery.models.label_model import LabelModel
 from distillery.models.packed.frozen_layers import SharedStates
+from distillery.models.precision import resolve_dtype
 from distillery.tasks.schema import Task
 from distillery.teachers.local import LocalTeacher
 from distillery.teachers.signals import KEYS, label_rows
@@ -46,13 +48,13 @@ def finetune_teacher(
     stopping scores. shared: states of the layers below all adapters, for the next model on some of these rows; give it
     to the model on all gold rows first.
     """
-    spec, teacher = params.teachers[name], build_teacher(name, params, task)
+    spec = params.teachers[name]
     columns = ["id", "text", "label", *(["answers"] if task.kind == "qa" else [])]
     watched = validation if spec.finetune.stopping else None
     together = params.compute.processes > 1
     key = run_key(
         spec.model_dump(),
-        str(teacher.dtype),
+        str(getattr(torch, resolve_dtype(spec.dtype, "training"))),
         params.models[spec.model].model_dump(),
         task.model_dump(),
         part,
@@ -62,8 +64,8 @@ def finetune_teacher(
     )
     tuning = Tuning(name, part, task, rows, watched)
     if not together:
+        teacher = build_teacher(name, params, task)
         return teacher, tuning.train(teacher, params, folder / key, shared)
-    del teacher  # its memory is for the processes that train
     finished = tuning.train_in_processes(params, folder / f"together-{key}")
     teacher = build_teacher(name, params, task)
     load_weights(teacher.model, finished / WEIGHTS)
