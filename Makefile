@@ -66,7 +66,7 @@ study: $(VENV)/.installed ## show the results of a study, into reports/studies: 
 answers: $(VENV)/.installed ## ask the large models of data/answers again, hours and 6 GB of disk; repro does not need it
 	@$(BIN)/python -m distillery answers
 
-texts: $(VENV)/.installed ## let the large models of data/texts write again, hours and 6 GB of disk: make texts [NAME=finance-qwen]
+texts: $(VENV)/.installed ## let the large models of data/texts write again, a quarter of an hour and 6 GB of disk: make texts [NAME=finance-qwen]
 	@$(BIN)/python -m distillery texts $(if $(NAME),'$(NAME)')
 
 serve: $(VENV)/.installed ## serve a student over HTTP: make serve STUDENT=runs/tiny-kd-0 [PORT=8000]

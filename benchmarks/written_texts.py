@@ -28,6 +28,7 @@ from distillery.files import repository_root
 from distillery.tasks.schema import Task, load_task
 from distillery.teachers.directions import directions, numbers
 from distillery.teachers.paraphrases import rejection_reason
+from distillery.teachers.text_requests import TextRequest
 
 SAMPLES, SEED = 10, 0
 ORDERS = (1, 2, 3)
@@ -117,11 +118,10 @@ def main(origin_file: str = "data/texts/finance-qwen.json", real_file: str = "da
     texts = rows["text"].tolist()
     print(f"\n{likeness_table(texts, real).to_string(float_format='{:.3f}'.format)}")
     similarity, _ = nearest_texts(texts, real)
-    near = int(has_near_duplicate(texts, real, 0.85).sum())
-    print(
-        f"\nsimilarity to the nearest real text: median {np.median(similarity):.2f}, highest {similarity.max():.2f}; "
-    )
-    print(f"near-duplicates of a real text: {near} of {len(texts)}")
+    threshold = origin["request"].get("near_duplicate", TextRequest.model_fields["near_duplicate"].default)
+    near = int(has_near_duplicate(texts, real, threshold).sum())
+    print(f"\nsimilarity to the nearest real text: median {np.median(similarity):.2f}, highest {similarity.max():.2f}")
+    print(f"near-duplicates of a real text, from {threshold:g}: {near} of {len(texts)}")
     print(f"\n{min(SAMPLES, len(rows))} samples, drawn at random:")
     for row in rows.iloc[np.random.default_rng(SEED).permutation(len(rows))[:SAMPLES]].to_dict("records"):
         print(f"[{row['label']} {row['probabilities'][row['label']]:.2f}, {row['topic']}] {row['text']}")
