@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 
 from distillery.config.effects import unused_settings
-from distillery.config.load import load_params
+from distillery.config.load import load_params, validate_section
 from distillery.config.schema import OwnSplits, Params
-from distillery.data.overlaps import add_overlaps, held_out_texts
+from distillery.data.overlaps import add_overlaps, prepare_without_leaks
 from distillery.data.prepare import PreparedSource, prepare_source
 from distillery.data.storage import read_split, write_source
 from distillery.errors import UserError
@@ -28,9 +28,11 @@ from distillery.evaluation.speed import Measurements
 from distillery.models.save import save_model
 from distillery.notebook.data import overlap_pairs, overlap_sentence
 from distillery.pipeline.inputs import StageTables, student_rows, write_teacher_records
+from distillery.pipeline.plan.rows import read_source_rows
 from distillery.pipeline.strip import write_sources
 from distillery.report.page import leaderboard_markdown, write_report
 from distillery.tasks.schema import load_task
+from distillery.teachers.asking import AnswerRequest, read_columns
 from distillery.training.student import build_student, load_student
 from experiments import changed, load
 from experiments import prepare as prepare_folder
@@ -71,8 +73,7 @@ def three_sources(folder: Path, bench: list[str], **settings: Any) -> Params:
 
 def prepare(folder: Path, params: Params, source: str) -> PreparedSource:
     task = load_task("demo", folder / "tasks")
-    held_out = held_out_texts(source, params, task, folder)
-    return add_overlaps(prepare_source(source, params.data[source], task, folder, held_out), source, params, folder)
+    return add_overlaps(prepare_without_leaks(source, params, task, folder), source, params, folder)
 
 
 def test_a_benchmark_is_all_test_and_a_pool_without_labels_all_pool(tmp_path):
@@ -157,6 +158,42 @@ def test_rows_of_a_pool_that_repeat_held_out_rows_of_another_source_are_left_out
         for source, folder in (("demo", "data/processed/demo"), ("bench", "data/processed/bench"))
     }
     assert found == {"demo": [drop], "bench": [drop]}
+
+
+def test_requests_and_plans_have_the_splits_of_the_stage(tmp_path):
+    """Of a source whose leaks go before its splits are drawn."""
+    leaks = texts(1, 9)
+    three_sources(tmp_path, leaks)
+    rows = pd.DataFrame({"text": [*leaks, *texts(5, 45)], "label": ["up", "down", "flat"] * 18})
+    rows.reset_index(names="id").astype(str).to_csv(tmp_path / "data/demo.csv", index=False)
+    spec = json.loads((tmp_path / "params.yaml").read_text())
+    spec["data"]["demo"]["drop_leaks"] = True
+    (tmp_path / "params.yaml").write_text(json.dumps(spec))
+    params = load_params(tmp_path / "params.yaml")
+    prepared = prepare(tmp_path, params, "demo")
+    assert prepared.audit["dropped"]["leaks"] == 9
+    planned = read_source_rows(tmp_path, "none", "demo", params)
+    assert planned.texts["split"].tolist() == prepared.split.tolist()
+    raw = {"source": "data/demo.csv", "task": "demo", "rows": "demo/train"}
+    raw |= {"models": {"m": {"folder": "m"}}, "teacher": {"kind": "lm", "model": "m"}}
+    request = validate_section(AnswerRequest, raw, "x")
+    ids, _ = read_columns(tmp_path, "x", request)
+    assert set(ids) == set(prepared.rows["id"][prepared.split == "train"])
+
+
+def test_two_sources_with_drawn_splits_cannot_both_drop_leaks(tmp_path):
+    three_sources(tmp_path, texts(1, 9))
+    spec = json.loads((tmp_path / "params.yaml").read_text())
+    for name in ("demo", "news"):
+        spec["data"][name]["drop_leaks"] = True
+    (tmp_path / "params.yaml").write_text(json.dumps(spec))
+    message = r"params.yaml: data.news.drop_leaks: the splits of `demo` are drawn after its own `drop_leaks`"
+    with pytest.raises(UserError, match=message):
+        load_params(tmp_path / "params.yaml")
+    del spec["data"]["demo"]["drop_leaks"]
+    spec["data"]["bench"]["drop_leaks"] = True
+    (tmp_path / "params.yaml").write_text(json.dumps(spec))
+    assert load_params(tmp_path / "params.yaml").data["bench"].drop_leaks  # its splits are those of its file
 
 
 def test_a_source_without_leaks_depends_on_the_rows_of_all_others_of_its_task(tmp_path):

@@ -74,6 +74,18 @@ def _check_data(params: Params, file: str, paths: Paths) -> None:
         if not paths.task(source.task).exists():
             tasks = sorted(path.stem for path in paths.tasks.glob("*.yaml"))
             _check_known(f"{file}: data.{name}.task", source.task, tasks, "task")
+        _check_leaks(params, f"{file}: data.{name}.drop_leaks", name)
+
+
+def _check_leaks(params: Params, place: str, name: str) -> None:
+    """What `drop_leaks` compares source `name` with are rows that no `drop_leaks` of their own moves between splits."""
+    for other, spec in params.sources_with_held_out_rows(name).items() if params.data[name].drop_leaks else ():
+        drawn = not spec.split_column and "validation" not in spec.own_splits and spec.held_splits != ["test"]
+        if spec.drop_leaks and drawn:
+            raise UserError(
+                f"{place}: the splits of `{other}` are drawn after its own `drop_leaks`, so `{name}` cannot be "
+                f"compared with them: take it away from one of the two, or give `{other}` its own `splits`"
+            )
 
 
 def _check_models(params: Params, file: str) -> None:

@@ -50,6 +50,14 @@ def held_out_texts(source: str, params: Params, task: Task, base: Path) -> list[
     return texts
 
 
+def prepare_without_leaks(source: str, params: Params, task: Task, base: Path) -> PreparedSource:
+    """:func:`distillery.data.prepare.prepare_source` for a source of `params`, whose `drop_leaks` looks at the others.
+
+    Raises UserError when a file cannot be read.
+    """
+    return prepare_source(source, params.data[source], task, base, held_out_texts(source, params, task, base))
+
+
 def _test_rows(spec: SourceConfig, task: Task, base: Path) -> pd.DataFrame:
     raw = read_source(spec, base)
     rows, duplicate_groups, _ = clean_rows(raw, spec, task)

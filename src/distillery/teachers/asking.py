@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from pydantic import Field
 
 from distillery.config.load import load_params, validate_section
 from distillery.config.schema import SPLITS, Count, ModelConfig, Positive, SplitRef, TeacherConfig
 from distillery.config.schema.base import Section
-from distillery.data.prepare import prepare_source
+from distillery.data.overlaps import prepare_without_leaks
 from distillery.data.readers import read_rows
 from distillery.errors import UserError
 from distillery.files import Paths, atomic_write, read_yaml, write_json
@@ -27,6 +29,7 @@ from distillery.models.devices import cpu_model
 from distillery.models.label_model import LabelModel
 from distillery.tasks.parsing import first_sentence
 from distillery.tasks.schema import load_task
+from distillery.teachers.base import Teacher
 from distillery.teachers.cache import STORE_PATH, AnswerStore, Question
 from distillery.teachers.identity import model_identity
 from distillery.teachers.local import AnswerCache, LocalTeacher
@@ -133,6 +136,29 @@ class CountingCache(AnswerCache):
         return write_and_count
 
 
+def counting_teacher(
+    model: LabelModel, store: AnswerStore, identity: dict[str, Any], progress: Progress
+) -> LocalTeacher:
+    """`model`, prompted, which keeps its answers in `store` and counts them in `progress`."""
+    return LocalTeacher(model, CountingCache(store, identity, progress))
+
+
+def predict_in_blocks(teacher: Teacher, rows: pd.DataFrame) -> np.ndarray:
+    """Label probabilities [n, labels] in float64 of `rows` (text and what the teacher reads), block by block."""
+    blocks = [teacher.predict(rows.iloc[start : start + BLOCK]) for start in range(0, len(rows), BLOCK)]
+    return np.concatenate(blocks).astype(float)
+
+
+@contextmanager
+def mistakes_in(file: str, teacher: str) -> Iterator[None]:
+    """Let a UserError about params.yaml and its teacher `teacher` name the request in `file` instead."""
+    try:
+        yield
+    except UserError as mistake:
+        message = str(mistake).replace(f"params.yaml: teachers.{teacher}", f"{file}: teacher")
+        raise UserError(message.replace("params.yaml:", f"{file}:", 1)) from None
+
+
 def read_columns(root: Path, file: str, request: AnswerRequest) -> tuple[list[str], list[str]]:
     """The ids and the texts of the rows that the request in `file` is about."""
     records = read_rows(request.source, root)
@@ -158,8 +184,8 @@ def _split_ids(root: Path, file: str, split_ref: str) -> set[str]:
         raise UserError(f"{file}: rows: {error}") from None
     if ref.source not in params.data:
         raise UserError(f"{file}: rows: unknown source `{ref.source}`; known: {', '.join(params.data)}")
-    spec = params.data[ref.source]
-    prepared = prepare_source(ref.source, spec, load_task(spec.task, Paths(root).tasks), root)
+    task = load_task(params.data[ref.source].task, Paths(root).tasks)
+    prepared = prepare_without_leaks(ref.source, params, task, root)
     return set(prepared.rows["id"][prepared.split == ref.split])
 
 
@@ -173,7 +199,12 @@ def write_answers(root: Path, file: str) -> Path:
     """
     request = read_request(root, file)
     ids, texts = read_columns(root, file, request)
-    model, path, name = open_requested(root, request), (root / file).with_suffix(".jsonl"), request.teacher.model
+    with mistakes_in(file, request.teacher.model):
+        return _write(root, (root / file).with_suffix(".jsonl"), request, ids, texts)
+
+
+def _write(root: Path, path: Path, request: AnswerRequest, ids: list[str], texts: list[str]) -> Path:
+    model, name = open_requested(root, request), request.teacher.model
     identity = model_identity(name, request.models[name], model) | {"seed": request.teacher.seed}
     author = Author(model, AnswerStore(root / STORE_PATH), identity, path.stem)
     probabilities, progress = author.label(texts)
@@ -213,14 +244,13 @@ class Author:
     def label(self, texts: Sequence[str]) -> tuple[list[list[float]], Progress]:
         """Label probabilities [n, labels] of `texts`, and how many of them were computed."""
         progress = Progress(self.name, len(texts))
-        teacher = LocalTeacher(self.model, CountingCache(self.store, self.identity, progress))
-        blocks = [teacher.predict_texts(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
-        return np.concatenate(blocks).astype(float).tolist(), progress
+        teacher = counting_teacher(self.model, self.store, self.identity, progress)
+        return predict_in_blocks(teacher, pd.DataFrame({"text": texts})).tolist(), progress
 
     def write(self, part: str, prompts: Sequence[list[dict[str, str]]], **settings: Any) -> list[str]:
         """The next turn of each of the conversations `prompts`; see :meth:`LocalTeacher.generate`."""
-        cache = CountingCache(self.store, self.identity, Progress(f"{self.name}, {part}", len(prompts)))
-        return LocalTeacher(self.model, cache).generate(prompts, **settings)
+        progress = Progress(f"{self.name}, {part}", len(prompts))
+        return counting_teacher(self.model, self.store, self.identity, progress).generate(prompts, **settings)
 
 
 def rounded_probabilities(names: Sequence[str], row: Sequence[float]) -> dict[str, float]:

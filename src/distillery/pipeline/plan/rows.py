@@ -10,7 +10,7 @@ import pandas as pd
 
 from distillery.config.load import validate_section
 from distillery.config.schema import SPLITS, Params, PhaseConfig, SourceConfig, SplitRef
-from distillery.data.prepare import prepare_source
+from distillery.data.overlaps import prepare_without_leaks
 from distillery.files import read_yaml
 from distillery.pipeline.plan.facts import read_data_facts
 from distillery.pipeline.recipe import load_recipe
@@ -34,25 +34,26 @@ class SourceRows:
     texts_origin: str
 
 
-def read_source_rows(root: Path, recipe: str, name: str, spec: SourceConfig) -> SourceRows:
+def read_source_rows(root: Path, recipe: str, name: str, params: Params) -> SourceRows:
     """The rows of source `name` of the recipe. Raises UserError when its own file cannot be read."""
+    spec = params.data[name]
     task = load_task(spec.task, root / "tasks")
     if not spec.origin.startswith("hub:"):
-        texts = _prepare(name, spec, task, root)
+        texts = _prepare(name, params, task, root)
         counts = {split: int((texts["split"] == split).sum()) for split in SPLITS}
         return SourceRows(counts, "counted", task, texts, "its own rows")
     repo = spec.origin.removeprefix("hub:").partition("@")[0]
     fact = read_data_facts(root, repo)
     counts = count_hub_rows(spec, fact.value if fact else {})
-    stand_in = _small_source(root, recipe, name)
-    texts = _prepare(name, stand_in, task, root) if stand_in else None
+    small = _small_params(root, recipe, name)
+    texts = _prepare(name, small, task, root) if small else None
     origin = fact.source if fact else "the recipe's own limits"
-    return SourceRows(counts, origin, task, texts, f"{stand_in.origin} stands for it" if stand_in else "unknown")
+    return SourceRows(counts, origin, task, texts, f"{small.data[name].origin} stands for it" if small else "unknown")
 
 
 def read_all_rows(root: Path, recipe: str, params: Params) -> dict[str, SourceRows]:
     """The rows of each source; one without any text takes those of another source of its task."""
-    sources = {name: read_source_rows(root, recipe, name, spec) for name, spec in params.data.items()}
+    sources = {name: read_source_rows(root, recipe, name, params) for name in params.data}
     for name, rows in sources.items():
         others = [other for other in sources.values() if other.texts is not None and other.task == rows.task]
         if rows.texts is None and others:
@@ -93,17 +94,19 @@ def count_slice(expression: str, sizes: dict[str, int]) -> int | None:
     return max(0, position(end, size) - position(start, 0))
 
 
-def _prepare(name: str, spec: SourceConfig, task: Task, root: Path) -> pd.DataFrame:
-    prepared = prepare_source(name, spec, task, root)
+def _prepare(name: str, params: Params, task: Task, root: Path) -> pd.DataFrame:
+    """The rows of a source as 01_data splits them, but for leaks of sources that would have to be downloaded."""
+    local = {other: spec for other, spec in params.data.items() if other == name or not spec.is_on_hub}
+    prepared = prepare_without_leaks(name, params.model_copy(update={"data": local}), task, root)
     return prepared.rows.assign(split=prepared.split)
 
 
-def _small_source(root: Path, recipe: str, name: str) -> SourceConfig | None:
-    """The source in the recipe's small scale, if that reads a file of the repository."""
+def _small_params(root: Path, recipe: str, name: str) -> Params | None:
+    """The recipe's small scale, if source `name` reads a file of the repository there."""
     if "small" not in load_recipe_scales(root, recipe):
         return None
-    small = validate_section(Params, load_recipe(root, recipe, "small"), f"recipes/{recipe}.yaml").data.get(name)
-    return None if small is None or small.origin.startswith("hub:") else small
+    small = validate_section(Params, load_recipe(root, recipe, "small"), f"recipes/{recipe}.yaml")
+    return None if name not in small.data or small.data[name].is_on_hub else small
 
 
 def load_recipe_scales(root: Path, recipe: str) -> list[str]:
