@@ -96,6 +96,15 @@ def test_answers_go_on_where_they_stopped_and_teach_as_the_model_would(request_f
     assert write_answers(tmp_path, FILE).read_text() == lines  # without a stop
 
 
+def test_a_model_that_cannot_be_opened_is_a_mistake_in_the_request(request_file, tmp_path):
+    YAML().dump(request_file | {"models": {"tiny": {"folder": "nowhere"}}}, tmp_path / FILE)
+    with pytest.raises(UserError, match=f"^{FILE}: models.tiny.folder: nowhere holds no config.json"):
+        write_answers(tmp_path, FILE)
+    YAML().dump(request_file | {"teacher": request_file["teacher"] | {"max_length": 1}}, tmp_path / FILE)
+    with pytest.raises(UserError, match=f"^{FILE}: teacher.max_length: "):
+        write_answers(tmp_path, FILE)
+
+
 def test_rationales_and_paraphrases_are_kept_beside_the_labels_and_read_again(request_file, tmp_path):
     YAML().dump(request_file | {"rationales": True, "paraphrases": 2, "max_new_tokens": 6}, tmp_path / FILE)
     path, rows = write_answers(tmp_path, FILE), gold_rows(7)

@@ -8,6 +8,7 @@ from collections import Counter
 from itertools import count
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +21,7 @@ from distillery.cli import main
 from distillery.errors import UserError
 from distillery.models.packed.decoding import next_tokens
 from distillery.tasks.schema import load_task
-from distillery.teachers import cache
+from distillery.teachers import cache, writing
 from distillery.teachers.text_cleaning import clean_text, label_reasons, rejection_reason, repeat_reasons
 from distillery.teachers.text_plan import (
     PlannedText,
@@ -32,7 +33,7 @@ from distillery.teachers.text_plan import (
     writing_turns,
 )
 from distillery.teachers.text_requests import read_text_request
-from distillery.teachers.writing import STAGES, write_texts
+from distillery.teachers.writing import STAGES, label_texts, write_texts
 from tiny import ROOT
 
 FILE = "data/texts/mine.yaml"
@@ -373,20 +374,47 @@ def test_an_endpoint_writes_texts_and_the_funnel_counts_them(folder, capsys):
         assert line["probabilities"] == {name: float(name == line["label"]) for name in TASK.names}
     assert len({line["id"] for line in lines}) == len(lines)
     assert origin["model"]["model"] == "m" and origin["request"]["texts"] == 18
+    assert "computed_texts" not in origin  # the client keeps the answers, and does not count them
 
 
-def test_batch_calibration_counts_every_wanted_label_the_same(folder, tiny_models):
-    request = local_request(tiny_models, shares={"positive": 7.0, "negative": 2.0})
+def test_an_endpoint_is_sent_no_sampling_that_the_request_leaves_out(folder):
+    with loopback.Proxy(Author()) as proxy:
+        api = {"model": "m", "base_url": proxy.url, "concurrency": 1}
+        request = {"task": "finance-prompted", "teacher": {"kind": "api", "api": api}, "texts": 3, "topics": ["Oil"]}
+        write_texts(folder, write_request(folder, request | {"temperature": None}))
+        sent = [body for body in proxy.requests if body["messages"][-1]["content"].startswith("Write a text.")]
+    assert len(sent) == 3 and not any({"temperature", "top_p"} & set(body) for body in sent)
+
+
+class Labeller:
+    """A teacher that gives the first texts one distribution over the labels and the others another one."""
+
+    def __init__(self, probabilities):
+        self.probabilities = probabilities
+
+    def predict(self, rows):
+        return self.probabilities[rows.index]
+
+
+def test_batch_calibration_counts_every_wanted_label_the_same(folder, tiny_models, monkeypatch):
+    request = local_request(tiny_models)
     request["teacher"] = request["teacher"] | {"calibrate": "batch"}
-    path = write_texts(folder, write_request(folder, request))
-    origin = json.loads(path.with_suffix(".json").read_text())
-    assert origin["funnel"]["written"] == {"all": 9, "positive": 7, "neutral": 0, "negative": 2}
-    assert sum(origin["label_prior"].values()) == pytest.approx(1, abs=1e-3)
+    file = write_request(folder, request)
+    model = writing.Writer(folder, file, *read_text_request(folder, file))
+    probabilities = np.array([[0.8, 0.1, 0.1]] * 7 + [[0.2, 0.3, 0.5]] * 2)
+    monkeypatch.setattr(model, "labeller", lambda n: Labeller(probabilities))
+    rows = pd.DataFrame({"id": range(9), "text": "a", "label": ["positive"] * 7 + ["negative"] * 2})
+    calibrated, prior = label_texts(model, rows)
+    assert prior == pytest.approx([0.5, 0.2, 0.3])
+    assert not np.allclose(prior, probabilities.mean(0))
+    quotients = probabilities / np.array([0.5, 0.2, 0.3])
+    assert np.allclose(calibrated, quotients / quotients.sum(1, keepdims=True))
 
 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
+        ({"temperature": None}, "temperature: must be a number above 0 for `kind: lm`; only an endpoint may need null"),
         ({"texts": 0}, "texts: must be greater than 0, not 0"),
         ({"topic": ["a"]}, "topic: unknown key; did you mean `topics`?"),
         ({"topics": []}, "topics: must not be empty"),

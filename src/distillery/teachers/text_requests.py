@@ -37,10 +37,11 @@ class TextRequest(Section):
     """Further properties, such as `form`: each text gets one of the values at random."""
     examples: Count = 3
     """Largest number of solved examples of the label that the model is shown, drawn for each pass over the topics."""
-    temperature: Positive = 1.0
-    """Sampling temperature."""
+    temperature: Positive | None = 1.0
+    """Sampling temperature; null for an endpoint that takes none."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Draw from the likeliest tokens alone whose probabilities sum to this; 1 draws from all."""
+    """Draw from the likeliest tokens alone whose probabilities sum to this; 1 draws from all. An endpoint is
+    sent it only where the request gives it."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 80
     """Largest length of an answer, in tokens."""
     batch_size: Annotated[int, Field(gt=0)] = 32
@@ -74,6 +75,8 @@ def read_text_request(root: Path, file: str) -> tuple[TextRequest, Task]:
         raise UserError(f"{file}: teacher: must be a `kind: lm` or `api` without `finetune`")
     if set(request.models) != ({teacher.model} if teacher.model else set()):
         raise UserError(f"{file}: models: must be the `model` of the teacher, and no other")
+    if teacher.kind == "lm" and request.temperature is None:
+        raise UserError(f"{file}: temperature: must be a number above 0 for `kind: lm`; only an endpoint may need null")
     if teacher.prompts or teacher.examples_from != "task":
         raise UserError(f"{file}: teacher: `prompts` and `examples_from` need gold rows: leave out")
     task = load_task(request.task, Paths(root).tasks)

@@ -18,10 +18,16 @@ from distillery.errors import UserError
 from distillery.files import atomic_write, write_json
 from distillery.fingerprint import code_digest
 from distillery.tasks.schema import Task
-from distillery.teachers.asking import BLOCK, CountingCache, Progress, rounded_probabilities, run_record
+from distillery.teachers.asking import (
+    Progress,
+    counting_teacher,
+    mistakes_in,
+    predict_in_blocks,
+    rounded_probabilities,
+    run_record,
+)
 from distillery.teachers.cache import STORE_PATH, AnswerStore, canonical_json
 from distillery.teachers.identity import model_identity
-from distillery.teachers.local import LocalTeacher
 from distillery.teachers.prompt_search import estimate_label_prior
 from distillery.teachers.prompted import PromptedTeacher, divide_by_prior
 from distillery.teachers.text_cleaning import clean_text, label_reasons, rejection_reason, repeat_reasons
@@ -53,17 +59,13 @@ def write_texts(root: Path, file: str) -> Path:
     Raises UserError for a wrong request and for a full disk.
     """
     request, task = read_text_request(root, file)
-    try:
-        return _write(root, (root / file).with_suffix(".jsonl"), request, task)
-    except UserError as mistake:  # of the model or the endpoint, whose messages are about params.yaml
-        name = request.teacher.model or Path(file).stem
-        message = str(mistake).replace(f"params.yaml: teachers.{name}", f"{file}: teacher")
-        raise UserError(message.replace("params.yaml:", f"{file}:", 1)) from None
+    with mistakes_in(file, request.teacher.model or Path(file).stem):
+        return _write(root, file, request, task)
 
 
-def _write(root: Path, path: Path, request: TextRequest, task: Task) -> Path:
-    started = time.monotonic()
-    model = Writer(root, path.stem, request, task)
+def _write(root: Path, file: str, request: TextRequest, task: Task) -> Path:
+    started, path = time.monotonic(), (root / file).with_suffix(".jsonl")
+    model = Writer(root, file, request, task)
     counts = label_counts(request.texts, task.names, request.shares)
     topics = {label: topics_of(model, label) for label, n in counts.items() if n}
     planned = plan_texts(counts, topics, request.attributes, request.seed)
@@ -74,7 +76,7 @@ def _write(root: Path, path: Path, request: TextRequest, task: Task) -> Path:
     left = funnel(rows, task.names)
     if not left[STAGES[-1]]["all"]:
         numbers = ", ".join(f"{stage}: {counts['all']}" for stage, counts in left.items())
-        raise UserError(f"params.yaml: texts: none is left ({numbers}); nothing was written")
+        raise UserError(f"{file}: texts: none is left ({numbers}); nothing was written")
     with atomic_write(path) as temporary:
         lines = [json.dumps(line, ensure_ascii=False) for line in _lines(rows, task.names)]
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -87,7 +89,7 @@ def _write(root: Path, path: Path, request: TextRequest, task: Task) -> Path:
         "label_prior": None if prior is None else dict(zip(task.names, prior.round(4).tolist(), strict=True)),
         "funnel": left,
         "rejected": _rejected(rows),
-        "computed_texts": model.progress.computed,
+        **({} if request.teacher.api else {"computed_texts": model.progress.computed}),
     }
     write_json(path.with_suffix(".json"), origin | run_record(root, time.monotonic() - started))
     return path
@@ -95,14 +97,19 @@ def _write(root: Path, path: Path, request: TextRequest, task: Task) -> Path:
 
 @dataclass
 class Writer:
-    """The model of a request. name: of its file. identity: all that decides its answers but prompt and sampling."""
+    """The model of the request in `file`. identity: all that decides its answers but prompt and sampling."""
 
     root: Path
-    name: str
+    file: str
     request: TextRequest
     task: Task
     identity: dict[str, Any] = field(init=False)
     progress: Progress = field(init=False)
+
+    @property
+    def name(self) -> str:
+        """The name of the file, without its ending."""
+        return Path(self.file).stem
 
     def __post_init__(self) -> None:
         spec, store = self.request.teacher, AnswerStore(self.root / STORE_PATH)
@@ -124,7 +131,9 @@ class Writer:
     ) -> list[str]:
         """The next turn of each of `conversations`, which are decoded together; see :meth:`Teacher.generate`."""
         request, writer = self.request, self._teacher(progress, conversations)
-        sampling = {"temperature": request.temperature, "top_p": request.top_p, "batch_size": request.batch_size}
+        sampling = {"temperature": request.temperature, "batch_size": request.batch_size}
+        if not request.teacher.api or "top_p" in request.model_fields_set:  # not every endpoint takes it
+            sampling["top_p"] = request.top_p
         sampling |= {"max_new_tokens": max_new_tokens, "seed": request.seed, "sample": sample}
         return writer.generate(conversations, **sampling)
 
@@ -150,7 +159,7 @@ class Writer:
             "machine": [torch.__version__, torch.get_num_threads(), self.local.device.type],
         }
         identity = self.identity | (computation if together else {})
-        return LocalTeacher(self.local, CountingCache(self.store, identity, progress))
+        return counting_teacher(self.local, self.store, identity, progress)
 
 
 def topics_of(model: Writer, label: str) -> list[str]:
@@ -171,7 +180,7 @@ def topics_of(model: Writer, label: str) -> list[str]:
         if len(topics) >= wanted:
             break
     if not topics:
-        raise UserError("params.yaml: topics: the model proposes none in a numbered list; write a list of topics")
+        raise UserError(f"{model.file}: topics: the model proposes none in a numbered list; write a list of topics")
     return list(topics.values())[:wanted]
 
 
@@ -226,8 +235,7 @@ def label_texts(model: Writer, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarr
     if rows.empty:
         return np.zeros((0, len(names))), None
     teacher, rows = model.labeller(len(rows)), rows.assign(group=None)
-    blocks = [teacher.predict(rows.iloc[start : start + BLOCK]) for start in range(0, len(rows), BLOCK)]
-    probabilities = np.concatenate(blocks).astype(float)
+    probabilities = predict_in_blocks(teacher, rows)
     prior = None
     if calibration == "contextual":
         prior = estimate_label_prior(teacher, calibration, rows)
