@@ -102,9 +102,12 @@ CASES = [
         ({"labels_per_row": 1.0, "without_label": 0, "distinct": 1, "sets": {"a": 2}},),
         "every row has one at least",
     ),
-    (teach.untrained_sentence, (0.6, 0.4), "knows something", (0.3, 0.4), "does **not** know"),
+    (teach.untrained_sentence, (0.6, 0.4, True), "knows something", (0.3, 0.4, True), "does **not** know"),
+    (teach.untrained_sentence, (0.6, 0.4, False), "Untuned, the teacher", (0.6, 0.4, True), "before it sees gold rows"),
     (teach.loss_sentence, ({"all": FALLING},), "fits these rows better", ({"all": RISING},), "did **not** fit"),
-    (teach.memory_sentence, (0.858, 0.653), "20.5 points is memory", (0.65, 0.66), "no sign"),
+    (teach.memory_sentence, (0.83, 0.73, 0.62), "the difference is memory", (0.73, 0.73, 0.62), "no sign"),
+    (teach.memory_sentence, (0.83, 0.73, 0.62), "learned from fewer rows", (0.83, 0.73, 0.73), "(73.0 %)."),
+    (teach.memory_sentence, (0.83, 0.73, None), "Without folds", (0.83, None, 0.62), "students see signals of models"),
     (teach.knowledge_sentence, (0.7, 0.4, 9), "it can teach", (0.4, 0.4, 9), "**nothing** to teach"),
     (teach.calibration_sentence, (0.9, 0.7), "overconfident", (0.6, 0.7), "underconfident"),
     (teach.selection_sentence, (0.9, 0.7), "gives cleaner", (0.7, 0.7), "**not** give cleaner"),
@@ -113,6 +116,7 @@ CASES = [
     (teach.labelling_sentence, (20, 0.2), "decides none", (20, 0.9), "the last ones are clear"),
     (teach.tokens_sentence, (TOKENS[:0], SIGNALS), "No row has", (TOKENS, SIGNALS), "1 rows have none: `b`"),
     (teach.rationale_sentence, (64, 0), "None of the 64", (64, 5), "5 of the 64"),
+    (teach.rationale_sentence, (64, 1), "1 of the 64 rationales names", (64, 2), "2 of the 64 rationales name another"),
     (augment.plan_sentence, (9, 0, "t"), "nothing is paraphrased", (9, 2, "t"), "t writes 2 paraphrases"),
     (augment.filter_sentence, ({"kept": 9, "copy": 1},), "can be used", ({"kept": 1, "copy": 9},), "changes too much"),
     (augment.agreement_sentence, ({"a": 0.9},), "still mean", ({"a": 0.9, "b": 0.5},), "b often disagrees"),
@@ -212,7 +216,7 @@ def test_what_beats_a_constant_answer_to_rows_of_label_sets_is_called_so():
     sets = labels.answer_name(LabelSets(["up", "down"]))
     assert labels.answer_name(["up", "down"]) == "label"
     for sentence in (
-        teach.untrained_sentence(0.6, 0.4, sets),
+        teach.untrained_sentence(0.6, 0.4, True, sets),
         teach.knowledge_sentence(0.7, 0.4, 9, sets),
         teach.knowledge_sentence(0.4, 0.4, 9, sets),
         distill.result_sentence(0.7, 0.5, 99, sets),
@@ -239,7 +243,7 @@ def test_edge_cases_have_a_sentence_of_their_own():
     assert "needs no" not in distill.rows_sentence(0, 5)
     assert distill.result_sentence(0.5, None, 20) == "50.0 % of its answers to 20 test questions are accepted."
     assert "no row on which all teachers agree" in augment.vote_sentence(0.4, np.nan, 0.0)
-    assert "Without folds" in teach.memory_sentence(0.9, None)
+    assert "memor" not in teach.memory_sentence(0.9, None, None)
     assert teach.rationale_sentence(0, 0) == "There are no rationales."
     assert evaluate.verdict_sentence([]) == "No student has a control or a teacher to be compared with."
     assert [join_words(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [

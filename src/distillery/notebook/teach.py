@@ -80,16 +80,18 @@ def plot_confidence(predictions: pd.DataFrame) -> None:
     right.set(title="accuracy of the most confident share", xlabel="share of rows", ylim=(None, 1.01))
 
 
-def untrained_sentence(best: float, majority: float, answer: str = "label") -> str:
+def untrained_sentence(best: float, majority: float, tuned: bool, answer: str = "label") -> str:
     """The untuned teacher's best validation accuracy beside the share of the most frequent label.
 
-    answer: what the shares are of, see :func:`distillery.notebook.labels.answer_name`.
+    tuned: whether it is tuned after this. answer: what the shares are of, see
+    :func:`distillery.notebook.labels.answer_name`.
     """
-    text = f"Before tuning the teacher is right on {percent(best)} of the validation rows at best. The most frequent "
+    text = "Before tuning" if tuned else "Untuned,"
+    text += f" the teacher is right on {percent(best)} of the validation rows at best. The most frequent "
     text += f"{answer} alone is right on {percent(majority)}: "
     if best > majority + CLOSE:
-        return text + "the teacher knows something of the task from its pre-training."
-    return text + "the teacher does **not** know the task yet, it must be tuned before it teaches."
+        return text + "the teacher knows something of the task" + (" before it sees gold rows." if tuned else ".")
+    return text + f"the teacher does **not** know the task{' yet' * tuned}, it must be tuned before it teaches."
 
 
 def loss_sentence(histories: dict[str, pd.DataFrame]) -> str:
@@ -106,20 +108,24 @@ def loss_sentence(histories: dict[str, pd.DataFrame]) -> str:
     )
 
 
-def memory_sentence(in_sample: float, out_of_fold: float | None) -> str:
-    """Accuracy on gold rows by the model tuned on them, and by models tuned without them; None without folds."""
+def memory_sentence(in_sample: float, held_out: float | None, out_of_fold: float | None) -> str:
+    """What the teacher memorised of its gold rows, and which signals students see for them.
+
+    in_sample, held_out: accuracy of the teacher on the gold rows it was tuned on, and on held-out rows; None: these
+    have no labels. out_of_fold: accuracy on the gold rows by models tuned without them, each on fewer rows than the
+    teacher; None without folds.
+    """
     text = f"On rows it was tuned on the teacher is right on {percent(in_sample)}"
+    if held_out is not None:
+        is_memory = in_sample > held_out + CLOSE
+        text += f", on held-out rows on {percent(held_out)}: "
+        text += "the difference is memory" if is_memory else "there is no sign that it memorised these rows"
     if out_of_fold is None:
-        return (
-            text + ". Without folds there is no fair score on these rows, and no student learns from its signals there."
-        )
-    text += f", out of fold on {percent(out_of_fold)}: "
-    gap = in_sample - out_of_fold
-    if gap > CLOSE:
-        return (
-            text + f"the difference of {100 * gap:.1f} points is memory, not knowledge. Students see the second kind."
-        )
-    return text + "there is no sign that it memorised these rows."
+        return text + ". Without folds no student learns from its signals for the rows it was tuned on."
+    text += ". For the rows it was tuned on, students see signals of models that learned without them "
+    if held_out is not None and out_of_fold < held_out - CLOSE:
+        return text + f"({percent(out_of_fold)}), which are weaker since they learned from fewer rows."
+    return text + f"({percent(out_of_fold)})."
 
 
 def knowledge_sentence(accuracy: float, majority: float, rows: int, answer: str = "label") -> str:
@@ -186,10 +192,10 @@ def rationale_sentence(written: int, contradictions: int) -> str:
         return "There are no rationales."
     if not contradictions:
         return f"None of the {written} rationales names another label than the one it was written for."
-    return (
-        f"{contradictions} of the {written} rationales name another label than the one they were written for: "
-        "a student must not learn from these."
-    )
+    text = f"{contradictions} of the {written} rationales "
+    if contradictions == 1:
+        return text + "names another label than the one it was written for: a student must not learn from it."
+    return text + "name another label than the one they were written for: a student must not learn from these."
 
 
 def tokens_sentence(tokens: pd.DataFrame, signals: pd.DataFrame) -> str:
