@@ -189,6 +189,12 @@ def test_accuracy_after_each_phase(finished):
             assert table.loc[(name, phase), "accuracy"] == pytest.approx(accuracy)
         gain = table.loc[(name, 1), "accuracy"] - table.loc[(name, 0), "accuracy"]
         assert table.loc[(name, 1), "gain"] == pytest.approx(gain) and np.isnan(table.loc[(name, 0), "gain"])
+        runs_by_phase = [[run[(run["split"] == "validation") & (run["phase"] == p)] for run in runs] for p in (0, 1)]
+        before, after = (
+            np.mean([r.set_index("id")["prediction"].eq(label)[label.index] for r in part], 0) for part in runs_by_phase
+        )
+        error = np.std(after - before, ddof=1) / np.sqrt(len(label))
+        assert table.loc[(name, 1), "gain_error"] == pytest.approx(error)
 
 
 def test_a_removed_student_vanishes(finished, tmp_path):

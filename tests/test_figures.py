@@ -170,7 +170,8 @@ def test_training_curves_have_a_panel_of_looks():
     history = pd.DataFrame({"phase": [1, 1, 2], "step": [10, 20, 10], "loss": [1.0, 0.8, 0.6]})
     phases = pd.DataFrame({"phase": [0, 1], "split": "validation", "label": "a", "prediction": ["b", "a"]})
     plot_training(history, phases)
-    assert len(plt.gcf().axes) == 2
+    left, right = plt.gcf().axes
+    assert (left.get_ylabel(), right.get_xlabel()) == ("loss (nats), logarithmic", "phase")
     looks = history.assign(validation_loss=[0.9, np.nan, 0.5], validation_accuracy=[0.5, np.nan, 1.0])
     plot_training(looks, phases)
     left, middle, _ = plt.gcf().axes

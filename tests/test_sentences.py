@@ -11,6 +11,7 @@ import pytest
 
 import distillery.notebook
 from distillery.data.label_sets import audit_label_sets
+from distillery.evaluation.results import Check
 from distillery.label_sets import LabelSets
 from distillery.models.heads import OwnHead
 from distillery.notebook import augment, data, distill, evaluate, heads, labels, teach, texts
@@ -29,6 +30,9 @@ BOARD = pd.DataFrame(
 SPLITS = pd.DataFrame({"split": ["train", "test"], "share": [0.5, 0.5], "wanted share": [0.5, 0.5]})
 WORD = {"label": "negative", "word": "loss", "inside": 0.3, "outside": 0.05}
 GAINS = pd.DataFrame({"model": "s", "after phase": [0, 1, 2], "accuracy": [0.3, 0.6, 0.7], "gain": [None, 0.3, 0.1]})
+GAINS["gain_error"] = [None, 0.02, 0.02]
+LOST = GAINS.assign(accuracy=[0.3, 0.6, 0.59], gain=[None, 0.3, -0.01])
+LEAK, BIAS = Check("leak", False, "", ("other",)), Check("shortcut", False, "", ("s", "c"))
 CLOSE = pd.DataFrame({"model": ["s", "s, untrained"], "teacher": "t", "agreement": [0.8, 0.3], "kl": [0.1, 0.9]})
 GOLD = pd.Series(["a", "a", "b"])
 SIGNALS = pd.DataFrame({"source": "s", "split": "pool", "id": ["a", "b"]})
@@ -120,8 +124,11 @@ CASES = [
     (augment.plan_sentence, (9, 0, "t"), "nothing is paraphrased", (9, 2, "t"), "t writes 2 paraphrases"),
     (augment.filter_sentence, ({"kept": 9, "copy": 1},), "can be used", ({"kept": 1, "copy": 9},), "changes too much"),
     (augment.agreement_sentence, ({"a": 0.9},), "still mean", ({"a": 0.9, "b": 0.5},), "b often disagrees"),
-    (augment.vote_sentence, (0.7, 0.9, 0.5), "is a sign", (0.7, 0.7, 0.5), "**no** sign"),
-    (distill.rows_sentence, (5, 0), "needs no teacher", (5, 20), "Only 5 of the 25"),
+    (augment.vote_sentence, (0.7, 0.9, 0.8, 0.5), "agreement finds", (0.7, 0.8, 0.9, 0.5), "confidence finds"),
+    (augment.vote_sentence, (0.7, 0.9, 0.9, 0.5), "equally well", (0.7, 0.7, 0.7, 0.5), "neither agreement"),
+    (distill.rows_sentence, (5, 0, 0), "needs no teacher", (5, 0, 20), "5 gold rows and 20 rows without a label"),
+    (distill.rows_sentence, (5, 3, 20), "3 paraphrases that inherit a label", (5, 0, 20), "are 5 gold rows and 20"),
+    (distill.rows_sentence, (5, 3, 0), "less sure than a gold one", (8, 0, 0), "All 8 training rows"),
     (distill.size_sentence, (3, 10, 10, False), "all of them", (3, 10, 4, True), "moves none of these"),
     (distill.equality_sentence, (0.5, 0.5, "kl"), "nats: the same number", (0.5, 0.6, "kl"), "**not** the same number"),
     (
@@ -129,34 +136,90 @@ CASES = [
         (np.array([0.9]), np.array([0.6]), 2),
         "lowers",
         (np.eye(2), np.eye(2), 2),
+        "nothing to soften",
+    ),
+    (
+        distill.softening_sentence,
+        (np.array([0.75]), np.array([0.75]), 1),
+        "leaves the target as it is",
+        (np.array([0.75]), np.array([0.90]), 0.5),
+        "raises",
+    ),
+    (
+        distill.softening_sentence,
+        (np.array([0.34]), np.array([0.337]), 2),
         "next to nothing",
+        (np.eye(2)[0], np.eye(2)[0], 1),
+        "A hard label has nothing",
     ),
     (distill.movement_sentence, (0.4, 0.1), "towards its target", (0.1, 0.4), "**away**"),
-    (distill.progress_sentence, (pd.Series([0.3, 0.6]),), "gained 30.0", (pd.Series([0.6, 0.6]),), "gave nothing"),
+    (distill.progress_sentence, (pd.Series([0.3, 0.6]),), "In sum: +30.0", (pd.Series([0.6, 0.6]),), "gave nothing"),
+    (
+        distill.progress_sentence,
+        (pd.Series([0.2673, 0.6584, 0.6486]),),
+        "65.8 % after phase 1 (+39.1 points) and on 64.9 % after phase 2 (\N{MINUS SIGN}0.9 points). In sum: +38.2",
+        (pd.Series([0.6, 0.7, 0.5]),),
+        "**worse**",
+    ),
     (distill.result_sentence, (0.7, 0.5, 99), "learned to read", (0.52, 0.5, 99), "learned **nothing**"),
-    (distill.confidence_sentence, ([0.9], [0.5]), "helps to find", ([0.5], [0.9]), "does **not** help"),
+    (distill.confidence_sentence, ([0.9], [0.5]), "confidence helps to find", ([0.5], [0.9]), "does **not** help"),
+    (distill.confidence_sentence, ([0.9, 0.5], [0.5]), "in 75.0 % of", ([0.4, 0.6] * 10, [0.5] * 9), "in 50.0 %"),
+    (
+        distill.confidence_sentence,
+        ([0.9] * 6 + [0.5] * 5, [0.6]),
+        "hardly helps",
+        ([0.60, 0.60], [0.59]),
+        "confidence helps to find",
+    ),
     (evaluate.leader_sentence, (BOARD, "student"), "10.0 points below", (BOARD[1:], "student"), "is the best model"),
     (evaluate.verdict_sentence, (["better"],), "Every one", (["no evidence"],), "1 show no evidence"),
     (
         evaluate.check_sentence,
-        ([("leak", True)],),
+        ([Check("leak", True, "")], "s", "c"),
         "All 1 checks passed",
-        ([("leak", False)],),
-        "**1 of 1 checks failed**",
+        ([LEAK], "s", "c"),
+        "(1 of leak): other. The headline student s is not among them, nor is its control c.",
+    ),
+    (
+        evaluate.check_sentence,
+        ([LEAK, BIAS], "s", "c"),
+        "other, s and c. Among them are the headline student s and c, the control of s.",
+        ([LEAK, BIAS], "x", "c"),
+        "Among them is c, the control of x.",
+    ),
+    (
+        evaluate.check_sentence,
+        ([LEAK], "s", None),
+        "not among them. Read",
+        ([Check("leak", False, "")], "s", "c"),
+        "all models",
     ),
     (evaluate.pair_sentence, (0.2, 9, 0.8), "often misses", (0.7, 9, 0.8), "as well as the rest"),
     (evaluate.robustness_sentence, (STABLE, "s"), "hardly", (STABLE.assign(consistency=0.5), "s"), "**what must not"),
     (evaluate.front_sentence, (BOARD, "student"), "on the dashed line", (BOARD, "control"), "student is no larger"),
     (evaluate.confusion_sentence, ("aab", "bba"), "leans towards b", ("ab", "ba"), "leans to neither"),
     (evaluate.calibration_sentence, (0.1, 1.5), "overconfident", (0.1, 0.7), "underconfident"),
-    (evaluate.phase_sentence, (GAINS, "s"), "Each phase helped", (GAINS.assign(gain=-0.1), "s"), "Not every phase"),
+    (
+        evaluate.phase_sentence,
+        (GAINS, "s", 202),
+        "phase 1 gave +30.0 points and phase 2 gave +10.0 points. Each phase helped.",
+        (LOST, "s", 202),
+        "202 validation rows cannot show a change by phase 2",
+    ),
+    (
+        evaluate.phase_sentence,
+        (LOST, "s", 202),
+        "two standard errors",
+        (LOST.assign(gain_error=0.001), "s", 202),
+        "Phase 2 made it **worse**: try the list of phases without it.",
+    ),
     (evaluate.closeness_sentence, (CLOSE, "s", "t"), "came nearer", (CLOSE.assign(kl=0.5), "s", "t"), "did **not**"),
     (
         evaluate.disagreement_sentence,
         ({"only the student is right": 5, "only the teacher is right": 3},),
-        "loses no row",
-        ({"only the student is right": 3, "only the teacher is right": 9},),
-        "what the student loses",
+        "loses no row in sum, and wins 2",
+        ({"only the student is right": 59, "only the teacher is right": 117},),
+        "the student loses 58 rows in sum",
     ),
     (lesson.soft_rows_sentence, (0.5, 0.2), "throw this away", (0.05, 0.2), "almost hard"),
     (lesson.entropy_sentence, (0.5, 0.9, 4), "softer", (0.5, 0.3, 0.5), "**harder**"),
@@ -240,9 +303,10 @@ def test_a_source_of_label_sets_without_any_label_is_described():
 
 
 def test_edge_cases_have_a_sentence_of_their_own():
-    assert "needs no" not in distill.rows_sentence(0, 5)
+    assert "needs no" not in distill.rows_sentence(0, 0, 5)
+    assert distill.progress_sentence(pd.Series([0.5])).endswith("It has no phase.")
     assert distill.result_sentence(0.5, None, 20) == "50.0 % of its answers to 20 test questions are accepted."
-    assert "no row on which all teachers agree" in augment.vote_sentence(0.4, np.nan, 0.0)
+    assert "no row on which all teachers agree" in augment.vote_sentence(0.4, np.nan, np.nan, 0.0)
     assert "memor" not in teach.memory_sentence(0.9, None, None)
     assert teach.rationale_sentence(0, 0) == "There are no rationales."
     assert evaluate.verdict_sentence([]) == "No student has a control or a teacher to be compared with."
@@ -261,6 +325,13 @@ def test_warnings_for_the_terminal_are_the_bold_sentences_with_a_way_out():
     assert line.startswith("warning: m never predicts a (1 of 8), b (1 of 8), c (1 of 8), d (1 of 8), e (1 of 8) and 1")
     assert labels.PROMPTED in line and labels.TUNED not in line
     assert labels.TUNED in labels.constant_sentence("m", label, constant, True)
+
+
+def test_as_many_confident_rows_are_compared_as_all_teachers_agree_on():
+    pseudo = pd.DataFrame({"confidence": [0.6, 0.9, 0.8, 0.7], "agree": [True, False, True, False]})
+    right = pd.Series([True, True, False, True])
+    assert augment.confident_precision(pseudo, right) == 0.5
+    assert np.isnan(augment.confident_precision(pseudo.assign(agree=False), right))
 
 
 def test_a_rationale_stands_beside_the_label_that_it_was_written_for():

@@ -273,7 +273,8 @@ def count_comparisons(board: pd.DataFrame) -> int:
 def phase_accuracies(root: Path, results: Results) -> pd.DataFrame:
     """Accuracy after each phase: model, after phase (from 1; 0: untrained), accuracy, gain over the phase before.
 
-    On the validation rows, the mean over seeds: the test rows are predicted before and after all training only.
+    On the validation rows, the mean over seeds: the test rows are predicted before and after all training only. Also
+    gain_error: the standard error of the gain, from what it is on each row.
     """
     params, parts = results.params, []
     for name in params.students:
@@ -281,8 +282,10 @@ def phase_accuracies(root: Path, results: Results) -> pd.DataFrame:
         runs = [read_result_file(Paths(root).run(name, seed) / "phases.parquet", root) for seed in params.seeds]
         rows = pd.concat(runs, ignore_index=True)
         rows = rows[rows["split"] == "validation"]
-        mean = rows["prediction"].eq(rows["id"].map(label)).groupby(rows["phase"]).mean()
+        right = rows["prediction"].eq(rows["id"].map(label))
+        mean, by_row = right.groupby(rows["phase"]).mean(), right.groupby([rows["phase"], rows["id"]]).mean()
         columns = {"after phase": mean.index, "accuracy": mean.to_numpy(), "gain": mean.diff().to_numpy()}
+        columns["gain_error"] = by_row.unstack("phase").astype(float).diff(axis=1).sem().to_numpy()
         parts.append(pd.DataFrame({"model": name} | columns))
     return pd.concat(parts, ignore_index=True)
 

@@ -77,8 +77,20 @@ def agreement_sentence(shares: dict[str, float]) -> str:
     return text + f"{low} often disagrees. Either it errs on these rows, or some paraphrases changed the meaning."
 
 
-def vote_sentence(all_rows: float, agreed: float, share: float) -> str:
-    """Precision of all pseudo-labels, of those that all teachers agree on, and the share of these."""
+def confident_precision(pseudo: pd.DataFrame, right: pd.Series) -> float:
+    """Precision of the most confident pseudo-labels, as many as all teachers agree on; NaN where they agree on none.
+
+    pseudo: confidence, agree. right: [rows], bool.
+    """
+    ranked = right[pseudo.sort_values("confidence", ascending=False, kind="stable").index]
+    return float(ranked.head(int(pseudo["agree"].sum())).mean())
+
+
+def vote_sentence(all_rows: float, agreed: float, confident: float, share: float) -> str:
+    """Precision of all pseudo-labels, of those that all teachers agree on, of equally many confident ones.
+
+    share: of the rows that all teachers agree on.
+    """
     if share == 0:
         return f"There is no row on which all teachers agree. {percent(all_rows)} of the pseudo-labels are right."
     if share == 1:
@@ -86,7 +98,9 @@ def vote_sentence(all_rows: float, agreed: float, share: float) -> str:
     text = (
         f"All teachers agree on {percent(share)} of the pool. There {percent(agreed)} of the pseudo-labels are right, "
     )
-    text += f"on all rows {percent(all_rows)}: "
-    if agreed > all_rows + CLOSE:
-        return text + "agreement is a sign of a right label."
-    return text + "agreement is **no** sign of a right label, the teachers share their errors."
+    text += f"on equally many most confident rows {percent(confident)}, on all rows {percent(all_rows)}: "
+    if max(agreed, confident) <= all_rows + CLOSE:
+        return text + "neither agreement nor confidence is a sign of a right label."
+    if abs(agreed - confident) <= CLOSE:
+        return text + "agreement and confidence find right labels equally well."
+    return text + f"{'agreement finds' if agreed > confident else 'confidence finds'} right labels better."

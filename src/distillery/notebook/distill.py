@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from distillery.notebook.style import BLUE, join_words
+from distillery.notebook.style import BLUE, join_words, shown_change
 from distillery.training.progress import LAST_LOOKS
 from distillery.training.rows import phase_rows
 from distillery.wording import percent
@@ -23,6 +23,8 @@ NO_TARGET = {  # kinds of task without one distribution over the labels of a row
     "qa": "Free answers have no distribution over labels: there is no such row.",
     "multilabel": "Each label has a probability of its own, not a share of one distribution: there is no such row.",
 }
+
+CLEAR_AREA = 0.6  # an area under the ROC curve up to this hardly differs from chance
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,11 @@ def plot_training(history: pd.DataFrame, phases: pd.DataFrame) -> None:
         offset += part["step"].max()
     left.set(title="training loss", xlabel="optimizer step")
     if len(history):
-        left.set_yscale("log")  # phases may have losses of different sizes
+        left.set(yscale="log", ylabel="loss (nats), logarithmic")  # phases may have losses of different sizes
         left.legend()
     accuracy = accuracy_by_phase(phases)
     right.plot(accuracy.index, accuracy, "o-", color=BLUE)
-    right.set(title="validation accuracy after each phase", xticks=accuracy.index, ylim=(0, 1))
+    right.set(title="validation accuracy after each phase", xlabel="phase", xticks=accuracy.index, ylim=(0, 1))
     figure.tight_layout()
 
 
@@ -115,14 +117,19 @@ def accuracy_by_phase(phases: pd.DataFrame) -> pd.Series:
     return rows["label"].eq(rows["prediction"]).groupby(rows["phase"]).mean()
 
 
-def rows_sentence(gold: int, unlabelled: int) -> str:
-    """How many of a student's training rows have a gold label, and what the others teach."""
-    if not unlabelled:
+def rows_sentence(gold: int, paraphrases: int, unlabelled: int) -> str:
+    """How many of a student's training rows have a gold label, inherit one, or have none, and what these teach."""
+    if not unlabelled and not paraphrases:
         return f"All {gold:,} training rows have a gold label: this student needs no teacher to have an answer."
-    return (
-        f"Only {gold:,} of the {gold + unlabelled:,} training rows have a gold label. For the other {unlabelled:,} "
-        "rows the teacher's distribution is all there is to learn from."
-    )
+    parts = [f"{gold:,} gold rows"]
+    if paraphrases:
+        parts.append(f"{paraphrases:,} paraphrases that inherit a label")
+    if unlabelled:
+        parts.append(f"{unlabelled:,} rows without a label")
+    text = f"The training rows are {join_words(parts)}. "
+    if not unlabelled:
+        return text + "A paraphrase may have changed its meaning, so its label is less sure than a gold one."
+    return text + "For rows without a label the teacher's distribution is all there is to learn from."
 
 
 def size_sentence(layers: int, parameters: int, trainable: int, adapter: bool) -> str:
@@ -145,6 +152,15 @@ def equality_sentence(by_hand: float, package: float, name: str, unit: str = " n
 
 def softening_sentence(before: np.ndarray, after: np.ndarray, temperature: float) -> str:
     """What a temperature does to one distribution. before, after: [labels], probabilities."""
+    if np.isclose(np.max(before), 1):
+        return "A hard label has nothing to soften."
+    if temperature == 1:
+        return "T = 1 leaves the target as it is."
+    if np.max(after) > np.max(before) + 0.005:
+        return (
+            f"T = {temperature:g} raises the largest probability from {np.max(before):.2f} to {np.max(after):.2f}: "
+            "the other labels weigh less in the loss."
+        )
     if np.max(after) < np.max(before) - 0.005:
         return (
             f"T = {temperature:g} lowers the largest probability from {np.max(before):.2f} to {np.max(after):.2f}: "
@@ -164,13 +180,15 @@ def movement_sentence(kl_before: float, kl_after: float) -> str:
 def progress_sentence(accuracy: pd.Series) -> str:
     """What training gave on validation rows. accuracy: phase -> share right in [0, 1], phase 0 first."""
     first, last = float(accuracy.iloc[0]), float(accuracy.iloc[-1])
-    text = f"On validation rows the student is right on {percent(first)} before training and {percent(last)} after it: "
+    parts = [f"on {percent(first)} before training"]
+    for phase, before, after in zip(accuracy.index[1:], accuracy.iloc[:-1], accuracy.iloc[1:], strict=True):
+        parts.append(f"on {percent(after)} after phase {phase} ({shown_change(before, after)} points)")
+    text = f"On validation rows the student is right {join_words(parts)}. "
+    if len(accuracy) == 1:
+        return text + "It has no phase."
     if last <= first:
-        return text + ("training made it **worse** here." if last < first else "training gave nothing that shows here.")
-    gains = accuracy.diff().dropna()
-    if len(gains) == 1:
-        return text + f"it gained {100 * (last - first):.1f} points."
-    return text + f"it gained {100 * (last - first):.1f} points, most of them in phase {gains.idxmax()}."
+        return text + ("Training made it **worse** here." if last < first else "Training gave nothing that shows here.")
+    return text + f"In sum: {shown_change(first, last)} points."
 
 
 def result_sentence(accuracy: float, majority: float | None, rows: int, answer: str = "label") -> str:
@@ -189,9 +207,17 @@ def result_sentence(accuracy: float, majority: float | None, rows: int, answer: 
 
 
 def confidence_sentence(right: np.ndarray, wrong: np.ndarray) -> str:
-    """Whether a model is surer where it is right. right, wrong: confidences of these predictions, in [0, 1]."""
+    """Whether confidence separates right predictions from wrong ones, by the area under the ROC curve.
+
+    right, wrong: confidences of these predictions, in [0, 1]. The area is the share of pairs of both in which the wrong
+    prediction is less confident than the right one; equal confidences count half (Fawcett 2006).
+    """
     if not len(right) or not len(wrong):
         return f"All predictions are {'right' if len(right) else 'wrong'}: confidence has nothing to separate."
-    gap, text = np.mean(right) - np.mean(wrong), f"Mean confidence is {np.mean(right):.2f} where the student is right "
-    text += f"and {np.mean(wrong):.2f} where it is wrong: "
-    return text + ("confidence helps to find errors." if gap > 0.02 else "confidence does **not** help to find errors.")
+    ranks = pd.Series(np.concatenate([right, wrong])).rank()[: len(right)]
+    area = float((ranks.sum() - len(right) * (len(right) + 1) / 2) / (len(right) * len(wrong)))
+    text = f"A wrong prediction is less confident than a right one in {percent(area)} of all pairs of the two "
+    text += "(AUROC; 50 % is chance): confidence "
+    if area > CLEAR_AREA:
+        return text + "helps to find errors."
+    return text + ("hardly helps to find errors." if area > 0.5 else "does **not** help to find errors.")

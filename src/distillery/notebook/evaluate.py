@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from distillery.notebook.style import join_words
+from distillery.notebook.style import join_words, shown_change
 from distillery.wording import percent
 
 if TYPE_CHECKING:
     from distillery.config.schema import Params
+    from distillery.evaluation.results import Check
 
 CLOSE = 0.02  # a difference of shares below this is called none
 
@@ -66,13 +67,26 @@ def verdict_sentence(verdicts: Sequence[str]) -> str:
     return text + "Every one of them shows a difference."
 
 
-def check_sentence(checks: Sequence[tuple[str, bool]]) -> str:
-    """How many checks passed. checks: (kind, passed)."""
-    failed = Counter(kind for kind, passed in checks if not passed)
+def check_sentence(checks: Sequence[Check], headline: str, control: str | None) -> str:
+    """How many checks passed, the models that failed one, and whether headline or control are among these."""
+    failed = [check for check in checks if not check.passed]
     if not failed:
         return f"All {len(checks)} checks passed: nothing here makes the scores worthless."
-    kinds = join_words([f"{n} of {kind}" for kind, n in failed.items()])
-    return f"**{sum(failed.values())} of {len(checks)} checks failed** ({kinds}). Read them before any score."
+    kinds = join_words([f"{n} of {kind}" for kind, n in Counter(check.kind for check in failed).items()])
+    text = f"**{len(failed)} of {len(checks)} checks failed** ({kinds})"
+    if not all(check.models for check in failed):
+        return text + ", one at least for all models. Read them before any score."
+    models = list(dict.fromkeys(model for check in failed for model in check.models))
+    text += f": {join_words(models)}. "
+    among = [f"the headline student {headline}"] if headline in models else []
+    among += [f"{control}, the control of {headline}"] if control in models else []
+    if among:
+        text += f"Among them {'are' if len(among) > 1 else 'is'} {join_words(among)}. "
+    else:
+        text += f"The headline student {headline} is not among them" + (
+            f", nor is its control {control}. " if control else ". "
+        )
+    return text + "Read them before any score."
 
 
 def pair_sentence(pairs_right: float, pairs: int, accuracy: float) -> str:
@@ -139,16 +153,31 @@ def calibration_sentence(ece: float | None, temperature: float | None) -> str:
     return text + f"It is {kind}: on validation rows a temperature of {temperature:.2f} fits best."
 
 
-def phase_sentence(gains: pd.DataFrame, headline: str) -> str:
-    """What each phase gave the headline. gains: model, after phase, accuracy, gain."""
-    rows = gains[(gains["model"] == headline) & gains["gain"].notna()]
+def phase_sentence(gains: pd.DataFrame, headline: str, validation_rows: int) -> str:
+    """What each phase gave the headline, and which of these gains the validation rows can show.
+
+    gains: model, after phase, accuracy, gain and gain_error, its standard error. A gain of less than two of these
+    counts as none.
+    """
+    rows = gains[gains["model"] == headline]
+    rows = rows.assign(before=rows["accuracy"].shift()).iloc[1:]
     if rows.empty:
         return f"{headline} has no phases."
-    parts = [f"phase {row['after phase']} gave {100 * row['gain']:+.1f} points" for _, row in rows.iterrows()]
+    phases = [f"phase {phase}" for phase in rows["after phase"]]
+    changes = map(shown_change, rows["before"], rows["accuracy"])
+    parts = [f"{phase} gave {change} points" for phase, change in zip(phases, changes, strict=True)]
     text = f"{headline}: {join_words(parts)}. "
-    if (rows["gain"] > 0).all():
+    unclear = (~(rows["gain"].abs() > 2 * rows["gain_error"])).tolist()  # NaN with a single row
+    harmful = [phase for phase, gain, no in zip(phases, rows["gain"], unclear, strict=True) if gain < 0 and not no]
+    unseen = [phase for phase, no in zip(phases, unclear, strict=True) if no]
+    if not harmful and not unseen:
         return text + "Each phase helped."
-    return text + "Not every phase helped: try the list of phases without it."
+    if harmful:
+        text += f"{join_words(harmful).capitalize()} made it **worse**: try the list of phases without it. "
+    if unseen:
+        text += f"The {validation_rows:,} validation rows cannot show a change by {join_words(unseen)}: it is below "
+        text += "two standard errors of a difference. "
+    return text.rstrip()
 
 
 def closeness_sentence(close: pd.DataFrame, headline: str, teacher: str | None) -> str:
@@ -170,5 +199,5 @@ def disagreement_sentence(kinds: dict[str, int]) -> str:
         return "There is no row on which only one of student and teacher is right."
     text = f"On {teacher} rows only the teacher is right, on {student} only the student: "
     if student >= teacher:
-        return text + "in sum the student loses no row to its size."
-    return text + f"that is what the student loses, but it also corrects its teacher on {student}."
+        return text + f"the student loses no row in sum, and wins {student - teacher}."
+    return text + f"the student loses {teacher - student} rows in sum."

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from distillery.wording import percentage_points
+
 BLUE, GREY, RED, GREEN = "#3b6fb6", "#a3acb5", "#c8553d", "#6a994e"
 PALETTE = (BLUE, GREY, RED, GREEN, "#d9a441", "#7d6b91", "#4a4a4a", "#8fb8de")
 
@@ -42,6 +44,11 @@ def plot_distributions(names: list[str], distributions: dict[str, np.ndarray], t
     axes.set(title=title, ylim=(0, 1.12), ylabel="probability")
     axes.set_xticks(at, names)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def shown_change(before: float, after: float) -> str:
+    """The change between two shares in percentage points, as a reader computes it from their percentages: +39.1."""
+    return percentage_points((round(100 * after, 1) - round(100 * before, 1)) / 100)
 
 
 def join_words(words: list[str]) -> str:
