@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 
 import numpy as np
@@ -113,6 +114,7 @@ CASES = [
     (teach.memory_sentence, (0.83, 0.73, 0.62), "learned from fewer rows", (0.83, 0.73, 0.73), "(73.0 %)."),
     (teach.memory_sentence, (0.83, 0.73, None), "Without folds", (0.83, None, 0.62), "students see signals of models"),
     (teach.knowledge_sentence, (0.7, 0.4, 9), "it can teach", (0.4, 0.4, 9), "**nothing** to teach"),
+    (teach.knowledge_sentence, (0.7, 0.4, 9), "held-out rows", (math.nan, 0.4, 0), "**nothing** to score it on"),
     (teach.calibration_sentence, (0.9, 0.7), "overconfident", (0.6, 0.7), "underconfident"),
     (teach.selection_sentence, (0.9, 0.7), "gives cleaner", (0.7, 0.7), "**not** give cleaner"),
     (teach.label_error_sentence, (0, 200), "none of the 200", (10, 200), "5.0 %"),

@@ -776,6 +776,12 @@ def test_probabilities_from_a_file_are_calibrated_by_their_mean(experiment):
     assert np.allclose(teacher.predict(rows), expected / expected.sum(1, keepdims=True), atol=1e-4)
     plain = open_teacher(root, "biased", params, TASK, prompting={"prompt": None, "prior": None})
     assert np.allclose(plain.predict(rows), p)
+    alone, kept = compare_prompts(root, "biased", params, TASK, rows[rows["split"] == "pool"].assign(label=None))
+    assert alone.empty and kept == prompting  # nothing is compared, and the calibration needs no labels
+    several = config.model_copy(update={"prompts": ["short"]})
+    searched = params.model_copy(update={"teachers": params.teachers | {"biased": several}})
+    with pytest.raises(UserError, match="^params.yaml: teachers.biased.prompts: no validation row with a label"):
+        compare_prompts(root, "biased", searched, TASK, rows[rows["split"] == "pool"])
     with pytest.raises(UserError, match="^params.yaml: teachers.biased.calibrate: no row of pool or train to take the"):
         compare_prompts(root, "biased", params, TASK, rows[rows["split"] == "validation"])
 

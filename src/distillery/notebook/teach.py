@@ -133,6 +133,8 @@ def knowledge_sentence(accuracy: float, majority: float, rows: int, answer: str 
 
     answer: as for :func:`untrained_sentence`.
     """
+    if not rows:
+        return "None of its rows that it was not tuned on has a label: there is **nothing** to score it on."
     text = f"On {rows:,} held-out rows the teacher is right on {percent(accuracy)}, "
     if accuracy > majority + CLOSE:
         return text + f"{100 * (accuracy - majority):.1f} points more than the most frequent {answer}: it can teach."

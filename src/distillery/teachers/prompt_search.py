@@ -41,7 +41,8 @@ def compare_prompts(
 
     rows: see :func:`distillery.teachers.base.gather_rows`. Returns one line per prompt and calibration (accuracy, low
     and high of its 95 % interval, macro_f1, unparsable), and the best as the `prompting` that
-    :func:`distillery.teachers.base.open_teacher` takes. Raises UserError when the task has no such prompt.
+    :func:`distillery.teachers.base.open_teacher` takes. A teacher with one prompt needs no validation rows: without any
+    the table is empty. Raises UserError when the task has no such prompt, or when several have no row to be scored on.
     """
     spec, lines, candidates = params.teachers[name], [], []
     validation = rows[rows["split"] == "validation"].reset_index(drop=True)
@@ -51,6 +52,8 @@ def compare_prompts(
     unlabelled = unlabelled.reset_index(drop=True)
     if unlabelled.empty and spec.calibrate == "batch":
         raise UserError(f"params.yaml: teachers.{name}.calibrate: no row of pool or train to take the mean over")
+    if validation.empty and spec.prompts:
+        raise UserError(f"params.yaml: teachers.{name}.prompts: no validation row with a label to compare them on")
     calibrations = {"api": ["none", spec.calibrate], "answers": ["none", "batch"]}.get(spec.kind, CALIBRATIONS)
     if isinstance(task.names, LabelSets):  # a prior would divide a distribution over labels
         calibrations = ["none"]
@@ -59,14 +62,16 @@ def compare_prompts(
             known = ", ".join(task.prompts) or "none"
             raise UserError(f"params.yaml: teachers.{name}.prompts: the task has no `{prompt}`; it has: {known}")
         teacher = open_teacher(root, name, params, task, prompting={"prompt": prompt, "prior": None})
-        probabilities = teacher.predict(validation)
-        for calibration in dict.fromkeys(calibrations):
-            prior = estimate_label_prior(teacher, calibration, unlabelled)
-            scores = _score(validation, divide_by_prior(probabilities, prior), task.names)
-            lines.append({"prompt": prompt or "prompt", "calibrate": calibration} | scores)
+        probabilities = teacher.predict(validation) if len(validation) else None
+        for calibration in dict.fromkeys(calibrations if len(validation) else [spec.calibrate]):
+            prior, macro_f1 = estimate_label_prior(teacher, calibration, unlabelled), 0.0
+            if probabilities is not None:
+                scores = _score(validation, divide_by_prior(probabilities, prior), task.names)
+                lines.append({"prompt": prompt or "prompt", "calibrate": calibration} | scores)
+                macro_f1 = scores["macro_f1"]
             if calibration == spec.calibrate:
                 rounded = None if prior is None else [round(float(share), 6) for share in prior]
-                candidates.append((scores["macro_f1"], {"prompt": prompt, "prior": rounded}))
+                candidates.append((macro_f1, {"prompt": prompt, "prior": rounded}))
         del teacher  # one is held at a time
     return pd.DataFrame(lines), max(candidates, key=lambda candidate: candidate[0])[1]
 
