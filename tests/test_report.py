@@ -260,7 +260,10 @@ def test_differences_from_the_control_count_phases_from_1(finished, tmp_path):
     student["phases"] = [student["phases"][0] | {"data": ["demo/pool", "demo/train"], "learning_rate": 0.002}]
     student["max_length"] = 64
     results, board = evaluate(tmp_path, write_project(tmp_path, spec))
-    differences = ["training rows: demo/pool, demo/train and demo/train", "max_length: 64 and 256"]
+    differences = [
+        "training rows: demo/pool + demo/train for the student, demo/train for its control",
+        "max_length: 64 and 256",
+    ]
     differences.append("learning_rate of phase 1: 0.002 and 0.001")
     assert result_facts(results, board.reset_index()).differences == differences
     html = unescape((tmp_path / "reports/index.html").read_text(encoding="utf-8"))

@@ -150,11 +150,13 @@ def _teachers(results: Results, result: ModelResult) -> list[str]:
 def _differences(results: Results, control: ModelResult) -> list[str]:
     """The training rows of headline and control where they differ, then their settings, with phases counted from 1."""
     params, head = results.params, results.headline
-    rows = [
+    own, others = (
         list(dict.fromkeys(split_ref for phase in params.students[model.key].phases for split_ref in phase.data))
         for model in (head, control)
-    ]
-    differences = [] if set(rows[0]) == set(rows[1]) else [f"training rows: {' and '.join(map(', '.join, rows))}"]
+    )
+    differences = []
+    if set(own) != set(others):
+        differences = [f"training rows: {' + '.join(own)} for the student, {' + '.join(others)} for its control"]
     for setting in control_differences(params, head.key):
         setting = re.sub(r"^phases:", "number of phases:", setting)
         setting = re.sub(r"^phases\.\*\.([^:]+)", r"\1 of the phases", setting)
