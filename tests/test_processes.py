@@ -333,13 +333,13 @@ def test_a_teacher_labels_as_in_one_process(repo, monkeypatch):
     params, task = load_params(), read_task(repo / "data/processed/finance")
     rows = gather_rows(repo, params, "lm").iloc[:20].reset_index(drop=True)
     prompting = {"prompt": None, "prior": [0.2, 0.3, 0.5]}
-    monkeypatch.setattr(  # the launcher has its test above
-        labelling,
-        "run_processes",
-        lambda compute, module, arguments, title: in_processes(
-            compute.processes, label_in, repo, Path(arguments[1]), folder=repo / "results"
-        ),
-    )
+    starts = []
+
+    def start(compute, module, arguments, title):  # the launcher has its test above
+        starts.append(arguments)
+        in_processes(compute.processes, label_in, repo, Path(arguments[1]), folder=repo / "results")
+
+    monkeypatch.setattr(labelling, "run_processes", start)
     expected = label_rows(open_teacher(repo, "lm", params, task, prompting=prompting), rows, -1, 8)
     shared = labelling.Labelling("lm", task, rows, None, prompting, rows_per_part=6)
     signals = shared.label_in_processes(params, repo / "scratch")
@@ -349,6 +349,9 @@ def test_a_teacher_labels_as_in_one_process(repo, monkeypatch):
     pd.testing.assert_frame_equal(signals, expected)
     (folder,) = (repo / "scratch").iterdir()
     assert len(parts := shared.parts(folder)) == 4 and all(part.exists() for part in parts)
+    assert len(starts) == 1
+    assert shared.label_in_processes(params, repo / "scratch")["label"].equals(signals["label"])
+    assert len(starts) == 1, "nothing is missing, so no process starts"
     parts[2].unlink()
     before = [part.stat().st_mtime_ns for part in (*parts[:2], parts[3])]
     assert shared.label_in_processes(params, repo / "scratch")["label"].equals(signals["label"])

@@ -69,7 +69,7 @@ class Labelling:
         """The signals of all rows, as :func:`label_rows` returns them, by the processes of `params.compute`.
 
         The parts are in a folder below `scratch`, under a key of everything that decides them; a killed run continues
-        with those that are missing.
+        with those that are missing. When none is, no process starts.
         """
         spec = params.teachers[self.name]
         key = run_key(
@@ -85,7 +85,10 @@ class Labelling:
         )
         folder = scratch / f"labels-{key}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / LABELLING).write_bytes(pickle.dumps(self))
-        run_processes(params.compute, "distillery.teachers.worker", ["label", str(folder)], f"labels of {self.name}")
-        signals = pd.concat([pickle.loads(path.read_bytes()) for path in self.parts(folder)], ignore_index=True)
+        parts = self.parts(folder)
+        if not all(path.exists() for path in parts):
+            (folder / LABELLING).write_bytes(pickle.dumps(self))
+            title = f"labels of {self.name}"
+            run_processes(params.compute, "distillery.teachers.worker", ["label", str(folder)], title)
+        signals = pd.concat([pickle.loads(path.read_bytes()) for path in parts], ignore_index=True)
         return decide_signals(self.rows, signals, self.task.names)
