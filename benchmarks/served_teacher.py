@@ -80,7 +80,8 @@ def ask(url: str, scratch: Path, texts: list[str]) -> tuple[np.ndarray, list, fl
     probabilities = teacher.predict_texts(texts)
     seconds = time.perf_counter() - started
     answers = endpoint.query(teacher.questions(texts))
-    print(f"calls of the server: {sum(endpoint.store.outcomes(endpoint.identity).values())} for {len(texts)} rows")
+    calls = sum(endpoint.store.outcomes(endpoint.servers[0].identity).values())
+    print(f"calls of the server: {calls} for {len(texts)} rows")
     return probabilities, [answer.metadata["tokens"] for answer in answers], seconds
 
 

@@ -80,7 +80,7 @@ def teacher(url: str, model: str, path: Path, **settings) -> ApiTeacher:
 
 
 def outcomes(opened: ApiTeacher) -> dict[str, int]:
-    return opened.endpoint.store.outcomes(opened.endpoint.identity)
+    return opened.endpoint.store.outcomes(opened.endpoint.servers[0].identity)
 
 
 # ------------------------------------------------------------------------------- labels and texts
@@ -511,11 +511,11 @@ def test_a_missing_key_is_named(tmp_path, monkeypatch):
 
 def test_a_key_of_the_vendor_goes_to_the_vendor_only(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-real")
-    assert teacher("http://127.0.0.1:1", "m", tmp_path, key=None).endpoint.transport.client.api_key == "none"
+    assert teacher("http://127.0.0.1:1", "m", tmp_path, key=None).endpoint.servers[0].transport.client.api_key == "none"
     home = teacher("x", "m", tmp_path, key=None, base_url=None).endpoint
-    assert home.transport.client.api_key == "sk-real" and str(home.transport.client.base_url).startswith(
-        "https://api.openai.com/"
-    )
+    assert home.servers[0].transport.client.api_key == "sk-real" and str(
+        home.servers[0].transport.client.base_url
+    ).startswith("https://api.openai.com/")
 
 
 # ------------------------------------------------------------------------------- rows that the endpoint refuses

@@ -226,7 +226,7 @@ def test_every_fault_is_survived_and_labels_and_tokens_share_one_call(speaker, t
     assert tokens[3] is None and np.isnan(probabilities[3]).all() and not np.isnan(np.delete(probabilities, 3, 0)).all()
     assert [one for i, one in enumerate(tokens) if i != 3] == [one for i, one in enumerate(expected) if i != 3]
     assert any("row `row-3` is refused" in line and "blocked by the content filter" in line for line in opened.messages)
-    assert opened.endpoint.store.outcomes(opened.endpoint.identity)["row refused"] == 1
+    assert opened.endpoint.store.outcomes(opened.endpoint.servers[0].identity)["row refused"] == 1
 
 
 def score(settings: dict[str, Any], path: str, given: list[GivenTokens]) -> None:

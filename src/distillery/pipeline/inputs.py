@@ -22,18 +22,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distillery.config.schema import Params, SplitRef, StudentConfig
+from distillery.config.schema import API_KEYS_WITHOUT_EFFECT, Params, SplitRef, StudentConfig
 from distillery.errors import UserError
 from distillery.files import Paths, atomic_write, file_digest, write_json
 from distillery.tasks.schema import N_OPTIONS, Task
 
 INPUT_COLUMNS = ("split_ref", "id", "text", "label", "group")
-
-# of an endpoint: its key, pace and limits of cost decide nothing of its answers
-API_KEYS_WITHOUT_EFFECT = {
-    *("key", "concurrency", "requests_per_minute", "timeout", "max_attempts", "max_unreadable"),
-    *("price", "max_cost", "max_total_tokens"),
-}
 
 # of a student: these keys change no weight
 STUDENT_KEYS_WITHOUT_EFFECT = {"control", "checkpoint_every", "test_source"}  # `source` of the record is the last

@@ -164,6 +164,24 @@ class AnswerStore:
         with self._connection() as connection:
             return tuple(connection.execute(query, (endpoint,)).fetchone())
 
+    def used_tokens_of_model(self, client: str, model: str) -> tuple[int, int]:
+        """(input, output) tokens of all calls to `model`, whatever the address of its endpoint."""
+        query = (
+            "SELECT COALESCE(SUM(input_tokens), 0), COALESCE(SUM(output_tokens), 0) FROM calls "
+            "WHERE json_extract(endpoint, '$.client') = ? AND json_extract(endpoint, '$.model') = ?"
+        )
+        with self._connection() as connection:
+            return tuple(connection.execute(query, (client, model)).fetchone())
+
+    def call_seconds(self, client: str, model: str) -> tuple[int, float]:
+        """Number of answered calls to `model`, whatever the address of its endpoint, and the mean seconds of one."""
+        query = (
+            "SELECT COUNT(*), COALESCE(AVG(seconds), 0) FROM calls WHERE outcome = 'answered' "
+            "AND json_extract(endpoint, '$.client') = ? AND json_extract(endpoint, '$.model') = ?"
+        )
+        with self._connection() as connection:
+            return tuple(connection.execute(query, (client, model)).fetchone())
+
     def outcomes(self, endpoint: str) -> dict[str, int]:
         """Number of calls to `endpoint` by outcome."""
         query = "SELECT outcome, COUNT(*) FROM calls WHERE endpoint = ? GROUP BY outcome ORDER BY outcome"

@@ -37,7 +37,15 @@ from distillery.config.schema.evaluate import (
 from distillery.config.schema.experiment import Params
 from distillery.config.schema.models import ModelConfig, RandomModelConfig
 from distillery.config.schema.students import PhaseConfig, PseudoLabelFilter, StudentConfig, StudentInit
-from distillery.config.schema.teachers import AnswerColumns, AnswerFilesConfig, ApiConfig, ApiPrice, TeacherConfig
+from distillery.config.schema.teachers import (
+    API_KEYS_WITHOUT_EFFECT,
+    AnswerColumns,
+    AnswerFilesConfig,
+    ApiConfig,
+    ApiPrice,
+    EndpointConfig,
+    TeacherConfig,
+)
 from distillery.config.schema.texts import LongTextsConfig
 from distillery.config.schema.training import (
     AdapterSettings,
@@ -48,6 +56,7 @@ from distillery.config.schema.training import (
 )
 
 __all__ = [
+    "API_KEYS_WITHOUT_EFFECT",
     "AdapterSettings",
     "AnswerColumns",
     "AnswerFilesConfig",
@@ -60,6 +69,7 @@ __all__ = [
     "DIVERGENCES",
     "Digest",
     "EarlyStoppingConfig",
+    "EndpointConfig",
     "EvaluateConfig",
     "FinetuneConfig",
     "Fraction",

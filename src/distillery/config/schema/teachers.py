@@ -12,6 +12,11 @@ from distillery.config.schema.texts import LongTextsConfig
 from distillery.config.schema.training import FinetuneConfig
 
 MIN_EXPLAINED_TOKENS = 32  # of a label and a short sentence
+# of `api`: servers, key, pace and limits of cost decide nothing of its answers
+API_KEYS_WITHOUT_EFFECT = {
+    *("endpoints", "key", "concurrency", "requests_per_minute", "timeout", "max_attempts", "max_unreadable"),
+    *("price", "max_cost", "max_total_tokens"),
+}
 
 
 class ApiPrice(Section):
@@ -57,8 +62,22 @@ def path_of_secret(value: JsonValue, path: str) -> str | None:
     return None
 
 
+class EndpointConfig(Section):
+    """One of several servers of the same model."""
+
+    base_url: Annotated[str, Field(pattern=URL)]
+    """Address of the server."""
+    key: Annotated[str, Field(pattern=VARIABLE)] | None = None
+    """Name of the environment variable that holds its key; that of `api` when not given."""
+    concurrency: Annotated[int, Field(gt=0, le=256)] | None = None
+    """Largest number of requests to it at the same time; that of `api` when not given."""
+    requests_per_minute: Positive | None = None
+    """Largest number of requests to it a minute; that of `api` when not given."""
+
+
 class ApiConfig(Section):
-    """A model behind an endpoint. Its limits hold for all requests that were ever made to it from this folder."""
+    """A model behind one or several endpoints. Its limits hold for all requests that were ever made to it from this
+    folder."""
 
     client: Literal["openai", "anthropic"] = "openai"
     """Protocol of the endpoint."""
@@ -66,6 +85,9 @@ class ApiConfig(Section):
     """Name of the model at the endpoint."""
     base_url: Annotated[str, Field(pattern=URL)] | None = None
     """Address of the endpoint; the vendor's own when not given."""
+    endpoints: list[EndpointConfig] = []
+    """Several servers of the same model, in place of `base_url`: a row goes to whichever is free. They have the answers
+    and the ceilings in common; which servers there are is no part of an answer's key."""
     key: Annotated[str, Field(pattern=VARIABLE)] | None = None
     """Name of the environment variable that holds the key."""
     labels: Literal["text", "explained", "structured", "logprobs"] = "text"
@@ -96,13 +118,13 @@ class ApiConfig(Section):
     extra_body: dict[str, JsonValue] = {}
     """Further keys of every request, as the endpoint's manual names them. Never a key or a password."""
     concurrency: Annotated[int, Field(gt=0, le=256)] = 8
-    """Largest number of requests at the same time."""
+    """Largest number of requests at the same time, of `endpoints` to each."""
     requests_per_minute: Positive | None = None
-    """Largest number of requests a minute; any when not given."""
+    """Largest number of requests a minute, of `endpoints` to each; any when not given."""
     timeout: Positive = 60.0
     """Seconds to wait for an answer."""
     max_attempts: Annotated[int, Field(gt=0)] = 8
-    """Requests for one answer before the run stops."""
+    """Requests for one answer before the run stops, or before one of several `endpoints` is set aside."""
     max_unreadable: Annotated[int, Field(gt=0)] | None = 20
     """Answers in a row that cannot be read as a label, or are refused, before the run stops; null: no limit."""
     price: ApiPrice | None = None
@@ -116,6 +138,11 @@ class ApiConfig(Section):
     def _fits(self):
         if self.max_cost is not None and self.price is None:
             raise ValueError("`max_cost` needs `price`")
+        if self.endpoints and self.base_url:
+            raise ValueError("`endpoints` have a `base_url` each: leave that of the section out")
+        addresses = [endpoint.base_url.rstrip("/") for endpoint in self.endpoints]
+        if repeated := sorted({address for address in addresses if addresses.count(address) > 1}):
+            raise ValueError(f"`endpoints` holds {repeated[0]} twice: raise its `concurrency` instead")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("`samples` above 1 need a `temperature` above 0, or all answers are equal")
         if self.labels == "logprobs" and self.client == "anthropic":
@@ -157,6 +184,12 @@ class ApiConfig(Section):
                     "variable, and the name of that variable into `key`"
                 )
         return self
+
+    @property
+    def servers(self) -> list[ApiConfig]:
+        """The settings for each server: of `endpoints` their own, where they have some, else the section alone."""
+        own = [{key: value for key, value in endpoint if value is not None} for endpoint in self.endpoints]
+        return [self.model_copy(update=settings | {"endpoints": []}) for settings in own] or [self]
 
     @property
     def scores_given_tokens(self) -> bool:

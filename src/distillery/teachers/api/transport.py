@@ -36,18 +36,19 @@ TOP_LOGPROBS = 20  # the most alternatives per token that endpoints return
 
 
 class Transport:
-    """Sends requests to one model at one endpoint. name: the teacher's, for messages.
+    """Sends requests to one model at one endpoint. name: the teacher's, for messages. key_place: where the section
+    `api` names the variable with the API key.
 
     Raises UserError when the API key is not in the environment.
     """
 
-    def __init__(self, name: str, spec: ApiConfig):
-        self.name, self.spec = name, spec
+    def __init__(self, name: str, spec: ApiConfig, key_place: str = "key"):
+        self.name, self.spec, self.key_place = name, spec, key_place
         self.base_url = spec.base_url or DEFAULT_URLS[spec.client]
         variable = spec.key or (None if spec.base_url else DEFAULT_KEY_VARIABLES[spec.client])
         self.secret = os.environ.get(variable, "") if variable else ""
         if variable and not self.secret:
-            raise UserError(f"params.yaml: teachers.{name}.api.key: set {variable} in the environment")
+            raise UserError(f"params.yaml: teachers.{name}.api.{key_place}: set {variable} in the environment")
         if self.secret and self.secret in canonical_json(spec.extra_request_keys):
             raise UserError(
                 f"params.yaml: teachers.{name}.api: extra_body or a key beside it holds the value of {variable}"
@@ -128,8 +129,8 @@ class Transport:
             raise RetryableError(f"HTTP {decisive}", retry_after_seconds(retry_after), free=True)
         section = f"teachers.{self.name}.api"
         reason = {
-            401: f"{section}.key: the endpoint does not accept the key",
-            403: f"{section}.key: the key may not do this",
+            401: f"{section}.{self.key_place}: the endpoint does not accept the key",
+            403: f"{section}.{self.key_place}: the key may not do this",
             404: f"{section}.model: the endpoint has no `{self.spec.model}` (or base_url is wrong)",
         }.get(decisive, section)
         raise UserError(f"params.yaml: {reason}: {message}")

@@ -77,7 +77,8 @@ class AnswerWatch:
         """Raise UserError if no request with the settings of `question` ever got more than reasoning."""
         if any(without_reasoning(text) for text in self.store.texts(question.model_identity)):
             return
-        way = NO_REASONING["server" if self.spec.base_url and self.spec.client == "openai" else self.spec.client]
+        is_own = self.spec.base_url or self.spec.endpoints
+        way = NO_REASONING["server" if is_own and self.spec.client == "openai" else self.spec.client]
         limit = question.model_identity["max_tokens"]
         raise UserError(
             f"params.yaml: teachers.{self.name}.api: the model spent its answer on reasoning and gave no label "
