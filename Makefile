@@ -63,8 +63,8 @@ lessons: $(VENV)/.installed ## run the lessons in notebooks/lessons, minutes on 
 study: $(VENV)/.installed ## show the results of a study, into reports/studies: make study NAME=phrasebank
 	@$(BIN)/python -m distillery study $(if $(NAME),'$(NAME)',$(error name a study: make study NAME=phrasebank))
 
-answers: $(VENV)/.installed ## ask the large models of data/answers again, hours and 6 GB of disk; repro does not need it
-	@$(BIN)/python -m distillery answers
+answers: $(VENV)/.installed ## ask the large models of data/answers again, hours and 6 GB of disk: make answers [NAME=finance-qwen]
+	@$(BIN)/python -m distillery answers $(if $(NAME),'$(NAME)')
 
 texts: $(VENV)/.installed ## let the large models of data/texts write again, a quarter of an hour and 6 GB of disk: make texts [NAME=finance-qwen]
 	@$(BIN)/python -m distillery texts $(if $(NAME),'$(NAME)')

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
+from distillery.cli import main
 from distillery.config.load import validate_section
 from distillery.config.schema import AnswerFilesConfig
 from distillery.errors import UserError
@@ -54,6 +55,19 @@ def read_answers(root, columns=COLUMNS, repeats="drop") -> FileTeacher:
     spec = validate_section(AnswerFilesConfig, raw, "x")
     task = load_task("finance-sentiment", root / "tasks")
     return FileTeacher(read_answer_files(spec, task, root), task, "id")
+
+
+def test_the_verb_takes_one_file_or_all(request_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tmp_path / FILE, tmp_path / "data/answers/other.yaml")
+    main(["answers", "other"])
+    assert capsys.readouterr().out.splitlines()[-1] == "data/answers/other.jsonl"
+    main(["answers"])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data")]
+    assert printed == ["data/answers/mine.jsonl", "data/answers/other.jsonl"]
+    with pytest.raises(SystemExit, match=r"error: .*data/answers/none.yaml: no such file"):
+        main(["answers", "none"])
 
 
 @pytest.mark.parametrize("stop", ["before a write", "within a write", "after a write"])

@@ -133,13 +133,14 @@ def recipe(name: str, scale: str | None, plan: bool, gpu: str | None, settings: 
     run_recipe_command(name, scale)
 
 
-def answers() -> None:
+def answers(name: str | None) -> None:
     """Ask the models of data/answers/*.yaml for label probabilities, into the .jsonl files beside them."""
     from distillery.files import repository_root
     from distillery.teachers.asking import write_answers
 
     root = repository_root()
-    for path in sorted((root / "data/answers").glob("*.yaml")):
+    files = [root / f"data/answers/{name}.yaml"] if name else sorted((root / "data/answers").glob("*.yaml"))
+    for path in files:
         print(write_answers(root, path.relative_to(root).as_posix()).relative_to(root))
 
 
@@ -243,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
         "-p", dest="selectors", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a selector"
     )
     verb(lesson).add_argument("name", nargs="?", help="a file of notebooks/lessons/ without folder and ending")
-    verb(answers)
+    verb(answers).add_argument("name", nargs="?", help="a file of data/answers/ without folder and ending; all without")
     verb(texts).add_argument("name", nargs="?", help="a file of data/texts/ without folder and ending; all without it")
     running_study = verb(study)
     running_study.add_argument("name", help="a folder of studies/")
