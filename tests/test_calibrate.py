@@ -128,10 +128,12 @@ def test_only_students_that_can_be_exported_are_named_for_it(tmp_path):
     spec = report_project.experiment()
     report_project.write_project(tmp_path, spec)
     spec["students"]["long"] = spec["students"]["other"] | {"long_texts": {"windows": 2}}
+    spec["students"]["series"] = spec["students"]["other"] | {"adapter": {"kind": "series"}}
     lines = {
         "none": "evaluate.export.0: unknown student `none`",
         "s": "`s` is seq2seq; classifiers and causal models are exported",
         "long": "has `long_texts`",
+        "series": "`series` has series adapters; it is not exported",
     }
     for student, line in lines.items():
         spec["students"]["s"] = spec["students"]["other"] | {"arch": "seq2seq", "model": "large"}

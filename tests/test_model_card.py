@@ -28,8 +28,8 @@ def card(tmp_path):
     )
     task = load_task("demo", tmp_path / "tasks")
 
-    def render(phases=({**DISTILLED, "learning_rate": 1e-3}, PHASE), texts=TEXTS, **more) -> str:
-        spec = StudentConfig(model="small", arch="classifier", phases=list(phases))
+    def render(phases=({**DISTILLED, "learning_rate": 1e-3}, PHASE), texts=TEXTS, adapter=None, **more) -> str:
+        spec = StudentConfig(model="small", arch="classifier", phases=list(phases), adapter=adapter or {})
         label, prediction = ["up", "down", "flat", "flat"], ["up", "down", "flat", "down"]
         test = metrics.classification_report(label, prediction, np.full((4, 3), 1 / 3), LABELS)
         metadata = {"student": "kd", "seed": 7, "parameters": 17_000_000, "bytes_on_disk": 34_400_000, "test": test}
@@ -84,6 +84,13 @@ def test_what_a_card_holds(card):
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
         f"## {title}" for title in ("Use", "Intended use", "Out-of-scope use", "Scores", "Data", "Training", "Limits")
     ]
+
+
+def test_a_card_of_series_adapters_has_no_code_that_transformers_alone_would_run(card):
+    page = card(adapter={"kind": "series"})
+    assert "\ndistillery predict . --input new.csv --output predicted.csv\n" in page
+    assert "```python" not in page and page.count("```") == 2
+    assert "library_name" not in ModelCard(page).data.to_dict()
 
 
 def test_a_card_of_a_model_without_training(card):

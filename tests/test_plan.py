@@ -123,6 +123,16 @@ def test_targets_are_counted(root):
     assert not plan.failed and ("students.kd", text) in [(finding.place, finding.text) for finding in plan.findings]
 
 
+def test_series_adapters_are_counted_beside_the_published_weights(root):
+    plan = resolve_recipe(root, "demo", recipe(adapter={"kind": "series", "size": 2}))
+    trained = 2 * 2 * (2 * 16 * 2 + 16 + 2)
+    text = f"{WEIGHTS + OTHERS + trained:,} parameters, {trained:,} of them trained: adapters in 4 layers"
+    published = f"{WEIGHTS + OTHERS:,} parameters; published: {WEIGHTS + OTHERS:,}"
+    texts = [finding.text for finding in plan.findings if finding.place == "students.kd"]
+    assert not plan.failed and f"{text} (o_proj, down_proj)" in texts and published in texts
+    assert stage_memory(plan)["04_distill, kd, training"].gradients == 4 * trained
+
+
 @pytest.mark.parametrize(
     ("teacher", "space", "reason"),
     [

@@ -131,7 +131,14 @@ CASES = [
     (distill.rows_sentence, (5, 0, 0), "needs no teacher", (5, 0, 20), "5 gold rows and 20 rows without a label"),
     (distill.rows_sentence, (5, 3, 20), "3 paraphrases that inherit a label", (5, 0, 20), "are 5 gold rows and 20"),
     (distill.rows_sentence, (5, 3, 0), "less sure than a gold one", (8, 0, 0), "All 8 training rows"),
-    (distill.size_sentence, (3, 10, 10, False), "all of them", (3, 10, 4, True), "moves none of these"),
+    (distill.size_sentence, (3, 10, 10, "none"), "all of them", (3, 10, 4, "lora"), "moves none of these"),
+    (
+        distill.size_sentence,
+        (3, 10, 4, "none"),
+        "moves 4 of them, 40.0 %.",
+        (3, 10, 4, "series"),
+        "of its adapters and",
+    ),
     (distill.equality_sentence, (0.5, 0.5, "kl"), "nats: the same number", (0.5, 0.6, "kl"), "**not** the same number"),
     (
         distill.softening_sentence,

@@ -274,11 +274,18 @@ def _check_evaluation(params: Params, file: str) -> None:
                 f"{file}: students.{name}: `{source}` has no {' and no '.join(missing)} rows, and no other source of "
                 f"the task `{params.data[source].task}` has both validation and test rows to choose and score it on"
             )
-    for i, name in enumerate(evaluate.export):
+    _check_exports(params, file)
+
+
+def _check_exports(params: Params, file: str) -> None:
+    """Each student of `evaluate.export` can be exported."""
+    for i, name in enumerate(params.evaluate.export):
         _check_known(f"{file}: evaluate.export.{i}", name, params.students, "student")
         if (arch := params.students[name].arch) == "seq2seq":
             raise UserError(
                 f"{file}: evaluate.export.{i}: `{name}` is {arch}; classifiers and causal models are exported"
             )
+        if params.students[name].adapter.kind == "series":
+            raise UserError(f"{file}: evaluate.export.{i}: `{name}` has series adapters; it is not exported")
         if params.students[name].long_texts:
             raise UserError(f"{file}: evaluate.export.{i}: `{name}` has `long_texts`; it is not exported")

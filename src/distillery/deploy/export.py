@@ -14,12 +14,13 @@ from distillery import metrics
 from distillery.config.schema.evaluate import EvaluateConfig
 from distillery.deploy.gguf_file import read_gguf, write_gguf
 from distillery.deploy.onnx_file import write_onnx
-from distillery.deploy.predictors import EXPORT_FILES, EXPORTS_FILE, WEIGHTS_FILE, OnnxPredictor
+from distillery.deploy.predictors import CONFIG_FILE, EXPORT_FILES, EXPORTS_FILE, WEIGHTS_FILE, OnnxPredictor
 from distillery.deploy.settings import InferenceSettings
 from distillery.deploy.torch_predictor import open_label_model
 from distillery.errors import UserError
 from distillery.evaluation.speed import probability_function, throughput
 from distillery.files import atomic_write, file_digest, write_json
+from distillery.models.series_adapters import stored_adapters
 
 ProbabilityFunction = Callable[[pd.DataFrame], np.ndarray]  # test rows -> probabilities of the labels [rows, labels]
 
@@ -41,9 +42,12 @@ KINDS = {"classifier": "onnx", "causal": "gguf"}  # by architecture
 def write_exports(folder: Path, settings: InferenceSettings) -> None:
     """Write the exports of the student in a model `folder` to its folder `onnx` or `gguf`, whole or not at all.
 
-    Raises UserError for another architecture, without the extra `export`, and when the model cannot be exported.
+    Raises UserError for another architecture, for a model with series adapters, without the extra `export`, and when
+    the model cannot be exported.
     """
     kind = export_kind(settings)
+    if (folder / CONFIG_FILE).exists() and stored_adapters(folder):
+        raise UserError(f"{settings.student} has series adapters, which no export can hold; train it with `lora`")
     with atomic_write(folder / kind) as scratch:
         scratch.mkdir()
         if kind == "onnx":

@@ -17,6 +17,8 @@ CARD_FILE = "README.md"
 MODEL_FILES = (  # as `transformers` names them
     *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("model.series.safetensors", "model.series-*-of-*.safetensors"),
+    *("model.safetensors.index.series.json", "series_adapters.safetensors"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model"),
 )
 OWN_FILES = (CARD_FILE, SETTINGS_FILE)

@@ -96,6 +96,15 @@ def find_layers(model: nn.Module, depth: int) -> tuple[nn.Module, str]:
     raise UserError(f"layers: {type(model).__name__} has no list of {depth} layers to choose from")
 
 
+def chosen_layers(model: PreTrainedModel, layers: list[int] | str) -> list[nn.Module]:
+    """The layers of `model` that a rule of :func:`layer_indices` names, of encoder and decoder where it has both.
+
+    Raises UserError when there is no list of layers to choose from, or a layer does not exist.
+    """
+    stacks = [getattr(*find_layers(part, depth)) for part, depth in stack_depths(model)]
+    return [stack[i] for stack in stacks for i in layer_indices(layers, len(stack))]
+
+
 def _keep_relative_positions(old_first: nn.Module, new_first: nn.Module) -> None:
     """Give the new first layer the relative position bias: T5 has it in its first layer alone."""
     for old, new in zip(old_first.modules(), new_first.modules(), strict=False):

@@ -27,6 +27,7 @@ from distillery.models.devices import weight_device
 from distillery.models.heads import MULTILABEL, read_config, read_head
 from distillery.models.layers import head_layers, keep_layers
 from distillery.models.runtime import configure_runtime
+from distillery.models.series_adapters import VARIANT, reopen_adapters, stored_adapters
 
 TIED = "tie_word_embeddings"  # key of a config
 
@@ -92,11 +93,13 @@ def load_model(
     if device.type != "meta":
         gc.collect()  # a trainer and its model refer to each other: a model that no name holds goes before the next
     torch.manual_seed(seed)
+    adapters = _stored_adapters(folder, quantize)
     if quantize and layers != "all" and device.type != "meta":
         return _load_quantized_layers(
             folder, arch, layers=layers, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code
         )
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    options |= {"variant": VARIANT} if adapters else {}
     if device.type == "meta":
         options, quantize = {"trust_remote_code": trust_remote_code}, False
     elif quantize:  # such weights are placed while they load
@@ -108,6 +111,7 @@ def load_model(
             model = _load(AutoModelForSeq2SeqLM, folder, device, **options)
         else:
             model = _load_classifier(folder, labels, label_map, device, options)
+        reopen_adapters(model, adapters, folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         if "trust_remote_code" in str(error):
@@ -121,6 +125,14 @@ def load_model(
             # generating after that fail, and so does any layer narrower than one block
             module.support_avx512bf16_for_cpu = False
     return model if quantize else model.to(device)
+
+
+def _stored_adapters(folder: Path, quantize: bool) -> dict[str, Any] | None:
+    """The record of the series adapters of the model in `folder`, None without any. Raises UserError in 4 bits."""
+    adapters = stored_adapters(folder) if (folder / "config.json").exists() else None
+    if adapters and quantize:
+        raise UserError(f"{folder.name}: has series adapters, and is not loaded in 4 bits")
+    return adapters
 
 
 def _load(auto_model: Any, folder: Path, device: torch.device, *, trust_remote_code: bool, **options: Any) -> Any:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from distillery.files import atomic_write
+from distillery.models.series_adapters import has_series_adapters, save_with_adapters
 
 
 def save_model(
@@ -19,6 +20,7 @@ def save_model(
 ) -> None:
     """Write `model` (adapters merged, 4-bit weights dequantized) and its tokenizer as a plain `transformers` folder.
 
+    Series adapters cannot be merged: a model with them is written as only :func:`load_model` opens it.
     dtype: that of the written weights, their own when not given. Raises UserError when the disk is full.
     """
     if hasattr(model, "merge_and_unload"):
@@ -50,7 +52,10 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
 
 def _write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     with atomic_write(folder) as scratch:
-        model.save_pretrained(scratch)
+        if has_series_adapters(model):
+            save_with_adapters(model, scratch)
+        else:
+            model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
 
 

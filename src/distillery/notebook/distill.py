@@ -132,14 +132,15 @@ def rows_sentence(gold: int, paraphrases: int, unlabelled: int) -> str:
     return text + "For rows without a label the teacher's distribution is all there is to learn from."
 
 
-def size_sentence(layers: int, parameters: int, trainable: int, adapter: bool) -> str:
-    """How large a student is, and which share of it training moves."""
+def size_sentence(layers: int, parameters: int, trainable: int, adapter: str) -> str:
+    """How large a student is, and which share of it training moves. adapter: its kind, a value of `adapter.kind`."""
     size = f"The student has {layers} layers and {parameters:,} parameters. "
-    if adapter:
+    if adapter in ("lora", "qlora"):
         return size + f"Training moves none of these: it moves {trainable:,} parameters of adapters beside them."
     if trainable == parameters:
         return size + "Training moves all of them."
-    return size + f"Training moves {trainable:,} of them, {percent(trainable / parameters)}."
+    parts = ", those of its adapters and of a classifier's head" if adapter == "series" else ""
+    return size + f"Training moves {trainable:,} of them, {percent(trainable / parameters)}{parts}."
 
 
 def equality_sentence(by_hand: float, package: float, name: str, unit: str = " nats") -> str:

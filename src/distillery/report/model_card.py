@@ -60,6 +60,7 @@ def render_card(
         template_path=str(TEMPLATES / "model_card.md.jinja"),
         arch=spec.arch,
         free=free,
+        series=spec.adapter.kind == "series",
         sets=task.kind == "multilabel",
         thresholds=_thresholds(task, settings),
         **{key: metadata[key] for key in ("student", "seed", "parameters")},
@@ -109,7 +110,7 @@ def _card_data(
     ]
     return ModelCardData(
         model_name=metadata["student"],
-        library_name="transformers",
+        library_name="transformers" if spec.adapter.kind != "series" else None,
         pipeline_tag=PIPELINES[spec.arch],
         language="en" if _is_english(texts) else None,
         tags=["knowledge-distillation" if any(phase.teachers for phase in spec.phases) else "fine-tuning"],

@@ -21,6 +21,7 @@ from distillery.fingerprint import code_digest
 from distillery.models.fast_cpu import restore_full_embedding
 from distillery.models.label_model import LabelModel
 from distillery.models.packed.frozen_layers import SharedStates
+from distillery.models.series_adapters import has_series_adapters, trained_weights
 from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.training.disk import check_disk, disk_need, size_text
 from distillery.training.keys import result_key
@@ -247,6 +248,8 @@ def save_weights(model: Any, path: Path) -> None:
     with atomic_write(path) as scratch:
         if hasattr(model, "peft_config"):
             save_file({k: v.contiguous() for k, v in get_peft_model_state_dict(model).items()}, scratch)
+        elif has_series_adapters(model):
+            save_file({k: v.contiguous() for k, v in trained_weights(model).items()}, scratch)
         else:
             safetensors.torch.save_model(model, str(scratch))
 
@@ -255,5 +258,7 @@ def load_weights(model: Any, path: Path) -> None:
     """Give `model` the weights that :func:`save_weights` wrote."""
     if hasattr(model, "peft_config"):
         set_peft_model_state_dict(model, load_file(path))
+    elif has_series_adapters(model):
+        model.load_state_dict(load_file(path), strict=False)
     else:
         safetensors.torch.load_model(model, str(path))

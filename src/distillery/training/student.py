@@ -11,13 +11,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from distillery.config.schema import LoraSettings, ModelConfig, StudentConfig
+from distillery.config.schema import AdapterSettings, LoraSettings, ModelConfig, StudentConfig
 from distillery.errors import UserError
 from distillery.models.label_model import LabelModel
-from distillery.models.layers import find_layers, head_layers, layer_indices, stack_depths
+from distillery.models.layers import chosen_layers, head_layers
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.positions import max_positions, require_positions
 from distillery.models.precision import resolve_dtype
+from distillery.models.series_adapters import add_series_adapters, has_series_adapters, sublayer_outputs
 from distillery.models.windows import build_windows, store_windows, stored_windows
 from distillery.tasks.schema import Task
 from distillery.training.adapters import scale_low_rank
@@ -28,10 +29,12 @@ LINEAR = (nn.Linear, Conv1D)  # GPT-2's layers are of the second kind
 def attach_adapters(model: Any, lora: LoraSettings | None, arch: str, seed: int) -> Any:
     """`model` with LoRA adapters in linear layers (Hu et al. 2022), or as it is when `lora` is None.
 
-    Raises UserError when `lora` names a layer, or a name of linear layers, that does not exist.
+    Raises UserError when `lora` names a layer, or a name of linear layers, that does not exist, and for a model that
+    has series adapters.
     """
     if lora is None:
         return model
+    _refuse_more_adapters(model)
     _check_targets(model, lora)
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -51,6 +54,28 @@ def attach_adapters(model: Any, lora: LoraSettings | None, arch: str, seed: int)
     return model
 
 
+def attach_series_adapters(model: Any, adapter: AdapterSettings, arch: str, seed: int) -> Any:
+    """`model` with adapters behind attention and MLP (Houlsby et al. 2019); they and a classifier's head are trained.
+
+    Raises UserError when a layer does not exist, for a model whose layers are not known, and for one that has such
+    adapters.
+    """
+    _refuse_more_adapters(model)
+    names = sublayer_outputs(model, adapter.layers)
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    add_series_adapters(model, names, adapter.size, adapter.activation)
+    for name in head_layers(model) if arch == "classifier" else []:
+        model.get_submodule(name).requires_grad_()
+    return model
+
+
+def _refuse_more_adapters(model: Any) -> None:
+    """Raise UserError for a model with series adapters: an adapter on top of them could not be merged."""
+    if has_series_adapters(model):
+        raise UserError(f"adapter: {model.name_or_path} has series adapters already; train all its weights instead")
+
+
 def _check_targets(model: Any, lora: LoraSettings) -> None:
     """Raise UserError for a name in `lora.targets` that no linear layer has: peft would leave it out."""
     linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR)]
@@ -63,9 +88,8 @@ def _check_targets(model: Any, lora: LoraSettings) -> None:
 
 def _linear_layers(model: Any, lora: LoraSettings) -> list[str]:
     """The full names of the linear layers that `lora` names, in the layers that it names."""
-    stacks = [getattr(*find_layers(part, depth)) for part, depth in stack_depths(model)]
-    chosen = {id(stack[i]): stack[i] for stack in stacks for i in layer_indices(lora.layers, len(stack))}
-    linear = {id(module) for layer in chosen.values() for module in layer.modules() if isinstance(module, LINEAR)}
+    layers = chosen_layers(model, lora.layers)
+    linear = {id(module) for layer in layers for module in layer.modules() if isinstance(module, LINEAR)}
     return [
         name
         for name, module in model.named_modules()
@@ -100,7 +124,10 @@ def build_student(
         quantize=spec.adapter.kind == "qlora",
         trust_remote_code=remote_code,
     )
-    model = attach_adapters(model, spec.adapter if adapted else None, spec.arch, seed)
+    if spec.adapter.kind == "series":
+        model = attach_series_adapters(model, spec.adapter, spec.arch, seed)
+    else:
+        model = attach_adapters(model, spec.adapter if adapted else None, spec.arch, seed)
     if spec.init.freeze == "embeddings":
         model.get_input_embeddings().requires_grad_(False)
     if spec.gradient_checkpointing:

@@ -23,6 +23,7 @@ from distillery.models.label_model import Completion, LabelModel
 from distillery.models.packed.frozen_layers import SharedStates, compute_frozen_states
 from distillery.models.predictions import score_predictions
 from distillery.models.scoring import scored_completions
+from distillery.models.series_adapters import has_series_adapters, trained_weights
 from distillery.tasks.schema import N_OPTIONS
 from distillery.training.completions import PhaseCompletions, StepCounts
 from distillery.training.openable_teachers import OpenableTeacher
@@ -134,6 +135,8 @@ class PhaseTrainerMixin(SharedStepsMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if has_series_adapters(self.model):
+            state_dict = trained_weights(self.model)
         super()._save(output_dir, state_dict)
         if self.signals.projections:  # of a model with adapters, these alone are saved
             save_file(self.model.projections.state_dict(), Path(output_dir) / "projections.safetensors")

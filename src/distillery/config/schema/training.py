@@ -16,6 +16,9 @@ MAX_EPOCHS = 20  # of `epochs: auto`
 MAX_STEPS = 2000  # of `steps: auto`
 
 
+SERIES_ALONE, SERIES_FOREIGN = ("size", "activation"), ("r", "alpha", "dropout", "targets")  # keys of an adapter
+
+
 class LoraSettings(Section):
     """Low-rank adapters (Hu et al. 2022, LoRA)."""
 
@@ -35,8 +38,23 @@ class LoraSettings(Section):
 class AdapterSettings(LoraSettings):
     """Adapters of a student, or none: then all its weights are trained."""
 
-    kind: Literal["none", "lora", "qlora"] = "none"
-    """`lora`: adapters alone are trained. `qlora`: as well, on weights of 4 bits (Dettmers et al. 2023)."""
+    kind: Literal["none", "lora", "qlora", "series"] = "none"
+    """`lora`: adapters alone are trained. `qlora`: as well, on weights of 4 bits (Dettmers et al. 2023). `series`:
+    small layers that the outputs of attention and MLP pass through (Houlsby et al. 2019); they and a classifier's head
+    are trained. They cannot be merged: only this project opens such a student, and it is not exported."""
+    size: Annotated[int, Field(gt=0)] = 64
+    """Of `series`: numbers a token between the two linear layers of an adapter. Of the other keys it has `layers`
+    alone."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Of `series`: the function between the two linear layers of an adapter."""
+
+    @model_validator(mode="after")
+    def _keys_fit(self):
+        foreign = {"series": SERIES_FOREIGN, "lora": SERIES_ALONE, "qlora": SERIES_ALONE}.get(self.kind, ())
+        for key in foreign:
+            if key in self.model_fields_set:
+                raise ValueError(f"`{key}` is no key of `kind: {self.kind}`")
+        return self
 
 
 class EarlyStoppingConfig(Section):

@@ -15,6 +15,7 @@ from distillery.config.schema import Params, PhaseConfig, StudentConfig, Teacher
 from distillery.errors import UserError
 from distillery.models.label_model import LabelModel
 from distillery.models.layers import configured_layers, count_parameters
+from distillery.models.series_adapters import adapted_layers, adapter_parameters
 from distillery.pipeline.plan import shapes
 from distillery.pipeline.plan.facts import ModelFacts, missing_files, read_model_facts
 from distillery.pipeline.plan.resources import merged_parameters
@@ -225,7 +226,8 @@ def _compare_parameters(plan: RecipePlan, place: str, student: LabelModel, spec:
     whole = spec.init.layers == "all" and spec.arch != "classifier"
     if not whole or "parameters" not in facts:
         return
-    own, published = merged_parameters(student.model), facts["parameters"].value
+    own = merged_parameters(student.model) - adapter_parameters(student.model)
+    published = facts["parameters"].value
     status = "ok" if own == published else "failed"
     plan.findings.append(Finding(status, place, f"{own:,} parameters; published: {published:,}"))
 
@@ -236,6 +238,7 @@ def _adapters_text(model: Any, lora: Any) -> str:
     if lora is None:
         return text
     names = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    names += adapted_layers(model)
     kinds = dict.fromkeys(name.rpartition(".")[2] for name in names)
     return f"{text}: adapters in {len(names)} layers ({', '.join(kinds)})"
 

@@ -108,7 +108,7 @@ def frozen_format(spec: StudentConfig) -> str:
     """The number format of a student's frozen weights while it trains."""
     if spec.adapter.kind == "qlora":
         return "nf4"
-    return spec.dtype if spec.adapter.kind == "lora" and spec.arch != "classifier" else "float32"
+    return spec.dtype if spec.adapter.kind in ("lora", "series") and spec.arch != "classifier" else "float32"
 
 
 def prediction_bytes(model: nn.Module, spec: TeacherConfig) -> float:
