@@ -129,7 +129,8 @@ def stored_adapters(folder: Path) -> dict[str, Any] | None:
 def reopen_adapters(model: PreTrainedModel, record: dict[str, Any] | None, folder: Path) -> None:
     """Give `model` the adapters of the :func:`stored_adapters` `record` of its `folder`, in its own precision.
 
-    Without a record nothing changes. On the `meta` device they have no values. Raises ValueError when the file does not hold these adapters.
+    Without a record nothing changes. On the `meta` device the adapters have no values.
+    Raises ValueError when the file does not hold these adapters.
     """
     if record is None:
         return
