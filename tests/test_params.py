@@ -252,6 +252,16 @@ MISTAKES = [
     ("students.kd.adapter", {"kind": "qlora"}, "students.kd.adapter.kind: qlora is for `arch: causal`, not classifier"),
     ("students.kd.adapter", {"kind": "series", "r": 4}, "students.kd.adapter: `r` is no key of `kind: series`"),
     ("students.kd.adapter", {"kind": "lora", "size": 4}, "students.kd.adapter: `size` is no key of `kind: lora`"),
+    (
+        "students.kd.phases.0.select",
+        {"by": "luck"},
+        "students.kd.phases.0.select.by: must be 'doubt' or 'disagreement'",
+    ),
+    (
+        "students.kd.phases.0.select",
+        {"share": 0.0},
+        "students.kd.phases.0.select.share: must be greater than 0, not 0.0",
+    ),
     ("students.kd.init.layers", "frist-3", "students.kd.init.layers: must be a list or `all`, `first-N`, `last-N` or"),
     ("students.kd.init.layers", [0, -1], "students.kd.init.layers.1: must be greater than or equal to 0, not -1"),
     ("students.kd.init.layers", [], "students.kd.init.layers: must not be empty"),

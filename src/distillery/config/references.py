@@ -236,6 +236,11 @@ def _check_search(params: Params, file: str, search: SearchConfig) -> None:
     if search.phase > len(phases):
         raise UserError(f"{file}: search.phase: `{search.student}` has no phase {search.phase}")
     phase = phases[search.phase - 1]
+    if phase.select:
+        raise UserError(
+            f"{file}: search.phase: phase {search.phase} chooses its rows by the student that the phases before it "
+            "train (`select`), and a search has none"
+        )
     length, other = ("epochs", "steps") if phase.epochs else ("steps", "epochs")
     if phase.is_auto:  # its schedule and its upper bound would stay in the trials
         raise UserError(

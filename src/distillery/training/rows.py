@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,6 +46,20 @@ class TrainingRows:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def subset(self, rows: Sequence[int]) -> TrainingRows:
+        """The rows of these positions alone."""
+
+        def take(value: Any) -> Any:
+            if isinstance(value, list):
+                return [value[i] for i in rows]
+            if isinstance(value, dict):
+                return {key: take(part) for key, part in value.items()}
+            return None if value is None else value[list(rows)]
+
+        whole = ("label_prior", "answers")  # of labels, not of rows
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TrainingRows(**{name: value if name in whole else take(value) for name, value in values.items()})
 
     @property
     def are_sets(self) -> bool:
@@ -220,7 +235,11 @@ def question_rows(rows: pd.DataFrame, phase: PhaseConfig) -> TrainingRows:
     wrong = [f"loss.{term}" for term in phase.loss if term in label_terms]
     wrong += ["order: confidence"] if phase.order == "confidence" else []
     wrong += ["rationales"] if phase.rationales else []
-    wrong += [key for key in ("pseudo_labels", "mix") if getattr(phase, key) != PhaseConfig.model_fields[key].default]
+    wrong += [
+        key
+        for key in ("pseudo_labels", "mix", "select")
+        if getattr(phase, key) != PhaseConfig.model_fields[key].default
+    ]
     if wrong:
         raise UserError(f"phases: {wrong[0]}: answers are free text, not labels; use `ce`, or `space: vocabulary`")
     gold = rows["answers"] if "answers" in rows else [None] * len(rows)  # a pool's are hidden

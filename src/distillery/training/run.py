@@ -23,6 +23,7 @@ from distillery.models.label_model import LabelModel
 from distillery.models.packed.frozen_layers import SharedStates
 from distillery.models.series_adapters import has_series_adapters, trained_weights
 from distillery.tasks.schema import N_OPTIONS, Task
+from distillery.training.active import select_rows
 from distillery.training.disk import check_disk, disk_need, size_text
 from distillery.training.keys import result_key
 from distillery.training.openable_teachers import OpenableTeacher
@@ -182,13 +183,15 @@ def train_phases(
             if k:
                 phase = spec.phases[k - 1]
                 taught = rows_with_tokens(frame, phase, teachers or {}, student)
+                rows = phase_rows(taught, phase, student.task.names, scores)
+                checkpoints, title = folder / f"checkpoints-{k}", f"phase {k} of {len(spec.phases)}"
                 history = train_phase(
                     student,
-                    phase_rows(taught, phase, student.task.names, scores),
+                    select_rows(student, rows, phase, checkpoints / "rows.json", title),
                     phase,
-                    folder=folder / f"checkpoints-{k}",
+                    folder=checkpoints,
                     seed=1000 * seed + k,
-                    title=f"phase {k} of {len(spec.phases)}",
+                    title=title,
                     checkpoint_every=checkpoint_every,
                     validation=held_out,
                     teachers=teachers,

@@ -36,7 +36,13 @@ from distillery.config.schema.evaluate import (
 )
 from distillery.config.schema.experiment import Params
 from distillery.config.schema.models import ModelConfig, RandomModelConfig
-from distillery.config.schema.students import PhaseConfig, PseudoLabelFilter, StudentConfig, StudentInit
+from distillery.config.schema.students import (
+    ActiveSelection,
+    PhaseConfig,
+    PseudoLabelFilter,
+    StudentConfig,
+    StudentInit,
+)
 from distillery.config.schema.teachers import (
     API_KEYS_WITHOUT_EFFECT,
     AnswerColumns,
@@ -57,6 +63,7 @@ from distillery.config.schema.training import (
 
 __all__ = [
     "API_KEYS_WITHOUT_EFFECT",
+    "ActiveSelection",
     "AdapterSettings",
     "AnswerColumns",
     "AnswerFilesConfig",

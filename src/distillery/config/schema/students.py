@@ -39,6 +39,16 @@ class PseudoLabelFilter(Section):
     """All teachers must predict the same label."""
 
 
+class ActiveSelection(Section):
+    """Which rows of a phase the student learns from, by what it predicts at the start of the phase."""
+
+    by: Literal["doubt", "disagreement"] = "doubt"
+    """`doubt`: the rows whose prediction has the highest entropy. `disagreement`: those whose prediction diverges most
+    from the teachers' distribution (Kullback-Leibler)."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the rows that is kept, rounded up."""
+
+
 class PhaseConfig(TrainingConfig):
     """One phase of a student's training: its rows, its teachers, its loss, its length."""
 
@@ -50,6 +60,9 @@ class PhaseConfig(TrainingConfig):
     """Weights of several teachers: equal, by their accuracy on validation rows, or by their confidence in each row."""
     pseudo_labels: PseudoLabelFilter = PseudoLabelFilter()
     """Which rows without a gold label to train on; all when not given."""
+    select: ActiveSelection | None = None
+    """Learn only from the rows that tell this student most. Each phase with it chooses anew, so that several of them
+    follow the student; all rows when not given. `pseudo_labels` filters before."""
     loss: Annotated[dict[Literal[LOSS_TERMS], Positive], Field(min_length=1)]
     """Loss terms and their weights. `ce`: cross-entropy with the label. `kl`, `reverse_kl`, `jsd`, `skew_kl`,
     `skew_reverse_kl`, `tvd`: divergence from the teachers' distribution. `uld`: distance of sorted probabilities, for a
@@ -109,6 +122,8 @@ class PhaseConfig(TrainingConfig):
         signals = [term for term in self.loss if term not in ("ce", "rationale", "label_prior")]
         if signals and not self.teachers:
             raise ValueError(f"loss term `{signals[0]}` needs `teachers`")
+        if self.select and self.select.by == "disagreement" and not self.teachers:
+            raise ValueError("`select: {by: disagreement}` needs `teachers`")
         if self.order == "confidence" and not self.teachers:
             raise ValueError("`order: confidence` needs `teachers`")
         if self.balance == "batches" and self.order != "random":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ def count_phase_rows(phase: PhaseConfig, sources: dict[str, SourceRows], per_row
         if rows is None:
             return None
         total += rows * per_row if split_ref.split == "augmented" else rows
-    return total
+    return math.ceil(phase.select.share * total) if phase.select else total
 
 
 def sample_phase_frame(phase: PhaseConfig, sources: dict[str, SourceRows], limit: int) -> pd.DataFrame | None:
