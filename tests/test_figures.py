@@ -173,8 +173,13 @@ def test_training_curves_have_a_panel_of_looks():
     left, right = plt.gcf().axes
     assert (left.get_ylabel(), right.get_xlabel()) == ("loss (nats), logarithmic", "phase")
     looks = history.assign(validation_loss=[0.9, np.nan, 0.5], validation_accuracy=[0.5, np.nan, 1.0])
-    plot_training(looks, phases)
-    left, middle, _ = plt.gcf().axes
+    plot_training(looks, phases, {"big": 0.7, "unscored": None})
+    left, middle, right = plt.gcf().axes
+    for axes in (middle, right):  # the teacher's accuracy, which does not change
+        teacher = axes.lines[-1]
+        assert (list(teacher.get_ydata()), teacher.get_linestyle()) == ([0.7, 0.7], ":")
+        teacher.remove()
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["teacher big"]
     assert [line.get_linestyle() for line in left.lines] == ["-", "--", "-", "--"]
     assert [line.get_xydata().tolist() for line in middle.lines] == [[[10, 0.5]], [[30, 1.0]]]
     plt.close("all")

@@ -19,7 +19,7 @@ from distillery.evaluation.slices import slice_scores
 from distillery.evaluation.speed import Measurements
 from distillery.report.page import MAX_BROWSER_ROWS, render_page
 from distillery.report.sentences import Comparison, Facts, describe_result, render_facts, result_facts
-from distillery.report.tables import MIN_BIN_ROWS
+from distillery.report.tables import MIN_BIN_ROWS, teacher_shares
 from report_project import (
     LABELS,
     SPEEDS,
@@ -413,6 +413,19 @@ def test_the_page_shows_title_tiles_and_phases(finished):
     assert '<th scope="row">kept</th><td>40</td>' in html and '<th scope="row">label changed</th><td>9</td>' in html
     part = html[html.index("Accuracy after each phase") :]
     assert part.count(">untrained</td>") == part.count(">phase 1</td>") == len(params.students)
+
+
+def test_the_page_has_the_shares_of_the_teacher_beside_the_counts(finished):
+    """17 of 134.5 million parameters, 34 of 269 megabytes, and what is trained of a model's own parameters."""
+    root, _, results, board = finished
+    shares = teacher_shares(results, board.reset_index())["tiny-kd"]
+    expected = {"parameters": 17 / 134.5, "megabytes": 34 / 269, "trainable": 16 / 17}
+    assert {name: shares[name] for name in expected} == pytest.approx(expected)
+    html = unescape((root / "reports/index.html").read_text(encoding="utf-8"))
+    row = next(part for part in html[html.index("Trained parameters") :].split("<tr")[1:] if ">tiny-kd</th>" in part)
+    assert row.count("<small>12.6 % of its teacher's</small>") == 2 and "<small>94.1 % of its own</small>" in row
+    (teacher,) = (result.name for result in results.models if result.role == "teacher")
+    assert "parameters" not in teacher_shares(results, board.reset_index())[teacher]
 
 
 def test_the_checks_are_on_the_page(finished, tmp_path):

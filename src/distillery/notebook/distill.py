@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,14 +80,16 @@ def phase_table(spec: StudentConfig) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.RangeIndex(1, len(spec.phases) + 1, name="phase")).reset_index()
 
 
-def plot_training(history: pd.DataFrame, phases: pd.DataFrame) -> None:
+def plot_training(history: pd.DataFrame, phases: pd.DataFrame, teachers: Mapping[str, float] | None = None) -> None:
     """The training loss over the optimizer steps, and the accuracy on validation rows after each phase.
 
     Where validation rows were looked at during the training, also their loss (dashed), and the mean accuracy of the
     last 25 looks. history: phase, step, loss, and then validation_loss and validation_accuracy. phases: phase, split,
-    label, prediction; phase 0 is the untrained student.
+    label, prediction; phase 0 is the untrained student. teachers: the accuracy of each teacher on the same rows, a
+    dotted line, as a teacher does not change.
     """
     looked = "validation_accuracy" in history
+    scored = {name: score for name, score in (teachers or {}).items() if pd.notna(score)}
     figure, (left, *middle, right) = plt.subplots(
         1, 2 + looked, figsize=(9, 2.8), width_ratios=[2, *([1.5] * looked), 1]
     )
@@ -108,6 +111,11 @@ def plot_training(history: pd.DataFrame, phases: pd.DataFrame) -> None:
     accuracy = accuracy_by_phase(phases)
     right.plot(accuracy.index, accuracy, "o-", color=BLUE)
     right.set(title="validation accuracy after each phase", xlabel="phase", xticks=accuracy.index, ylim=(0, 1))
+    for axes in (*middle, right):
+        for i, (teacher, score) in enumerate(scored.items()):
+            axes.axhline(score, ls=":", color=f"C{i}", label=f"teacher {teacher}")
+    if scored:
+        right.legend(loc="lower right")
     figure.tight_layout()
 
 

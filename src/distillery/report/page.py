@@ -34,7 +34,7 @@ from distillery.report.environment import ENVIRONMENT
 from distillery.report.figures import all_figures
 from distillery.report.sentences import describe_result
 from distillery.report.svg import figure_svg, inline_svg
-from distillery.report.tables import reliability_table, score_table
+from distillery.report.tables import reliability_table, score_table, teacher_shares
 from distillery.teachers.label_review import read_label_errors
 from distillery.wording import human_count, percent, percentage_points
 
@@ -136,6 +136,7 @@ def render_page(
         level=f"{100 * results.params.evaluate.confidence:g} %",
         comparisons=count_comparisons(board),
         trained=[row for row in rows if row["role"] in TRAINED_ROLES and row["model"] not in further],
+        shares=teacher_shares(results, board),
         gpu_columns=[column for column in GPU_COLUMNS if column in board],
         priced=[row for row in rows if row["role"] in (*TRAINED_ROLES, "export")],
         machine_price=results.params.evaluate.machine_price_per_hour,

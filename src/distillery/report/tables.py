@@ -22,6 +22,26 @@ def score_table(board: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def teacher_shares(results: Results, board: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """By model, the shares that it takes: of its teacher's `parameters`, `megabytes` and `memory_mb`, and of its own
+    parameters those that were trained, `trainable`. A count that is not known on both sides has no share."""
+    rows = {row["model"]: row for row in board.to_dict("records")}
+    shares: dict[str, dict[str, float]] = {}
+    for result in results.models:
+        teacher = results.teacher_of(result) if result.role in ("student", "control") else None
+        parts = {"trainable": (result.trainable, result.parameters)}
+        if teacher is not None:
+            own, its_teachers = rows[result.name], rows[teacher.name]
+            columns = ("parameters", "megabytes", "memory_mb")
+            parts |= {column: (own.get(column), its_teachers.get(column)) for column in columns}
+        shares[result.name] = {
+            column: float(part) / float(whole)
+            for column, (part, whole) in parts.items()
+            if pd.notna(part) and pd.notna(whole) and whole
+        }
+    return shares
+
+
 def reliability_table(results: Results) -> pd.DataFrame:
     """Model, confidence, accuracy and rows of each bin of predictions: the headline, its control and its teacher.
 
