@@ -57,14 +57,14 @@ class Arm:
     settings: Sequence[Setting]
 
 
-def divergence(name: str, learning_rate: float, **more: Any) -> Setting:
+def divergence(name: str, learning_rate: float, **settings: Any) -> Setting:
     """The setting of a phase whose loss is one divergence from the teacher."""
-    return {"loss": {name: 1.0}, "learning_rate": learning_rate, **more}
+    return {"loss": {name: 1.0}, "learning_rate": learning_rate, **settings}
 
 
-def with_reasons(name: str, learning_rate: float, weight: float, **more: Any) -> Setting:
+def with_reasons(name: str, learning_rate: float, weight: float, **settings: Any) -> Setting:
     """A :func:`divergence`, and the cross-entropy of the reasons' tokens."""
-    return {"loss": {name: 1.0, "rationale": weight}, "learning_rate": learning_rate, **more}
+    return {"loss": {name: 1.0, "rationale": weight}, "learning_rate": learning_rate, **settings}
 
 
 def teacher_labels(learning_rate: float, min_confidence: float = 0.0) -> Setting:

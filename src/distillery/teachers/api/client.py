@@ -71,9 +71,9 @@ class Endpoint:
         for server in self.servers if self.spec.endpoints and missing else []:
             wanted = list(missing.values())  # it may have answered before it was one of several
             alone = [replace(q, model_identity=q.model_identity | {"base_url": server.base_url}) for q in wanted]
-            kept = [(q, a) for q, a in zip(wanted, self.store.get(alone), strict=True) if a is not None]
-            self.store.put(kept)
-            for question, _ in kept:
+            answered = [(q, a) for q, a in zip(wanted, self.store.get(alone), strict=True) if a is not None]
+            self.store.put(answered)
+            for question, _ in answered:
                 del missing[question.key]
         return missing
 
