@@ -14,14 +14,11 @@ losses of the first batches, and last `ratio_rationale:` and `ratio:` (labels).
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import re
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,8 +26,9 @@ from statistics import median
 import numpy as np
 import torch
 from datasets import Dataset
+from measured import Clock, Measured, peak, reset_peak
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, PrinterCallback, TrainerCallback
+from transformers import AutoConfig, PrinterCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.utils import DataCollatorForChatML
 
@@ -69,40 +67,12 @@ class ModelPair:
     layers: str
 
 
-@dataclass
-class Measured:
-    seconds: list[float] = field(default_factory=list)
-    peak: int = 0
-    flops: float = 0.0
-    tokens: float = 0.0
-    cache: float = 0.0  # seconds a batch, once
-
-
-class Clock(TrainerCallback):
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *_: object, **__: object) -> None:
-        self.ends.append(time.perf_counter())
-
-
 class Whole(LabelModel):
     """Supervises answer and reason as one sequence, which is what TRL does."""
 
     def completions(self, label: int, rationale: str | None = None) -> list[Completion]:
         text = self.task.names[label] + (REASON + rationale if rationale else "")
         return [(self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id], 0)]
-
-
-def reset_peak() -> None:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int:
-    """The most memory held since :func:`reset_peak`, bytes."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def matrix_peak() -> float:
@@ -166,7 +136,7 @@ def with_trl(pair: ModelPair, task: Task, rationales: bool, measured: Measured, 
             lmbda=0.0,
             beta=0.5,
             temperature=1.0,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=student.device.type == "cpu",
             bf16=True,
             gradient_checkpointing=False,
             max_length=1024,
@@ -188,10 +158,10 @@ def with_trl(pair: ModelPair, task: Task, rationales: bool, measured: Measured, 
         if check:
             student.model.eval()
             for a in range(0, 3 * BATCH, BATCH):
-                batch = trainer.data_collator([data[i] for i in range(a, a + BATCH)])
+                batch = _moved(trainer.data_collator([data[i] for i in range(a, a + BATCH)]), student.device)
                 measured.tokens += int((batch["labels"] != -100).sum()) / 3
             with FlopCounterMode(display=False) as counted:
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast(student.device.type, torch.bfloat16):
                     loss = trainer.compute_loss(trainer.model, batch)
                 loss.backward()
             measured.flops = counted.get_total_flops()
@@ -259,25 +229,26 @@ def with_distillery(pair: ModelPair, task: Task, rationales: bool, measured: Mea
     measured.peak = max(measured.peak, peak())
 
 
-def compare_losses(pair: ModelPair, task: Task, rationales: bool) -> None:
+def compare_losses(pair: ModelPair, task: Task, rationales: bool) -> dict[str, float]:
     """TRL's loss and Distillery's of three batches, in float32 and in bfloat16. TRL takes the log-softmax in the
-    precision of the logits, so its formula on logits widened to float32 is shown, too."""
+    precision of the logits, so its formula on logits widened to float32 is shown, too. Returns the largest relative
+    difference from the latter in each precision."""
     rows, data = rows_of(task, rationales)
     student, teacher = student_of(pair.student, task, pair.layers), teacher_of(pair.teacher, task)
     collate = DataCollatorForChatML(tokenizer=student.tokenizer, max_length=1024)
     completions = [
         student.row_completions(int(t), r) for t, r in zip(rows.targets, rows.rationales or [None] * ROWS, strict=True)
     ]
-    ids = student.encode(rows.texts)
+    ids, differences = student.encode(rows.texts), {}
     for dtype in (torch.bfloat16, torch.float32):
         values: dict[str, list[float]] = {"TRL": [], "TRL on float32 logits": [], "distillery": []}
         for model in (student, teacher):
             model.model.to(dtype).eval()
             model.dtype = dtype
         for a in range(0, 3 * BATCH, BATCH):
-            batch = collate([data[i] for i in range(a, a + BATCH)])
+            batch = _moved(collate([data[i] for i in range(a, a + BATCH)]), student.device)
             with torch.no_grad():
-                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                with torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32):
                     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
                     supervised = batch["labels"][:, 1:] != -100
                     logits = [model.model(**inputs).logits[:, :-1][supervised] for model in (student, teacher)]
@@ -295,6 +266,8 @@ def compare_losses(pair: ModelPair, task: Task, rationales: bool) -> None:
             for n in list(values)[:2]
         ]
         print(f"  losses, {str(dtype)[6:]}: {shown}; distillery is {apart[0]:.0e} and {apart[1]:.0e} away")
+        differences[str(dtype)[6:]] = apart[1]
+    return differences
 
 
 def main(rounds: int = 2) -> None:
@@ -335,6 +308,10 @@ def compare_steps(pair: ModelPair, rounds: int) -> None:
         ratios[workload] = median(trl.seconds) / (median(distillery.seconds) + distillery.cache / EPOCHS)
     print(f"\nratio_rationale: {ratios['rationale']:.2f}")
     print(f"ratio: {ratios['label']:.2f}")
+
+
+def _moved(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 def _shown(values: list[float]) -> str:

@@ -103,7 +103,7 @@ def word_tokenizer(corpus: list[str], kind: str):
     return tokenizer
 
 
-def bpe_tokenizer(corpus: list[str]):
+def bpe_tokenizer(corpus: list[str], vocab_size: int = 500):
     """A byte-level BPE tokenizer of `corpus` that cuts texts as GPT-2 does, with the special tokens of SmolLM2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -112,7 +112,7 @@ def bpe_tokenizer(corpus: list[str]):
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
     alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|endoftext|>", *ROLES]
-    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, vocab_size=500)
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, vocab_size=vocab_size)
     words.train_from_iterator(corpus, trainer)
     names = {"bos_token": ROLES[0], "eos_token": ROLES[1], "pad_token": ROLES[1], "unk_token": special[0]}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
@@ -146,8 +146,8 @@ def build_models(folder: Path) -> None:
             tokenizer.save_pretrained(folder / f"tiny-{kind}")
 
 
-def experiment(folder: Path, models: Path | None = None) -> Path:
-    """A git repository with DVC in `folder` that runs `tests/smoke.yaml`; returns `folder`.
+def copy_experiment(folder: Path, models: Path | None = None) -> Path:
+    """The files of an experiment in `folder` that runs `tests/smoke.yaml`; returns `folder`.
 
     models: a folder that :func:`build_models` wrote; empty model folders stand in when nothing shall be trained.
     """
@@ -169,6 +169,12 @@ def experiment(folder: Path, models: Path | None = None) -> Path:
         else:
             target.mkdir(parents=True)
             (target / "config.json").write_text("{}\n")
+    return folder
+
+
+def experiment(folder: Path, models: Path | None = None) -> Path:
+    """A git repository with DVC in `folder`; see :func:`copy_experiment`."""
+    copy_experiment(folder, models)
     for command in (
         ["git", "init", "-q"],
         ["git", "add", "-A"],
