@@ -22,10 +22,10 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro recipe test lint unit coverage pipeline lessons study answers texts serve push lab report lock clean git
+.PHONY: help install repro recipe test lint unit coverage pipeline gpu-check lessons study answers texts serve push lab report lock clean git
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## make .venv with everything, as the other commands do first
 
@@ -53,6 +53,9 @@ coverage: $(VENV)/.installed ## the tests that run no stage, and the lines that 
 
 pipeline: $(VENV)/.installed ## the tests that run stages
 	@$(PYTEST) $(PIPELINE_TESTS)
+
+gpu-check: $(VENV)/.installed ## try every path that differs on a GPU, ten minutes at most: make gpu-check [MINUTES=10]
+	@$(BIN)/python benchmarks/gpu_check.py --minutes '$(or $(MINUTES),10)'
 
 recipe: $(VENV)/.installed ## run a published system in a folder of its own: make recipe NAME=pkd-albert [SCALE=small] [PLAN=1] [SETTINGS=1]
 	@$(BIN)/python -m distillery recipe $(if $(NAME),'$(NAME)',$(error name a recipe: make recipe NAME=pkd-albert)) $(if $(SCALE),--scale '$(SCALE)') $(if $(PLAN),--plan $(if $(GPU),--gpu '$(GPU)')) $(if $(SETTINGS),--settings)
