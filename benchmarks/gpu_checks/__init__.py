@@ -65,8 +65,14 @@ CHECKS = [
         "every stage of a tiny experiment", "stages", "whole_experiment", (*NOTEBOOKS, "bitsandbytes"), seconds=240.0
     ),
     Check("tests/test_devices.py on this device", "stages", "device_tests", (*TRAINING, "pytest", "hypothesis")),
-    Check("04_distill through papermill", "stages", "papermill_stage", (*NOTEBOOKS, "papermill", "ipykernel")),
-    Check("one process under torchrun (NCCL on CUDA)", "stages", "torchrun_process"),
+    Check(
+        "04_distill through papermill",
+        "stages",
+        "papermill_stage",
+        (*NOTEBOOKS, "papermill", "ipykernel"),
+        seconds=150.0,
+    ),
+    Check("one process under torchrun (NCCL on CUDA)", "stages", "torchrun_process", seconds=150.0),
     Check("more processes than GPUs is one line", "stages", "too_many_processes", cuda=True),
     Check("0.5B: memory of LoRA, checkpointing, QLoRA", "shapes", "memory_of_a_student", (*TRAINING, "bitsandbytes")),
 ]

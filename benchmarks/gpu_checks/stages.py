@@ -14,10 +14,11 @@ import pytest
 
 import stages
 import tiny
-from distillery.cli import inputs, strip
+from distillery.cli import strip
+from distillery.config.load import load_params
 from distillery.config.schema import ComputeConfig
 from distillery.errors import UserError
-from distillery.files import read_yaml
+from distillery.pipeline.inputs import write_student_inputs
 from distillery.training.launch import run_processes
 from gpu_checks import Place
 
@@ -43,16 +44,11 @@ def whole_experiment(place: Place) -> str:
 def papermill_stage(place: Place) -> str:
     """04_distill as DVC runs it: a kernel of its own that papermill starts."""
     repo = tiny.copy_experiment(place.folder / "experiment", place.models)
-    params = read_yaml(repo / "params.yaml")
-    params = {key: params[key] for key in ("seeds", "data", "models", "students", "evaluate")}
-    params["students"] = {PAPERMILL["student"]: params["students"][PAPERMILL["student"]]}
-    params["evaluate"]["headline"] = PAPERMILL["student"]
-    params["models"].pop("tiny-llama")
-    (repo / "params.yaml").write_text(json.dumps(params))  # YAML holds JSON
     os.chdir(repo)
     strip()
     tiny.prepare_data(repo)
-    inputs("students")
+    params, name = load_params(), PAPERMILL["student"]
+    write_student_inputs(repo, params.model_copy(update={"students": {name: params.students[name]}}))
     selectors = [word for key, value in PAPERMILL.items() for word in ("-p", key, str(value))]
     _run([sys.executable, "-m", "distillery", "run", "04_distill", *selectors], repo)
     timing = json.loads((repo / "runs/tiny-gold-0/timing.json").read_text())
