@@ -95,13 +95,13 @@ def phase_of(**settings: Any) -> PhaseConfig:
 
 
 def train(
-    place: Place, student: LabelModel, phase: PhaseConfig, name: str, *, run: str = "", **more: Any
+    place: Place, student: LabelModel, phase: PhaseConfig, name: str, *, run: str = "run", **options: Any
 ) -> list[float]:
     """Train `student` in place; the loss of every step. name: of the folder; run: of checkpoints that are shared."""
     trainers.LOG_EVERY = 1
     folder = place.folder / name
     teachers = teacher_of(place, student.arch, folder / "signals") if student.arch != "classifier" else None
-    options = {"seed": 0, "checkpoint_every": 3, "teachers": teachers} | more
+    options = {"seed": 0, "checkpoint_every": 3, "teachers": teachers} | options
     return train_phase(student, corpus_rows(), phase, folder=folder / run, **options)["loss"].tolist()
 
 
