@@ -38,13 +38,14 @@ from gpu_checks import CHECKS, Check, Place, use_device  # noqa: E402 - its fold
 # CUDA may start in the processes of the checks alone: a copy of a process in which it runs cannot use it
 OFFLINE = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+ANEW = "GPU_CHECK_ANEW"  # of the environment: let each process load everything anew
 LONGEST_DETAIL = 400  # characters
 DEVICES = ("cuda", "mps", "cpu")
 
 
 def run_in_process(function: Any, *arguments: Any, log: Path, seconds: float) -> tuple[Any, str, int]:
     """What `function` returns in a process of its own, or the error in one line; and the peak of GPU memory, bytes."""
-    context = multiprocessing.get_context(_start_method())
+    context = multiprocessing.get_context(start_method())
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_result, args=(sender, log, function, arguments))
     process.start()
@@ -62,9 +63,12 @@ def run_in_process(function: Any, *arguments: Any, log: Path, seconds: float) ->
         process.join()
 
 
-def _start_method() -> str:
+def start_method() -> str:
+    """How a process starts: a copy of this one saves seconds; where CUDA runs here, or on macOS, GPUs fail in it."""
     torch = sys.modules.get("torch")
-    return "spawn" if sys.platform == "darwin" or (torch and torch.cuda.is_initialized()) else "fork"
+    if os.environ.get(ANEW) or sys.platform == "darwin" or (torch and torch.cuda.is_initialized()):
+        return "spawn"
+    return "fork"
 
 
 def _send_result(sender: Connection, log: Path, function: Any, arguments: tuple) -> None:
@@ -95,6 +99,12 @@ def find_device() -> str:
     from distillery.models.devices import default_device
 
     return default_device().type
+
+
+def has_cuda() -> bool:
+    """Whether torch sees a CUDA GPU."""
+    torch = sys.modules.get("torch")
+    return bool(torch and torch.cuda.is_available())
 
 
 def prepare(models: Path) -> str:
@@ -173,6 +183,9 @@ def run_checks(checks: list[Check], device: str, scratch: Path, log: Path, budge
     models = scratch / "models"
     if not device:
         device, error, _ = run_in_process(find_device, log=log, seconds=120)
+        if device in (None, "cpu") and start_method() == "fork" and has_cuda():
+            os.environ[ANEW] = "1"  # a library has started CUDA here without torch's knowing
+            device, error, _ = run_in_process(find_device, log=log, seconds=120)
         if error:
             print(f"error: no device: {error}", file=sys.stderr)
             return 1

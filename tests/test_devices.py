@@ -144,8 +144,9 @@ def test_a_result_of_a_gpu_is_not_that_of_a_cpu(machine):
 
 
 @pytest.fixture
-def student(tiny_models):
+def student(tiny_models, monkeypatch):
     """A classifier on the CPU."""
+    monkeypatch.setenv(devices.VARIABLE, "cpu")
     spec = StudentConfig(model="tiny", arch="classifier", phases=[PHASE])
     return build_student(spec, tiny_models / "tiny-bert", TASK, seed=0)
 
@@ -153,6 +154,7 @@ def student(tiny_models):
 @pytest.mark.parametrize("arch", ["classifier", "causal", "on-policy"])
 def test_several_gpus_do_not_multiply_the_batch(tiny_models, tmp_path, monkeypatch, capsys, arch):
     """`Trainer` would give each visible GPU a whole batch."""
+    monkeypatch.setenv(devices.VARIABLE, "cpu")
     kind = "causal" if arch == "on-policy" else arch
     folder = tiny_models / ("tiny-bert" if kind == "classifier" else "tiny-llama")
     student = build_student(StudentConfig(model="tiny", arch=kind, phases=[PHASE]), folder, TASK, seed=0)
