@@ -52,6 +52,7 @@ from distillery.teachers.paraphrases import (
     filter_paraphrases,
     generate_paraphrases,
     label_paraphrases,
+    paraphrase_prompts,
     rejection_reason,
     text_similarity,
 )
@@ -416,6 +417,9 @@ def test_paraphrases_are_generated_once_and_depend_on_the_seed(experiment, monke
     pd.testing.assert_frame_equal(generate_paraphrases(root, params, TASK, gold), rows)
     other = params.model_copy(update={"augment": augment.model_copy(update={"seed": 5})})
     assert generate_paraphrases(root, other, TASK, gold)["text"].tolist() != rows["text"].tolist()
+    reworded = params.model_copy(update={"augment": augment.model_copy(update={"instruction": "Say it anew."})})
+    assert paraphrase_prompts(TASK, ["a"], "Say it anew.") == [[{"role": "user", "content": "Say it anew.\n\na"}]]
+    assert generate_paraphrases(root, reworded, TASK, gold)["text"].tolist() != rows["text"].tolist()
     nothing = params.model_copy(update={"augment": augment.model_copy(update={"per_row": 0})})
     assert generate_paraphrases(root, nothing, TASK, gold).columns.tolist() == rows.columns.tolist()
 

@@ -18,14 +18,17 @@ from distillery.teachers.file import FileTeacher
 from distillery.teachers.signals import signal_table
 
 
-def paraphrase_prompts(task: Task, texts: Sequence[str]) -> list[list[dict[str, str]]]:
-    """Conversations that request one paraphrase of each text, after the task's solved examples."""
+def paraphrase_prompts(task: Task, texts: Sequence[str], instruction: str | None = None) -> list[list[dict[str, str]]]:
+    """Conversations that request one paraphrase of each text, after the task's solved examples.
+
+    instruction: in place of the task's, and then without its examples, which follow that one.
+    """
 
     def request(text: str) -> dict[str, str]:
-        return {"role": "user", "content": f"{task.prompt.paraphrase}\n\n{text}"}
+        return {"role": "user", "content": f"{instruction or task.prompt.paraphrase}\n\n{text}"}
 
     examples = []
-    for example in task.few_shot:
+    for example in () if instruction else task.few_shot:
         if example.paraphrase:
             examples += [request(example.text), {"role": "assistant", "content": example.paraphrase}]
     return [[*examples, request(text)] for text in texts]
@@ -94,7 +97,7 @@ def generate_paraphrases(root: Path, params: Params, task: Task, gold: pd.DataFr
     if isinstance(teacher, FileTeacher):
         written = [teacher.paraphrases(gold, sample) for sample in range(spec.per_row)]
     else:
-        prompts = paraphrase_prompts(task, gold["text"].tolist())
+        prompts = paraphrase_prompts(task, gold["text"].tolist(), spec.instruction)
         settings = {key: getattr(spec, key) for key in ("temperature", "max_new_tokens", "batch_size", "seed")}
         written = [teacher.generate(prompts, sample=sample, **settings) for sample in range(spec.per_row)]
     samples = []

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from distillery.config.schema.base import Count, Fraction, Name, Positive, Section
+from distillery.config.schema.base import TRIMMED_TEXT, Count, Fraction, Name, Positive, Section
 
 
 class ParaphraseFilter(Section):
@@ -31,6 +31,8 @@ class AugmentConfig(Section):
     """The teacher that writes the paraphrases; also those of test rows, see `evaluate.paraphrased_rows`."""
     per_row: Count = 1
     """Paraphrases of each row; 0 for none."""
+    instruction: Annotated[str, Field(pattern=TRIMMED_TEXT)] | None = None
+    """The turn that requests a paraphrase, in place of that of the task file and of its solved examples."""
     temperature: Positive = 0.7
     """Sampling temperature."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 80
