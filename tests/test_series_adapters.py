@@ -15,6 +15,7 @@ from deployed import write_student
 from distillery.config.schema import AdapterSettings, LoraSettings, PhaseConfig, StudentConfig
 from distillery.deploy.export import write_exports
 from distillery.errors import UserError
+from distillery.evaluation.speed import student_shape
 from distillery.models.devices import shapes_alone
 from distillery.models.layers import count_parameters
 from distillery.models.load import load_model
@@ -250,6 +251,16 @@ def test_it_is_planned_from_shapes_alone(tiny_models, tmp_path):
         assert (
             count_parameters(load_student(spec, tmp_path / "model", TASK).model)[0] == count_parameters(model.model)[0]
         )
+
+
+def test_its_speed_and_memory_are_those_of_its_own_shape():
+    """Merged adapters leave the shape of a model as it was, these do not."""
+
+    def shape(**adapter) -> str:
+        return student_shape(StudentConfig(model="m", arch="classifier", phases=[], adapter=adapter))
+
+    assert shape() == shape(kind="lora", r=4) != shape(**SERIES)
+    assert shape(**SERIES) == shape(**SERIES) != shape(**SERIES | {"size": 8})
 
 
 def test_it_is_not_exported(tiny_models, tmp_path):
