@@ -14,8 +14,12 @@ import tiny
 from deployed import write_student
 from distillery.config.schema import AdapterSettings, LoraSettings, PhaseConfig, StudentConfig
 from distillery.deploy.export import write_exports
+from distillery.deploy.predictors import open_predictor
+from distillery.deploy.push import student_files
+from distillery.deploy.settings import SETTINGS_FILE
 from distillery.errors import UserError
 from distillery.evaluation.speed import student_shape
+from distillery.files import write_json
 from distillery.models.devices import shapes_alone
 from distillery.models.layers import count_parameters
 from distillery.models.load import load_model
@@ -270,3 +274,14 @@ def test_it_is_not_exported(tiny_models, tmp_path):
     with pytest.raises(UserError, match="^s has series adapters, which no export can hold; train it with `lora`$"):
         write_exports(tmp_path / "model", settings)
     assert not (tmp_path / "model/onnx").exists()
+
+
+def test_it_is_served_and_pushed_as_other_students_are(tiny_models, tmp_path):
+    model, _ = student(tiny_models)
+    disturb(model.model)
+    settings = write_student(tiny_models / "tiny-bert", tmp_path / "plain")
+    save_model(model.model, model.tokenizer, folder := tmp_path / "model")
+    write_json(folder / SETTINGS_FILE, settings.model_dump())
+    (folder / "README.md").write_text("a card")
+    assert np.array_equal(open_predictor(folder, settings, "auto", 1).predict(TEXTS), model.predict(TEXTS))
+    assert {"model.series.safetensors", ADAPTER_WEIGHTS} <= set(student_files(folder))
