@@ -283,5 +283,6 @@ def test_it_is_served_and_pushed_as_other_students_are(tiny_models, tmp_path):
     save_model(model.model, model.tokenizer, folder := tmp_path / "model")
     write_json(folder / SETTINGS_FILE, settings.model_dump())
     (folder / "README.md").write_text("a card")
+    model.max_length = settings.max_length
     assert np.array_equal(open_predictor(folder, settings, "auto", 1).predict(TEXTS), model.predict(TEXTS))
     assert {"model.series.safetensors", ADAPTER_WEIGHTS} <= set(student_files(folder))
