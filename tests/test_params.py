@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from distillery.config.effects import unused_settings
 from distillery.config.load import load_params, validate_section
-from distillery.config.schema import Params, SplitRef
+from distillery.config.schema import Params, SplitRef, StudentConfig
 from distillery.errors import UserError
 from experiments import BASE, DELETE, changed, load, prepare
 
@@ -32,6 +32,13 @@ def test_the_experiments_in_the_repository_are_valid():
     checked = load_params(ROOT / "params.yaml")
     assert checked.evaluate.headline in checked.students
     assert checked.data["finance"].split.pool == 0.45
+
+
+@pytest.mark.parametrize("kind", ["none", "lora", "qlora", "series"])
+def test_a_student_that_a_stage_has_stored_is_read_again(kind):
+    adapter = {"kind": kind} | {"series": {"size": 8}, "none": {}}.get(kind, {"r": 4})
+    student = StudentConfig.model_validate({"model": "m", "arch": "causal", "adapter": adapter, "phases": []})
+    assert StudentConfig.model_validate(student.model_dump()) == student
 
 
 def test_base_is_valid_and_typed(folder):
@@ -558,3 +565,4 @@ def test_every_recipe_is_a_whole_experiment(recipe, tmp_path):
     loaded = load_params(tmp_path / "params.yaml")
     assert all((ROOT / s.source).exists() for s in loaded.data.values() if not s.source.startswith("hub:"))
     assert unused_settings(loaded) == []
+    assert Params.model_validate(loaded.model_dump()) == loaded  # stages store sections with all their keys

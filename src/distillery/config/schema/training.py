@@ -52,7 +52,7 @@ class AdapterSettings(LoraSettings):
     def _keys_fit(self):
         foreign = {"series": SERIES_FOREIGN, "lora": SERIES_ALONE, "qlora": SERIES_ALONE}.get(self.kind, ())
         for key in foreign:
-            if key in self.model_fields_set:
+            if getattr(self, key) != type(self).model_fields[key].default:  # a stored section has all keys
                 raise ValueError(f"`{key}` is no key of `kind: {self.kind}`")
         return self
 
