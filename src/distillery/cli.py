@@ -133,6 +133,13 @@ def recipe(name: str, scale: str | None, plan: bool, gpu: str | None, settings: 
     run_recipe_command(name, scale)
 
 
+def plan(teacher: str, **options: Any) -> None:
+    """Print what it takes to let a teacher label its rows: calls, tokens, hours, dollars. Calls no endpoint."""
+    from distillery.pipeline.plan.labelling import run_labelling_plan
+
+    run_labelling_plan(teacher, **options)
+
+
 def answers(name: str | None) -> None:
     """Ask the models of data/answers/*.yaml for label probabilities, into the .jsonl files beside them."""
     from distillery.files import repository_root
@@ -244,6 +251,7 @@ def parser() -> argparse.ArgumentParser:
         "-p", dest="selectors", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a selector"
     )
     verb(lesson).add_argument("name", nargs="?", help="a file of notebooks/lessons/ without folder and ending")
+    _add_labelling_arguments(verb)
     verb(answers).add_argument("name", nargs="?", help="a file of data/answers/ without folder and ending; all without")
     verb(texts).add_argument("name", nargs="?", help="a file of data/texts/ without folder and ending; all without it")
     running_study = verb(study)
@@ -274,6 +282,15 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def _add_labelling_arguments(verb: Callable[[Callable[..., None]], argparse.ArgumentParser]) -> None:
+    planning = verb(plan)
+    planning.add_argument("teacher", help="its name in params.yaml")
+    planning.add_argument("--source", help="one of the sources that it labels; all when not given")
+    planning.add_argument("--rows", type=_positive, help="as many rows like those of the source, such as 1000000")
+    planning.add_argument("--rate", type=float, help="calls a second of one endpoint, or rows of a machine")
+    planning.add_argument("--workers", type=_positive, help="endpoints, or machines; those of params.yaml without it")
 
 
 def _add_deploy_arguments(verb: Callable[[Callable[..., None]], argparse.ArgumentParser]) -> None:
@@ -320,7 +337,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"error: {sys.executable} has no package `{missing.name}`; "
             "run `make repro`, or activate the environment first: source .venv/bin/activate"
         )
-
-
-if __name__ == "__main__":
-    main()

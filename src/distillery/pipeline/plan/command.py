@@ -57,12 +57,12 @@ def describe_plan(plan: RecipePlan, gpu: str) -> tuple[str, Sequence[str]]:
         (stage, *map(size_text, (m.weights, m.gradients, m.optimizer, m.activations, m.total)))
         for stage, m in stages.items()
     ]
-    parts.append(_table(header, sizes))
+    parts.append(text_table(header, sizes))
     total = None if None in disk.values() else sum(size for size in disk.values() if size is not None)
-    parts.append(_table(("disk", "GB"), [(kind, size_text(size)) for kind, size in disk.items()]))
+    parts.append(text_table(("disk", "GB"), [(kind, size_text(size)) for kind, size in disk.items()]))
     calls = [(name, *(_number(value) for value in vars(cost).values())) for name, cost in costs.items()]
-    parts += [_table(("endpoint", "requests", "input tokens", "output tokens", "dollars"), calls)] if calls else []
-    parts.append(_table(("check", "of", "result"), [(f.status, f.place, f.text) for f in plan.findings]))
+    parts += [text_table(("endpoint", "requests", "input tokens", "output tokens", "dollars"), calls)] if calls else []
+    parts.append(text_table(("check", "of", "result"), [(f.status, f.place, f.text) for f in plan.findings]))
     parts.append(
         f"hours: on {gpu} at {UTILISATION:.0%} of its peak, assumed; neither labelling nor decoding is counted"
     )
@@ -110,7 +110,7 @@ def _models(plan: RecipePlan) -> str:
         "files",
         "facts",
     )
-    return _table(header, rows)
+    return text_table(header, rows)
 
 
 def _sources(plan: RecipePlan) -> str:
@@ -118,7 +118,7 @@ def _sources(plan: RecipePlan) -> str:
         (name, *map(_number, source.counts.values()), source.origin, source.texts_origin)
         for name, source in plan.sources.items()
     ]
-    return _table(("data", "train", "pool", "validation", "test", "numbers of rows", "texts"), rows)
+    return text_table(("data", "train", "pool", "validation", "test", "numbers of rows", "texts"), rows)
 
 
 def _phases(plan: RecipePlan, hours: dict[str, float | None]) -> str:
@@ -134,7 +134,7 @@ def _phases(plan: RecipePlan, hours: dict[str, float | None]) -> str:
         )
         for phase in plan.phases
     ]
-    return _table(("training", "rows", "steps", "tokens a row", "longest", "TFLOP a batch", "hours"), rows)
+    return text_table(("training", "rows", "steps", "tokens a row", "longest", "TFLOP a batch", "hours"), rows)
 
 
 def _sum_known(values: Sequence[float | None]) -> float | None:
@@ -147,7 +147,7 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, each as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [

@@ -21,7 +21,7 @@ from distillery.teachers.cache import Answer, AnswerStore, Question
 EMPTY, REFUSED_ROW = "an empty answer", "row refused"
 MAX_EMPTY_ANSWERS = 3  # an answer that is empty this many times is accepted as empty
 BYTES_PER_TOKEN = 4  # of English text; only the estimate uses it, the ceiling counts a token per byte
-KEPT = "all answers so far are stored, run again to continue"
+ALL_STORED = "all answers so far are stored, run again to continue"
 
 
 class Endpoint:
@@ -194,12 +194,12 @@ class Endpoint:
         if is_over and len(self.servers) > 1:
             reasons = "; ".join(f"{other.base_url}: {other.last_failure}" for other in self.servers)
             raise UserError(
-                f"teachers.{self.name}: none of its {len(self.servers)} endpoints answers ({reasons}); {KEPT}"
+                f"teachers.{self.name}: none of its {len(self.servers)} endpoints answers ({reasons}); {ALL_STORED}"
             )
         if is_over or queue.count_return(question) >= len(self.servers):
             raise UserError(
                 f"teachers.{self.name}: no answer from {server.base_url} after {attempts} calls, the last: {failure}; "
-                f"{KEPT}"
+                f"{ALL_STORED}"
             )
 
     def _check_logprobs(self, server: Server, question: Question, answer: Answer) -> None:
