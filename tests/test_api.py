@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 
 import loopback
 import stages
+import test_api_endpoints as served
 import tiny
 from distillery.config.load import validate_section
 from distillery.config.schema import SPLITS, ApiConfig, Params
@@ -207,6 +208,31 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(server, tmp_path):
         assert sum(proxy.calls.values()) == calls and outcomes(opened)["answered"] == 60
     with loopback.Proxy(port, key=SECRET) as proxy:
         np.testing.assert_array_equal(p, teacher(proxy.url, model, tmp_path / "undisturbed").predict_texts(TEXTS))
+
+
+def label_by_several(endpoints: list[str], path: Path) -> None:
+    """Label by several servers; runs in a process of its own."""
+    served.labels(served.teacher(path, endpoints, concurrency=2))
+
+
+def test_killed_while_several_servers_answer_it_pays_for_nothing_twice(tmp_path):
+    def slowly(calls: int) -> None:
+        time.sleep(0.01)
+
+    with loopback.Proxy(served.Answers(slowly)) as one, loopback.Proxy(served.Answers(slowly)) as two:
+        process = fork_context().Process(target=label_by_several, args=([one.url, two.url], tmp_path))
+        process.start()
+        while process.is_alive() and len(one.requests + two.requests) < 15:
+            time.sleep(0.005)
+        process.kill()
+        process.join(60)
+        store = AnswerStore(tmp_path / "answers.sqlite")
+        opened = served.teacher(tmp_path, [two.url, one.url], concurrency=2)
+        kept = [answer is not None for answer in store.get(opened.questions(served.TEXTS))]
+        before = len(one.requests) + len(two.requests)
+        assert served.labels(opened) == served.EXPECTED
+        assert len(one.requests) + len(two.requests) - before == kept.count(False) and any(kept)
+        assert before <= kept.count(True) + 2 * 2  # what was on its way: one a connection
 
 
 def test_a_pause_that_the_server_requests_is_made(server, tmp_path):

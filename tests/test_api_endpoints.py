@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from distillery.teachers.api.budget import max_call_tokens
 from distillery.teachers.api.client import Endpoint
 from distillery.teachers.api.teacher import ApiTeacher
 from distillery.teachers.cache import AnswerStore
-from forked import fork_context
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 TEXTS = list(dict.fromkeys(tiny.texts()))[:40]
@@ -198,31 +196,6 @@ def test_a_ceiling_is_one_for_all_servers_also_for_those_of_before(tmp_path, cei
         used = opened.endpoint.budget.used
         assert 15 * 11 <= sum(used) <= limit and sum(used) == 11 * len(one.requests + two.requests)
         assert teacher(tmp_path, [NOWHERE], **value).endpoint.budget.used == used
-
-
-def ask(endpoints: list[str], path: Path) -> None:
-    """What the process that is killed does."""
-    labels(teacher(path, endpoints, concurrency=2))
-
-
-def test_a_run_that_is_killed_pays_for_nothing_twice(tmp_path):
-    def slowly(calls: int) -> None:
-        time.sleep(0.01)
-
-    with loopback.Proxy(Answers(slowly)) as one, loopback.Proxy(Answers(slowly)) as two:
-        process = fork_context().Process(target=ask, args=([one.url, two.url], tmp_path))
-        process.start()
-        while process.is_alive() and len(one.requests + two.requests) < 15:
-            time.sleep(0.005)
-        process.kill()
-        process.join(60)
-        store = AnswerStore(tmp_path / "answers.sqlite")
-        opened = teacher(tmp_path, [two.url, one.url], concurrency=2)
-        kept = [answer is not None for answer in store.get(opened.questions(TEXTS))]
-        before = len(one.requests) + len(two.requests)
-        assert labels(opened) == EXPECTED
-        assert len(one.requests) + len(two.requests) - before == kept.count(False) and any(kept)
-        assert before <= kept.count(True) + 2 * 2  # what was on its way: one a connection
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,13 @@ def plan(teacher: str, **options: Any) -> None:
     run_labelling_plan(teacher, **options)
 
 
+def label(teacher: str, source: str, target: str, ray: int | None) -> None:
+    """Label a folder of Parquet files with a teacher into another one; a killed run continues with what is missing."""
+    from distillery.teachers.parts import label_folder
+
+    label_folder(teacher, source, target, ray)
+
+
 def answers(name: str | None) -> None:
     """Ask the models of data/answers/*.yaml for label probabilities, into the .jsonl files beside them."""
     from distillery.files import repository_root
@@ -285,12 +292,16 @@ def _positive(text: str) -> int:
 
 
 def _add_labelling_arguments(verb: Callable[[Callable[..., None]], argparse.ArgumentParser]) -> None:
-    planning = verb(plan)
+    planning, labelling = verb(plan), verb(label)
     planning.add_argument("teacher", help="its name in params.yaml")
+    labelling.add_argument("teacher", help="its name in params.yaml")
     planning.add_argument("--source", help="one of the sources that it labels; all when not given")
     planning.add_argument("--rows", type=_positive, help="as many rows like those of the source, such as 1000000")
     planning.add_argument("--rate", type=float, help="calls a second of one endpoint, or rows of a machine")
     planning.add_argument("--workers", type=_positive, help="endpoints, or machines; those of params.yaml without it")
+    labelling.add_argument("source", help="a folder of .parquet files with a column `text`")
+    labelling.add_argument("target", help="the folder for them with the columns `prediction` and `probabilities`")
+    labelling.add_argument("--ray", type=_positive, metavar="WORKERS", help="label with Ray, a local model a worker")
 
 
 def _add_deploy_arguments(verb: Callable[[Callable[..., None]], argparse.ArgumentParser]) -> None:

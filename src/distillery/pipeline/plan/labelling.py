@@ -174,7 +174,7 @@ class Labelling:
             rows,
             Figure(0, "a local model"),
             Figure((rows.value or 0) * labels * tokens.value, f"{labels * tokens.value:,.1f} a row, {tokens.origin}"),
-            Figure(None, "the words of the labels are scored, none is written"),
+            Figure(None, "none: labels are scored, not written"),
             speed,
             hours,
             dollars,
