@@ -227,6 +227,16 @@ def test_a_student_leaves_its_model_predictions_history_and_scores(ran, student)
     )
 
 
+def test_one_student_learns_token_by_token_from_the_models_of_the_folds(ran):
+    """From the words of the data, and from what it writes itself."""
+    experiment = json.loads((ran / "data/inputs/half-gkd/experiment.json").read_text())
+    on_policy = [phase["on_policy"] for phase in experiment["spec"]["phases"] if phase["space"] == "vocabulary"]
+    assert on_policy == [0.5]
+    weights = experiment["openable_teachers"]["lm"]["weights"]
+    assert {Path(file).parent.name for file in weights} == {"model", "0", "1"}
+    assert list((ran / ".cache/signals").iterdir())
+
+
 def test_a_student_that_params_no_longer_name_leaves_the_leaderboard(ran, tmp_path):
     assert set(models_in(ran)) >= {"tiny-kd", "tiny-gold", "half-gkd"}
     assert {"index.html", "metrics.json", "timing.json"} <= {path.name for path in (ran / "reports").iterdir()}
