@@ -27,6 +27,7 @@ TINY = {
     "L3_cross_fitting": {"rows": 200, "folds": 2},
     "L4_gkd": {"rows": 40, "teacher_steps": 4, "student_steps": 2},
     "L5_is_the_gain_real": {"rows": 200, "resamples": 50, "runs": 2},
+    "L6_one_gpu": {"size": "tiny", "rows": 120, "epochs": 1, "steps": 4},
 }
 
 
