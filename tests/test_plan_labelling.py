@@ -21,6 +21,7 @@ from distillery.tasks.schema import load_task
 from distillery.teachers.api.client import Endpoint
 from distillery.teachers.api.teacher import ApiTeacher
 from distillery.teachers.cache import STORE_PATH, Answer, AnswerStore
+from distillery.teachers.few_shot import GoldExamples
 
 URLS = ["http://127.0.0.1:8/v1", "http://127.0.0.1:9/v1"]
 API = {"model": "m", "endpoints": [{"base_url": url} for url in URLS], "concurrency": 6}
@@ -99,6 +100,23 @@ def test_kept_answers_and_their_calls_give_tokens_and_rate(root, kept_by):
     assert "as the endpoint counted them in 30 kept answers" in plan.input_tokens.origin
     assert plan.rate.value == 6 / 0.5 + 1  # six calls at a time; one a second
     assert plan_labelling(root, params, "far", workers=4).rate.value == 2 * (6 / 0.5 + 1)
+
+
+@pytest.mark.parametrize("way", ["gold", "similar"])
+def test_gold_rows_as_examples_are_counted(root, way):
+    params = load_params(root / "params.yaml")
+    examples = {"few_shot": 2, "examples_from": way, "embeddings": "tiny-bert" if way == "similar" else None}
+    far = params.teachers["far"].model_copy(update=examples)
+    params = params.model_copy(update={"teachers": params.teachers | {"far": far}})
+    AnswerStore(root / STORE_PATH)
+    frame, task = read_rows_to_label(root, params, "finance"), load_task("finance-sentiment", root / "tasks")
+    plan = plan_labelling(root, params, "far", rate=1.0)
+    chosen = GoldExamples(frame[frame["split"] == "train"], 2, None, far.seed)
+    solved = [chosen.at(positions) for positions in chosen.choose(frame["text"].tolist(), frame["group"].tolist())]
+    turns = [chat_turns(task, text, shots) for text, shots in zip(frame["text"], solved, strict=True)]
+    prompt = np.mean([sum(len(turn["content"].encode()) for turn in one) for one in turns]) / 4
+    assert plan.input_tokens.value == pytest.approx(plan.calls.value * prompt)
+    assert ("kept answers not looked up" in plan.calls.origin) == (way == "similar")
 
 
 def test_a_local_teacher_is_timed_and_its_tokens_are_those_of_its_tokenizer(root):
