@@ -36,7 +36,7 @@ from distillery.teachers.asking import AnswerRequest, read_columns
 from distillery.training.student import build_student, load_student
 from experiments import changed, load
 from experiments import prepare as prepare_folder
-from report_project import experiment, prediction_table, write_project
+from report_project import experiment, prediction_table, write_file, write_project
 
 # ------------------------------------------------------------------------------------------------- reading and auditing
 
@@ -282,6 +282,24 @@ def test_a_split_without_rows_that_a_phase_or_a_teacher_names(tmp_path):
     (tmp_path / "params.yaml").write_text(json.dumps(spec))
     with pytest.raises(UserError, match=r"^teachers.big: `demo/train`, which finetune.on names, has no rows$"):
         write_teacher_records(tmp_path, load_params(tmp_path / "params.yaml"))
+
+
+def test_servers_of_a_teacher_in_place_of_the_vendor_change_its_record(tmp_path):
+    """Which servers there are changes nothing; whether there are some, or one `base_url`, or the vendor's own, does."""
+    spec = experiment()
+    write_project(tmp_path, spec)
+    for model in spec["models"]:
+        write_file(tmp_path / f"build/models/{model}.json", "null")
+
+    def record(**api) -> str:
+        spec["teachers"]["far"] = {"kind": "api", "api": {"model": "m"} | api}
+        (tmp_path / "params.yaml").write_text(json.dumps(spec))
+        write_teacher_records(tmp_path, load_params(tmp_path / "params.yaml"))
+        return (tmp_path / "build/teachers/far.json").read_text()
+
+    one, two = {"base_url": "http://one/v1"}, {"base_url": "http://two/v1", "concurrency": 4}
+    assert record(endpoints=[one]) == record(endpoints=[two, one])
+    assert len({record(endpoints=[one]), record(**one), record()}) == 3
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring

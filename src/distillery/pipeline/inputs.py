@@ -79,7 +79,10 @@ def teacher_record(root: Path, params: Params, name: str) -> dict[str, Any]:
         "files": _file_digests(
             root, {file for source in read for file in Paths(root).processed(source).glob("*.parquet")}
         ),
-    } | ({"tokenizer": model_record(root, params, spec.api.tokenizer)} if spec.api and spec.api.tokenizer else {})
+        **({"tokenizer": model_record(root, params, spec.api.tokenizer)} if spec.api and spec.api.tokenizer else {}),
+        # which ones counts nothing, but without a `base_url` the vendor's own endpoint would have the same record
+        **({"endpoints": True} if spec.api and spec.api.endpoints else {}),
+    }
 
 
 def experiment_record(root: Path, params: Params, name: str) -> dict[str, Any]:
