@@ -153,6 +153,35 @@ def test_a_row_that_no_server_can_answer_ends_the_run_in_one_line(tmp_path):
         teacher(tmp_path, [first.url, second.url]).predict_texts(TEXTS)
 
 
+def test_a_row_that_one_server_cannot_answer_goes_to_another_one(tmp_path):
+    """Not back to the server that has given it up and answers other rows, however long the other one is busy."""
+    lock, again, answered, later = threading.Lock(), threading.Event(), threading.Semaphore(0), threading.Event()
+    contents: list[str] = []
+
+    def fail(request: dict[str, Any], status: int, answer: Any) -> tuple[int, Any]:
+        content = request["messages"][-1]["content"]
+        with lock:
+            contents.append(content)
+            failures, others = contents.count(contents[0]), sum(one != contents[0] for one in contents)
+        if content != contents[0]:
+            again.wait(30)
+            answered.release()
+            if others > 8:  # the row has been back for long
+                later.set()
+            return status, answer
+        if failures == 2:
+            again.set()
+            for _ in range(2):  # the first of them has arrived, so not all of its calls in a row have failed
+                answered.acquire(timeout=30)
+        return 500, {"error": "broken"}
+
+    busy = Answers(lambda _: later.wait(30))
+    with loopback.Proxy(Answers(), alter=fail) as one, loopback.Proxy(busy) as two:
+        opened = teacher(tmp_path, [{"base_url": one.url, "concurrency": 2}, {"base_url": two.url, "concurrency": 1}])
+        assert labels(opened) == EXPECTED
+    assert contents.count(contents[0]) == 2 and not set_aside(opened)
+
+
 def test_a_row_does_not_wait_for_the_turn_of_a_slow_server(tmp_path):
     slow, fast = Answers(), Answers()
     with loopback.Proxy(slow) as one, loopback.Proxy(fast) as two:

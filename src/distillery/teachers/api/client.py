@@ -106,7 +106,7 @@ class Endpoint:
         usable = [server for server in self.servers if server.last_failure is None] or self.servers
         for server in usable:
             server.revive()
-        queue, errors = QuestionQueue(questions), list[BaseException]()
+        queue, errors = QuestionQueue(questions, self.servers), list[BaseException]()
         lines: SimpleQueue[str | None] = SimpleQueue()
 
         def work(server: Server) -> None:
@@ -183,7 +183,7 @@ class Endpoint:
         self, server: Server, question: Question, failure: str, queue: QuestionQueue, report: Callable[[str], None]
     ) -> None:
         """Set `server` aside when none of its threads got an answer meanwhile. Raises UserError when no other server
-        can answer `question`: all are set aside, or as many have given this question up."""
+        can answer `question`: each one is set aside, or has given this question up."""
         attempts = self.spec.max_attempts
         with self._lock:
             if server.failures >= attempts and server.last_failure is None:
@@ -196,7 +196,7 @@ class Endpoint:
             raise UserError(
                 f"teachers.{self.name}: none of its {len(self.servers)} endpoints answers ({reasons}); {ALL_STORED}"
             )
-        if is_over or queue.count_return(question) >= len(self.servers):
+        if is_over or not queue.give_up(question, server):
             raise UserError(
                 f"teachers.{self.name}: no answer from {server.base_url} after {attempts} calls, the last: {failure}; "
                 f"{ALL_STORED}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 
 from distillery.config.schema import ApiConfig
 from distillery.teachers.api.pacing import Pacer
@@ -44,12 +44,12 @@ class Server:
 
 
 class QuestionQueue:
-    """Questions that wait for a server; safe across threads. A question is open until it is answered."""
+    """Questions that wait for one of `servers`; safe across threads. A question is open until it is answered."""
 
-    def __init__(self, questions: Iterable[Question]):
-        self._waiting = deque(questions)
+    def __init__(self, questions: Iterable[Question], servers: Sequence[Server]):
+        self._waiting, self.servers = deque(questions), servers
         self.total = self._open = len(self._waiting)
-        self._returned: Counter[str] = Counter()
+        self._given_up: defaultdict[str, set[Server]] = defaultdict(set)  # by key of a question
         self._changed = threading.Condition()
         self._stopped = False
 
@@ -57,20 +57,37 @@ class QuestionQueue:
         """The next question, as soon as `server` may be called; None when it gets no more.
 
         A question that waits for the turn of a server stays in the queue, where another one may take it. It may come
-        back, so a server without a question waits until all are answered.
+        back, so a server without a question waits until all are answered. A server does not get one that it has given
+        up while another one may answer it.
         """
         with server.turn:
             while self._wait(server) and server.pacer.wait_for_turn():
                 with self._changed:
-                    if self._waiting:
-                        return self._waiting.popleft()
+                    if (position := self._position(server)) is not None:
+                        question = self._waiting[position]
+                        del self._waiting[position]
+                        return question
             return None
 
     def _wait(self, server: Server) -> bool:
         """Wait until a question is there; False when `server` gets no more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_over(server))
+            self._changed.wait_for(lambda: self._position(server) is not None or self._is_over(server))
             return not self._is_over(server)
+
+    def _position(self, server: Server) -> int | None:
+        """Where the first waiting question is that `server` may get."""
+        return next((i for i, question in enumerate(self._waiting) if self._may_get(server, question)), None)
+
+    def _may_get(self, server: Server, question: Question) -> bool:
+        if not self._given_up:  # nearly always: no key is computed
+            return True
+        return server not in self._given_up.get(question.key, ()) or not self._has_other(question)
+
+    def _has_other(self, question: Question) -> bool:
+        """Whether a server that is not set aside has not given `question` up."""
+        given_up = self._given_up.get(question.key, ())
+        return any(server.last_failure is None and server not in given_up for server in self.servers)
 
     def _is_over(self, server: Server) -> bool:
         return self._stopped or not self._open or server.last_failure is not None
@@ -81,11 +98,11 @@ class QuestionQueue:
             self._waiting.appendleft(question)
             self._changed.notify_all()
 
-    def count_return(self, question: Question) -> int:
-        """How many times a server has given `question` up, this one included."""
+    def give_up(self, question: Question, server: Server) -> bool:
+        """Note that `server` gives `question` up; whether another server is left to answer it."""
         with self._changed:
-            self._returned[question.key] += 1
-            return self._returned[question.key]
+            self._given_up[question.key].add(server)
+            return self._has_other(question)
 
     def close(self) -> int:
         """Count a question as answered; the number of those that are."""
