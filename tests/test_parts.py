@@ -98,6 +98,8 @@ def test_labels_of_other_rows_or_of_another_teacher_are_not_mixed(root):
             {"text": ["x"], "prediction": ["up"]},
             "d.parquet: has a column `prediction` already, which the label goes to",
         ),
+        ({"text": ["x", None]}, "d.parquet: row 1 (from 0) has no text"),
+        ({"text": [1, 2]}, "d.parquet: column `text` is of type int64; it has to be text"),
         (None, "d.parquet: cannot be read as Parquet: "),
     ],
 )
@@ -109,6 +111,39 @@ def test_a_part_that_cannot_be_labelled_is_named_before_the_first_call(root, col
     with pytest.raises(UserError) as raised:
         list(label_here(labelling(root)))
     assert line in str(raised.value) and not (root / "out").exists()
+
+
+def test_a_target_that_cannot_be_read_ends_in_one_line(root):
+    (root / "out").write_text("a file")
+    with pytest.raises(UserError, match="out: is no folder; name another one"):
+        list(label_here(labelling(root)))
+    (root / "out").unlink()
+    (root / "out").mkdir()
+    (root / "out/a.parquet").write_text("no table")
+    with pytest.raises(UserError, match="out/a.parquet: cannot be read as Parquet: "):
+        list(label_here(labelling(root)))
+    (root / "out/labelling.json").write_text("{")
+    with pytest.raises(UserError, match="out/labelling.json: is damaged; name another folder"):
+        list(label_here(labelling(root)))
+
+
+def test_what_decides_the_labels_of_a_folder(root):
+    """The servers of a model do not, and the vendor's own is none of them; gold rows in the prompt do, as do the files
+    of a local model."""
+    tiny.build_models(root / "models")
+    train = root / "data/processed/demo/train.parquet"
+    train.parent.mkdir(parents=True)
+
+    def settings(teacher: str = "far", **changes: Any) -> Any:
+        return labelling(root, teacher, **changes)._settings()
+
+    assert settings() == settings(url="http://other/v1") != settings(api={"model": "m"})
+    seen = []
+    for change in ("one", "another"):
+        pd.DataFrame({"text": [change]}).to_parquet(train)
+        (root / "models/tiny-llama/config.json").write_text(change)
+        seen.append((settings(few_shot=2), settings(few_shot=2, examples_from="gold"), settings("big")))
+    assert [old == new for old, new in zip(*seen, strict=True)] == [True, False, False]
 
 
 def test_a_request_that_cannot_be_met_ends_in_one_line(root):
@@ -143,6 +178,7 @@ def test_workers_of_ray_label_as_this_process_does(root, monkeypatch):
             assert digest == file_digest(root / f"in/{name}.parquet")
         assert (root / "out/c.parquet").stat().st_mtime_ns == kept
         (root / "out/b.parquet").unlink()
+        (root / "out/labelling.json").unlink()  # it has the digest of the model
         for file in (root / "models/tiny-llama").iterdir():
             file.unlink()
         with pytest.raises(UserError, match="tiny-llama holds no config.json"):  # one line, from a worker

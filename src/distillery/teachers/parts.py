@@ -21,6 +21,7 @@ from distillery.config.load import load_params
 from distillery.config.schema import API_KEYS_WITHOUT_EFFECT, Params
 from distillery.errors import UserError
 from distillery.files import Paths, atomic_write, file_digest, repository_root, write_json
+from distillery.models.folders import model_folder
 from distillery.models.runtime import configure_runtime
 from distillery.tasks.schema import Task, load_task
 from distillery.teachers.base import Teacher, open_teacher
@@ -59,14 +60,18 @@ class PartsLabelling:
             raise UserError(f"{self.source}: holds no .parquet file")
         if self.source.resolve() == self.target.resolve():
             raise UserError(f"{self.target}: is the folder of the input, too; name another one")
+        if self.target.exists() and not self.target.is_dir():
+            raise UserError(f"{self.target}: is no folder; name another one")
         path = self.target / SETTINGS_FILE
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
+        if path.exists() and _read_settings(path) != settings:
             raise UserError(
                 f"{self.target}: holds labels of another teacher, or of other settings; name another folder"
             )
         for part in parts:
             _check_columns(part)
         missing = [part for part in parts if not self._is_labelled(part)]
+        for part in missing:
+            _check_texts(part)
         if not path.exists():
             write_json(path, settings)
         return missing
@@ -88,14 +93,24 @@ class PartsLabelling:
         if tuned is not None and not tuned.exists():
             raise UserError(f"{tuned}: not there yet; run `dvc repro` first")
         prompting = Paths(self.root).teacher(self.name) / "prompting.json"
+        paths, sources = Paths(self.root), self.params.teacher_sources(self.name)
+        gold = [paths.processed(source) / "train.parquet" for source in sources] if spec.examples_from != "task" else []
         settings = {
             "spec": spec.model_dump(exclude={"api": API_KEYS_WITHOUT_EFFECT, "data": True, "rationales": True}),
-            "model": self.params.models[spec.model].model_dump() if spec.model else None,
+            "endpoints": bool(spec.api and spec.api.endpoints),  # without them, no `base_url` is the vendor's own
+            "models": [self._model(name) for name in (spec.model, spec.embeddings) if name],
+            "gold": [file_digest(file) for file in gold if file.exists()],  # solved examples
             "tuned": file_digest(tuned) if tuned else None,
             "prompting": prompting.read_text(encoding="utf-8") if prompting.exists() else None,
             "task": task.model_dump(),
         }
         return json.loads(json.dumps(settings))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        """The section of model `name`, and a digest of a local folder, whose content may change."""
+        spec = self.params.models[name]
+        is_local = spec.folder is not None and spec.wheel is None
+        return spec.model_dump() | {"content": file_digest(model_folder(name, spec)) if is_local else None}
 
     @property
     def task(self) -> Task:
@@ -118,7 +133,7 @@ class PartsLabelling:
         path = self.target / part.name
         if not path.exists():
             return False
-        if (pq.read_schema(path).metadata or {}).get(INPUT_DIGEST) != file_digest(part).encode():
+        if (_read_schema(path).metadata or {}).get(INPUT_DIGEST) != file_digest(part).encode():
             raise UserError(f"{path}: labels other rows than {part} now holds; delete it to label them")
         return True
 
@@ -141,15 +156,37 @@ class PartsLabelling:
         return len(rows)
 
 
-def _check_columns(part: Path) -> None:
+def _read_settings(path: Path) -> Any:
     try:
-        names = pq.read_schema(part).names
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: is damaged; name another folder") from None
+
+
+def _read_schema(part: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(part)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{part}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
-    if "text" not in names:
-        raise UserError(f"{part}: has no column `text`; it has: {', '.join(names)}")
-    if taken := [name for name in ADDED if name in names]:
+
+
+def _check_columns(part: Path) -> None:
+    schema = _read_schema(part)
+    if schema.names.count("text") != 1:
+        several = "several columns" if "text" in schema.names else "no column"
+        raise UserError(f"{part}: has {several} `text`; it has: {', '.join(schema.names)}")
+    kind = schema.field("text").type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not any(is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
+        raise UserError(f"{part}: column `text` is of type {kind}; it has to be text")
+    if taken := [name for name in ADDED if name in schema.names]:
         raise UserError(f"{part}: has a column `{taken[0]}` already, which the label goes to; rename it")
+
+
+def _check_texts(part: Path) -> None:
+    texts = pq.read_table(part, columns=["text"])["text"]
+    if texts.null_count:
+        raise UserError(f"{part}: row {texts.is_null().index(True).as_py()} (from 0) has no text; leave it out")
 
 
 def label_folder(teacher: str, source: str, target: str, workers: int | None) -> None:
