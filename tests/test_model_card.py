@@ -28,8 +28,8 @@ def card(tmp_path):
     )
     task = load_task("demo", tmp_path / "tasks")
 
-    def render(phases=({**DISTILLED, "learning_rate": 1e-3}, PHASE), texts=TEXTS, adapter=None, **more) -> str:
-        spec = StudentConfig(model="small", arch="classifier", phases=list(phases), adapter=adapter or {})
+    def render(phases=({**DISTILLED, "learning_rate": 1e-3}, PHASE), texts=TEXTS, **more) -> str:
+        spec = StudentConfig(model="small", arch="classifier", phases=list(phases))
         label, prediction = ["up", "down", "flat", "flat"], ["up", "down", "flat", "down"]
         test = metrics.classification_report(label, prediction, np.full((4, 3), 1 / 3), LABELS)
         metadata = {"student": "kd", "seed": 7, "parameters": 17_000_000, "bytes_on_disk": 34_400_000, "test": test}
@@ -86,8 +86,15 @@ def test_what_a_card_holds(card):
     ]
 
 
-def test_a_card_of_series_adapters_has_no_code_that_transformers_alone_would_run(card):
-    page = card(adapter={"kind": "series"})
+def test_a_card_names_the_share_of_rows_that_a_phase_chose(card):
+    phase = DISTILLED | {"learning_rate": 1e-3, "select": {"by": "doubt", "share": 0.125}}
+    assert "1. 4 steps on demo/pool (12.5 % of the rows, by doubt), teachers big (" in card(phases=[phase])
+
+
+def test_a_card_of_series_adapters_has_no_code_that_transformers_alone_would_run(card, tmp_path):
+    """Also of a student that starts from a model with such adapters: those of its folder count."""
+    write_file(tmp_path / "config.json", '{"series_adapters": {"size": 4, "activation": "gelu", "layers": []}}')
+    page = card()
     assert "\ndistillery predict . --input new.csv --output predicted.csv\n" in page
     assert "```python" not in page and page.count("```") == 2
     assert "library_name" not in ModelCard(page).data.to_dict()

@@ -217,6 +217,17 @@ def test_a_saved_student_may_be_cut_and_trained_whole(tiny_models, tmp_path):
     assert np.array_equal(load_student(spec, tmp_path / "cut", TASK).predict(TEXTS), cut.predict(TEXTS))
 
 
+def test_a_student_cut_to_layers_without_adapters_is_a_plain_one(tiny_models, tmp_path):
+    model, _ = student(tiny_models, layers="last-2")
+    save_model(model.model, model.tokenizer, tmp_path / "model")
+    spec = StudentConfig(model="m", arch="classifier", init={"layers": "first-2"}, phases=[])
+    cut = build_student(spec, tmp_path / "model", TASK, 0)
+    assert not adapted_layers(cut.model)
+    save_model(cut.model, cut.tokenizer, tmp_path / "cut")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "cut")
+    assert np.array_equal(load_student(spec, tmp_path / "cut", TASK).predict(TEXTS), cut.predict(TEXTS))
+
+
 def test_an_adapter_on_adapters_and_4_bits_are_refused(tiny_models, tmp_path):
     model, _ = student(tiny_models)
     for attach in (
@@ -244,6 +255,14 @@ def test_a_file_with_other_adapters_is_refused(tiny_models, tmp_path):
     path.unlink()
     with pytest.raises(UserError, match="^model: cannot be loaded as classifier: "):
         load_student(spec, tmp_path / "model", TASK)
+
+
+def test_a_damaged_config_ends_in_one_line(tiny_models, tmp_path):
+    settings = write_student(tiny_models / "tiny-bert", tmp_path / "plain")
+    (tmp_path / "config.json").write_text("{")
+    for use in (lambda: load_model(tmp_path, "causal"), lambda: write_exports(tmp_path, settings)):
+        with pytest.raises(UserError, match="cannot be loaded: its config.json is not valid JSON"):
+            use()
 
 
 def test_it_is_planned_from_shapes_alone(tiny_models, tmp_path):

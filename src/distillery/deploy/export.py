@@ -14,7 +14,7 @@ from distillery import metrics
 from distillery.config.schema.evaluate import EvaluateConfig
 from distillery.deploy.gguf_file import read_gguf, write_gguf
 from distillery.deploy.onnx_file import write_onnx
-from distillery.deploy.predictors import CONFIG_FILE, EXPORT_FILES, EXPORTS_FILE, WEIGHTS_FILE, OnnxPredictor
+from distillery.deploy.predictors import EXPORT_FILES, EXPORTS_FILE, WEIGHTS_FILE, OnnxPredictor
 from distillery.deploy.settings import InferenceSettings
 from distillery.deploy.torch_predictor import open_label_model
 from distillery.errors import UserError
@@ -46,7 +46,7 @@ def write_exports(folder: Path, settings: InferenceSettings) -> None:
     the model cannot be exported.
     """
     kind = export_kind(settings)
-    if (folder / CONFIG_FILE).exists() and stored_adapters(folder):
+    if stored_adapters(folder):
         raise UserError(f"{settings.student} has series adapters, which no export can hold; train it with `lora`")
     with atomic_write(folder / kind) as scratch:
         scratch.mkdir()

@@ -129,7 +129,7 @@ def load_model(
 
 def _stored_adapters(folder: Path, quantize: bool) -> dict[str, Any] | None:
     """The record of the series adapters of the model in `folder`, None without any. Raises UserError in 4 bits."""
-    adapters = stored_adapters(folder) if (folder / "config.json").exists() else None
+    adapters = stored_adapters(folder)
     if adapters and quantize:
         raise UserError(f"{folder.name}: has series adapters, and is not loaded in 4 bits")
     return adapters

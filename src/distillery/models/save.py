@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from distillery.files import atomic_write
-from distillery.models.series_adapters import has_series_adapters, save_with_adapters
+from distillery.models.series_adapters import CONFIG_KEY, has_series_adapters, save_with_adapters
 
 
 def save_model(
@@ -55,6 +55,7 @@ def _write_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: 
         if has_series_adapters(model):
             save_with_adapters(model, scratch)
         else:
+            vars(model.config).pop(CONFIG_KEY, None)  # of a model that was cut to layers without adapters
             model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
 

@@ -119,11 +119,17 @@ def save_with_adapters(model: PreTrainedModel, folder: Path) -> None:
 
 
 def stored_adapters(folder: Path) -> dict[str, Any] | None:
-    """The record that :func:`save_with_adapters` left in the config of the model in `folder`; None without adapters.
+    """The record that :func:`save_with_adapters` left in the config of the model in `folder`; None without adapters or
+    without a config.
 
-    Raises OSError when the folder has no config, and ValueError when it is damaged.
+    Raises UserError when the config is damaged.
     """
-    return read_config(folder).get(CONFIG_KEY)
+    if not (folder / "config.json").exists():
+        return None
+    try:
+        return read_config(folder).get(CONFIG_KEY)
+    except ValueError as error:
+        raise UserError(f"{folder.name}: cannot be loaded: {error}") from None
 
 
 def reopen_adapters(model: PreTrainedModel, record: dict[str, Any] | None, folder: Path) -> None:

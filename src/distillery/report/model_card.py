@@ -18,6 +18,7 @@ from distillery.files import Paths, atomic_write
 from distillery.models.heads import read_config
 from distillery.models.label_model import MAX_ANSWER_TOKENS
 from distillery.models.load import load_tokenizer
+from distillery.models.series_adapters import stored_adapters
 from distillery.models.windows import Windows
 from distillery.report.environment import TEMPLATES
 from distillery.tasks.schema import Task
@@ -54,13 +55,13 @@ def render_card(
     """
     text = predictions["text"].iloc[0]
     teachers = dict.fromkeys(name for phase in spec.phases for name in phase.teachers)
-    test, free = metadata["test"], task.kind == "qa"
+    test, free, series = metadata["test"], task.kind == "qa", stored_adapters(folder) is not None
     card = ModelCard.from_template(
-        _card_data(spec, metadata, predictions["text"], free, dataset, origin, base_model),
+        _card_data(spec, metadata, predictions["text"], free, series, dataset, origin, base_model),
         template_path=str(TEMPLATES / "model_card.md.jinja"),
         arch=spec.arch,
         free=free,
-        series=spec.adapter.kind == "series",
+        series=series,
         sets=task.kind == "multilabel",
         thresholds=_thresholds(task, settings),
         **{key: metadata[key] for key in ("student", "seed", "parameters")},
@@ -90,6 +91,7 @@ def _card_data(
     metadata: dict[str, Any],
     texts: pd.Series,
     free: bool,
+    series: bool,
     dataset: str,
     origin: str,
     base_model: str | None,
@@ -110,7 +112,7 @@ def _card_data(
     ]
     return ModelCardData(
         model_name=metadata["student"],
-        library_name="transformers" if spec.adapter.kind != "series" else None,
+        library_name=None if series else "transformers",
         pipeline_tag=PIPELINES[spec.arch],
         language="en" if _is_english(texts) else None,
         tags=["knowledge-distillation" if any(phase.teachers for phase in spec.phases) else "fine-tuning"],
