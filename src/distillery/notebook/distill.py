@@ -69,7 +69,7 @@ def choose_target_row(
 def phase_table(spec: StudentConfig) -> pd.DataFrame:
     """The phases of a student, a row each: which rows, which teachers, which loss, how long."""
     columns = {
-        "rows": [", ".join(p.data) for p in spec.phases],
+        "rows": [p.rows_text for p in spec.phases],
         "teachers": [", ".join(p.teachers) or "gold labels" for p in spec.phases],
         "loss": [" + ".join(f"{weight:g} {term}" for term, weight in p.loss.items()) for p in spec.phases],
         "space": [p.space for p in spec.phases],

@@ -25,7 +25,7 @@ def student_table(params: Params) -> pd.DataFrame:
             "student": name,
             "model": student.model,
             "layers": str(student.init.layers),
-            "rows of each phase": " → ".join(", ".join(phase.data) for phase in student.phases),
+            "rows of each phase": " → ".join(phase.rows_text for phase in student.phases),
             "teachers": ", ".join(dict.fromkeys(teacher for p in student.phases for teacher in p.teachers)) or "none",
             "control": student.control or "none",
         }

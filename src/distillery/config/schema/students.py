@@ -105,6 +105,12 @@ class PhaseConfig(TrainingConfig):
     """Order of the rows: random, from those the teachers are most confident in, or from the shortest."""
 
     @property
+    def rows_text(self) -> str:
+        """The rows for readers: `a/train, a/pool`, or `a/pool (50 % of the rows, by doubt)`."""
+        text = ", ".join(self.data)
+        return f"{text} ({100 * self.select.share:g} % of the rows, by {self.select.by})" if self.select else text
+
+    @property
     def needs_token_logprobs(self) -> bool:
         """Whether the loss compares the teachers' distributions over tokens, not only over labels."""
         return "uld" in self.loss or (self.space == "vocabulary" and any(term in DIVERGENCES for term in self.loss))
