@@ -28,6 +28,11 @@ def test_the_full_experiment_is_one_of_the_pipeline(monkeypatch, capability, dty
     ]
 
 
+def test_zero_is_what_fits_the_size():
+    assert one_gpu.fill_in("tiny", 0, 3, 0) == (240, 3, 20) and one_gpu.fill_in("full", 0, 0, 0) == (10**6, 2, 200)
+    assert one_gpu.fill_in("full", 500, 1, 10) == (500, 1, 10)
+
+
 def test_the_size_is_that_of_the_machine(monkeypatch):
     assert one_gpu.choose_size("auto") == one_gpu.choose_size("tiny") == "tiny"
     monkeypatch.setattr(one_gpu, "default_device", lambda: torch.device("cuda"))

@@ -19,6 +19,8 @@ TEACHER, STUDENT = "teacher", "student"  # names of the models
 GIB = 2**30
 FREE_GPU = 16 * GIB  # of a hosted notebook that costs nothing
 
+FITTING = {"full": (10**6, 2, 200), "tiny": (240, 1, 20)}  # rows (at most), epochs, steps
+
 MODELS: dict[str, dict[str, Any]] = {
     "full": {
         TEACHER: {"hub": "Qwen/Qwen2.5-7B-Instruct", "revision": "a09a35458c702b33eeacc393d103063234e8bc28"},
@@ -44,6 +46,11 @@ def choose_size(size: str) -> str:
     return ("full" if on_cuda else "tiny") if size == "auto" else size
 
 
+def fill_in(size: str, rows: int, epochs: int, steps: int) -> tuple[int, int, int]:
+    """Rows of the corpus, epochs of the teacher and steps of a student; for each 0 what fits `size`."""
+    return tuple(given or fitting for given, fitting in zip((rows, epochs, steps), FITTING[size], strict=True))
+
+
 def half_precision(size: str) -> str:
     """The number format of the products: bfloat16 where the GPU has it, float16 on an older one."""
     if size == "tiny":
@@ -54,7 +61,7 @@ def half_precision(size: str) -> str:
 def experiment(size: str, epochs: int, steps: int, batch_size: int, seed: int) -> dict[str, Any]:
     """The sections of params.yaml: a teacher that QLoRA tunes, its student, and the student's control."""
     common = {"dtype": half_precision(size), "prompt": "chat" if size == "full" else "plain"}
-    student = common | {"model": STUDENT, "arch": "causal", "adapter": {"kind": "lora", "r": 16}}
+    student = common | {"model": STUDENT, "arch": "causal"}
     training = {"steps": steps, "batch_size": batch_size, "learning_rate": 2e-4}
     finetune = {"on": "finance/train", "epochs": epochs, "batch_size": batch_size, "learning_rate": 2e-4, "folds": 0}
     shares = {"train": 0.15, "pool": 0.45, "validation": 0.1, "test": 0.3}
@@ -70,9 +77,11 @@ def experiment(size: str, epochs: int, steps: int, batch_size: int, seed: int) -
         "augment": {"source": "finance", "teacher": "tuned", "per_row": 0},
         "students": {
             "kd": student
-            | {"control": "gold"}
+            | {"adapter": {"kind": "lora", "r": 16}, "control": "gold"}
             | {"phases": [training | {"data": ["finance/pool"], "teachers": ["tuned"], "loss": {"kl": 1.0}}]},
-            "gold": student | {"phases": [training | {"data": ["finance/train"], "loss": {"ce": 1.0}}]},
+            "gold": student
+            | {"adapter": {"kind": "lora", "r": 16}}
+            | {"phases": [training | {"data": ["finance/train"], "loss": {"ce": 1.0}}]},
         },
         "evaluate": {"headline": "kd"},
     }
