@@ -2,10 +2,11 @@
 
     PYTHONPATH=src python benchmarks/gpu_check.py [--minutes 10] [--device cpu] [--only WORD ...] [--dry-run]
 
-Models are tiny and random, or have the shape of Qwen2.5-1.5B and 0.5B with random weights: nothing is downloaded. Each
-check runs in a process of its own, so that one that fails, hangs or breaks the GPU's context leaves the others alone. A
-check that would start after the budget is skipped. `--device cpu` runs what a CPU can, with the smallest shapes, to try
-the checks themselves. `--log` gets what the checks print, with the traceback of each that fails.
+Models are tiny and random, or have the shape of Qwen2.5-1.5B and 0.5B with random weights: nothing is downloaded. The
+checks run in a process of their own; one that fails leaves the others alone, and after one that hangs, dies or breaks
+CUDA there is a new process. A check that would start after the budget is skipped. `--device cpu` runs what a CPU can,
+with the smallest shapes, to try the checks themselves. `--log` gets what the checks print, with the traceback of each
+that fails.
 
 Prints a line for each check: its result (ok, failed, skipped, not here), seconds, the peak of GPU memory, and a figure;
 then the versions. The exit code is 1 when a check failed.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import importlib.util
 import multiprocessing
@@ -40,27 +42,59 @@ OFFLINE = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "HF_HUB_OFFLINE": "1", "TOKENIZ
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
 ANEW = "GPU_CHECK_ANEW"  # of the environment: let each process load everything anew
 LONGEST_DETAIL = 400  # characters
+START_SECONDS = 300  # that a process may take to load everything
 DEVICES = ("cuda", "mps", "cpu")
 
 
-def run_in_process(function: Any, *arguments: Any, log: Path, seconds: float) -> tuple[Any, str, int]:
-    """What `function` returns in a process of its own, or the error in one line; and the peak of GPU memory, bytes."""
-    context = multiprocessing.get_context(start_method())
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_result, args=(sender, log, function, arguments))
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(seconds):
-            return None, f"ended after {seconds:.0f} s", 0
-        return receiver.recv()
-    except EOFError:
-        process.join(10)
-        return None, f"its process ended with code {process.exitcode}", 0
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # also what it has started
-        process.join()
+class Worker:
+    """Runs functions in a process of its own, one after the other; all that they print goes to the file `log`.
+
+    After one that died, hung or broke CUDA it is a new process.
+    """
+
+    def __init__(self, log: Path):
+        self.log, self.process, self.connection = log, None, None
+
+    def run(self, function: Any, *arguments: Any, seconds: float) -> tuple[Any, str, int]:
+        """What `function` returns, its error in one line, and the peak of GPU memory in bytes.
+
+        seconds: after these, beside the start of a process, it is ended.
+        """
+        try:
+            if self.process is None:
+                self._start()
+            self.connection.send((function, arguments))
+            if not self.connection.poll(seconds):
+                self.end()
+                return None, f"ended after {seconds:.0f} s", 0
+            answer, error, peak = self.connection.recv()
+        except (EOFError, ConnectionError):
+            self.process.join(10)
+            code = self.process.exitcode
+            self.end()
+            return None, f"its process ended with code {code}", 0
+        if "CUDA error" in error:  # every later call would fail, too
+            self.end()
+        return answer, error, peak
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context(start_method())
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, self.log))
+        self.process.start()
+        other.close()
+        if not self.connection.poll(START_SECONDS):
+            raise ConnectionError
+        self.connection.recv()
+
+    def end(self) -> None:
+        """End the process and all that it has started."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.join()
+            self.connection.close()
+            self.process = None
 
 
 def start_method() -> str:
@@ -71,22 +105,39 @@ def start_method() -> str:
     return "fork"
 
 
-def _send_result(sender: Connection, log: Path, function: Any, arguments: tuple) -> None:
-    """Runs in the process of a check. All that it prints goes to the file `log`."""
+def _serve(connection: Connection, log: Path) -> None:
+    """Runs in the process of a :class:`Worker`."""
     os.setsid()
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    try:
-        answer, error = function(*arguments), ""
-    except BaseException as problem:
-        traceback.print_exc()
-        lines = str(problem).strip().splitlines() or [""]
-        answer, error = None, f"{type(problem).__name__}: {lines[0]}"
-    sender.send((answer, error, _gpu_peak()))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # libraries that hang at their end have nothing more to do
+    preload()
+    connection.send("ready")
+    folder, environment = Path.cwd(), dict(os.environ)
+    while True:
+        function, arguments = connection.recv()
+        _reset_gpu()
+        try:
+            answer, error = function(*arguments), ""
+        except BaseException as problem:
+            traceback.print_exc()
+            lines = str(problem).strip().splitlines() or [""]
+            answer, error = None, f"{type(problem).__name__}: {lines[0]}"
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        connection.send((answer, error, _gpu_peak()))
+
+
+def _reset_gpu() -> None:
+    """Free what an earlier check has left on the GPU, and count its memory from here on."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _gpu_peak() -> int:
@@ -147,14 +198,14 @@ def print_header(*names: str) -> None:
     print_row(*("---" for _ in names))
 
 
-def print_versions(log: Path) -> None:
+def print_versions(worker: Worker) -> None:
     """The versions of the libraries, and the GPU."""
     for name in LIBRARIES:
         try:
             print(f"{name} {version(name)}", end=", ")
         except PackageNotFoundError:
             print(f"no {name}", end=", ")
-    machine, error, _ = run_in_process(_machine, log=log, seconds=60)
+    machine, error, _ = worker.run(_machine, seconds=60)
     print(f"Python {platform.python_version()}; {machine or error}", flush=True)
 
 
@@ -176,25 +227,32 @@ def preload() -> None:
             return
 
 
-def run_checks(checks: list[Check], device: str, scratch: Path, log: Path, budget: float) -> int:
-    """Print the table of `checks`; how many failed. budget: seconds."""
-    start, failed = time.perf_counter(), 0
+def prepare_run(worker: Worker, device: str, models: Path) -> str:
+    """The device of the checks, `device` if it is named, after the tiny models are written to `models`.
+
+    Raises RuntimeError in one line when one of both fails.
+    """
     preload()
-    models = scratch / "models"
     if not device:
-        device, error, _ = run_in_process(find_device, log=log, seconds=120)
+        device, error, _ = worker.run(find_device, seconds=120)
         if device in (None, "cpu") and start_method() == "fork" and has_cuda():
             os.environ[ANEW] = "1"  # a library has started CUDA here without torch's knowing
-            device, error, _ = run_in_process(find_device, log=log, seconds=120)
+            worker.end()
+            device, error, _ = worker.run(find_device, seconds=120)
         if error:
-            print(f"error: no device: {error}", file=sys.stderr)
-            return 1
+            raise RuntimeError(f"no device: {error}")
+    _, error, _ = worker.run(prepare, models, seconds=120)
+    if error:
+        raise RuntimeError(f"the tiny models cannot be written: {error}")
+    return device
+
+
+def run_checks(worker: Worker, checks: list[Check], device: str, scratch: Path, budget: float) -> int:
+    """Print the table of `checks`; how many failed. budget: seconds."""
+    start, failed, models = time.perf_counter(), 0, scratch / "models"
+    device = prepare_run(worker, device, models)
     if device == "cpu":
         print("The checks run on the CPU, with the smallest shapes: they say nothing of a GPU.")
-    _, error, _ = run_in_process(prepare, models, log=log, seconds=120)
-    if error:
-        print(f"error: the tiny models cannot be written: {error}", file=sys.stderr)
-        return 1
     print_header("check", "result", "seconds", "peak GPU memory, MiB", "detail")
     for number, check in enumerate(checks):
         began = time.perf_counter()
@@ -207,7 +265,7 @@ def run_checks(checks: list[Check], device: str, scratch: Path, log: Path, budge
             print_row(check.name, "skipped", "", "", f"the budget of {budget / 60:g} minutes is spent")
             continue
         place = Place(device, models, scratch / str(number))
-        detail, error, peak = run_in_process(run_check, check, place, log=log, seconds=check.seconds)
+        detail, error, peak = worker.run(run_check, check, place, seconds=check.seconds)
         failed += bool(error)
         took, memory = f"{time.perf_counter() - began:.1f}", f"{peak / 2**20:.0f}" if peak else ""
         print_row(check.name, "failed" if error else "ok", took, memory, (error or detail)[:LONGEST_DETAIL])
@@ -234,8 +292,15 @@ def main(arguments: list[str] | None = None) -> int:
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
         log = (options.log or Path(scratch) / "log").absolute()
-        failed = run_checks(checks, options.device, Path(scratch), log, 60 * options.minutes)
-        print_versions(log)
+        worker = Worker(log)
+        try:
+            failed = run_checks(worker, checks, options.device, Path(scratch), 60 * options.minutes)
+            print_versions(worker)
+        except RuntimeError as problem:
+            print(f"error: {problem}", file=sys.stderr)
+            return 1
+        finally:
+            worker.end()
     print(f"{len(checks)} checks, {failed} failed", flush=True)
     return 1 if failed else 0
 

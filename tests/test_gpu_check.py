@@ -44,7 +44,7 @@ def count_files(place: Any) -> str:
 FAULTS = [
     Check("fails", "faults", "fail", ()),
     Check("dies", "faults", "die", ()),
-    Check("hangs", "faults", "wait", (), seconds=0.2),
+    Check("hangs", "faults", "wait", (), seconds=0.5),
     Check("a package is missing", "faults", "fail", ("no_such_package", "no_such.module")),
     Check("only on CUDA", "faults", "fail", (), cuda=True),
     Check("goes on", "faults", "count_files", ()),

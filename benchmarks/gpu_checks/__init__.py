@@ -60,7 +60,7 @@ CHECKS = [
     Check("gradient checkpointing", "students", "gradient_checkpointing"),
     Check("deterministic algorithms by architecture", "methods", "deterministic_architectures"),
     Check("a teacher in int8", "methods", "int8_teacher"),
-    Check("1.5B to 0.5B beside TRL's GKDTrainer", "shapes", "beside_trl", seconds=150.0),
+    Check("a step of 1.5B to 0.5B beside TRL's GKDTrainer", "shapes", "beside_trl", seconds=150.0),
     Check(
         "every stage of a tiny experiment", "stages", "whole_experiment", (*NOTEBOOKS, "bitsandbytes"), seconds=240.0
     ),
@@ -74,7 +74,7 @@ CHECKS = [
     ),
     Check("one process under torchrun (NCCL on CUDA)", "stages", "torchrun_process", seconds=150.0),
     Check("more processes than GPUs is one line", "stages", "too_many_processes", cuda=True),
-    Check("0.5B: memory of LoRA, checkpointing, QLoRA", "shapes", "memory_of_a_student", (*TRAINING, "bitsandbytes")),
+    Check("memory of LoRA, checkpointing and QLoRA", "shapes", "memory_of_a_student", (*TRAINING, "bitsandbytes")),
 ]
 
 
