@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from distillery.config.schema import LoraSettings
 from distillery.models.layers import output_head
+from distillery.models.packed import attention
 from distillery.models.packed.attention import supports_token_trees
 from distillery.models.packed.decoding import compute_prefix_kv
 from distillery.models.packed.hidden import completion_hidden_states
@@ -36,6 +37,13 @@ def causal(kind: str) -> torch.nn.Module:
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.5)
     return model
+
+
+@pytest.fixture(params=["products", "fused"])
+def way(request, monkeypatch) -> str:
+    """The way of the attention of trees: that of a CPU, and that of a GPU."""
+    monkeypatch.setattr(attention, "FUSED_DEVICES", ("cpu",) if request.param == "fused" else ())
+    return request.param
 
 
 def score_plainly(model, prompts, completions) -> torch.Tensor:
@@ -75,6 +83,7 @@ def test_all_architectures_but_alibi_models_take_trees():
     ]  # Bloom has ALiBi
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", CAUSAL_KINDS)
 @pytest.mark.parametrize("labels", LABELS)
 def test_trees_score_as_plain_forward_passes_do(kind, labels):
@@ -89,6 +98,7 @@ def test_trees_score_as_plain_forward_passes_do(kind, labels):
     check()
 
 
+@pytest.mark.usefixtures("way")
 def test_rows_may_have_completions_of_their_own():
     rng = np.random.default_rng(0)
     prompts = [[3, 4, *rng.integers(3, VOCABULARY, n).tolist()] for n in (1, 6, 3)]
@@ -116,6 +126,19 @@ def test_a_prefix_computed_before_gives_the_same_scores(labels):
     assert compute_prefix_kv(causal("llama"), []) is None
 
 
+@pytest.mark.parametrize("limit", [attention.FUSED_TOKENS, 31])
+def test_long_sequences_are_attended_to_by_products(monkeypatch, way, limit):
+    """A mask over a whole long sequence would be mostly zeros. This tree has 32 tokens."""
+    used = set()
+    for name in ("_attend_with_prefix", "_attend_fused"):
+        original = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *given, f=original, n=name: used.add(n) or f(*given))
+    monkeypatch.setattr(attention, "FUSED_TOKENS", limit)
+    score_by_tree(causal("llama"), [[3, 4, 5], [3, 4, 6]], [[[5]]] * 2)
+    fused = way == "fused" and limit >= 32
+    assert used == {"_attend_fused" if fused else "_attend_with_prefix"}
+
+
 def test_a_tree_holds_the_shared_tokens_once_and_no_last_token():
     tree = pack_token_tree([[3, 4, 5, 6], [3, 4, 7]], [LABELS["a shared first token"]] * 2)
     assert tree.prefix_length == 2
@@ -129,6 +152,7 @@ def test_a_tree_holds_the_shared_tokens_once_and_no_last_token():
     assert common_prefix([[3]]) == 0
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", CAUSAL_KINDS)
 def test_adapters_get_the_gradients_of_plain_forward_passes(kind, checkpointing):
@@ -158,6 +182,7 @@ def test_adapters_get_the_gradients_of_plain_forward_passes(kind, checkpointing)
         assert torch.allclose(gradients[1][name], gradients[0][name], atol=1e-4, rtol=1e-3), name
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("prompts", [[[3]], [[3, 4, 5]], [[3, 4], [5, 6, 7]], [[3, 4, 5, 6], [7]]])
 def test_a_single_row_and_rows_that_share_nothing_give_finite_gradients(prompts):
     model = causal("llama")
@@ -169,6 +194,7 @@ def test_a_single_row_and_rows_that_share_nothing_give_finite_gradients(prompts)
     model.zero_grad()
 
 
+@pytest.mark.usefixtures("way")
 def test_half_precision_stays_near():
     model = transformers.AutoModelForCausalLM.from_config(causal_config("llama"))
     model.load_state_dict(causal("llama").state_dict())

@@ -65,7 +65,8 @@ class PhaseTrainerMixin(SharedStepsMixin):
         """Encode the rows, and compute once everything that the phase's terms need of the teachers."""
         self.student, self.rows, self.phase, self.seed, self.validation = student, rows, phase, seed, validation
         self.token_ids = student.encode(rows.texts)
-        self.term_values: dict[str, list[float]] = {}  # since the last logged step
+        # since the last logged step; numbers only then: a GPU goes on while the next step is prepared
+        self.term_values: dict[str, list[torch.Tensor]] = {}
         self.logged_step: int | None = None
         if rows.answers is not None:
             student.set_answers(rows.answers)  # before teachers compare their tokens with the student's
@@ -131,7 +132,7 @@ class PhaseTrainerMixin(SharedStepsMixin):
         outputs = self.student.forward(ids, batch.completions, **self.phase_loss.requested_outputs)
         loss, values = self.phase_loss(outputs, batch, self.counts)
         for term, value in values.items():
-            self.term_values.setdefault(term, []).append(value.item())
+            self.term_values.setdefault(term, []).append(value.detach())
         return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -150,7 +151,7 @@ class PhaseTrainerMixin(SharedStepsMixin):
         """Log `logs`, and with a training loss the mean of each term since the last logged step."""
         if "loss" in logs:
             steps = max(1, self.state.global_step - (self.logged_step or 0))
-            sums = sum_values({term: sum(values) for term, values in self.term_values.items()})
+            sums = sum_values({term: sum(x.item() for x in values) for term, values in self.term_values.items()})
             logs |= {f"term_{term}": value / steps for term, value in sums.items()}
             self.logged_step, self.term_values = self.state.global_step, {}
         super().log(logs, *args, **kwargs)

@@ -20,19 +20,30 @@ from distillery.models.packed.token_tree import TokenTree
 _running: dict[str, Any] = {"token_tree": None, "packed_decoding": None}
 
 
+FUSED_DEVICES = ("cuda",)  # on which a sequence of up to this many tokens is attended to by one kernel
+FUSED_TOKENS = 2048
+
+
 @dataclass
 class DecodingState:
     """Keys and values of rows that are continued by one token a row and forward pass.
 
     prefix_kv: keys and values [kv heads, P, head size] a layer of the P tokens that all rows begin with, held once.
     keys, values: of each row's own tokens, [rows, kv heads, room, head size] a layer.
-    lengths: [rows], the number of own tokens of each row, with the newest.
+    lengths: [rows], the number of own tokens of each row, with the newest. longest: the largest of them, read once a
+    forward pass: each reading waits for a GPU.
     """
 
     prefix_kv: list[tuple[Tensor, Tensor]]
     keys: list[Tensor]
     values: list[Tensor]
     lengths: Tensor
+    longest: int = 0
+
+    def add_token(self) -> None:
+        """Count one more token of each row."""
+        self.lengths = self.lengths + 1
+        self.longest = int(self.lengths.max())
 
     def select(self, rows: Tensor) -> None:
         """Drop all but `rows`."""
@@ -71,12 +82,26 @@ def tree_attention(
     _check_plain_attention(tree.row_length, **options)
     tree.attended += 1
     if tree.prefix_kv is None:
-        return _attend_with_prefix(tree, query, key, value, scaling), None
+        fused = query.device.type in FUSED_DEVICES and query.shape[2] <= FUSED_TOKENS
+        attend = _attend_fused if fused else _attend_with_prefix
+        return attend(tree, query, key, value, scaling), None
     if tree.own_kv is not None:
         index = tree.own_index
         by_row = (x[0].index_select(1, index.flatten()).unflatten(1, index.shape) for x in (key, value))
         tree.own_kv[module.layer_idx] = tuple(x.transpose(0, 1) for x in by_row)
     return _attend_to_cached_prefix(tree, query, key, value, *tree.prefix_kv[module.layer_idx], scaling), None
+
+
+def _attend_fused(tree: TokenTree, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """As :func:`_attend_with_prefix`, by one call of torch's kernel with a mask over the whole sequence.
+
+    On a GPU the products of a short sequence cost less than the calls of the operations that save them: 76 a layer,
+    those of the backward pass among them.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (key, value))
+    mask = tree.sequence_mask(query.dtype)
+    return nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2)
 
 
 def _attend_with_prefix(tree: TokenTree, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -161,12 +186,11 @@ def decoding_attention(
     row, newest = torch.arange(rows, device=query.device), state.lengths - 1
     state.keys[layer][row, :, newest] = key[0].transpose(0, 1).to(state.keys[layer].dtype)
     state.values[layer][row, :, newest] = value[0].transpose(0, 1).to(state.values[layer].dtype)
-    longest = int(state.lengths.max())
-    width = min(-(-longest // 16) * 16, state.keys[layer].shape[2])
+    width = min(-(-state.longest // 16) * 16, state.keys[layer].shape[2])
     own_k, own_v = state.keys[layer][:, :, :width], state.values[layer][:, :, :width]
     prefix_k, prefix_v = state.prefix_kv[layer]
     prefix = prefix_k.shape[1]
-    _check_plain_attention(prefix + longest, **options)
+    _check_plain_attention(prefix + state.longest, **options)
     q = query[0].unflatten(0, (kv_heads, group))
     prefix_scores = q.flatten(1, 2) @ prefix_k.to(q.dtype).transpose(-1, -2)
     prefix_scores = prefix_scores.unflatten(1, (group, rows)).permute(2, 0, 1, 3)

@@ -51,7 +51,7 @@ def decode_completions(
             rows = torch.tensor(going, device=device)
             unfinished, tokens, positions = [unfinished[k] for k in going], tokens[rows], positions[rows]
             state.select(rows)
-        state.lengths = state.lengths + 1
+        state.add_token()
         with decode_with(state, body.config):
             outputs = body(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
         logits, positions = output_logits(model, outputs.last_hidden_state[0], direct_head), positions + 1

@@ -44,6 +44,7 @@ class TokenTree:
     own_kv: dict[int, tuple[Tensor, Tensor]] | None = None
     _attention_mask: Tensor | None = None
     attended: int = 0
+    _sequence_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> TokenTree:
         """The same tree with its tensors on `device`; `prefix_kv` stays where it is."""
@@ -60,6 +61,25 @@ class TokenTree:
             mask = mask.masked_fill_(~self.own_mask, torch.finfo(dtype).min)
             self._attention_mask = nn.functional.pad(mask, (self.prefix_length, 0)).repeat(1, heads_per_kv, 1)[:, None]
         return self._attention_mask
+
+    def sequence_mask(self, dtype: torch.dtype) -> Tensor:
+        """The additive mask [1, 1, T, T] over the whole sequence, prefix included; not with `prefix_kv`.
+
+        The first layer computes it, for all of them.
+        """
+        if self._sequence_mask is None:
+            position = torch.arange(len(self.gather_index), device=self.gather_index.device)
+            in_prefix, is_filler = position < self.prefix_length, (position > 0) & (self.gather_index == 0)
+            own = (self.gather_index - self.prefix_length).clamp_min(0)
+            row, at = own // self.own_index.shape[1], own % self.own_index.shape[1]
+            attends = (row[:, None] == row) & self.own_mask[row[:, None], at[:, None], at]
+            attends &= ~(in_prefix[:, None] | in_prefix)
+            attends |= in_prefix & (position[:, None] >= position)
+            attends &= ~(is_filler[:, None] | is_filler)
+            attends |= position[:, None] == position  # a filler without any would give NaN
+            mask = torch.zeros(attends.shape, dtype=dtype, device=attends.device)
+            self._sequence_mask = mask.masked_fill_(~attends, torch.finfo(dtype).min)[None, None]
+        return self._sequence_mask
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
