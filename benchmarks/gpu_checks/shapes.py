@@ -78,7 +78,8 @@ def beside_trl(place: Place) -> str:
     )
     times += " for the teacher and what comes before the first step"
     memory = f"peaks {trl.peak / 2**20:.0f} and {distillery.peak / 2**20:.0f} MiB ({distillery.peak / trl.peak:.2f})"
-    return f"ratio {ratio:.2f}, {whole:.2f} with a third of that; {times}; {memory}; losses {apart['float32']:.0e} apart in float32"
+    ratios = f"ratio {ratio:.2f}, {whole:.2f} with a third of the pass before"
+    return f"{ratios}; {times}; {memory}; losses {apart['float32']:.0e} apart in float32"
 
 
 def memory_of_a_student(place: Place) -> str:
