@@ -259,6 +259,7 @@ MISTAKES = [
     ("students.kd.adapter", {"kind": "qlora"}, "students.kd.adapter.kind: qlora is for `arch: causal`, not classifier"),
     ("students.kd.adapter", {"kind": "series", "r": 4}, "students.kd.adapter: `r` is no key of `kind: series`"),
     ("students.kd.adapter", {"kind": "lora", "size": 4}, "students.kd.adapter: `size` is no key of `kind: lora`"),
+    ("students.kd.adapter", {"activation": "relu"}, "students.kd.adapter: `activation` is no key of `kind: none`"),
     (
         "students.kd.phases.0.select",
         {"by": "luck"},
@@ -445,6 +446,17 @@ def test_a_teacher_without_folds_teaches_on_rows_it_was_not_tuned_on(folder):
     assert load(folder, raw).teachers["llm"].finetune.folds == 0
     raw["students"]["kd"]["phases"][0]["data"] = ["news/pool", "news/train"]
     with pytest.raises(UserError, match=r"students.kd.phases.0.data: `news/train`: `llm` was tuned on these rows"):
+        load(folder, raw)
+
+
+def test_an_instruction_for_paraphrases_that_are_in_files(folder):
+    columns = {"id": "i", "text": None, "label": "l", "paraphrase": "p"}
+    raw = changed(
+        "teachers.llm", {"kind": "answers", "data": ["news"], "answers": {"files": ["a.csv"], "columns": columns}}
+    )
+    load(folder, raw)
+    raw["augment"]["instruction"] = "Say it anew."
+    with pytest.raises(UserError, match="augment.instruction: the paraphrases of `llm` are in files; leave it out"):
         load(folder, raw)
 
 

@@ -127,6 +127,8 @@ def _check_augment(params: Params, file: str) -> None:
     if spec.kind not in WRITING_KINDS and not (spec.answers and spec.answers.columns.paraphrase):
         way = "`answers.columns.paraphrase`" if spec.answers else f"`kind: {' or '.join(WRITING_KINDS)}`"
         raise UserError(f"{file}: augment.teacher: `{teacher}` cannot write; needs {way}")
+    if spec.answers and params.augment.instruction:
+        raise UserError(f"{file}: augment.instruction: the paraphrases of `{teacher}` are in files; leave it out")
     if source not in params.teacher_sources(teacher):
         raise UserError(f"{file}: augment.teacher: `{teacher}` does not label that source")
 

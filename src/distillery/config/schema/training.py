@@ -50,8 +50,7 @@ class AdapterSettings(LoraSettings):
 
     @model_validator(mode="after")
     def _keys_fit(self):
-        foreign = {"series": SERIES_FOREIGN, "lora": SERIES_ALONE, "qlora": SERIES_ALONE}.get(self.kind, ())
-        for key in foreign:
+        for key in SERIES_FOREIGN if self.kind == "series" else SERIES_ALONE:
             if getattr(self, key) != type(self).model_fields[key].default:  # a stored section has all keys
                 raise ValueError(f"`{key}` is no key of `kind: {self.kind}`")
         return self
