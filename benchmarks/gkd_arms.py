@@ -61,6 +61,7 @@ RECIPE, ANSWERS = "recipes/qwen-gkd.yaml", "data/answers/finance-qwen.jsonl"
 SIZES = {
     "quick": {"limit": 40, "steps": 4, "reasons": 2},
     "small": {"limit": 500, "steps": 150, "reasons": 24},  # as the recipe's scale `small`
+    "medium": {"limit": 800, "steps": 150, "reasons": 24},  # 260 test rows in place of 162
     "full": {"limit": None, "steps": 300, "reasons": 300},
 }
 TRIAL_SHARE = 0.5  # of the training rows
