@@ -18,7 +18,7 @@ from distillery.config.load import validate_section
 from distillery.config.schema import Params
 from distillery.errors import UserError
 from distillery.files import file_digest
-from distillery.teachers.parts import INPUT_DIGEST, PartsLabelling, label_here, label_with_ray
+from distillery.teachers.parts import INPUT_DIGEST, PartsLabelling, gpu_share, label_here, label_with_ray
 from report_project import experiment
 
 TEXTS = served.TEXTS[:12]
@@ -157,6 +157,12 @@ def test_a_request_that_cannot_be_met_ends_in_one_line(root):
         list(label_here(labelling(root)))
 
 
+@pytest.mark.parametrize(("gpus", "workers", "share"), [(0, 4, 0), (8, 4, 1), (4, 4, 1), (2, 4, 1 / 2), (3, 4, 1 / 2)])
+def test_workers_of_ray_take_all_gpus_and_fit_on_them(gpus, workers, share):
+    assert gpu_share(gpus, workers) == share
+    assert not share or gpus * int(1 / share) >= workers
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra [scale], which has Ray")
 def test_workers_of_ray_label_as_this_process_does(root, monkeypatch):
     import ray
@@ -168,7 +174,7 @@ def test_workers_of_ray_label_as_this_process_does(root, monkeypatch):
     (root / "out/a.parquet").unlink()
     (root / "out/b.parquet").unlink()
     kept = (root / "out/c.parquet").stat().st_mtime_ns
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
     try:
         assert {part.stem: rows for part, rows in label_with_ray(request, 2)} == {k: expected[k] for k in "ab"}
         assert list(label_with_ray(request, 2)) == []

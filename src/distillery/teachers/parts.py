@@ -7,6 +7,7 @@ Ray is installed, its workers share the parts, on as many machines as it has (:f
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -224,10 +225,19 @@ class PartLabeller:
             return row | {"rows": 0, "mistake": str(mistake)}
 
 
+def gpu_share(gpus: int, workers: int) -> float:
+    """The share of a GPU of each of `workers`, so that they take all of `gpus` and fit on them; 0 where there is none.
+
+    Without a share Ray shows a worker no GPU, or the same one to all of them, as its version has it.
+    """
+    return 1 / math.ceil(workers / gpus) if gpus else 0.0
+
+
 def label_with_ray(labelling: PartsLabelling, workers: int) -> Iterator[tuple[Path, int]]:
     """As :func:`label_here`, by `workers` workers of Ray Data, each with a model of its own.
 
     Ray is started on this machine unless it runs, or RAY_ADDRESS names a cluster, whose machines share the folders.
+    Each worker has a GPU, or shares one where there are fewer of them (:func:`gpu_share`).
     Raises UserError without Ray, for an endpoint, and for a user's mistake in a worker.
     """
     if labelling.params.teachers[labelling.name].kind == "api":
@@ -240,8 +250,13 @@ def label_with_ray(labelling: PartsLabelling, workers: int) -> Iterator[tuple[Pa
     if not parts:
         return
     items = [{"part": str(part)} for part in parts]
+    ray: Any = import_module("ray")
+    if not ray.is_initialized():
+        ray.init()
+    workers, gpus = min(workers, len(items)), ray.cluster_resources().get("GPU", 0)
     dataset = ray_data.from_items(items, override_num_blocks=len(items))
-    done = dataset.map(PartLabeller, fn_constructor_args=(labelling,), concurrency=min(workers, len(items)))
+    options = {"concurrency": workers, "num_gpus": gpu_share(int(gpus), workers) or None}
+    done = dataset.map(PartLabeller, fn_constructor_args=(labelling,), **options)
     for row in done.iter_rows():
         if row["mistake"]:
             raise UserError(row["mistake"])
