@@ -257,11 +257,12 @@ def test_a_file_with_other_adapters_is_refused(tiny_models, tmp_path):
         load_student(spec, tmp_path / "model", TASK)
 
 
-def test_a_damaged_config_ends_in_one_line(tiny_models, tmp_path):
+@pytest.mark.parametrize(("config", "problem"), [("{", "is not valid JSON"), ("[]", "holds no keys and values")])
+def test_a_damaged_config_ends_in_one_line(tiny_models, tmp_path, config, problem):
     settings = write_student(tiny_models / "tiny-bert", tmp_path / "plain")
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_text(config)
     for use in (lambda: load_model(tmp_path, "causal"), lambda: write_exports(tmp_path, settings)):
-        with pytest.raises(UserError, match="cannot be loaded: its config.json is not valid JSON"):
+        with pytest.raises(UserError, match=f"cannot be loaded: its config.json {problem}"):
             use()
 
 

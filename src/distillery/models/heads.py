@@ -74,9 +74,12 @@ def read_head(folder: Path, labels: Sequence[str], label_map: Mapping[str, str] 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of the model in `folder`. Raises ValueError when it is not valid JSON, and OSError without one."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"its config.json is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError("its config.json holds no keys and values")
+    return config
 
 
 def check_label_map(label_map: Mapping[str, str], labels: Sequence[str]) -> None:
