@@ -70,7 +70,7 @@ class ModelPair:
 class Whole(LabelModel):
     """Supervises answer and reason as one sequence, which is what TRL does."""
 
-    def completions(self, label: int, rationale: str | None = None) -> list[Completion]:
+    def row_completions(self, label: int, rationale: str | None = None) -> list[Completion]:
         text = self.task.names[label] + (REASON + rationale if rationale else "")
         return [(self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id], 0)]
 
