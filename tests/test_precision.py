@@ -104,3 +104,12 @@ def test_both_formats_are_timed_and_no_random_number_is_used(monkeypatch):
         use: {"float32", "bfloat16"} for use in ("training", "prediction")
     }
     assert all(0 < s < float("inf") for times in seconds.values() for s in times.values())
+
+
+def test_a_gpu_is_timed_with_a_wider_model():
+    """Its small operations take the time of their calls, in any number format."""
+    narrow = precision._build_model("float32")
+    with shapes_alone():  # stands for a GPU
+        wide = precision._build_model("bfloat16")
+    assert wide.config.hidden_size == precision.GPU_SCALE * narrow.config.hidden_size
+    assert wide.config.head_dim == narrow.config.head_dim

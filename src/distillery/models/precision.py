@@ -28,6 +28,7 @@ MIN_SPEEDUP = 1.1  # of bfloat16, below which float32 is taken: it has 16 more b
 VARIABLE = "DISTILLERY_DTYPES"  # of the environment: what `auto` means, as JSON, in place of a choice by times
 ROUNDS = 3
 LAYERS, TOKENS = 4, 48  # of the timed model; tokens of a row
+GPU_SCALE = 4  # of its width and of the rows: on a GPU the calls of a small model's operations hide its products
 
 
 def resolve_dtype(dtype: str, use: Use) -> str:
@@ -79,7 +80,8 @@ def time_dtypes() -> dict[Use, dict[str, float]]:
     """Seconds of a training step (8 rows, adapters) and of a prediction (32 rows) in those of :data:`DTYPES` that work.
 
     A small language model of SmolLM2's width does what a run does with a large one; a bare matrix product would
-    mislead, since half of a step are other operations. The formats take turns; each one's fastest round counts.
+    mislead, since half of a step are other operations. On a GPU the model is :data:`GPU_SCALE` times as wide, and has
+    as many times the rows. The formats take turns; each one's fastest round counts.
     The state of the random generator stays as it was.
     """
     dtypes = list(dict.fromkeys(map(working_dtype, DTYPES)))
@@ -98,18 +100,23 @@ def time_dtypes() -> dict[Use, dict[str, float]]:
 
 
 def _build_model(dtype: str) -> nn.Module:
-    """A random language model with SmolLM2's layers and adapters, its frozen weights in `dtype`."""
+    """A random language model with layers like SmolLM2's and adapters, its frozen weights in `dtype`."""
     torch.manual_seed(0)
+    scale = _scale()
     config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
+        hidden_size=576 * scale,
+        intermediate_size=1536 * scale,
         num_hidden_layers=LAYERS,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        num_attention_heads=9 * scale,
+        num_key_value_heads=3 * scale,
         vocab_size=8192,
     )
     model = LlamaForCausalLM(config).to(default_device(), getattr(torch, dtype))
     return get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+
+def _scale() -> int:
+    return 1 if default_device().type == "cpu" else GPU_SCALE
 
 
 def _score(model: nn.Module, dtype: str, rows: int) -> torch.Tensor:
@@ -121,12 +128,12 @@ def _score(model: nn.Module, dtype: str, rows: int) -> torch.Tensor:
 
 
 def _train(model: nn.Module, dtype: str) -> None:
-    _score(model, dtype, 8).logsumexp(-1).sum().backward()
+    _score(model, dtype, 8 * _scale()).logsumexp(-1).sum().backward()
     model.zero_grad()
     synchronize(default_device())
 
 
 @torch.no_grad()
 def _predict(model: nn.Module, dtype: str) -> None:
-    _score(model, dtype, 32)
+    _score(model, dtype, 32 * _scale())
     synchronize(default_device())
