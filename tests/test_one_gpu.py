@@ -59,39 +59,3 @@ def test_only_linear_layers_are_counted_in_4_bits(tiny_models):
     linear = 4 * (4 * 32 * 32 + 3 * 32 * 64)  # of 4 layers: attention and MLP; the tied head is the embedding
     total = sum(parameter.numel() for parameter in model.parameters())
     assert sizes == {"16 bits": 2 * total, "4 bits": 2 * (total - linear) + linear / 2}
-
-
-@pytest.mark.parametrize(
-    ("sentence", "expected"),
-    [
-        (one_gpu.size_sentence("tiny", "a CPU", None), "its scores mean nothing"),
-        (one_gpu.size_sentence("full", "a GPU", 16 * GIB), "a GPU with 16 GiB: a 7B model"),
-        (
-            one_gpu.weights_sentence({"16 bits": 15 * GIB, "4 bits": 5 * GIB}, 14 * GIB),
-            "does **not** fit in 16 bits and fits in 4",
-        ),
-        (
-            one_gpu.weights_sentence({"16 bits": 15 * GIB, "4 bits": 5 * GIB}, None),
-            "33% of their size in 16 bits. There is no GPU",
-        ),
-        (one_gpu.tuning_sentence(1.0, 0.5, 90), "The loss falls, from 1.00 to 0.50 nats, in 1.5 minutes."),
-        (one_gpu.tuning_sentence(0.5, 1.0, 90), "does **not** fall"),
-        (one_gpu.teacher_sentence(0.8, 0.5), "It has something to teach."),
-        (one_gpu.teacher_sentence(0.52, 0.5), "It has **nothing** to teach"),
-        (one_gpu.memory_sentence({"a": None}), "no GPU memory to measure"),
-        (one_gpu.memory_sentence({"a": 2 * GIB, "b": 9 * GIB}), "held by b: 9.0 GiB. That fits"),
-        (one_gpu.memory_sentence({"a": 15 * GIB, "b": None}), "held by a: 15.0 GiB. That does **not** fit"),
-        (
-            one_gpu.comparison_sentence({"mean": 0.05, "low": 0.01, "high": 0.09}),
-            "+5.0 points (95 % interval +1.0 to +9.0): the student is better",
-        ),
-        (one_gpu.comparison_sentence({"mean": -0.05, "low": -0.09, "high": -0.01}), "the student is **worse**"),
-        (one_gpu.comparison_sentence({"mean": 0.01, "low": -0.02, "high": 0.04}), "show no difference"),
-        (
-            one_gpu.speed_sentence(10.0, 100.0, 15.0, 1.0),
-            "15.0 times smaller than its teacher and labels 10.0 times as many",
-        ),
-    ],
-)
-def test_a_sentence_follows_the_figures(sentence, expected):
-    assert expected in sentence

@@ -115,10 +115,11 @@ def test_every_module_is_a_part_of_some_stage_or_known_to_be_none():
     outside |= {f"pipeline.{name}" for name in ("environment", "recipe", "run_notebook", "search", "strip")}
     outside |= {"pipeline.draft", "pipeline.guess", "pipeline.model_checks", "pipeline.stage_times", "pipeline.studies"}
     outside |= {f"pipeline.{name}" for name in ("label_set_checks", "published_features", "published_settings")}
-    outside |= {"pipeline.lessons", "notebook.lessons", "notebook.lesson_sentences", "notebook.tiny_causal"}
+    outside |= {f"notebook.{name}" for name in ("lessons", "lesson_sentences", "one_gpu", "tiny_causal")}
+    outside |= {"pipeline.lessons"}
     outside |= {f"deploy.{name}" for name in ("decisions", "predict", "push", "serve", "tables")} | {"teachers.asking"}
     outside |= {name.removeprefix("distillery.") for name in all_modules() if ".pipeline.plan" in name}
-    outside |= {f"teachers.{name}" for name in ("text_cleaning", "text_plan", "text_requests", "writing")}
+    outside |= {f"teachers.{name}" for name in ("parts", "text_cleaning", "text_plan", "text_requests", "writing")}
     outside |= {"training.worker", "teachers.worker"}  # the same calls as in a notebook, in another process
     assert all_modules() - used == {f"distillery.{name}" for name in outside}
 

@@ -15,8 +15,9 @@ from distillery.data.label_sets import audit_label_sets
 from distillery.evaluation.results import Check
 from distillery.label_sets import LabelSets
 from distillery.models.heads import OwnHead
-from distillery.notebook import augment, data, distill, evaluate, heads, labels, teach, texts
+from distillery.notebook import augment, data, distill, evaluate, heads, labels, one_gpu, teach, texts
 from distillery.notebook import lesson_sentences as lesson
+from distillery.notebook.one_gpu import GIB
 from distillery.notebook.style import join_words
 
 FALLING, RISING = (pd.DataFrame({"loss": values}) for values in ([1.0, 0.2], [0.2, 1.0]))
@@ -265,6 +266,43 @@ CASES = [
     (lesson.learning_sentence, (6.0, 2.0, 400), "learned to predict", (6.0, 5.9, 400), "**hardly**"),
     (lesson.token_sentence, (["a", "b"], [0.1, 0.5]), "most before `b`", (["a", "b"], [0.05, 0.01]), "Nowhere"),
     (lesson.seeds_sentence, (0.01, 0.05), "more than the choice", (0.01, 0.015), "may be luck"),
+    (
+        one_gpu.size_sentence,
+        ("tiny", "a CPU", None),
+        "its scores mean nothing",
+        ("full", "a GPU", 16 * GIB),
+        "a GPU with 16 GiB: a 7B model",
+    ),
+    (
+        one_gpu.weights_sentence,
+        ({"16 bits": 15 * GIB, "4 bits": 5 * GIB}, 14 * GIB),
+        "33% of their size in 16 bits. On this GPU, before anything is trained, it does **not** fit in 16 bits and",
+        ({"16 bits": 15 * GIB, "4 bits": 5 * GIB}, None),
+        "There is no GPU",
+    ),
+    (one_gpu.tuning_sentence, (1.0, 0.5, 90), "falls, from 1.00 to 0.50 nats, in 1.5 m", (0.5, 1.0, 90), "not** fall,"),
+    (one_gpu.teacher_sentence, (0.8, 0.5), "something to teach.", (0.52, 0.5), "**nothing** to teach"),
+    (
+        one_gpu.memory_sentence,
+        ({"a": 2 * GIB, "b": 9 * GIB},),
+        "held by b: 9.0 GiB. That fits",
+        ({"a": 15 * GIB, "b": None},),
+        "held by a: 15.0 GiB. That does **not** fit",
+    ),
+    (
+        one_gpu.comparison_sentence,
+        ({"mean": 0.05, "low": 0.01, "high": 0.09},),
+        "+5.0 points (95 % interval +1.0 to +9.0): the student is better",
+        ({"mean": -0.05, "low": -0.09, "high": -0.01},),
+        "the student is **worse**",
+    ),
+    (
+        one_gpu.speed_sentence,
+        (10, 99, 15, 1),
+        "15.0 times smaller than its teacher and labels 9.9",
+        (9, 1, 1, 1),
+        "no m",
+    ),
 ]
 
 
@@ -275,6 +313,11 @@ def test_other_facts_give_the_opposite_sentence(function, facts, part, others, o
     first, second = function(*facts), function(*others)
     assert part in first and part not in second
     assert opposite in second and opposite not in first
+
+
+def test_a_gain_that_may_be_chance_and_a_machine_without_a_gpu_are_called_so():
+    assert "show no difference" in one_gpu.comparison_sentence({"mean": 0.01, "low": -0.02, "high": 0.04})
+    assert "no GPU memory to measure" in one_gpu.memory_sentence({"a": None})
 
 
 def test_every_sentence_is_tested():

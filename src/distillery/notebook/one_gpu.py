@@ -159,5 +159,5 @@ def comparison_sentence(gain: dict[str, float]) -> str:
 def speed_sentence(teacher: float, student: float, teacher_bytes: float, student_bytes: float) -> str:
     """Rows a second of each, and the bytes of their weights in 16 bits."""
     smaller, faster = teacher_bytes / student_bytes, student / teacher
-    text = f"The student is {smaller:.1f} times smaller than its teacher "
-    return text + f"and labels {faster:.1f} times as many rows a second."
+    text = f"The student is {smaller:.1f} times smaller than its teacher and labels "
+    return text + (f"{faster:.1f} times as many rows a second." if faster > 1 else "**no more** rows a second.")
