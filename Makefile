@@ -54,7 +54,7 @@ coverage: $(VENV)/.installed ## the tests that run no stage, and the lines that 
 pipeline: $(VENV)/.installed ## the tests that run stages
 	@$(PYTEST) $(PIPELINE_TESTS)
 
-gpu-check: $(VENV)/.installed ## try every path that differs on a GPU, ten minutes at most: make gpu-check [MINUTES=10]
+gpu-check: $(VENV)/.installed ## try every path that differs on a GPU, starting none after ten minutes: make gpu-check [MINUTES=10]
 	@$(BIN)/python benchmarks/gpu_check.py --minutes '$(or $(MINUTES),10)'
 
 recipe: $(VENV)/.installed ## run a published system in a folder of its own: make recipe NAME=pkd-albert [SCALE=small] [PLAN=1] [SETTINGS=1]
