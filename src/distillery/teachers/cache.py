@@ -166,18 +166,17 @@ class AnswerStore:
 
     def used_tokens_of_model(self, client: str, model: str) -> tuple[int, int]:
         """(input, output) tokens of all calls to `model`, whatever the address of its endpoint."""
-        query = (
-            "SELECT COALESCE(SUM(input_tokens), 0), COALESCE(SUM(output_tokens), 0) FROM calls "
-            "WHERE json_extract(endpoint, '$.client') = ? AND json_extract(endpoint, '$.model') = ?"
-        )
-        with self._connection() as connection:
-            return tuple(connection.execute(query, (client, model)).fetchone())
+        return self._of_model("COALESCE(SUM(input_tokens), 0), COALESCE(SUM(output_tokens), 0)", client, model)
 
     def call_seconds(self, client: str, model: str) -> tuple[int, float]:
         """Number of answered calls to `model`, whatever the address of its endpoint, and the mean seconds of one."""
+        return self._of_model("COUNT(*), COALESCE(AVG(seconds), 0)", client, model, "AND outcome = 'answered'")
+
+    def _of_model(self, columns: str, client: str, model: str, condition: str = "") -> tuple:
+        """The one row of aggregate `columns` over the calls to `model`."""
         query = (
-            "SELECT COUNT(*), COALESCE(AVG(seconds), 0) FROM calls WHERE outcome = 'answered' "
-            "AND json_extract(endpoint, '$.client') = ? AND json_extract(endpoint, '$.model') = ?"
+            f"SELECT {columns} FROM calls WHERE json_extract(endpoint, '$.client') = ? "
+            f"AND json_extract(endpoint, '$.model') = ? {condition}"
         )
         with self._connection() as connection:
             return tuple(connection.execute(query, (client, model)).fetchone())
