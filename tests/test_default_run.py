@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from types import ModuleType
 
@@ -28,16 +27,12 @@ TASK = TASK.model_copy(update={"prompt": TaskPrompt(template="{text}")})
 
 @pytest.fixture(scope="module")
 def operations() -> ModuleType:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
-        return importlib.import_module("operations")
+    return tiny.load_benchmark("operations")
 
 
 @pytest.fixture(scope="module")
 def counted_stage(operations) -> ModuleType:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
-        return importlib.import_module("counted_stage")
+    return tiny.load_benchmark("counted_stage")
 
 
 def test_attention_of_a_cpu_by_hand(operations):

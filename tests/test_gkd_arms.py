@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from types import ModuleType
 
@@ -17,9 +16,7 @@ from distillery.pipeline.recipe import load_recipe
 
 @pytest.fixture(scope="module")
 def gkd_arms() -> ModuleType:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
-        return importlib.import_module("gkd_arms")
+    return tiny.load_benchmark("gkd_arms")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +51,15 @@ def causal_config(kind: str, layers: int = 2) -> Any:
         "bloom": {"hidden_size": 16, "n_layer": layers, "n_head": 4},
     }[kind]
     return transformers.AutoConfig.for_model(kind, **SMALL, **shape)
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """The script `name` of `benchmarks/`, which may import others there."""
+    import pytest  # the checks of a GPU build these models where it may be missing
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module(name)
 
 
 @contextmanager
