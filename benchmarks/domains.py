@@ -19,6 +19,7 @@ from distillery.report.style import ROLE_COLOURS, drawing
 from distillery.report.svg import figure_svg
 
 TABLE, FIGURE = "benchmarks/recipes.csv", "recipes/domains.svg"
+SCALE = "small"
 DOMAINS = {  # domain: recipe, teacher, student, score
     "finance": ("multiteacher-distilbert", "finbert", "distilbert-kd", "accuracy"),
     "trivia": ("trivia-t5", "t5-large", "t5-small", "token_f1"),
@@ -28,8 +29,11 @@ MILLISECONDS = {"latency_p50_ms": lambda value: value, "sentences_per_second": l
 
 
 def domain_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """Domain, role, origin (published, this run), score and milliseconds a row; NaN where the table has none."""
-    rows = []
+    """Domain, role, origin (published, this run), score and milliseconds a row; NaN where the table has none.
+
+    Of the runs at scale :data:`SCALE`: the others have models of the same names.
+    """
+    rows, table = [], table[table["scale"] == SCALE]
     for domain, (recipe, teacher, student, score) in DOMAINS.items():
         for role, model in (("teacher", teacher), ("student", student)):
             of_model = table[(table["recipe"] == recipe) & (table["model"] == model)].set_index("score")

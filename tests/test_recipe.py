@@ -298,13 +298,14 @@ def test_a_recipe_weighs_its_divergences_as_its_source_does(name):
 
 
 def test_three_domains_have_their_score_and_time_for_a_row(monkeypatch):
-    """A latency as it is, a number of rows a second as its inverse; each model is one of its recipe."""
+    """A latency as it is, a number of rows a second as its inverse, of one scale; each model is one of its recipe."""
     monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
     domains = importlib.import_module("domains")
     table = [("multiteacher-distilbert", "finbert", "accuracy", 0.9, 0.5)]
     table += [("multiteacher-distilbert", "finbert", "latency_p50_ms", 10.0, 8.0)]
     table += [("trivia-t5", "t5-small", "sentences_per_second", 5.0, None)]
-    frame = pd.DataFrame(table, columns=["recipe", "model", "score", "published", "this run"])
+    frame = pd.DataFrame(table, columns=["recipe", "model", "score", "published", "this run"]).assign(scale="small")
+    frame = pd.concat([frame, frame.assign(scale="sizes")])
     drawn = domains.figure_svg(domains.figure_domains(domains.domain_rows(frame)))
     for svg in (drawn, (tiny.ROOT / domains.FIGURE).read_text(encoding="utf-8")):
         assert "$" not in svg and ">100</text>" in svg  # ticks are numbers, not formulas that nothing typesets
