@@ -9,6 +9,7 @@ import pytest
 from matplotlib.colors import to_hex
 from sklearn import metrics as sk
 
+from distillery.config.schema.students import StudentInit
 from distillery.evaluation.gather import gather_results
 from distillery.evaluation.leaderboard import leaderboard
 from distillery.notebook.distill import plot_training
@@ -24,7 +25,7 @@ from distillery.report.figures import (
 )
 from distillery.report.style import INK, ROLE_COLOURS
 from distillery.report.svg import figure_svg, inline_svg
-from distillery.report.tables import MIN_BIN_ROWS, reliability_table
+from distillery.report.tables import MIN_BIN_ROWS, reliability_table, size_series
 from report_project import ACCURACY, LABELS, WORDS, experiment, finished_project, write_project
 
 
@@ -70,6 +71,25 @@ def test_accuracy_by_cost_with_the_pareto_front(finished, cost):
     ]
     assert front == sorted(better)
     assert axes.get_xscale() == "log"
+
+
+def test_a_line_joins_students_that_differ_in_size_alone(finished):
+    """Here five layers of one model, and one student more with another rate; two sizes are no line."""
+    results, _ = finished
+    spec = results.params.students["tiny-kd"]
+    sized = {f"layers-{n}": spec.model_copy(update={"init": StudentInit(layers=f"first-{n}")}) for n in (6, 1, 3)}
+    phase = spec.phases[0].model_copy(update={"learning_rate": 0.5})
+    other = {"other": spec.model_copy(update={"phases": [phase, *spec.phases[1:]]})}
+    board = pd.DataFrame({"model": ["layers-6", "layers-1", "other", "layers-3", "teacher"]})
+    board = board.assign(parameters=[6.0, 1.0, 2.0, 3.0, 9.0], accuracy=[0.7, 0.5, 0.6, 0.65, 0.8], role="student")
+    board = board.assign(accuracy_low=board["accuracy"] - 0.1, accuracy_high=board["accuracy"] + 0.1)
+    params = results.params.model_copy(update={"students": sized | other})
+    (series,) = size_series(params, board)
+    assert series["model"].tolist() == ["layers-1", "layers-3", "layers-6"]
+    line = figure_cost(replace(results, params=params), board).axes[0].lines[1]
+    assert [tuple(at) for at in line.get_xydata()] == [(1.0, 0.5), (3.0, 0.65), (6.0, 0.7)]
+    assert size_series(params, board[board["model"] != "layers-3"]) == []
+    assert size_series(params, board.assign(parameters=[6.0, 6.0, 2.0, 3.0, 9.0])) == []
 
 
 def test_confusion_matrices_are_those_of_the_predictions(finished):
@@ -221,11 +241,11 @@ def test_figures_are_deterministic_and_follow_the_theme(finished):
         [(20, 0.6)],
     ],
 )
-def test_names_of_dots_overlap_no_other_dot_or_name(dots):
+def test_names_of_dots_overlap_no_other_dot_or_name(finished, dots):
     board = pd.DataFrame(dots, columns=["parameters", "accuracy"])
     board = board.assign(model=[f"student-{i}" for i in range(len(dots))], role="student")
     board = board.assign(accuracy_low=board["accuracy"] - 0.04, accuracy_high=board["accuracy"] + 0.04)
-    figure = figure_cost(None, board)
+    figure = figure_cost(finished[0], board)
     figure.canvas.draw()
     axes = figure.axes[0]
     names = [text.get_window_extent() for text in axes.texts]

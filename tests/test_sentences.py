@@ -29,6 +29,8 @@ BOARD = pd.DataFrame(
         "parameters": [100.0, 10.0, 10.0],
     }
 )
+SIZES = pd.DataFrame({"model": ["s1", "s3", "s6"], "parameters": [1e6, 3e6, 6e6], "accuracy": [0.5, 0.6, 0.7]})
+SIZES = SIZES.assign(accuracy_low=SIZES["accuracy"] - 0.05, accuracy_high=SIZES["accuracy"] + 0.05)
 SPLITS = pd.DataFrame({"split": ["train", "test"], "share": [0.5, 0.5], "wanted share": [0.5, 0.5]})
 WORD = {"label": "negative", "word": "loss", "inside": 0.3, "outside": 0.05}
 GAINS = pd.DataFrame({"model": "s", "after phase": [0, 1, 2], "accuracy": [0.3, 0.6, 0.7], "gain": [None, 0.3, 0.1]})
@@ -207,6 +209,15 @@ CASES = [
     (evaluate.pair_sentence, (0.2, 9, 0.8), "often misses", (0.7, 9, 0.8), "as well as the rest"),
     (evaluate.robustness_sentence, (STABLE, "s"), "hardly", (STABLE.assign(consistency=0.5), "s"), "**what must not"),
     (evaluate.front_sentence, (BOARD, "student"), "on the dashed line", (BOARD, "control"), "student is no larger"),
+    (
+        evaluate.size_sentence,
+        (SIZES,),
+        "s1, s3 and s6 differ in size alone: 1.0 M to 6.0 M parameters, 50.0 % to 70.0 %. The intervals of the "
+        "smallest and the largest are apart: more parameters help.",
+        (SIZES[:2],),
+        "**no evidence** that size matters",
+    ),
+    (evaluate.size_sentence, (SIZES,), "more parameters help", (SIZES[::-1],), "more parameters **harm**"),
     (evaluate.confusion_sentence, ("aab", "bba"), "leans towards b", ("ab", "ba"), "leans to neither"),
     (evaluate.calibration_sentence, (0.1, 1.5), "overconfident", (0.1, 0.7), "underconfident"),
     (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from distillery.notebook.style import join_words, shown_change
-from distillery.wording import percent
+from distillery.wording import human_count, percent
 
 if TYPE_CHECKING:
     from distillery.config.schema import Params
@@ -126,6 +126,22 @@ def front_sentence(board: pd.DataFrame, headline: str) -> str:
     names = join_words(better["model"].tolist())
     verb = "are" if len(better) > 1 else "is"
     return f"{names} {verb} no larger than {headline} and at least as accurate: prefer it."
+
+
+def size_sentence(series: pd.DataFrame) -> str:
+    """Whether students of more parameters are better where nothing else differs.
+
+    series: from the smallest, see :func:`distillery.report.tables.size_series`; accuracy with accuracy_low and _high.
+    """
+    small, large = series.iloc[0], series.iloc[-1]
+    text = f"{join_words(series['model'].tolist())} differ in size alone: "
+    text += f"{human_count(small['parameters'])} to {human_count(large['parameters'])} parameters, "
+    text += f"{percent(small['accuracy'])} to {percent(large['accuracy'])}. "
+    if large["accuracy_low"] > small["accuracy_high"]:
+        return text + "The intervals of the smallest and the largest are apart: more parameters help."
+    if large["accuracy_high"] < small["accuracy_low"]:
+        return text + "The intervals of the smallest and the largest are apart: more parameters **harm**."
+    return text + "The intervals of the smallest and the largest overlap: **no evidence** that size matters."
 
 
 def confusion_sentence(labels: Sequence[str], predictions: Sequence[str]) -> str:

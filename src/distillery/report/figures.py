@@ -14,7 +14,7 @@ from matplotlib.transforms import Bbox
 from distillery import metrics
 from distillery.evaluation.results import ROLES, Results
 from distillery.report.style import INK, LABEL_COLOURS, MUTED, ROLE_COLOURS, drawing
-from distillery.report.tables import pooled_predictions, reliability_table
+from distillery.report.tables import pooled_predictions, reliability_table, size_series
 from distillery.wording import human_count
 
 
@@ -57,13 +57,18 @@ COSTS = {  # column of the leaderboard -> label of the axis, format of its ticks
 
 
 def figure_cost(results: Results, board: pd.DataFrame, cost: str = "parameters") -> Figure:
-    """Accuracy against one of `COSTS`, with the Pareto front: the models that no cheaper one beats."""
+    """Accuracy against one of `COSTS`, with the Pareto front: the models that no cheaper one beats.
+
+    A line joins students that differ in size alone, see :func:`distillery.report.tables.size_series`.
+    """
     with drawing():
         rows = board[board[cost].notna() & (board["role"] != "untrained")]
         rows = rows.assign(cost=rows[cost].astype(float)).sort_values(["cost", "accuracy"], ascending=[True, False])
         figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
         front = rows[rows["accuracy"] > rows["accuracy"].cummax().shift(fill_value=-1)]
         axes.step(front["cost"], front["accuracy"], where="post", color=MUTED, lw=1, ls=(0, (4, 3)))
+        for series in size_series(results.params, rows):
+            axes.plot(series["cost"], series["accuracy"], color=ROLE_COLOURS[series["role"].iloc[0]], lw=1, alpha=0.6)
         for _, row in rows.iterrows():
             at, colour = (row["cost"], row["accuracy"]), ROLE_COLOURS[row["role"]]
             axes.plot([at[0]] * 2, [row["accuracy_low"], row["accuracy_high"]], color=colour, lw=2, alpha=0.4)

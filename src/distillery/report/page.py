@@ -34,7 +34,7 @@ from distillery.report.environment import ENVIRONMENT
 from distillery.report.figures import all_figures
 from distillery.report.sentences import describe_result
 from distillery.report.svg import figure_svg, inline_svg
-from distillery.report.tables import reliability_table, score_table, teacher_shares
+from distillery.report.tables import reliability_table, score_table, size_series, teacher_shares
 from distillery.teachers.label_review import read_label_errors
 from distillery.wording import human_count, percent, percentage_points
 
@@ -150,6 +150,7 @@ def render_page(
         robustness=group_records(measured.robustness, "perturbation"),
         examples=group_records(measured.examples, "perturbation"),
         figures={name: inline_svg(name, text) for name, text in figures.items()},
+        sizes=bool(size_series(results.params, board)),
         slices=group_records(parts, "column"),
         slice_sentence=slice_sentence(parts, head.name).replace("*", ""),
         label_errors=_label_errors(root, results),

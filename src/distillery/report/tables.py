@@ -6,11 +6,14 @@ import numpy as np
 import pandas as pd
 
 from distillery import metrics
+from distillery.config.schema import Params
 from distillery.evaluation.results import ModelResult, Results
 
 RELIABILITY_COLUMNS = ("model", "confidence", "accuracy", "rows")
 
 MIN_BIN_ROWS = 10  # a bin of fewer rows is left out: its accuracy is noise
+MIN_SIZES = 3  # sizes from which students make a curve
+SIZE_KEYS = {"model", "init", "control"}  # the settings of a student that decide its size, and whom it is compared with
 
 
 def score_table(board: pd.DataFrame) -> pd.DataFrame:
@@ -60,3 +63,16 @@ def pooled_predictions(results: Results, result: ModelResult) -> tuple[np.ndarra
     """The test rows of all seeds of `result` in one: indices of their labels [seeds * rows], probabilities [.., K]."""
     label = metrics.encode_labels(results.tests[result.source]["label"], results.labels[result.source])
     return np.tile(label, len(result.probabilities)), np.concatenate(result.probabilities)
+
+
+def size_series(params: Params, board: pd.DataFrame) -> list[pd.DataFrame]:
+    """The students that were trained alike and differ in size alone: the rows of `board` of each such group, from the
+    smallest. A group has `MIN_SIZES` sizes or more.
+
+    board: model, parameters, and whatever else its rows hold.
+    """
+    rows = board[board["model"].isin(list(params.students)) & board["parameters"].notna()]
+    settings = [params.students[name].model_dump_json(exclude=SIZE_KEYS) for name in rows["model"]]
+    groups = [group for _, group in rows.groupby(settings, sort=False)]
+    sized = [group.sort_values("parameters", kind="stable") for group in groups]
+    return [group for group in sized if group["parameters"].nunique() >= MIN_SIZES]
