@@ -187,6 +187,17 @@ def test_every_recipe_is_a_whole_experiment_at_every_scale(name, tmp_path):
         assert loaded.recipe.source and loaded.recipe.needs and loaded.recipe.differences
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_random_weights_are_at_the_scale_machinery_alone(name):
+    """A score of any other scale can show what was learned; that scale shows that an encoder-decoder runs."""
+    for scale in [None, *(read_yaml(tiny.ROOT / "recipes" / f"{name}.yaml").get("scale") or {})]:
+        loaded = load_recipe(tiny.ROOT, name, scale)
+        drawn = [model for model, spec in loaded["models"].items() if spec.get("random")]
+        assert bool(drawn) == (scale == "machinery")
+        if drawn:
+            assert {student["arch"] for student in loaded["students"].values()} == {"seq2seq"}
+
+
 ORIGINS = ("hub", "revision", "wheel", "random", "hub_splits", "hub_config", "api")
 
 
