@@ -36,6 +36,7 @@ from distillery.tasks.prompts import chat_turns, render_prompt
 from distillery.tasks.schema import Task, TaskPrompt, load_task
 from distillery.training.completions import ANSWER, RATIONALE, SAMPLED, MicroBatch, PhaseCompletions, StepCounts
 from distillery.training.disk import disk_need, size_text
+from distillery.training.on_policy import on_policy_share
 from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.rows import TrainingRows, phase_rows
@@ -717,6 +718,57 @@ def test_on_policy_answers_are_drawn_at_the_sampling_temperature_of_the_phase():
     assert trainer.sample_answers([0], 0) == [([2], 0)]
     assert calls[0]["temperature"] == 0.5
     assert PhaseConfig.model_fields["sampling_temperature"].default == 1.0
+
+
+def looks(*losses: float) -> list[dict]:
+    """The log of a trainer with these validation losses, and a training loss after each."""
+    return [entry for loss in losses for entry in ({"eval_loss": loss}, {"loss": 9.0})]
+
+
+@pytest.mark.parametrize(
+    ("losses", "share"),
+    [
+        ((), 0.0),
+        ((1.0,), 0.0),
+        ((1.0, 0.5, 1.09), 0.0),  # compared with the first look, and it rose by less than 0.1
+        ((1.0, 1.125), 0.1),
+        ((1.0, 1.125, 1.2), 0.1),  # compared with the look that had risen
+        ((1.0, 1.125, 1.25), 0.2),
+        (tuple(range(14)), 1.0),
+    ],
+)
+def test_the_adaptive_share_of_on_policy_batches_rises_with_the_validation_loss(losses, share):
+    spec = phase({"kl": 1.0}, space="vocabulary", on_policy="adaptive", validate_every=2)
+    assert on_policy_share(spec, looks(*losses)) == pytest.approx(share)
+    assert on_policy_share(spec.model_copy(update={"on_policy": 0.25}), looks(*losses)) == 0.25
+
+
+def test_an_adaptive_student_learns_from_the_data_until_the_validation_loss_rises(tiny_models, tmp_path, monkeypatch):
+    """A teacher with random weights is no help on validation rows: their loss rises. A look each second step."""
+    sampled, evaluated, sample, evaluate = [], [], OnPolicyTrainer.sample_answers, OnPolicyTrainer.evaluate
+
+    def listening(self, picked, k):
+        sampled.append(self.state.global_step)
+        return sample(self, picked, k)
+
+    def scored(self, *args, **kwargs):
+        scores = evaluate(self, *args, **kwargs)
+        evaluated.append((self.state.global_step, scores["eval_loss"]))
+        return scores
+
+    monkeypatch.setattr(OnPolicyTrainer, "sample_answers", listening)
+    monkeypatch.setattr(OnPolicyTrainer, "evaluate", scored)
+    monkeypatch.setattr("distillery.training.on_policy.SHARE_STEP", 1.0)
+    monkeypatch.setattr("distillery.training.on_policy.LOSS_RISE", 0.0)
+    student = learner(tiny_models, "causal", SHORT, scale=3, prompt="plain")
+    more = {"steps": 8, "batch_size": 4, "learning_rate": 1e-2, "max_new_tokens": 2, "validate_every": 2}
+    spec = phase({"kl": 1.0}, space="vocabulary", on_policy="adaptive", **more)
+    frame = toy(12).assign(fold_one=-1)
+    teachers = openable_teachers(tiny_models, tmp_path, one="causal")
+    trained(student, frame, spec, tmp_path / "run", validation=phase_rows(toy(6, 1), spec, LABELS), teachers=teachers)
+    first = evaluated[0][1]
+    rose = [step for step, loss in evaluated[1:] if loss >= first]
+    assert rose and sampled == list(range(rose[0], 8))
 
 
 def test_on_policy_a_teacher_of_another_tokenizer_is_refused(tiny_models, tmp_path):

@@ -18,8 +18,8 @@ TERMS_THAT_USE = {
 }
 # Settings of a phase that need something else.
 USED_IF: dict[str, Callable[[PhaseConfig], bool]] = {
-    "sampling_temperature": lambda phase: phase.on_policy > 0,
-    "max_new_tokens": lambda phase: phase.on_policy > 0,
+    "sampling_temperature": lambda phase: bool(phase.on_policy),
+    "max_new_tokens": lambda phase: bool(phase.on_policy),
     "tail_samples": lambda phase: bool(phase.top_k),
     "mix": lambda phase: len(phase.teachers) > 1,
     **dict.fromkeys(("pseudo_labels", "rationales", "top_k", "on_policy"), lambda phase: bool(phase.teachers)),

@@ -83,7 +83,7 @@ class TeacherSignals:
             depth = configured_layers(self.student.model.config)
             self.layer_pairs[name] = pair_with_teacher(phase, name, depth, teacher.num_layers)
             self.student_layers, layers = (list(side) for side in zip(*self.layer_pairs[name], strict=True))
-        from_data = phase.needs_token_logprobs and phase.on_policy < 1
+        from_data = phase.compares_given_answers
         if not from_data and not layers:
             return  # all that it will score has yet to be sampled
         maps = "attention" in phase.loss

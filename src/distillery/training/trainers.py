@@ -26,6 +26,7 @@ from distillery.models.scoring import scored_completions
 from distillery.models.series_adapters import has_series_adapters, trained_weights
 from distillery.tasks.schema import N_OPTIONS
 from distillery.training.completions import PhaseCompletions, StepCounts
+from distillery.training.on_policy import on_policy_share
 from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.processes import predict_together, process_count, process_rank, sum_values
@@ -209,7 +210,7 @@ class OnPolicyTrainer(PhaseTrainerMixin, PlainStep, GKDTrainer):
         return rng.random(), int(rng.integers(2**31))
 
     def is_sampled(self, micro_batch: int) -> bool:
-        return self._draws(micro_batch)[0] < self.phase.on_policy
+        return self._draws(micro_batch)[0] < on_policy_share(self.phase, self.state.log_history)
 
     def sample_answers(self, rows: list[int], micro_batch: int) -> list[Completion]:
         """Answers to `rows` that the student generates itself."""

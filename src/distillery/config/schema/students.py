@@ -92,8 +92,9 @@ class PhaseConfig(TrainingConfig):
     tail_samples: Count = 0
     """Tokens drawn from the rest beside `top_k`: `kl` is then an estimate of its whole value without bias, not a lower
     bound. At 0 the rest is one outcome."""
-    on_policy: Fraction = 0.0
-    """Share of the batches whose answers the student generates itself (Agarwal et al. 2024, GKD)."""
+    on_policy: Fraction | Literal["adaptive"] = 0.0
+    """Share of the batches whose answers the student generates itself (Agarwal et al. 2024, GKD). `adaptive`: 0 at the
+    start, and a tenth more whenever the loss on validation rows has risen by 0.1 (Ko et al. 2024, DistiLLM)."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 16
     """Largest length of a generated answer, in tokens."""
     sampling_temperature: Positive = 1.0
@@ -116,6 +117,11 @@ class PhaseConfig(TrainingConfig):
         return "uld" in self.loss or (self.space == "vocabulary" and any(term in DIVERGENCES for term in self.loss))
 
     @property
+    def compares_given_answers(self) -> bool:
+        """Whether the teachers' distributions are compared at answers of the data, in some batches at least."""
+        return self.needs_token_logprobs and self.on_policy != 1
+
+    @property
     def needs_hidden_states(self) -> bool:
         return any(term in HIDDEN_STATE_TERMS for term in self.loss)
 
@@ -136,8 +142,6 @@ class PhaseConfig(TrainingConfig):
             raise ValueError(f"`balance: batches` draws rows at random: leave out `order: {self.order}`")
         if self.balance == "class_weights" and not {"ce", "uld", *DIVERGENCES} & set(self.loss):
             raise ValueError("`balance: class_weights` weighs `ce`, the divergences and `uld`, and `loss` has none")
-        if self.on_policy and not (self.space == "vocabulary" and self.needs_token_logprobs and "uld" not in self.loss):
-            raise ValueError("`on_policy` needs `space: vocabulary` and a divergence in `loss`")
         if self.top_k:
             divergences = [term for term in self.loss if term in DIVERGENCES]
             if self.space != "vocabulary" or not divergences or "uld" in self.loss or len(self.teachers) != 1:
@@ -150,6 +154,14 @@ class PhaseConfig(TrainingConfig):
                 )
         if self.tail_samples and not (self.top_k and {"kl"} == set(self.loss) & set(DIVERGENCES)):
             raise ValueError("`tail_samples` needs `top_k`, and `kl` as the only divergence")
+        return self
+
+    @model_validator(mode="after")
+    def _on_policy_fits(self):
+        if self.on_policy and not (self.space == "vocabulary" and self.needs_token_logprobs and "uld" not in self.loss):
+            raise ValueError("`on_policy` needs `space: vocabulary` and a divergence in `loss`")
+        if self.on_policy == "adaptive" and not (self.validate_every or self.stopping):
+            raise ValueError("`on_policy: adaptive` follows the loss on validation rows: add `validate_every`")
         return self
 
 
