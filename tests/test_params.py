@@ -173,6 +173,9 @@ MISTAKES = [
     ("teachers.llm.kind", "api", "teachers.llm: `kind: api` needs `api`, not `model`"),
     ("teachers.llm.api", {"model": "m"}, "teachers.llm: `kind: lm` needs `model`, not `api`"),
     ("teachers.llm.prompts", ["short"], "teachers.llm: `prompts`, `examples_from` and `calibrate` are for"),
+    ("teachers.llm.choose_prompt_by", "mutual_information", "teachers.llm.choose_prompt_by: has no effect: it needs"),
+    ("students.kd.prompt_of", "nobody", "students.kd.prompt_of: unknown teacher `nobody`"),
+    ("students.kd.prompt_of", "llm", "students.kd.prompt_of: has no effect: a classifier"),
     ("teachers.llm.examples_from", "similar", "teachers.llm: `examples_from: similar` and `embeddings` (an encoder"),
     (
         "teachers.llm",

@@ -36,6 +36,8 @@ from distillery.models.load import load_model, load_tokenizer
 from distillery.models.packed.frozen_layers import SharedStates
 from distillery.models.packed.token_tree import common_prefix
 from distillery.models.save import save_model, save_trained_weights
+from distillery.pipeline.inputs import experiment_record
+from distillery.tasks.chosen_prompt import student_task
 from distillery.tasks.parsing import first_sentence
 from distillery.tasks.prompts import chat_turns, render_prompt
 from distillery.tasks.schema import Perturbations, Task, load_task
@@ -717,6 +719,73 @@ def test_the_best_prompt_on_validation_rows_is_chosen_and_used(experiment):
     path.unlink()
     with pytest.raises(UserError, match="teachers.lm.prompts: the task has no `short`; it has: meanings, bare"):
         compare_prompts(root, "lm", params, TASK, rows)
+
+
+class Worded:
+    """A teacher that is sure of `positive` after one prompt, and sure of another label for each row after the other."""
+
+    def __init__(self, prompt: str | None):
+        self.prompt = prompt
+
+    def predict(self, rows: pd.DataFrame) -> np.ndarray:
+        seen = [0 if self.prompt is None else i % 3 for i in range(len(rows))]
+        return np.eye(3)[seen] * 0.97 + 0.01
+
+
+def test_a_prompt_is_chosen_without_a_label_by_mutual_information(experiment, monkeypatch, capsys):
+    root, params = experiment
+    task = TASK.model_copy(update={"prompts": {"short": TASK.prompt}})
+    params = prompted(params, prompts=["short"], choose_prompt_by="mutual_information")
+    monkeypatch.setattr(
+        "distillery.teachers.prompt_search.open_teacher", lambda *_, prompting: Worded(prompting["prompt"])
+    )
+    pool = gold_rows(12).assign(split="pool", label=None)
+    table, prompting = compare_prompts(root, "lm", params, task, pool)
+    assert table.empty and prompting == {"prompt": "short", "prior": None}
+    p = np.array([0.98, 0.01, 0.01])
+    one = -(p * np.log(p)).sum()
+    line = f"12 rows and their predictions, in nats: prompt 0.000, short {np.log(3) - one:.3f}"
+    assert line in capsys.readouterr().out
+    validation = gold_rows(12).assign(split="validation", label="positive")  # by these labels the other one is better
+    table, prompting = compare_prompts(root, "lm", params, task, pd.concat([pool, validation], ignore_index=True))
+    assert prompting["prompt"] == "short" and table["mutual_information"].iloc[0] == pytest.approx(0, abs=1e-9)
+    assert table["accuracy"].iloc[0] == 1 > table["accuracy"].iloc[-1]
+    with pytest.raises(UserError, match="^params.yaml: teachers.lm.choose_prompt_by: no row of pool or train"):
+        compare_prompts(root, "lm", params, task, validation)
+
+
+def test_a_student_reads_the_prompt_that_its_teacher_chose(tmp_path):
+    other = TASK.prompt.model_copy(update={"instruction": "Say the opposite."})
+    task = TASK.model_copy(update={"prompts": {"short": other}})
+    assert student_task(tmp_path, task, None) == student_task(tmp_path, task, "lm") == task  # it chose none
+    folder = tmp_path / "data/teacher/lm"
+    folder.mkdir(parents=True)
+    for chosen, prompt in (("short", other), (None, task.prompt)):
+        (folder / "prompting.json").write_text(json.dumps({"prompt": chosen, "prior": None}))
+        assert student_task(tmp_path, task, "lm").prompt == prompt
+    assert student_task(tmp_path, task, None).prompt == task.prompt
+
+
+def test_the_inputs_of_a_student_have_the_prompt_that_its_teacher_chose(experiment, tmp_path):
+    """As its training reads them; without `prompt_of` they are as if there were no such key."""
+    _, params = experiment
+    prompt = TASK.prompt.model_copy(update={"instruction": "Say the opposite."})
+    task = TASK.model_copy(update={"prompts": {"short": prompt}})
+    files = {"data/processed/finance/task.json": task.model_dump(), "build/models/tiny-llama.json": {}}
+    files["data/teacher/lm/prompting.json"] = {"prompt": "short", "prior": None}
+    files["data/teacher/lm/metrics.json"] = {"validation": {"accuracy": 0.5, "macro_f1": 0.5}}
+    for file, content in files.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(json.dumps(content))
+    phase = params.students["half-gkd"].phases[0].model_copy(update={"teachers": ["lm"]})
+    spec = params.students["half-gkd"].model_copy(update={"phases": [phase]})
+
+    def record(prompt_of: str | None) -> dict:
+        student = spec.model_copy(update={"prompt_of": prompt_of})
+        return experiment_record(tmp_path, params.model_copy(update={"students": {"half-gkd": student}}), "half-gkd")
+
+    assert record("lm")["task"]["prompt"] == prompt.model_dump() != record(None)["task"]["prompt"]
+    assert record("lm")["spec"] == record(None)["spec"] and "prompt_of" not in record(None)["spec"]
 
 
 # ------------------------------------------------------------------------------- answers from files

@@ -102,6 +102,8 @@ def _check_teacher(params: Params, place: str, name: str, teacher: TeacherConfig
             _check_known(f"{place}.{key}", model, params.models, "model")
     if teacher.api and teacher.api.tokenizer:
         _check_known(f"{place}.api.tokenizer", teacher.api.tokenizer, params.models, "model")
+    if teacher.choose_prompt_by != "macro_f1" and not teacher.prompts:
+        raise UserError(f"{place}.choose_prompt_by: has no effect: it needs `prompts`")
     for i, source in enumerate(teacher.data or []):
         _check_known(f"{place}.data.{i}", source, params.data, "source")
     sources = params.teacher_sources(name)
@@ -138,6 +140,14 @@ def _check_student(params: Params, place: str, name: str, student: StudentConfig
     if student.control:
         others = [other for other in params.students if other != name]
         _check_known(f"{place}.control", student.control, others, "other student")
+    if student.prompt_of:
+        _check_known(f"{place}.prompt_of", student.prompt_of, params.teachers, "teacher")
+        if student.arch == "classifier" or not params.teachers[student.prompt_of].prompts:
+            raise UserError(
+                f"{place}.prompt_of: has no effect: a classifier reads no prompt"
+                if student.arch == "classifier"
+                else f"{place}.prompt_of: `{student.prompt_of}` chooses no prompt: give it `prompts`"
+            )
     if student.adapter.kind == "qlora" and student.arch != "causal":
         raise UserError(f"{place}.adapter.kind: qlora is for `arch: causal`, not {student.arch}")
     tasks = set()

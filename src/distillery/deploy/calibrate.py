@@ -16,6 +16,7 @@ from distillery.deploy.settings import SETTINGS_FILE, Abstention, InferenceSetti
 from distillery.evaluation.reading import read_result_file
 from distillery.files import Paths, write_json
 from distillery.models.predictions import validation_thresholds
+from distillery.tasks.chosen_prompt import student_task
 from distillery.tasks.schema import Task
 
 Z = 1.959964  # of a two-sided interval of 95 %
@@ -73,6 +74,7 @@ def write_settings(root: Path, params: Params) -> None:
     for name, spec in params.students.items():
         source = params.test_source(name)
         task, columns = read_task(Paths(root).processed(source)), params.data[source].columns.text
+        task = student_task(root, task, spec.prompt_of)
         for run in (Paths(root).run(name, seed) for seed in params.seeds):
             rows = read_result_file(run / "predictions.parquet", root)
             settings = InferenceSettings(

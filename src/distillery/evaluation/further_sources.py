@@ -10,6 +10,7 @@ from distillery.evaluation.gather import stack_predictions
 from distillery.evaluation.results import ModelResult, Results
 from distillery.files import Paths
 from distillery.models.predictions import predict_rows
+from distillery.tasks.chosen_prompt import student_task
 from distillery.training.student import load_student
 
 
@@ -38,7 +39,9 @@ def _results_of_student(root: Path, results: Results, name: str, sources: list[s
     params, own = results.params, results.find(name)
     tables = {source: [] for source in sources}
     for i, seed in enumerate(params.seeds):
-        model = load_student(params.students[name], Paths(root).run(name, seed) / "model", results.tasks[own.source])
+        spec = params.students[name]
+        task = student_task(root, results.tasks[own.source], spec.prompt_of)
+        model = load_student(spec, Paths(root).run(name, seed) / "model", task)
         for source in sources:
             tables[source].append(predict_rows(model, results.tests[source], results.thresholds(own, i)))
     return [

@@ -18,6 +18,7 @@ from distillery.files import Paths
 from distillery.models.label_model import LabelModel
 from distillery.models.memory import gpu_peak, reset_gpu_peak
 from distillery.models.precision import resolve_dtype
+from distillery.tasks.chosen_prompt import student_task
 from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.teachers.base import open_teacher
 from distillery.teachers.local import LocalTeacher
@@ -162,7 +163,9 @@ def _load_model(root: Path, params: Params, task: Task, result: ModelResult) -> 
         return open_teacher(root, result.key, params, task, tuned=Paths(root).teacher(result.key) / "model").model
     spec = params.students[result.key]
     dtype = resolve_dtype(spec.dtype, "prediction")
-    return load_student(spec, Paths(root).run(result.key, params.seeds[0]) / "model", task, dtype)
+    return load_student(
+        spec, Paths(root).run(result.key, params.seeds[0]) / "model", student_task(root, task, spec.prompt_of), dtype
+    )
 
 
 def _shape(params: Params, result: ModelResult) -> str:
@@ -175,6 +178,7 @@ def _shape(params: Params, result: ModelResult) -> str:
 def student_shape(spec: StudentConfig) -> str:
     """A text that is equal for students that differ in their weights alone: they are equally large and fast."""
     shape = [spec.model, spec.arch, spec.init, spec.prompt, spec.few_shot, spec.dtype, spec.max_length, spec.long_texts]
+    shape += [spec.prompt_of] if spec.prompt_of else []
     shape += [spec.adapter] if spec.adapter.kind == "series" else []  # others are merged
     return str(shape)
 

@@ -25,7 +25,7 @@ from distillery.metrics.counts import (
 )
 from distillery.metrics.decisions import DEFAULT_THRESHOLD, choose_thresholds, confidence, decide
 from distillery.metrics.free_text import exact_match, token_overlap
-from distillery.metrics.label_noise import entropy, label_margin, prediction_margin, suspect_labels
+from distillery.metrics.label_noise import entropy, label_margin, mutual_information, prediction_margin, suspect_labels
 from distillery.metrics.label_sets import average_precision, label_set_report, two_outcomes
 from distillery.metrics.significance import (
     SCORES,
@@ -66,6 +66,7 @@ __all__ = [
     "label_set_report",
     "log_loss",
     "mean_scores",
+    "mutual_information",
     "paired_difference",
     "permutation_test",
     "prediction_margin",

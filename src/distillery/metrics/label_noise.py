@@ -45,3 +45,13 @@ def entropy(probabilities: ArrayLike) -> np.ndarray:
     """Entropy of each row of probabilities [n], in nats, from 0 to log K; the highest is least sure."""
     p = np.asarray(probabilities, dtype=np.float64)
     return -(p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum(axis=1)
+
+
+def mutual_information(probabilities: ArrayLike) -> float:
+    """Mutual information of row and prediction in nats: the entropy of the mean prediction less the mean entropy.
+
+    probabilities: [n, K]. From 0, one prediction for every row, to log K. Source: Sorensen et al. 2022, "An
+    information-theoretic approach to prompt engineering without ground truth labels", section 3.
+    """
+    p = np.asarray(probabilities, dtype=np.float64)
+    return max(0.0, float(entropy(p.mean(0, keepdims=True))[0] - entropy(p).mean()))

@@ -25,12 +25,14 @@ from typing import Any
 from distillery.config.schema import API_KEYS_WITHOUT_EFFECT, Params, SplitRef, StudentConfig
 from distillery.errors import UserError
 from distillery.files import Paths, atomic_write, file_digest, write_json
+from distillery.tasks.chosen_prompt import student_task
 from distillery.tasks.schema import N_OPTIONS, Task
 
 INPUT_COLUMNS = ("split_ref", "id", "text", "label", "group")
 
 # of a student: these keys change no weight
-STUDENT_KEYS_WITHOUT_EFFECT = {"control", "checkpoint_every", "test_source"}  # `source` of the record is the last
+STUDENT_KEYS_WITHOUT_EFFECT = {"control", "checkpoint_every", "test_source", "prompt_of"}
+# of these the record holds the last two as its `source` and `task`
 
 Row = dict[str, Any]
 
@@ -46,12 +48,13 @@ def _read_json(root: Path, name: str) -> Any:
     return json.loads(_require(root / name, root).read_text(encoding="utf-8"))
 
 
-def task_of_source(root: Path, source: str, whole: bool) -> dict[str, Any]:
+def task_of_source(root: Path, source: str, whole: bool, prompt_of: str | None = None) -> dict[str, Any]:
     """The task of `source` as it was prepared; if not `whole`, without meanings and prompts: a classifier uses none.
 
-    The order of `labels` is that of probability vectors. `perturbations` are left out: no model sees them.
+    prompt_of: see :func:`distillery.tasks.chosen_prompt.student_task`. The order of `labels` is that of probability
+    vectors. `perturbations` are left out: no model sees them.
     """
-    task = Task.model_validate(_read_json(root, f"data/processed/{source}/task.json"))
+    task = student_task(root, Task.model_validate(_read_json(root, f"data/processed/{source}/task.json")), prompt_of)
     task = task if whole else Task(kind=task.kind, labels=dict.fromkeys(task.names, ""))
     return task.model_dump(exclude={"perturbations"})
 
@@ -105,7 +108,7 @@ def experiment_record(root: Path, params: Params, name: str) -> dict[str, Any]:
         "spec": spec.model_dump(exclude=STUDENT_KEYS_WITHOUT_EFFECT),
         "model": model_record(root, params, spec.model),
         "source": source,
-        "task": task_of_source(root, source, whole=spec.arch != "classifier"),
+        "task": task_of_source(root, source, spec.arch != "classifier", spec.prompt_of),
         "teachers": {teacher: _validation_scores(root, name, spec, teacher) for teacher in teachers_of(spec)},
         "openable_teachers": {
             teacher: teacher_record(root, params, teacher)

@@ -21,6 +21,7 @@ from distillery.models.load import load_tokenizer
 from distillery.models.series_adapters import stored_adapters
 from distillery.models.windows import Windows
 from distillery.report.environment import TEMPLATES
+from distillery.tasks.chosen_prompt import student_task
 from distillery.tasks.schema import Task
 from distillery.wording import human_duration, percent
 
@@ -164,7 +165,7 @@ def write_cards(root: Path, params: Params) -> None:
     for name, spec in params.students.items():
         source = params.test_source(name)
         # not that of experiment.json: a classifier trains without the meanings of its labels
-        task = read_task(Paths(root).processed(source))
+        task = student_task(root, read_task(Paths(root).processed(source)), spec.prompt_of)
         test = read_result_file(Paths(root).inputs(name) / "test.parquet", root)
         for folder in (Paths(root).run(name, seed) for seed in params.seeds):
             metadata = read_result_file(folder / "metrics.json", root)

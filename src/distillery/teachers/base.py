@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from distillery.errors import UserError
 from distillery.files import Paths
 from distillery.models.fetch import fetch_model
 from distillery.models.label_model import LabelModel
+from distillery.tasks.chosen_prompt import read_prompting, with_prompt
 from distillery.tasks.prompts import label_question
 from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.teachers.cache import STORE_PATH, AnswerStore
@@ -106,13 +106,12 @@ def open_teacher(
     """
     spec = params.teachers[name]
     if spec.kind == "answers":
-        prompting = prompting or _read_prompting(root, name, task)
+        prompting = prompting or read_prompting(root, name, task)
         return open_file_teacher(root, name, params, task, _label_prior(prompting))
     if tuned is not None:
         return LocalTeacher(load_teacher_model(name, spec, params.models[spec.model], task, tuned=tuned))
-    prompting = prompting or _read_prompting(root, name, task)
-    if prompting["prompt"] is not None:
-        task = task.model_copy(update={"prompt": task.prompts[prompting["prompt"]]})
+    prompting = prompting or read_prompting(root, name, task)
+    task = with_prompt(task, prompting["prompt"])
     store = AnswerStore(root / STORE_PATH)
     settings = {
         "examples": _gold_examples(root, name, params),
@@ -149,18 +148,6 @@ def open_file_teacher(
 
 def _label_prior(prompting: dict[str, Any]) -> np.ndarray | None:
     return None if prompting["prior"] is None else np.array(prompting["prior"])
-
-
-def _read_prompting(root: Path, name: str, task: Task) -> dict[str, Any]:
-    path = Paths(root).teacher(name) / "prompting.json"
-    if not path.exists():
-        return {"prompt": None, "prior": None}
-    prompting = json.loads(path.read_text(encoding="utf-8"))
-    prompt, file = prompting["prompt"], f"data/teacher/{name}/prompting.json"
-    if prompt not in (None, *task.prompts):
-        known = ", ".join(task.prompts) or "none"
-        raise UserError(f"{file}: the task has no prompt `{prompt}`; it has: {known}")
-    return prompting
 
 
 def _gold_examples(root: Path, name: str, params: Params) -> GoldExamples | None:

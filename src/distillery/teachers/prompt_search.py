@@ -1,4 +1,4 @@
-"""Compare prompts and calibrations of a prompted teacher on validation rows."""
+"""Compare prompts and calibrations of a prompted teacher, on validation rows or without any label."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distillery.teachers.signals import signal_table
 
 NO_CONTENT = ["N/A", "[MASK]", ""]  # Zhao et al. 2021
 CALIBRATIONS = ("none", "contextual", "batch")
-PRIOR_ROWS = 128  # rows over which `calibrate: batch` takes its mean, of a teacher that must label them for it
+PRIOR_ROWS = 128  # rows for the mean of `calibrate: batch` and of mutual information, of a teacher that must label them
 
 
 def estimate_label_prior(teacher: Teacher, calibration: str, unlabelled: pd.DataFrame) -> np.ndarray | None:
@@ -37,22 +37,18 @@ def estimate_label_prior(teacher: Teacher, calibration: str, unlabelled: pd.Data
 def compare_prompts(
     root: Path, name: str, params: Params, task: Task, rows: pd.DataFrame
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The teacher's prompts compared on validation rows, and the best of them: by macro-F1, calibrated as params say.
+    """The teacher's prompts compared on validation rows, and the best of them, calibrated as params say.
 
     rows: see :func:`distillery.teachers.base.gather_rows`. Returns one line per prompt and calibration (accuracy, low
-    and high of its 95 % interval, macro_f1, unparsable), and the best as the `prompting` that
-    :func:`distillery.teachers.base.open_teacher` takes. A teacher with one prompt needs no validation rows: without any
-    the table is empty. Raises UserError when the task has no such prompt, or when several have no row to be scored on.
+    and high of its 95 % interval, macro_f1, unparsable; with `choose_prompt_by: mutual_information` that, too), and the
+    best as the `prompting` that :func:`distillery.teachers.base.open_teacher` takes. Without validation rows the table
+    is empty: a teacher with one prompt, or one that is chosen by mutual information, needs none. Raises UserError when
+    the task has no such prompt, or when there is no row to choose on.
     """
     spec, lines, candidates = params.teachers[name], [], []
     validation = rows[rows["split"] == "validation"].reset_index(drop=True)
-    unlabelled = rows[rows["split"] == ("pool" if (rows["split"] == "pool").any() else "train")]
-    if spec.kind != "answers":  # whose predictions cost nothing
-        unlabelled = unlabelled.head(PRIOR_ROWS)
-    unlabelled = unlabelled.reset_index(drop=True)
-    if unlabelled.empty and spec.calibrate == "batch":
-        raise UserError(f"params.yaml: teachers.{name}.calibrate: no row of pool or train to take the mean over")
-    if validation.empty and spec.prompts:
+    unlabelled, by_information = _unlabelled_rows(name, params, rows), spec.choose_prompt_by == "mutual_information"
+    if validation.empty and spec.prompts and not by_information:
         raise UserError(f"params.yaml: teachers.{name}.prompts: no validation row with a label to compare them on")
     calibrations = {"api": ["none", spec.calibrate], "answers": ["none", "batch"]}.get(spec.kind, CALIBRATIONS)
     if isinstance(task.names, LabelSets):  # a prior would divide a distribution over labels
@@ -63,17 +59,49 @@ def compare_prompts(
             raise UserError(f"params.yaml: teachers.{name}.prompts: the task has no `{prompt}`; it has: {known}")
         teacher = open_teacher(root, name, params, task, prompting={"prompt": prompt, "prior": None})
         probabilities = teacher.predict(validation) if len(validation) else None
+        without_label = teacher.predict(unlabelled) if by_information else None
         for calibration in dict.fromkeys(calibrations if len(validation) else [spec.calibrate]):
-            prior, macro_f1 = estimate_label_prior(teacher, calibration, unlabelled), 0.0
+            prior, scores = estimate_label_prior(teacher, calibration, unlabelled), {}
             if probabilities is not None:
                 scores = _score(validation, divide_by_prior(probabilities, prior), task.names)
+            if without_label is not None:
+                scores["mutual_information"] = _information(divide_by_prior(without_label, prior), task.names)
+            if probabilities is not None:
                 lines.append({"prompt": prompt or "prompt", "calibrate": calibration} | scores)
-                macro_f1 = scores["macro_f1"]
             if calibration == spec.calibrate:
                 rounded = None if prior is None else [round(float(share), 6) for share in prior]
-                candidates.append((macro_f1, {"prompt": prompt, "prior": rounded}))
+                candidates.append((scores.get(spec.choose_prompt_by, 0.0), {"prompt": prompt, "prior": rounded}))
         del teacher  # one is held at a time
+    if by_information:
+        scored = ", ".join(f"{choice['prompt'] or 'prompt'} {score:.3f}" for score, choice in candidates)
+        print(f"{name}: mutual information of {len(unlabelled):,} rows and their predictions, in nats: {scored}")
     return pd.DataFrame(lines), max(candidates, key=lambda candidate: candidate[0])[1]
+
+
+def _unlabelled_rows(name: str, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
+    """The `rows` over which teacher `name` takes means of its predictions; their labels are not looked at.
+
+    Raises UserError when there is none and it needs some.
+    """
+    spec = params.teachers[name]
+    unlabelled = rows[rows["split"] == ("pool" if (rows["split"] == "pool").any() else "train")]
+    if spec.kind != "answers":  # whose predictions cost nothing
+        unlabelled = unlabelled.head(PRIOR_ROWS)
+    key = {"batch": "calibrate"}.get(spec.calibrate)
+    key = "choose_prompt_by" if spec.choose_prompt_by == "mutual_information" else key
+    if unlabelled.empty and key:
+        raise UserError(f"params.yaml: teachers.{name}.{key}: no row of pool or train to take the mean over")
+    return unlabelled.reset_index(drop=True)
+
+
+def _information(probabilities: np.ndarray, names: list[str]) -> float:
+    """Mutual information of rows and predictions [n, labels], in nats; of label sets the sum over the labels."""
+    read = probabilities[~np.isnan(probabilities).any(1)]
+    if not len(read):
+        return 0.0
+    if isinstance(names, LabelSets):
+        return sum(metrics.mutual_information(np.stack([1 - p, p], axis=1)) for p in read.T)
+    return metrics.mutual_information(read)
 
 
 def _score(rows: pd.DataFrame, probabilities: np.ndarray, names: list[str]) -> dict[str, float]:

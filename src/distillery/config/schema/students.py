@@ -184,6 +184,8 @@ class StudentConfig(Section):
     """The source whose validation and test rows it is scored on; when not given, the last that it learns from."""
     prompt: Literal["chat", "plain"] = "chat"
     """Form of the prompt: the tokenizer's chat template, or the turns as plain text."""
+    prompt_of: Name | None = None
+    """The teacher whose choice among its `prompts` the student reads, too; when not given, the task's `prompt`."""
     few_shot: Count = 0
     """Solved examples of the task file in the prompt."""
     max_length: Annotated[int, Field(gt=8)] = 256

@@ -274,7 +274,10 @@ class TeacherConfig(Section):
     prompt: Literal["chat", "plain"] = "chat"
     """Form of the prompt: the tokenizer's chat template, or the turns as plain text."""
     prompts: list[str] = []
-    """Other prompts of the task file to try on validation rows; the best one is used."""
+    """Other prompts of the task file to try; the best one is used."""
+    choose_prompt_by: Literal["macro_f1", "mutual_information"] = "macro_f1"
+    """What makes a prompt the best: `macro_f1` on validation rows, or the `mutual_information` of text and prediction
+    over rows of pool or train, which takes no label (Sorensen et al. 2022)."""
     few_shot: Count = 0
     """Solved examples in the prompt."""
     examples_from: Literal["task", "gold", "similar"] = "task"

@@ -27,6 +27,7 @@ from distillery.tasks.schema import Task, load_task
 from distillery.teachers.base import open_teacher
 from distillery.teachers.cache import STORE_PATH, AnswerStore, Question
 from distillery.teachers.few_shot import GoldExamples
+from distillery.teachers.prompt_search import PRIOR_ROWS
 
 SAMPLE, TIMED = 200, 32  # rows whose tokens are counted; rows that a local teacher labels to be timed
 BYTES_PER_TOKEN = 4  # of English text
@@ -248,7 +249,10 @@ class Labelling:
         parts = {"for labels": labels - known}
         parts["for rationales"] = 0 if api.labels == "explained" else min(spec.rationales, round(trainable * scale))
         parts["for tokens of labels"] = round(trainable * scale) if api.scores_given_tokens else 0
-        parts["to compare prompts"] = len(spec.prompts) * int(splits.get("validation", 0)) * api.samples
+        compared = int(splits.get("validation", 0))
+        if spec.choose_prompt_by == "mutual_information":
+            compared += min(PRIOR_ROWS, int(splits.get("pool" if splits.get("pool") else "train", 0)))
+        parts["to compare prompts"] = len(spec.prompts) * compared * api.samples
         texts = [f"{count:,} {purpose}" for purpose, count in parts.items() if count]
         note = "kept answers not looked up" if stored is None else f"{known:,} answers kept" if known else ""
         return Figure(sum(parts.values()), ", ".join([*texts, *filter(None, [note])]) or "all answers are kept")
