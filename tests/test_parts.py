@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from ruamel.yaml import YAML
 
 import loopback
 import test_api_endpoints as served
 import tiny
+from distillery.cli import main
 from distillery.config.load import validate_section
 from distillery.config.schema import Params
 from distillery.errors import UserError
@@ -61,6 +63,18 @@ def test_each_part_is_labelled_once_and_keeps_its_columns(root):
     assert np.argmax(np.stack(a["probabilities"]), -1).tolist() == served.EXPECTED[:12]
     assert len(pd.read_parquet(root / "out/c.parquet")) == 0
     assert sorted(path.name for path in (root / "out").iterdir()) == [*(f"{k}.parquet" for k in ROWS), "labelling.json"]
+
+
+def test_the_command_prints_a_line_for_each_part_or_that_none_is_missing(root, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    (root / "dvc.yaml").touch()
+    with loopback.Proxy(served.Answers()) as proxy:
+        with (root / "params.yaml").open("w", encoding="utf-8") as file:
+            YAML().dump(labelling(root, url=proxy.url).params.model_dump(exclude_defaults=True), file)
+        for expected in (["a.parquet: 12 rows", "b.parquet: 8 rows", "c.parquet: 0 rows"], ["out: every part of in is"]):
+            main(["label", "far", "in", "out"])
+            printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("far: ")]
+            assert all(map(str.startswith, printed, expected)) and len(printed) == len(expected)
 
 
 def test_a_run_that_stops_continues_with_the_missing_parts_and_writes_no_half_one(root):

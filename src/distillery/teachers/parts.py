@@ -191,15 +191,18 @@ def _check_texts(part: Path) -> None:
 
 
 def label_folder(teacher: str, source: str, target: str, workers: int | None) -> None:
-    """Label the parts of the folder `source` into `target`, and print a line for each. workers: of Ray; None: without.
+    """Label the parts of the folder `source` into `target`, and print a line for each, or that none was missing.
 
-    Raises UserError; see :meth:`PartsLabelling.prepare` and :func:`label_with_ray`.
+    workers: of Ray; None: without. Raises UserError; see :meth:`PartsLabelling.prepare` and :func:`label_with_ray`.
     """
     configure_runtime()
     folders = Path(source).resolve(), Path(target).resolve()
     labelling = PartsLabelling(repository_root(), load_params(), teacher, *folders)
+    part = None
     for part, rows in label_with_ray(labelling, workers) if workers else label_here(labelling):
         print(f"{part.name}: {rows:,} rows", flush=True)
+    if part is None:
+        print(f"{target}: every part of {source} is labelled there already")
 
 
 def label_here(labelling: PartsLabelling) -> Iterator[tuple[Path, int]]:
