@@ -18,7 +18,7 @@ import pytest
 import stages
 import tiny
 
-sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
+sys.path.insert(0, str(tiny.ROOT / "benchmarks"))  # stays: processes of the checks import from there, too
 import gpu_check
 from gpu_checks import CHECKS, Check
 

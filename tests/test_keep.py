@@ -1,16 +1,15 @@
 """What a kept benchmark output may say of the machine that printed it."""
 
-import importlib
 import subprocess
-from pathlib import Path
 
 import pytest
 
+import tiny
+
 
 @pytest.fixture
-def keep(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    return importlib.import_module("keep")
+def keep():
+    return tiny.load_benchmark("keep")
 
 
 @pytest.mark.parametrize(
@@ -59,9 +58,6 @@ def test_a_commit_is_marked_when_what_decides_a_result_has_changed(keep, tmp_pat
     assert keep.commit(tmp_path).endswith("+")
 
 
-def test_the_progress_of_training_is_no_part_of_a_table(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    from keep import without_progress
-
+def test_the_progress_of_training_is_no_part_of_a_table(keep):
     printed = "model  seconds\ntraining: step 10/21, loss 0.5848\nstudent 0.4\na step 3 of 4 is no such line\n"
-    assert without_progress(printed) == "model  seconds\nstudent 0.4\na step 3 of 4 is no such line\n"
+    assert keep.without_progress(printed) == "model  seconds\nstudent 0.4\na step 3 of 4 is no such line\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 
 import numpy as np
 import pytest
@@ -117,10 +116,9 @@ def test_both_stacks_of_an_encoder_and_decoder_are_cut(tiny_models, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [[0, 1, 2, 3], [0, 2], [3]])
-def test_the_benchmark_of_spare_layers_reads_as_the_cut_model_does(tiny_models, monkeypatch, kept):
-    monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
+def test_the_benchmark_of_spare_layers_reads_as_the_cut_model_does(tiny_models, kept):
     texts = ["Sales rose.", "The loss widened a lot."]
-    reader = importlib.import_module("spare_layers").Reader(tiny_models / "tiny-llama", texts)
+    reader = tiny.load_benchmark("spare_layers").Reader(tiny_models / "tiny-llama", texts)
     model = load_model(tiny_models / "tiny-llama", "causal", layers=kept).eval()
     tokenizer = load_tokenizer(tiny_models / "tiny-llama")
     losses = []

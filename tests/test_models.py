@@ -167,13 +167,12 @@ def test_a_long_text_loses_its_end_and_never_the_prompt(tiny_models):
     assert ids[-1] == encoder.tokenizer.sep_token_id
 
 
-def test_memory_by_formula(tiny_models, monkeypatch):
+def test_memory_by_formula(tiny_models):
     """As the published estimate for LLaMA-2 7B: 12 bytes a parameter in 16 bits."""
     model = load_model(tiny_models / "tiny-llama", "causal")
     total = count_parameters(model)[0]
     linear = 4 * (4 * 32 * 32 + 3 * 32 * 64)  # of 4 layers: attention's four, the feed-forward's three
-    monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
-    predicted_memory = importlib.import_module("memory").predicted_memory
+    predicted_memory = tiny.load_benchmark("memory").predicted_memory
     full = predicted_memory(model, "full, 16 bits")
     assert full["total"] == 12 * total and full["copies"] == 0
     adapted = predicted_memory(model, "QLoRA, 4 bits", r=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -308,10 +307,9 @@ def test_a_recipe_weighs_its_divergences_as_its_source_does(name):
             assert all("scale_by_t2" in phase.model_fields_set for phase in softened)
 
 
-def test_three_domains_have_their_score_and_time_for_a_row(monkeypatch):
+def test_three_domains_have_their_score_and_time_for_a_row():
     """A latency as it is, a number of rows a second as its inverse, of one scale; each model is one of its recipe."""
-    monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
-    domains = importlib.import_module("domains")
+    domains = tiny.load_benchmark("domains")
     table = [("multiteacher-distilbert", "finbert", "accuracy", 0.9, 0.5)]
     table += [("multiteacher-distilbert", "finbert", "latency_p50_ms", 10.0, 8.0)]
     table += [("trivia-t5", "t5-small", "sentences_per_second", 5.0, None)]
