@@ -71,7 +71,10 @@ def test_the_command_prints_a_line_for_each_part_or_that_none_is_missing(root, m
     with loopback.Proxy(served.Answers()) as proxy:
         with (root / "params.yaml").open("w", encoding="utf-8") as file:
             YAML().dump(labelling(root, url=proxy.url).params.model_dump(exclude_defaults=True), file)
-        for expected in (["a.parquet: 12 rows", "b.parquet: 8 rows", "c.parquet: 0 rows"], ["out: every part of in is"]):
+        for expected in (
+            ["a.parquet: 12 rows", "b.parquet: 8 rows", "c.parquet: 0 rows"],
+            ["out: every part of in is"],
+        ):
             main(["label", "far", "in", "out"])
             printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("far: ")]
             assert all(map(str.startswith, printed, expected)) and len(printed) == len(expected)
