@@ -8,7 +8,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -112,24 +114,27 @@ def test_an_older_version_gave_the_same_keys():
     assert question(1).key == "5acf59c4ebbd5a8769873d2f695ee466165e3d53671d86af0dc33cc31fe3290b"
 
 
-WRITER = """
-import sys
+WRITER = r"""
+import os, sys, threading
 from distillery.teachers.cache import Answer, AnswerStore, Question
-store, first, last = AnswerStore(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-for i in range(first, last):
-    store.put([(Question({"model": "m"}, i, n), Answer(f"{sys.argv[4]} {i} {n}")) for n in range(3)])
-    print(i, flush=True)
+store, first, last, threads = AnswerStore(sys.argv[1]), *map(int, sys.argv[2:5])
+def write(start):
+    for i in range(start, last, threads):
+        store.put([(Question({"model": "m"}, i, n), Answer(f"{i} {n}")) for n in range(3)])
+        os.write(1, f"{i}\n".encode())
+for k in range(threads):
+    threading.Thread(target=write, args=(first + k,)).start()
 """
 
 
-def writer(path, first: int, last: int, name: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", WRITER, str(path), str(first), str(last), name]
+def writer(path, first: int, last: int, threads: int = 1) -> subprocess.Popen:
+    command = [sys.executable, "-c", WRITER, *map(str, (path, first, last, threads))]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(tiny.ROOT / "src")}, stdout=subprocess.PIPE)
 
 
 def test_two_processes_write_at_once_and_each_answer_is_there_once(tmp_path):
     path = tmp_path / "answers.sqlite"
-    both = [writer(path, 0, 60, "a"), writer(path, 30, 90, "b")]
+    both = [writer(path, 0, 60), writer(path, 30, 90, 4)]
     assert [process.wait(60) for process in both] == [0, 0]
     for process in both:
         process.stdout.close()
@@ -139,17 +144,62 @@ def test_two_processes_write_at_once_and_each_answer_is_there_once(tmp_path):
         assert other.execute("SELECT COUNT(*), COUNT(DISTINCT key) FROM answers").fetchone() == (270, 270)
 
 
-def test_a_kill_loses_nothing_that_was_kept_and_leaves_no_half(tmp_path):
+def in_threads(count: int, function: Callable[[int], None], meanwhile: Callable[[], None]) -> list[Exception | None]:
+    """What `function` raises in each of `count` threads, None where it raises nothing. meanwhile: runs in this one."""
+    raised: list[Exception | None] = [None] * count
+
+    def run(i: int) -> None:
+        try:
+            function(i)
+        except Exception as error:
+            raised[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    meanwhile()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+@pytest.mark.parametrize("damaged", [None, 5])
+def test_threads_that_wait_for_the_disk_are_written_together_and_one_that_is_wrong_alone(tmp_path, damaged):
+    """A text that cannot be encoded is the mistake of its own thread; the answers of the others are there."""
+    store, commits = AnswerStore(tmp_path / "answers.sqlite"), list[str]()
+
+    def put(i: int) -> None:
+        with store._connection() as connection:
+            connection.set_trace_callback(commits.append)
+        store.put([(question(i), Answer("\ud800" if i == damaged else str(i)))])
+
+    def wait_for_all() -> None:
+        while len(store._waiting) < 11:
+            time.sleep(0.001)
+        commits.clear()
+        with store._turn:
+            store._is_writing = False
+            store._turn.notify_all()
+
+    store._is_writing = True  # as another thread
+    raised = in_threads(11, put, wait_for_all)
+    assert [i for i, error in enumerate(raised) if error] == ([] if damaged is None else [damaged])
+    answers = [None if i == damaged else Answer(str(i)) for i in range(11)]
+    assert store.get([question(i) for i in range(11)]) == answers
+    assert commits.count("COMMIT") == (1 if damaged is None else 10)
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_a_kill_loses_nothing_that_was_kept_and_leaves_no_half(tmp_path, threads):
     path = tmp_path / "answers.sqlite"
-    process = writer(path, 0, 100_000, "a")
-    for _ in range(20):
-        last = int(process.stdout.readline())
+    process = writer(path, 0, 100_000, threads)
+    kept = [process.stdout.readline() for _ in range(40)]
     process.send_signal(signal.SIGKILL)
     process.wait(10)
+    kept = {int(line) for line in kept + process.stdout.readlines()}
     process.stdout.close()
-    time.sleep(0.1)
     store = AnswerStore(path)
-    questions = [[Question({"model": "m"}, i, n) for n in range(3)] for i in range(last + 50)]
+    questions = [[Question({"model": "m"}, i, n) for n in range(3)] for i in range(max(kept) + 50)]
     stored = [[answer is not None for answer in store.get(three)] for three in questions]
-    assert all(map(all, stored[: last + 1]))
+    assert all(all(stored[i]) for i in kept)
     assert all(all(three) or not any(three) for three in stored)

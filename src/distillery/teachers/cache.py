@@ -8,8 +8,9 @@ One SQLite file (`.cache/answers/answers.sqlite`) with two tables that any SQLit
 ``calls``    one row per call to a paid endpoint, whatever its outcome: `at`, `endpoint` (JSON: client, base_url,
              model), `key`, `outcome`, `seconds`, `input_tokens`, `output_tokens`
 
-Every write is its own transaction and is on disk before the method returns, so a killed run loses nothing that it had
-received. Several processes and threads may write at once.
+Every write is on disk before the method returns, so a killed run loses nothing that it had received. Several processes
+and threads may write at once. What threads of one process write while the disk is busy goes into one transaction, for
+which the disk is waited for once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,15 @@ class Answer:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+class _Write:
+    """What one thread wants to write, and what came of it."""
+
+    def __init__(self, action: Callable[[sqlite3.Connection], Any]):
+        self.action, self.is_done = action, False
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
 class AnswerStore:
     """The answers in the file `path`, which is created when it does not exist.
 
@@ -88,6 +98,7 @@ class AnswerStore:
 
     def __init__(self, path: Path | str):
         self.path, self._thread = Path(path), threading.local()
+        self._waiting, self._is_writing, self._turn = list[_Write](), False, threading.Condition()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._connection() as connection:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -108,6 +119,44 @@ class AnswerStore:
             raise_if_disk_full(OSError(28, "") if full else error, self.path)
             raise UserError(f"{self.path}: cannot be used as the store of answers: {error}") from None
 
+    def _write(self, action: Callable[[sqlite3.Connection], Any]) -> Any:
+        """Run `action` in a transaction and return its result when it is on disk. Raises what `action` raises.
+
+        The first of several threads commits the writes of all that wait (group commit).
+        """
+        own = _Write(action)
+        with self._turn:
+            self._waiting.append(own)
+            self._turn.wait_for(lambda: own.is_done or not self._is_writing)
+            writes = [] if own.is_done else self._waiting
+            if writes:
+                self._is_writing, self._waiting = True, []
+        if writes:
+            self._commit(writes)
+            with self._turn:
+                self._is_writing = False
+                self._turn.notify_all()
+        if own.error is not None:
+            raise own.error
+        return own.result
+
+    def _commit(self, writes: Sequence[_Write]) -> None:
+        """Commit `writes` together; where that fails, each alone, so that one that is wrong takes no other with it."""
+        error = None
+        try:
+            with self._connection() as connection:
+                results = [write.action(connection) for write in writes]
+            for write, result in zip(writes, results, strict=True):
+                write.result = result
+        except BaseException as raised:
+            error = raised
+        if error is not None and len(writes) > 1:
+            for write in writes:
+                self._commit([write])
+            return
+        for write in writes:
+            write.error, write.is_done = error, True
+
     def get(self, questions: Sequence[Question]) -> list[Answer | None]:
         """The answers to `questions`, in their order; None where there is none yet."""
         keys = [question.key for question in questions]
@@ -123,8 +172,7 @@ class AnswerStore:
     def put(self, answered: Iterable[tuple[Question, Answer]]) -> None:
         """Store all of `answered` or, if the process is killed, none. An answer that is already there stays."""
         rows = list(answered)
-        with self._connection() as connection:
-            _insert_answers(connection, rows)
+        self._write(lambda connection: _insert_answers(connection, rows))
 
     def open_call(self, question: Question, endpoint: str, input_tokens: int, output_tokens: int) -> int:
         """Record that a call is about to be made that may use this many tokens; returns the call's id.
@@ -133,8 +181,8 @@ class AnswerStore:
         """
         row = (_now(), endpoint, question.key, "open", None, input_tokens, output_tokens)
         columns = "at, endpoint, key, outcome, seconds, input_tokens, output_tokens"
-        with self._connection() as connection:
-            return connection.execute(f"INSERT INTO calls ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row).lastrowid
+        query = f"INSERT INTO calls ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        return self._write(lambda connection: connection.execute(query, row).lastrowid)
 
     def close_call(
         self,
@@ -146,10 +194,13 @@ class AnswerStore:
     ) -> None:
         """Record the outcome and the (input, output) tokens of a `call`; store its answer in the same transaction."""
         query = "UPDATE calls SET outcome = ?, seconds = ?, input_tokens = ?, output_tokens = ? WHERE id = ?"
-        with self._connection() as connection:
+
+        def write(connection: sqlite3.Connection) -> None:
             connection.execute(query, (outcome, seconds, *tokens, call))
             if answered is not None:
                 _insert_answers(connection, [answered])
+
+        self._write(write)
 
     def texts(self, model_identity: dict[str, Any]) -> Iterator[str]:
         """The texts of all answers to questions with this `model_identity`."""
