@@ -23,6 +23,7 @@ from distillery.report.figures import (
     figure_leaderboard,
     figure_reliability,
 )
+from distillery.report.sentences import left_out_sentence
 from distillery.report.style import INK, ROLE_COLOURS
 from distillery.report.svg import figure_svg, inline_svg
 from distillery.report.tables import MIN_BIN_ROWS, reliability_table, size_series
@@ -90,6 +91,24 @@ def test_a_line_joins_students_that_differ_in_size_alone(finished):
     assert [tuple(at) for at in line.get_xydata()] == [(1.0, 0.5), (3.0, 0.65), (6.0, 0.7)]
     assert size_series(params, board[board["model"] != "layers-3"]) == []
     assert size_series(params, board.assign(parameters=[6.0, 6.0, 2.0, 3.0, 9.0])) == []
+
+
+@pytest.mark.parametrize(
+    ("teacher", "reason"),
+    [
+        ({"kind": "answers"}, "only its answers are here, in files"),
+        ({"kind": "api"}, "it is behind an endpoint"),
+        ({}, "it was not measured"),
+    ],
+)
+def test_a_model_without_a_known_cost_is_named_below_the_picture(finished, teacher, reason):
+    results, board = finished
+    assert left_out_sentence(results, board, "parameters") == ""
+    spec = results.params.teachers["big"].model_copy(update=teacher)
+    results = replace(results, params=results.params.model_copy(update={"teachers": {"big": spec}}))
+    board = board.assign(parameters=board["parameters"].where(board["model"] != "big"))
+    assert left_out_sentence(results, board, "parameters") == f"Not in the picture: big ({reason})."
+    assert "big" not in [text.get_text() for text in figure_cost(results, board).axes[0].texts]
 
 
 def test_confusion_matrices_are_those_of_the_predictions(finished):

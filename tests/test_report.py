@@ -502,6 +502,19 @@ def test_a_small_p_is_shown_as_a_bound(finished):
     assert 'title="p < 0.001 after correction;' in html and "p 0.000" not in html and "p = 0.000" not in html
 
 
+def test_a_model_that_a_picture_of_costs_lacks_is_named_below_it(finished):
+    root, _, results, board = finished
+    figures = dict.fromkeys(
+        ("leaderboard", "labels", "cost", "latency", "confusion", "reliability", "coverage", "history"), "<svg/>"
+    )
+    board = board.reset_index()
+    for column in ("parameters", "latency_p50_ms"):
+        board[column] = board[column].where(board["model"] != "big")
+    html = unescape(render_page(root, results, board, figures, Measurements(), slice_scores(results)))
+    assert html.count("on the dashed line") == 2 and html.count("Not in the picture: big (it was not measured).") == 2
+    assert "Not in the picture" not in (root / "reports/index.html").read_text(encoding="utf-8")
+
+
 EVIL = "<script>alert('pwned')</script> & \"quoted\" $x_1$ </script>"
 
 

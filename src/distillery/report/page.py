@@ -31,8 +31,8 @@ from distillery.files import Paths, atomic_write
 from distillery.models.precision import resolve_dtypes
 from distillery.models.predictions import find_alerts
 from distillery.report.environment import ENVIRONMENT
-from distillery.report.figures import all_figures
-from distillery.report.sentences import describe_result
+from distillery.report.figures import COSTS, all_figures
+from distillery.report.sentences import describe_result, left_out_sentence
 from distillery.report.svg import figure_svg, inline_svg
 from distillery.report.tables import reliability_table, score_table, size_series, teacher_shares
 from distillery.teachers.label_review import read_label_errors
@@ -151,6 +151,7 @@ def render_page(
         examples=group_records(measured.examples, "perturbation"),
         figures={name: inline_svg(name, text) for name, text in figures.items()},
         sizes=bool(size_series(results.params, board)),
+        left_out={cost: left_out_sentence(results, board, cost) for cost in COSTS},
         slices=group_records(parts, "column"),
         slice_sentence=slice_sentence(parts, head.name).replace("*", ""),
         label_errors=_label_errors(root, results),

@@ -11,8 +11,13 @@ import pandas as pd
 from distillery.config.effects import control_differences
 from distillery.evaluation.costs import PRICED_ROWS
 from distillery.evaluation.leaderboard import DOLLARS, count_comparisons
-from distillery.evaluation.results import ModelResult, Results
+from distillery.evaluation.results import TRAINED_ROLES, ModelResult, Results
 from distillery.report.environment import ENVIRONMENT
+
+NOT_HERE = {  # kind of teacher -> why its model has no size and no speed of its own
+    "answers": "only its answers are here, in files",
+    "api": "it is behind an endpoint",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,21 @@ def render_facts(facts: Facts) -> dict[str, Any]:
         "sentences": [text for text in paragraphs if text],
         "tiles": [dict(zip(("value", "label", "note", "tone"), tile, strict=True)) for tile in tiles],
     }
+
+
+def left_out_sentence(results: Results, board: pd.DataFrame, cost: str) -> str:
+    """Which trained models of the headline's source `figure_cost` cannot show, and why; empty when it shows them all.
+
+    board: as returned by :func:`leaderboard`. cost: its column.
+    """
+    of_source = board[board["source"] == results.headline.source]
+    names = of_source.loc[of_source[cost].isna() & of_source["role"].isin([*TRAINED_ROLES, "export"]), "model"]
+    keys = {result.name: result.key for result in results.models if result.role == "teacher"}
+    reasons = []
+    for name in names:
+        spec = results.params.teachers.get(keys.get(name, ""))
+        reasons.append(f"{name} ({NOT_HERE.get(spec.kind if spec else '', 'it was not measured')})")
+    return f"Not in the picture: {', '.join(reasons)}." if reasons else ""
 
 
 def result_facts(results: Results, board: pd.DataFrame) -> Facts:
