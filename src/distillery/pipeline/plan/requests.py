@@ -115,13 +115,13 @@ class RequestedRows:
         api = self.spec.api
         stored, usage = self._stored_answers()
         wanted = round(rows.value * api.samples)
-        kept = round(min(wanted, (stored or 0) * min(1.0, rows.value / max(1, len(self.frame)))))
+        stored_labels = round(min(wanted, (stored or 0) * min(1.0, rows.value / max(1, len(self.frame)))))
         counted = self._prompt_tokens(self.prompt)
         tokens, output = counted, Figure(api.max_tokens, "at most (`max_tokens`)")
         if len(usage) >= MIN_STORED:
             origin = f"as the endpoint counted them in {len(usage)} kept answers"
             tokens, output = (Figure(float(mean), origin) for mean in np.mean(usage, axis=0))
-        requests = [Requests("for labels", wanted - kept, tokens, output)]
+        requests = [Requests("for labels", wanted - stored_labels, tokens, output)]
         for prompt, count in self._compared_rows().items():
             missing = max(0, count * api.samples - (self._kept_of_prompt(prompt) if count else 0))
             purpose = f"to compare `{prompt or 'prompt'}`"
@@ -133,7 +133,14 @@ class RequestedRows:
             requests.append(Requests("for tokens of labels", trainable, counted, one))
             longest = Figure(counted.value + self.spec.max_new_tokens, "with the rationale at most")
             requests.append(Requests("for tokens of rationales", reasons.count, longest, one))
-        return requests, "kept answers not looked up" if stored is None else f"{kept:,} answers kept" if kept else ""
+        return (
+            requests,
+            "kept answers not looked up"
+            if stored is None
+            else f"{stored_labels:,} answers kept"
+            if stored_labels
+            else "",
+        )
 
     @property
     def _most(self) -> Figure:
