@@ -10,6 +10,7 @@ from torch import nn
 
 from distillery import losses
 from distillery.config.schema import DIVERGENCES
+from distillery.losses.tensors import any_true
 from references import CHECKS, divergence, largest_error
 
 NAMES = list(losses.DISTRIBUTION_TERMS)
@@ -597,3 +598,16 @@ def test_wrong_shapes_are_named(call, shapes):
 def test_wrong_values_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_values_on_a_gpu_are_not_looked_at():
+    """The CPU would wait for them at every step."""
+
+    class OnGpu:
+        device, is_meta = torch.device("cuda"), False
+
+        def any(self):
+            raise AssertionError("waits for the GPU")
+
+    assert not any_true(OnGpu()) and not any_true(torch.ones(2, device="meta") > 0)
+    assert any_true(torch.tensor([False, True])) and not any_true(torch.tensor([False]))

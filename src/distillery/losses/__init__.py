@@ -9,6 +9,8 @@ positions of the *whole optimizer step*, so micro-batches of any size add up to 
 Precision. float32 whatever the model's dtype (float64 if the student's logits are float64). A teacher's probability may
 be 0 (log-probability -inf): its logarithm is held at `LOG_FLOOR`, the smallest normal float32, so that the terms which
 divide by it stay finite. A student's logits must be finite: exclude an outcome with a large negative one such as -1e4.
+
+Errors. Shapes are checked everywhere, values on a CPU alone: a GPU would have to be waited for at every step.
 """
 
 from distillery.losses.balance import balanced_weights

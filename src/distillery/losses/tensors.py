@@ -12,8 +12,11 @@ def as_float(tensor: Tensor) -> Tensor:
 
 
 def any_true(condition: Tensor) -> bool:
-    """Whether any element of `condition` is true; False on the `meta` device, where no value is known."""
-    return not condition.is_meta and bool(condition.any())
+    """Whether any element of `condition` is true; False unless it lies on the CPU.
+
+    A GPU would have to be waited for at every step, and on the `meta` device no value is known.
+    """
+    return condition.device.type == "cpu" and bool(condition.any())
 
 
 def shape_text(tensor: Tensor) -> str:
