@@ -292,6 +292,14 @@ CASES = [
         "There is no GPU",
     ),
     (one_gpu.tuning_sentence, (1.0, 0.5, 90), "falls, from 1.00 to 0.50 nats, in 1.5 m", (0.5, 1.0, 90), "not** fall,"),
+    (
+        one_gpu.divergence_sentence,
+        (0.5, 0.2),
+        "0.5 nats from its teacher, at last 0.2. It comes",
+        (0.004, 0.005),
+        "**noth",
+    ),
+    (one_gpu.divergence_sentence, (0.2, 0.3), "does **not** come closer", (0.011, 0.01), "It comes closer"),
     (one_gpu.teacher_sentence, (0.8, 0.5), "something to teach.", (0.52, 0.5), "**nothing** to teach"),
     (
         one_gpu.memory_sentence,

@@ -18,6 +18,7 @@ SIZES = ("auto", "full", "tiny")
 TEACHER, STUDENT = "teacher", "student"  # names of the models
 GIB = 2**30
 FREE_GPU = 16 * GIB  # of a hosted notebook that costs nothing
+SAME_DISTRIBUTION = 0.01  # nats: a divergence below is too small to see
 
 FITTING = {"full": (10**6, 2, 200), "tiny": (240, 1, 20)}  # rows (at most), epochs, steps
 
@@ -133,6 +134,15 @@ def teacher_sentence(accuracy: float, majority: float) -> str:
     if accuracy > majority + 0.05:
         return text + "It has something to teach."
     return text + "It has **nothing** to teach: a student can only copy its errors."
+
+
+def divergence_sentence(first: float, last: float) -> str:
+    """The student's divergence from its teacher in the first and the last logged steps, in nats."""
+    text = f"At first the student is {first:.2g} nats from its teacher, at last {last:.2g}. "
+    if first < SAME_DISTRIBUTION:
+        text += "Both predict nearly the same distribution from the start, as models of random weights do: "
+        return text + "there is **nothing** to learn."
+    return text + ("It comes closer." if last < first else "It does **not** come closer.")
 
 
 def memory_sentence(peaks: dict[str, int | None]) -> str:
