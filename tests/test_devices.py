@@ -6,11 +6,13 @@ No GPU is needed: torch's answers about devices are replaced. The tests of `real
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
 import sys
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -194,6 +196,19 @@ def test_the_peak_of_a_process_is_in_the_unit_of_its_system(monkeypatch, platfor
     monkeypatch.setattr(resource, "getrusage", lambda whose: SimpleNamespace(ru_maxrss=3 * 2**20))
     assert memory.process_peak() == 3 * 2**20 * unit
     assert memory.peak_record()["peak_memory_mb"] == 3 * unit
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_memory_between_blocks_that_stay_is_given_back():
+    def held() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    blocks = [bytearray(2**16) for _ in range(1000)]
+    staying = blocks[::2]
+    del blocks
+    before = held()
+    memory.release_free_memory()
+    assert before - held() > len(staying) * 2**15  # the half of what is free, at least
 
 
 def test_the_machine_of_a_training_is_named_with_its_gpu(machine, monkeypatch):

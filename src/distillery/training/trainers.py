@@ -20,6 +20,7 @@ from distillery.config.schema import PhaseConfig
 from distillery.label_sets import sets_of
 from distillery.models.fast_cpu import train_used_embeddings, use_bit_dropout
 from distillery.models.label_model import Completion, LabelModel
+from distillery.models.memory import release_free_memory
 from distillery.models.packed.frozen_layers import SharedStates, compute_frozen_states
 from distillery.models.predictions import score_predictions
 from distillery.models.scoring import scored_completions
@@ -42,6 +43,8 @@ from distillery.training.stopping import (
     schedule_arguments,
 )
 from distillery.training.teacher_signals import TeacherSignals
+
+RELEASE_EVERY = 20  # optimizer steps: rare enough to take no time
 
 
 class PhaseTrainerMixin(SharedStepsMixin):
@@ -111,6 +114,8 @@ class PhaseTrainerMixin(SharedStepsMixin):
         """The micro-batches of one optimizer step, and what the whole step will be divided by."""
         if self.logged_step is None:
             self.logged_step = self.state.global_step  # not 0 in a run that continues from a checkpoint
+        if self.state.global_step % RELEASE_EVERY == 0:
+            release_free_memory()
         batches, _ = super().get_batch_samples(*args, **kwargs)
         rows = [batch.pop("index").tolist() for batch in batches]
         shares = self.share_step(rows, [self.is_sampled(k) for k in range(len(batches))])
