@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from distillery.config.load import load_params, validate_section
 from distillery.config.schema import ApiConfig, Params
 from distillery.errors import UserError
 from distillery.files import read_yaml
-from distillery.pipeline.plan.labelling import CLIENT_RATE, plan_labelling, read_rows_to_label
+from distillery.pipeline.plan.labelling import CLIENT_RATE, Labelling, plan_labelling, read_rows_to_label
 from distillery.pipeline.plan.requests import Figure, RequestedRows, Requests, total_tokens
 from distillery.tasks.prompts import chat_turns
 from distillery.tasks.schema import Task, load_task
@@ -185,6 +186,18 @@ def test_rows_that_calibrate_are_counted(root, calibrate, more):
     requests = requests_of(root, load_params(root / "params.yaml"), {"calibrate": calibrate})
     counts = [requests[f"to compare `{prompt}`"].count for prompt in ("prompt", "bare")]
     assert counts == [2 * more[0], 2 * (5 + more[1])]  # two samples of each
+
+
+def test_what_does_not_grow_with_the_rows_is_no_part_of_the_time_of_a_row(root):
+    """Methods are compared for the longest rows, before the clock starts."""
+    params, task = load_params(root / "params.yaml"), load_task("finance-sentiment", root / "tasks")
+    calls = []
+    teacher = SimpleNamespace(predict=lambda rows: calls.append(rows["text"].str.len().tolist()))
+    teacher.generate = lambda turns, **_: calls.append([len(one[-1]["content"]) for one in turns])
+    labelling = Labelling(root, params, "lm", params.teachers["lm"], task, ROWS)
+    labelling._label_rate(teacher), labelling._seconds_of_reason(teacher)
+    for first, timed in (calls[:2], calls[2:]):
+        assert max(first) == max(timed) and len(timed) > len(first)
 
 
 def test_an_answer_to_a_question_is_written_and_a_label_is_not(root):
