@@ -180,10 +180,18 @@ def test_a_prompt_that_was_chosen_is_that_of_the_labels_and_of_the_answers_that_
         requests_of(root, params)
 
 
-@pytest.mark.parametrize(("calibrate", "more"), [("none", [0, 0]), ("contextual", [3, 3]), ("batch", [0, 4])])
-def test_rows_that_calibrate_are_counted(root, calibrate, more):
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [
+        ({}, [0, 0]),
+        ({"calibrate": "contextual"}, [3, 3]),
+        ({"calibrate": "batch"}, [0, 4]),
+        ({"choose_prompt_by": "mutual_information"}, [0, 4]),
+    ],
+)
+def test_rows_that_calibrate_are_counted(root, settings, more):
     """Three texts without content by each of two prompts; or the pool, which one of them labels anyway."""
-    requests = requests_of(root, load_params(root / "params.yaml"), {"calibrate": calibrate})
+    requests = requests_of(root, load_params(root / "params.yaml"), settings)
     counts = [requests[f"to compare `{prompt}`"].count for prompt in ("prompt", "bare")]
     assert counts == [2 * more[0], 2 * (5 + more[1])]  # two samples of each
 
