@@ -767,7 +767,8 @@ def test_a_student_reads_the_prompt_that_its_teacher_chose(tmp_path):
 
 
 def test_the_inputs_of_a_student_have_the_prompt_that_its_teacher_chose(experiment, tmp_path):
-    """As its training reads them; without `prompt_of` they are as if there were no such key."""
+    """As its training reads them; without `prompt_of` they are as if there were no such key. A teacher that is opened
+    for its tokens or hidden states reads the prompt of its labels."""
     _, params = experiment
     prompt = TASK.prompt.model_copy(update={"instruction": "Say the opposite."})
     task = TASK.model_copy(update={"prompts": {"short": prompt}})
@@ -777,7 +778,8 @@ def test_the_inputs_of_a_student_have_the_prompt_that_its_teacher_chose(experime
     for file, content in files.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(json.dumps(content))
-    phase = params.students["half-gkd"].phases[0].model_copy(update={"teachers": ["lm"]})
+    params = prompted(params, prompts=["short"])
+    phase = params.students["half-gkd"].phases[0].model_copy(update={"teachers": ["lm"], "loss": {"hidden": 1.0}})
     spec = params.students["half-gkd"].model_copy(update={"phases": [phase]})
 
     def record(prompt_of: str | None) -> dict:
@@ -786,6 +788,7 @@ def test_the_inputs_of_a_student_have_the_prompt_that_its_teacher_chose(experime
 
     assert record("lm")["task"]["prompt"] == prompt.model_dump() != record(None)["task"]["prompt"]
     assert record("lm")["spec"] == record(None)["spec"] and "prompt_of" not in record(None)["spec"]
+    assert record(None)["openable_teachers"]["lm"]["task"]["prompt"] == prompt.model_dump()
 
 
 # ------------------------------------------------------------------------------- answers from files

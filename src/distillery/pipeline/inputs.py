@@ -110,12 +110,16 @@ def experiment_record(root: Path, params: Params, name: str) -> dict[str, Any]:
         "source": source,
         "task": task_of_source(root, source, spec.arch != "classifier", spec.prompt_of),
         "teachers": {teacher: _validation_scores(root, name, spec, teacher) for teacher in teachers_of(spec)},
-        "openable_teachers": {
-            teacher: teacher_record(root, params, teacher)
-            | {"weights": _file_digests(root, _output_files(root, teacher))}
-            for teacher in sorted(opened)
-        },
+        "openable_teachers": {teacher: opened_teacher_record(root, params, teacher) for teacher in sorted(opened)},
     }
+
+
+def opened_teacher_record(root: Path, params: Params, name: str) -> dict[str, Any]:
+    """The record of teacher `name` as students open it: with its weights, and the prompt by which it labelled."""
+    spec, source = params.teachers[name], params.teacher_sources(name)[0]
+    chosen = {"task": task_of_source(root, source, spec.kind != "classifier", name)} if spec.prompts else {}
+    weights = {"weights": _file_digests(root, _output_files(root, name))}
+    return teacher_record(root, params, name) | chosen | weights
 
 
 def _output_files(root: Path, teacher: str) -> set[Path]:
