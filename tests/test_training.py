@@ -36,7 +36,7 @@ from distillery.tasks.prompts import chat_turns, render_prompt
 from distillery.tasks.schema import Task, TaskPrompt, load_task
 from distillery.training.completions import ANSWER, RATIONALE, SAMPLED, MicroBatch, PhaseCompletions, StepCounts
 from distillery.training.disk import disk_need, size_text
-from distillery.training.on_policy import on_policy_share
+from distillery.training.on_policy import EarlierAnswers, on_policy_share, uses_earlier_answers
 from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.rows import TrainingRows, phase_rows
@@ -769,6 +769,36 @@ def test_an_adaptive_student_learns_from_the_data_until_the_validation_loss_rise
     first = evaluated[0][1]
     rose = [step for step, loss in evaluated[1:] if loss >= first]
     assert rose and sampled == list(range(rose[0], 8))
+
+
+def test_an_adaptive_student_uses_its_answers_again_the_later_the_more(tmp_path, monkeypatch):
+    """With the share of the steps taken as probability, and only where every row has one; a checkpoint holds them."""
+
+    def trainer_at(step: int) -> OnPolicyTrainer:
+        trainer = OnPolicyTrainer.__new__(OnPolicyTrainer)
+        trainer.phase = phase({"kl": 1.0}, space="vocabulary", on_policy="adaptive", validate_every=2)
+        trainer.seed, trainer.token_ids, trainer.earlier = 0, [[1]] * 3, EarlierAnswers()
+        trainer.state = SimpleNamespace(global_step=step, max_steps=100)
+        trainer.student = SimpleNamespace(generate_tokens=lambda ids, **_: calls.append(len(ids)) or [[7]] * len(ids))
+        return trainer
+
+    calls: list[int] = []
+    trainer = trainer_at(0)
+    for _ in range(20):  # at the start every answer is new
+        trainer.sample_answers([0, 1], 0)
+        trainer.earlier.share()
+    assert calls == [2] * 20
+    monkeypatch.setattr(PhaseTrainerMixin, "_save", lambda *_: None)
+    monkeypatch.setattr(PhaseTrainerMixin, "_load_from_checkpoint", lambda *_: None)
+    trainer._save(str(tmp_path))
+    resumed = trainer_at(100)
+    resumed._load_from_checkpoint(str(tmp_path))
+    calls.clear()
+    assert resumed.sample_answers([1, 0], 0) == [([7], 0), ([7], 0)] and not calls
+    resumed.sample_answers([1, 2], 0)
+    assert calls == [2]  # row 2 has no answer yet
+    draws = [uses_earlier_answers(0.3, [0, step, k]) for step in range(100) for k in range(10)]
+    assert 0.25 < np.mean(draws) < 0.35
 
 
 def test_on_policy_a_teacher_of_another_tokenizer_is_refused(tiny_models, tmp_path):

@@ -27,7 +27,7 @@ from distillery.models.scoring import scored_completions
 from distillery.models.series_adapters import has_series_adapters, trained_weights
 from distillery.tasks.schema import N_OPTIONS
 from distillery.training.completions import PhaseCompletions, StepCounts
-from distillery.training.on_policy import on_policy_share
+from distillery.training.on_policy import EarlierAnswersMixin, on_policy_share
 from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.processes import predict_together, process_count, process_rank, sum_values
@@ -191,7 +191,7 @@ class CausalTrainer(PhaseTrainerMixin, SFTTrainer):
     """
 
 
-class OnPolicyTrainer(PhaseTrainerMixin, PlainStep, GKDTrainer):
+class OnPolicyTrainer(EarlierAnswersMixin, PhaseTrainerMixin, PlainStep, GKDTrainer):
     """Distillation on answers that the student generates itself (Agarwal et al. 2024, GKD), scored by the teachers.
 
     What is overridden, and the fault of TRL 1.16.0 that it mends:
@@ -218,7 +218,9 @@ class OnPolicyTrainer(PhaseTrainerMixin, PlainStep, GKDTrainer):
         return self._draws(micro_batch)[0] < on_policy_share(self.phase, self.state.log_history)
 
     def sample_answers(self, rows: list[int], micro_batch: int) -> list[Completion]:
-        """Answers to `rows` that the student generates itself."""
+        """Answers to `rows` that the student generates itself, now or earlier."""
+        if (answers := self.earlier_answers(rows, micro_batch)) is not None:
+            return answers
         place = (micro_batch, process_rank()) if process_count() > 1 else (micro_batch,)
         generated = self.student.generate_tokens(
             [self.token_ids[i] for i in rows],
@@ -227,6 +229,7 @@ class OnPolicyTrainer(PhaseTrainerMixin, PlainStep, GKDTrainer):
             seed=self._draws(*place)[1],
             batch_size=len(rows),
         )
+        self.keep_answers(rows, generated)
         return [(tokens, 0) for tokens in generated]
 
 

@@ -94,7 +94,8 @@ class PhaseConfig(TrainingConfig):
     bound. At 0 the rest is one outcome."""
     on_policy: Fraction | Literal["adaptive"] = 0.0
     """Share of the batches whose answers the student generates itself (Agarwal et al. 2024, GKD). `adaptive`: 0 at the
-    start, and a tenth more whenever the loss on validation rows has risen by 0.1 (Ko et al. 2024, DistiLLM)."""
+    start, and a tenth more whenever the loss on validation rows has risen by 0.1; the later the step, the more of
+    these batches use its earlier answers (Ko et al. 2024, DistiLLM)."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 16
     """Largest length of a generated answer, in tokens."""
     sampling_temperature: Positive = 1.0
