@@ -151,7 +151,7 @@ def render_page(
         examples=group_records(measured.examples, "perturbation"),
         figures={name: inline_svg(name, text) for name, text in figures.items()},
         sizes=bool(size_series(results.params, board)),
-        left_out={cost: left_out_sentence(results, board, cost) for cost in COSTS},
+        not_drawn={cost: left_out_sentence(results, board, cost) for cost in COSTS},
         slices=group_records(parts, "column"),
         slice_sentence=slice_sentence(parts, head.name).replace("*", ""),
         label_errors=_label_errors(root, results),
