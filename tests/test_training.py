@@ -34,6 +34,7 @@ from distillery.models.save import save_model
 from distillery.report.model_card import render_card
 from distillery.tasks.prompts import chat_turns, render_prompt
 from distillery.tasks.schema import Task, TaskPrompt, load_task
+from distillery.training import trainers
 from distillery.training.completions import ANSWER, RATIONALE, SAMPLED, MicroBatch, PhaseCompletions, StepCounts
 from distillery.training.disk import disk_need, size_text
 from distillery.training.on_policy import EarlierAnswers, on_policy_share, uses_earlier_answers
@@ -287,6 +288,13 @@ def test_optimizer_steps_are_those_that_are_run(tiny_models, tmp_path, more, n, 
     spec = phase({"ce": 1.0}, **more)
     assert count_optimizer_steps(n, spec) == steps
     assert trained(learner(tiny_models, "classifier"), toy(n), spec, tmp_path)["step"].max() <= steps
+
+
+def test_free_memory_is_given_back_now_and_then(tiny_models, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(trainers, "release_free_memory", lambda: calls.append("called"))
+    trained(learner(tiny_models, "classifier"), toy(9), phase({"ce": 1.0}, steps=21, batch_size=4), tmp_path)
+    assert len(calls) == 2  # before the steps 1 and 21
 
 
 # ------------------------------------------------------------------------------- the loss, by hand
