@@ -5,7 +5,7 @@
 Each endpoint is a process of its own on this machine that speaks the protocol of OpenAI: it answers four requests at a
 time, each after the same time, with a label that the text decides, and keeps a ledger of the requests that it began and
 of the answers that it sent whole. So the endpoints compute nothing, and the figures are those of the client: how many
-requests it keeps going, and how many answers it can store, each on the disk before the next. First the same rows are
+requests it keeps going, and how many answers it can put on the disk. First the same rows are
 labelled by more and more endpoints, each time into a new store. Then by eight, of which two are killed (SIGKILL) on the
 way. At last by eight, of which two are killed, and so is the client on its way, which then starts again.
 """
