@@ -111,10 +111,9 @@ def render_page(
     measured: Measurements,
     parts: pd.DataFrame,
 ) -> str:
-    """The self-contained page: no network, every text of the data escaped. figures: name -> SVG text.
+    """The self-contained page: no network, every text of the data escaped.
 
-    parts: see :func:`distillery.evaluation.slices.slice_scores`.
-    """
+    figures: name -> SVG text. parts: see :func:`distillery.evaluation.slices.slice_scores`."""
     rows = board.astype(object).where(board.notna(), None).to_dict("records")
     further = {result.name for result in results.models if result.is_further}
     head, compared = results.headline, [result.name for result in results.compared]
