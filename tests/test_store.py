@@ -189,6 +189,29 @@ def test_threads_that_wait_for_the_disk_are_written_together_and_one_that_is_wro
     assert commits.count("COMMIT") == (1 if damaged is None else 10)
 
 
+def test_what_an_interrupted_thread_had_taken_is_written_by_another(tmp_path, monkeypatch):
+    store, commit, interrupted = AnswerStore(tmp_path / "answers.sqlite"), AnswerStore._commit, []
+
+    def interrupt_once(self, writes) -> None:
+        if not interrupted:
+            interrupted.append(len(writes))
+            raise RuntimeError
+        commit(self, writes)
+
+    def wait_for_all() -> None:
+        while len(store._waiting) < 5:
+            time.sleep(0.001)
+        with store._turn:
+            store._is_writing = False
+            store._turn.notify_all()
+
+    monkeypatch.setattr(AnswerStore, "_commit", interrupt_once)
+    store._is_writing = True  # as another thread
+    raised = in_threads(5, lambda i: store.put([(question(i), Answer(str(i)))]), wait_for_all)
+    assert interrupted == [5] and [type(error) for error in raised].count(RuntimeError) == 1
+    assert None not in store.get([question(i) for i in range(5)])
+
+
 @pytest.mark.parametrize("threads", [1, 8])
 def test_a_kill_loses_nothing_that_was_kept_and_leaves_no_half(tmp_path, threads):
     path = tmp_path / "answers.sqlite"

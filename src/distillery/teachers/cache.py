@@ -132,10 +132,13 @@ class AnswerStore:
             if writes:
                 self._is_writing, self._waiting = True, []
         if writes:
-            self._commit(writes)
-            with self._turn:
-                self._is_writing = False
-                self._turn.notify_all()
+            try:
+                self._commit(writes)
+            finally:
+                with self._turn:
+                    self._is_writing = False
+                    self._waiting = [write for write in writes if not write.is_done] + self._waiting
+                    self._turn.notify_all()
         if own.error is not None:
             raise own.error
         return own.result
