@@ -34,7 +34,7 @@ from distillery.models.save import save_model
 from distillery.report.model_card import render_card
 from distillery.tasks.prompts import chat_turns, render_prompt
 from distillery.tasks.schema import Task, TaskPrompt, load_task
-from distillery.training import trainers
+from distillery.training import on_policy, trainers
 from distillery.training.completions import ANSWER, RATIONALE, SAMPLED, MicroBatch, PhaseCompletions, StepCounts
 from distillery.training.disk import disk_need, size_text
 from distillery.training.on_policy import EarlierAnswers, on_policy_share, uses_earlier_answers
@@ -978,7 +978,13 @@ SPECS = {
 }
 PHASES = {
     "on-policy": [
-        {"loss": {"jsd": 1.0}, "space": "vocabulary", "on_policy": 0.5, "max_new_tokens": 3},
+        {
+            "loss": {"jsd": 1.0},
+            "space": "vocabulary",
+            "on_policy": "adaptive",
+            "validate_every": 4,
+            "max_new_tokens": 3,
+        },
         {"loss": {"ce": 0.5, "hidden": 0.5}},
     ]
 }
@@ -1036,7 +1042,10 @@ def killed_at_a_checkpoint(process: multiprocessing.Process, folder: Path) -> No
 
 
 @pytest.mark.parametrize("arch", SPECS)
-def test_a_killed_training_ends_like_an_unbroken_one(tiny_models, tmp_path, arch):
+def test_a_killed_training_ends_like_an_unbroken_one(tiny_models, tmp_path, arch, monkeypatch):
+    """On-policy, each look after the first raises the share, so that answers are written, kept and used again."""
+    monkeypatch.setattr(on_policy, "SHARE_STEP", 0.5)
+    monkeypatch.setattr(on_policy, "LOSS_RISE", -9.0)
     unbroken = start(arch, tiny_models, tmp_path / "unbroken")
     out = tmp_path / "killed"
     killed_at_a_checkpoint(start(arch, tiny_models, out), out / "checkpoints-1")
@@ -1049,8 +1058,9 @@ def test_a_killed_training_ends_like_an_unbroken_one(tiny_models, tmp_path, arch
         assert (out / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name
     assert not list(out.glob("checkpoints-*"))
     history = pd.read_csv(out / "history.csv")
-    assert history["phase"].tolist() == [1] * 4 + [2] * 4 and history["ce"].isna().tolist() == [True] * 4 + [False] * 4
-    assert history["loss"].nunique() == 8
+    first = 20 if arch == "on-policy" else 4  # logged steps: every second one, as looks fall on these, or every tenth
+    assert history["phase"].tolist() == [1] * first + [2] * 4
+    assert history["ce"].isna().tolist() == [True] * first + [False] * 4 and history["loss"].nunique() == first + 4
 
 
 def test_a_half_written_checkpoint_is_left_out(tiny_models, tmp_path):
