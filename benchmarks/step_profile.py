@@ -6,8 +6,8 @@ The teacher of params.yaml (SmolLM2, adapters in its last layers) and the studen
 bits) take steps of their own trainers on rows of the finance corpus, each as it is and without one reduction. Then a
 student's loss over the vocabulary is computed in the ways that came one after the other, and MiniLM's layers 0, 2 and
 5 take steps with all weights trained. Ways take turns over the same batches, in another order each round; the first
-round compiles kernels and is left out. Printed: seconds a step (median; of the processor where there is one thread, since
-other programs may run), the ratio with its range over the rounds, and the operators that take most of the time.
+round compiles kernels and is left out. Printed: seconds a step (median; of the processor where there is one thread,
+since other programs may run), the ratio with its range over the rounds, and the operators that take most of the time.
 
 For the teacher also the share of the faster number format's speed that its step reaches: operations of its matrix
 products (`operations.py`) in its seconds, beside a lone product of a layer's size (`default_run.product_speed`).
@@ -176,7 +176,7 @@ def profile_half(rows: pd.DataFrame, batches: Batches, task: Task, rounds: int) 
         student = build_student(adapted, fetch_model(spec.model, params.models[spec.model]), task, 0)
         steps[kind] = TrainerStep(student, rows, spec.phases[0])
     medians = compare(
-        "student half-kd with adapters, 4 bits: a step, and without one reduction (16 bits: without the saving of memory)",
+        "half-kd with adapters, 4 bits: a step, and without one reduction (16 bits: without the saving of memory)",
         {
             "as it is": steps["qlora"],
             "adapters scale outputs, and copy them": steps["qlora"].scaling_outputs,
