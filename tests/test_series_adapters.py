@@ -28,8 +28,9 @@ from distillery.models.save import save_model
 from distillery.models.series_adapters import ADAPTER_WEIGHTS, SeriesAdapter, adapted_layers, sublayer_outputs
 from distillery.tasks.schema import load_task
 from distillery.training.rows import TrainingRows
-from distillery.training.run import load_weights, save_weights, train_phase
+from distillery.training.run import train_phase
 from distillery.training.student import attach_adapters, attach_series_adapters, build_student, load_student
+from distillery.training.weights import load_weights, save_weights
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 SERIES = {"kind": "series", "size": 4}

@@ -43,7 +43,8 @@ class PartialEmbedding(nn.Module):
 
     def __init__(self, embedding: nn.Embedding, ids: Iterable[int]):
         super().__init__()
-        device = embedding.weight.device
+        weight = embedding.weight.detach()
+        device = weight.device
         trained = torch.tensor(sorted(set(ids)), device=device)
         row_of = torch.full((embedding.num_embeddings,), -1, device=device)  # id -> index in `rows`
         row_of[trained] = torch.arange(len(trained), device=device)
@@ -51,7 +52,8 @@ class PartialEmbedding(nn.Module):
         # the padding token's row, which gets no gradient
         self.padding = None if padding is None or row_of[padding] < 0 else int(row_of[padding])
         self.full = embedding.requires_grad_(False)
-        self.rows = nn.Parameter(embedding.weight.detach()[trained])
+        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # of a model in shards
+        self.rows = nn.Parameter(whole[trained])
         self.register_buffer("trained", trained, persistent=False)
         self.register_buffer("row_of", row_of, persistent=False)
 

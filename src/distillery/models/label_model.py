@@ -69,6 +69,7 @@ class LabelModel:
         self.batch_size, self.windows = batch_size, windows
         self.frozen_states: FrozenStates | None = None  # for training
         self.known_states: FrozenStates | None = None  # for prediction
+        self.sharded: Any = None  # the root of its shards, where several processes hold a part of each weight
         self._methods, self._longest_row = ForwardMethods(), 0  # tokens of the longest text that was encoded
         if arch != "classifier" and task.kind == "multilabel":
             raise UserError(f"params.yaml: a `multilabel` task needs a classifier: {arch} writes one label")

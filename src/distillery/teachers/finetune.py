@@ -23,9 +23,10 @@ from distillery.teachers.local import LocalTeacher
 from distillery.teachers.signals import KEYS, label_rows
 from distillery.training.launch import run_processes
 from distillery.training.rows import gold_rows
-from distillery.training.run import load_weights, run_key, train_phase, validation_rows
+from distillery.training.run import run_key, train_phase, validation_rows
 from distillery.training.student import attach_adapters
 from distillery.training.teacher_models import load_teacher_model
+from distillery.training.weights import load_weights
 
 TUNING, WEIGHTS, HISTORY = "tuning.pickle", "weights.safetensors", "history.csv"  # files of a training in processes
 

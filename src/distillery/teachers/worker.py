@@ -16,7 +16,7 @@ from distillery.files import atomic_write, repository_root
 from distillery.teachers.finetune import HISTORY, TUNING, WEIGHTS, Tuning, build_teacher
 from distillery.teachers.labelling import LABELLING, Labelling
 from distillery.training.processes import process_rank, wait_for_all
-from distillery.training.run import save_weights
+from distillery.training.weights import save_weights
 from distillery.training.worker import run_together
 
 
@@ -26,8 +26,8 @@ def tune_teacher(folder: Path) -> None:
     tuning: Tuning = pickle.loads((folder / TUNING).read_bytes())
     teacher = build_teacher(tuning.name, params, tuning.task)
     history = tuning.train(teacher, params, folder)
+    save_weights(teacher.model, folder / "finished" / WEIGHTS)
     if process_rank() == 0:
-        save_weights(teacher.model, folder / "finished" / WEIGHTS)
         with atomic_write(folder / "finished" / HISTORY) as path:  # last, since it marks the training as finished
             history.to_csv(path, index=False)
     wait_for_all()

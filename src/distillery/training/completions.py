@@ -38,11 +38,13 @@ class MicroBatch:
     rows: their indices. completions [rows][any number]: what the student scores after each row; None when no term of
     the loss is over tokens. sampled [rows]: answers that the student, or a teacher behind an endpoint, generated, each
     of them also the last completion of its row; None when the completions are those of the data.
+    counted: whether the loss counts them; else they only keep this process in step with others.
     """
 
     rows: list[int]
     completions: list[list[Completion]] | None = None
     sampled: list[Completion] | None = None
+    counted: bool = True
 
     @cached_property
     def token_kinds(self) -> list[int]:

@@ -11,15 +11,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import pandas as pd
 import torch
 from accelerate import PartialState
 from torch import Tensor, distributed
 
 from distillery.errors import UserError
 from distillery.models.devices import VARIABLE, default_device
-from distillery.models.label_model import LabelModel
-from distillery.models.predictions import predict_rows, predict_splits
 
 Value = TypeVar("Value")
 
@@ -157,20 +154,3 @@ def _buckets(weights: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Pa
                 bucket, size = [], 0
         if bucket:
             yield bucket
-
-
-def predict_together(model: LabelModel, splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """:func:`predict_splits` with the rows shared over the processes. All of them return the same table."""
-    if process_count() == 1:
-        return predict_splits(model, splits)
-    return predict_splits(model, splits, _predict_share)
-
-
-def _predict_share(model: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
-    """:func:`predict_rows`, each process a share of `rows`."""
-    if len(rows) < process_count():
-        return predict_rows(model, rows)
-    shares = [range(rank, len(rows), process_count()) for rank in range(process_count())]
-    own = predict_rows(model, rows.iloc[list(shares[process_rank()])].reset_index(drop=True))
-    parts = [part.set_axis(share) for part, share in zip(gather(own), shares, strict=True)]
-    return pd.concat(parts).sort_index().reset_index(drop=True)

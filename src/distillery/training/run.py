@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import safetensors.torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerState
 
 from distillery.config.schema import PhaseConfig, StudentConfig
@@ -21,18 +18,20 @@ from distillery.fingerprint import code_digest
 from distillery.models.fast_cpu import restore_full_embedding
 from distillery.models.label_model import LabelModel
 from distillery.models.packed.frozen_layers import SharedStates
-from distillery.models.series_adapters import has_series_adapters, trained_weights
 from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.training.active import select_rows
 from distillery.training.disk import check_disk, disk_need, size_text
 from distillery.training.keys import result_key
 from distillery.training.openable_teachers import OpenableTeacher
-from distillery.training.processes import from_first, predict_together, process_rank, wait_for_all
+from distillery.training.processes import from_first, process_rank, wait_for_all
 from distillery.training.rows import TrainingRows, label_targets, phase_rows
 from distillery.training.served_teacher import ServedTeacher, rows_with_tokens
+from distillery.training.shared_predictions import predict_together
+from distillery.training.sharding import restore_sharded_embedding
 from distillery.training.stopping import end_sentence, had_stopped, plan_sentence
 from distillery.training.tracking import Tracking
 from distillery.training.trainers import build_trainer
+from distillery.training.weights import load_weights, save_weights
 
 HISTORY_COLUMNS = ("step", "epoch", "loss", "learning_rate")
 VALIDATION_SCORES = ("loss", "accuracy")
@@ -102,8 +101,10 @@ def train_phase(
     finally:
         if hasattr(student.model, "projections"):  # only the loss used them
             del student.model.projections
-        restore_full_embedding(student.model)
+        if student.sharded is None:
+            restore_full_embedding(student.model)
         student.frozen_states = None
+    restore_sharded_embedding(student)  # after a failure the other processes would not take part
     return _history(trainer.state.log_history, free_answers=student.task.kind == "qa")
 
 
@@ -199,8 +200,8 @@ def train_phases(
                 )
                 splits = {"validation": validation} if k < len(spec.phases) else {}
             predictions = predict_together(student, splits)
+            _save_phase(folder / f"phase-{k}", student, history, predictions)
             if process_rank() == 0:
-                _save_phase(folder / f"phase-{k}", student, history, predictions)
                 shutil.rmtree(folder / f"checkpoints-{k}", ignore_errors=True)
             wait_for_all()
         elif k == finished_phases - 1:
@@ -229,8 +230,13 @@ def validation_rows(validation: pd.DataFrame, task: Task) -> TrainingRows:
 
 
 def _save_phase(folder: Path, student: LabelModel, history: pd.DataFrame, predictions: pd.DataFrame) -> None:
-    """Write what a finished phase leaves behind; its history last, since it marks the phase as finished."""
+    """Write what a finished phase leaves behind; its history last, since it marks the phase as finished.
+
+    The first process writes; all of them call this.
+    """
     save_weights(student.model, folder / "weights.safetensors")
+    if process_rank():
+        return
     predictions.to_parquet(folder / "predictions.parquet")
     with atomic_write(folder / "history.csv") as path:
         history.to_csv(path, index=False)
@@ -244,24 +250,3 @@ def _read_phases(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         table = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
         tables.append(table[["phase", *table.columns.drop("phase")]])
     return tables[0], tables[1]
-
-
-def save_weights(model: Any, path: Path) -> None:
-    """Write the trained weights of `model` to the file `path`: its adapters, or all where it has none."""
-    with atomic_write(path) as scratch:
-        if hasattr(model, "peft_config"):
-            save_file({k: v.contiguous() for k, v in get_peft_model_state_dict(model).items()}, scratch)
-        elif has_series_adapters(model):
-            save_file({k: v.contiguous() for k, v in trained_weights(model).items()}, scratch)
-        else:
-            safetensors.torch.save_model(model, str(scratch))
-
-
-def load_weights(model: Any, path: Path) -> None:
-    """Give `model` the weights that :func:`save_weights` wrote."""
-    if hasattr(model, "peft_config"):
-        set_peft_model_state_dict(model, load_file(path))
-    elif has_series_adapters(model):
-        model.load_state_dict(load_file(path), strict=False)
-    else:
-        safetensors.torch.load_model(model, str(path))

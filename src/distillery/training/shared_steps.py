@@ -12,10 +12,11 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from distillery.config.schema.compute import ONE_PROCESS_TERM
+from distillery.config.schema.compute import FSDP_OPTIMIZER, ONE_PROCESS_TERM
 from distillery.errors import UserError
 from distillery.training.completions import StepCounts
 from distillery.training.processes import process_count, process_rank, share_weights, sum_gradients, sum_numbers
+from distillery.training.sharding import choose_methods, clip_gradients, is_sharded, shard_new_weights
 
 
 def share_rows(
@@ -45,8 +46,9 @@ class SharedStepsMixin:
     """What a trainer does otherwise where several processes train together; one process alone is left as it is.
 
     Every process goes through all batches and takes its share of each optimizer step. It holds the whole model and sums
-    its gradients with those of the others once a step, before they are clipped. So no wrapper stands around the model,
-    whose layers the loss calls in ways of its own.
+    its gradients with those of the others once a step, before they are clipped; or it holds shards, see
+    :mod:`distillery.training.sharding`. So no wrapper stands around the model, whose layers the loss calls in ways of
+    its own.
     """
 
     def share_model(self) -> None:
@@ -57,8 +59,17 @@ class SharedStepsMixin:
         if process_count() > 1:
             if "label_prior" in self.phase.loss:
                 raise UserError(ONE_PROCESS_TERM)
-            share_weights(weight for weight in self.model.parameters() if weight.requires_grad)
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+            if self.student.sharded is None:
+                share_weights(weight for weight in self.model.parameters() if weight.requires_grad)
+                return
+            if self.phase.optimizer != "adamw":
+                raise UserError(FSDP_OPTIMIZER)
+            self.accelerator.clip_grad_norm_ = clip_gradients
+            shard_new_weights(self.student)
+            completions = [tokens for row in self.completions.by_row or [] for tokens, _ in row]
+            longest = max([self.phase.max_new_tokens if self.phase.on_policy else 0, *map(len, completions)])
+            choose_methods(self.student, self.token_ids, longest)
 
     def share_step(self, micro_batches: list[list[int]], sampled: list[bool]) -> list[tuple[list[int], bool]]:
         """This process's share of an optimizer step, see :func:`share_rows`; all of it in one process alone."""
@@ -67,8 +78,25 @@ class SharedStepsMixin:
         # a function of the step, so that a resumed run has the dropout that it would have had
         seeds = np.random.SeedSequence([self.seed, self.state.global_step, process_rank()])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
-        lengths, size = [len(ids) for ids in self.token_ids], self.phase.batch_size
-        return share_rows(micro_batches, sampled, lengths, batch_size=size, rank=process_rank(), count=process_count())
+        lengths = [len(ids) for ids in self.token_ids]
+        settings = {"batch_size": self.phase.batch_size, "count": process_count()}
+        first = share_rows(micro_batches, sampled, lengths, rank=0, **settings)
+        self.most_batches = sum(bool(rows) for rows, _ in first)  # the first process has the most rows of each kind
+        return share_rows(micro_batches, sampled, lengths, rank=process_rank(), **settings)
+
+    def fill_empty(self, batches: list[dict[str, Any]]) -> None:
+        """Of a sharded model, give this process a row that does not count in each micro-batch that only others have.
+
+        It then gathers the weights with them. The row is the shortest of all; on-policy its answer is the end token.
+        """
+        if self.student.sharded is None:
+            return
+        row = min(range(len(self.token_ids)), key=lambda i: len(self.token_ids[i]))
+        answers = [([self.student.tokenizer.eos_token_id], 0)] if self.phase.on_policy else None
+        for batch in batches[: self.most_batches]:
+            if not batch["micro_batch"].rows:
+                batch["micro_batch"] = self.completions.micro_batch([row], answers)
+                batch["micro_batch"].counted = False
 
     def count_step(self, counts: StepCounts) -> StepCounts:
         """`counts` of this process's share, summed over the processes."""
@@ -80,9 +108,13 @@ class SharedStepsMixin:
         loss = torch.zeros((), device=self.args.device)
         if inputs["micro_batch"].rows:
             loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.accelerator.sync_gradients:  # after the last micro-batch of the step
+        if self.accelerator.sync_gradients and self.student.sharded is None:  # after the last micro-batch of the step
             sum_gradients(self.model.parameters())
         return loss * process_count()  # the trainer logs the mean over the processes
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
 
     def get_train_dataloader(self) -> Any:
         """All batches in every process; the trainer's own gives each another part of them."""
@@ -91,14 +123,6 @@ class SharedStepsMixin:
         sampler, size = self._get_train_sampler(), self.args.per_device_train_batch_size
         loader = DataLoader(self.train_dataset, size, sampler=sampler, collate_fn=self.data_collator)
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        if process_count() == 1:  # else the random state is a function of the step
-            super()._save_rng_state(output_dir)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if process_count() == 1:
-            super()._load_rng_state(checkpoint)
 
 
 class PlainStep:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -24,18 +24,20 @@ from distillery.models.memory import release_free_memory
 from distillery.models.packed.frozen_layers import SharedStates, compute_frozen_states
 from distillery.models.predictions import score_predictions
 from distillery.models.scoring import scored_completions
-from distillery.models.series_adapters import has_series_adapters, trained_weights
 from distillery.tasks.schema import N_OPTIONS
+from distillery.training.checkpoints import CheckpointsMixin
 from distillery.training.completions import PhaseCompletions, StepCounts
 from distillery.training.on_policy import EarlierAnswersMixin, on_policy_share
 from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.phase_loss import PhaseLoss
-from distillery.training.processes import predict_together, process_count, process_rank, sum_values
+from distillery.training.processes import process_count, process_rank, sum_values
 from distillery.training.progress import LOG_EVERY, ProgressPrinter, example_line
 from distillery.training.rows import TrainingRows
 from distillery.training.sampler import BalancedSampler, LengthGroupedSampler
 from distillery.training.served_teacher import ServedTeacher
+from distillery.training.shared_predictions import predict_together
 from distillery.training.shared_steps import PlainStep, SharedStepsMixin
+from distillery.training.sharding import compute_together, predict_in_step, whole_weights
 from distillery.training.stopping import (
     PatienceCallback,
     count_optimizer_steps,
@@ -47,7 +49,7 @@ from distillery.training.teacher_signals import TeacherSignals
 RELEASE_EVERY = 20  # optimizer steps: rare enough to take no time
 
 
-class PhaseTrainerMixin(SharedStepsMixin):
+class PhaseTrainerMixin(CheckpointsMixin, SharedStepsMixin):
     """What this repository changes in a trainer: which rows make a batch, the loss, and the scores on validation rows.
 
     A batch of the data loader holds the indices of its rows; :meth:`get_batch_samples` turns it into a `MicroBatch`.
@@ -84,10 +86,10 @@ class PhaseTrainerMixin(SharedStepsMixin):
         if student.arch == "classifier":  # other models' embeddings are also their output head
             used = {student.tokenizer.pad_token_id, *(token for ids in self.token_ids for token in ids)}
             train_used_embeddings(self.model, used)
+        self.share_model()
         repeats = count_optimizer_steps(len(rows), phase) * phase.accumulate * phase.batch_size > len(rows)
         if student.arch == "causal" and repeats and not phase.on_policy and not self.signals.student_layers:
-            self._compute_frozen_states(shared)
-        self.share_model()
+            predict_in_step(student, lambda: self._compute_frozen_states(shared))
 
     def _compute_frozen_states(self, shared: SharedStates | None) -> None:
         """Compute once what the student's frozen lower layers, if it has any, give for all rows of the phase."""
@@ -118,11 +120,14 @@ class PhaseTrainerMixin(SharedStepsMixin):
             release_free_memory()
         batches, _ = super().get_batch_samples(*args, **kwargs)
         rows = [batch.pop("index").tolist() for batch in batches]
-        shares = self.share_step(rows, [self.is_sampled(k) for k in range(len(batches))])
-        for k, (batch, (own, sampled)) in enumerate(zip(batches, shares, strict=True)):
-            answers = self.sample_answers(own, k) if sampled else None
-            batch["micro_batch"] = self.completions.micro_batch(own, answers)
+        kinds = [self.is_sampled(k) for k in range(len(batches))]
+        shares = self.share_step(rows, kinds)
+        with whole_weights(self.student) if any(kinds) else nullcontext():
+            answers = [self.sample_answers(own, k) if sampled else None for k, (own, sampled) in enumerate(shares)]
+        for batch, (own, _), sampled in zip(batches, shares, answers, strict=True):
+            batch["micro_batch"] = self.completions.micro_batch(own, sampled)
         self.counts = self.count_step(StepCounts.of([batch["micro_batch"] for batch in batches]))
+        self.fill_empty(batches)
         return batches, None
 
     def is_sampled(self, micro_batch: int) -> bool:
@@ -135,23 +140,17 @@ class PhaseTrainerMixin(SharedStepsMixin):
         """The phase's loss on `inputs["micro_batch"]`, divided by the counts of the whole optimizer step."""
         batch = inputs["micro_batch"]
         ids = [self.token_ids[i] for i in batch.rows]
-        outputs = self.student.forward(ids, batch.completions, **self.phase_loss.requested_outputs)
-        loss, values = self.phase_loss(outputs, batch, self.counts)
-        for term, value in values.items():
-            self.term_values.setdefault(term, []).append(value.detach())
-        return (loss, outputs) if return_outputs else loss
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if has_series_adapters(self.model):
-            state_dict = trained_weights(self.model)
-        super()._save(output_dir, state_dict)
-        if self.signals.projections:  # of a model with adapters, these alone are saved
-            save_file(self.model.projections.state_dict(), Path(output_dir) / "projections.safetensors")
+        def compute() -> Any:
+            outputs = self.student.forward(ids, batch.completions, **self.phase_loss.requested_outputs)
+            loss, values = self.phase_loss(outputs, batch, self.counts)
+            if batch.counted:
+                for term, value in values.items():
+                    self.term_values.setdefault(term, []).append(value.detach())
+            loss = loss if batch.counted else 0 * loss
+            return (loss, outputs) if return_outputs else loss
 
-    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(checkpoint, model)
-        if self.signals.projections:
-            self.model.projections.load_state_dict(load_file(Path(checkpoint) / "projections.safetensors"))
+        return compute_together(self.student, compute)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log `logs`, and with a training loss the mean of each term since the last logged step."""
@@ -176,8 +175,19 @@ class PhaseTrainerMixin(SharedStepsMixin):
         scores = {"eval_accuracy": report["accuracy"], "eval_macro_f1": f1, "eval_loss": report["log_loss"]}
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
-        print(example_line(self.student, self.rows, self.state.global_step), flush=True)
+        print(self._example_line(), flush=True)
         return scores
+
+    def _example_line(self) -> str:
+        """A line on a training row, the same one in all processes."""
+
+        def line() -> str:
+            return example_line(self.student, self.rows, self.state.global_step)
+
+        if self.student.task.kind != "qa":
+            return predict_in_step(self.student, line)
+        with whole_weights(self.student):
+            return line()
 
 
 class EncoderTrainer(PhaseTrainerMixin, Trainer):
@@ -298,7 +308,7 @@ def _create_trainer(
     else:
         trainer = CausalTrainer(args=use_one_gpu(SFTConfig(**arguments)), **inputs)
     for weight in trainer.model.parameters():
-        if weight.requires_grad:
+        if weight.requires_grad and student.sharded is None:
             # TRL narrows the adapters of a 4-bit model to bfloat16, where a small update rounds to none
             weight.data = weight.data.float()
     return trainer

@@ -12,6 +12,8 @@ ONE_PROCESS_TERM = (
     "loss.label_prior: it is a mean over the rows of one process, which does not add up over several; set "
     "`compute.processes: 1`"
 )
+FSDP_OPTIMIZER = "compute.strategy: fsdp: shards the states of `optimizer: adamw` alone; take it, or `strategy: ddp`"
+FSDP_4_BIT = "compute.strategy: fsdp: weights in 4 bits cannot be sharded; take `strategy: ddp`"
 
 
 class ComputeConfig(Section):
@@ -20,8 +22,10 @@ class ComputeConfig(Section):
     processes: Annotated[int, Field(gt=0)] = 1
     """Processes that share the rows of each optimizer step, on machines with GPUs one for each GPU. 1: the process of
     the notebook trains, and two runs agree to the last bit."""
-    strategy: Literal["ddp"] = "ddp"
-    """How the processes share the work. `ddp`: each holds the whole model, and their gradients are summed."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How the processes share the work. `ddp`: each holds the whole model, and their gradients are summed. `fsdp`: each
+    holds a part of every weight, of its gradient and of its optimizer states, and gathers a layer when it is called:
+    for models that do not fit one GPU."""
     config: str | None = None
     """A configuration file of `accelerate`, relative to the repository: `accelerate launch` then starts the processes
     as it states. It may name machines and network addresses; it must not shard the model."""
@@ -30,4 +34,10 @@ class ComputeConfig(Section):
     def _config_names_processes(self):
         if self.config and self.processes == 1:
             raise ValueError("`config` needs `processes`, the number of processes that it starts")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_over_several(self):
+        if self.strategy == "fsdp" and self.processes == 1:
+            raise ValueError("`strategy: fsdp` shards a model over several `processes`, and there is 1")
         return self

@@ -1,0 +1,38 @@
+"""Predictions whose rows several processes share."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from distillery.models.label_model import MAX_ANSWER_TOKENS, LabelModel
+from distillery.models.predictions import predict_rows, predict_splits
+from distillery.training.processes import gather, process_count, process_rank
+from distillery.training.sharding import choose_methods, predict_in_step, whole_weights
+
+
+def predict_together(model: LabelModel, splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """:func:`predict_splits` with the rows shared over the processes. All of them return the same table."""
+    if process_count() == 1:
+        return predict_splits(model, splits)
+    return predict_splits(model, splits, _predict_share)
+
+
+def _predict_share(model: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
+    """:func:`predict_rows`, each process a share of `rows`."""
+    if model.sharded is not None:
+        choose_methods(model, model.encode(rows["text"].tolist()), MAX_ANSWER_TOKENS)
+    if len(rows) < process_count():
+        return _predict(model, rows)
+    shares = [range(rank, len(rows), process_count()) for rank in range(process_count())]
+    share, longest = list(shares[process_rank()]), len(shares[0])
+    own = _predict(model, rows.iloc[share + share[-1:] * (longest - len(share))].reset_index(drop=True))
+    parts = [part[: len(share)].set_axis(share) for part, share in zip(gather(own), shares, strict=True)]
+    return pd.concat(parts).sort_index().reset_index(drop=True)
+
+
+def _predict(model: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
+    """:func:`predict_rows`; of a sharded model as many rows in every process, whose batches then are as many."""
+    if model.task.kind != "qa":
+        return predict_in_step(model, lambda: predict_rows(model, rows))
+    with whole_weights(model):  # answers differ in their lengths
+        return predict_rows(model, rows)

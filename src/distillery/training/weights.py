@@ -1,0 +1,64 @@
+"""The trained weights of a model in a file that one process or many, with the model whole or in shards, read alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distillery.files import atomic_write
+from distillery.models.series_adapters import has_series_adapters, trained_weights
+from distillery.training.processes import process_rank
+from distillery.training.sharding import is_sharded, shard_weights, whole_weights_by_name
+
+
+def trained_alone(model: Any) -> bool:
+    """Whether a file of `model` holds its trained weights alone: it has adapters."""
+    return hasattr(model, "peft_config") or has_series_adapters(model)
+
+
+def save_weights(model: Any, path: Path) -> None:
+    """Write the trained weights of `model` to the file `path`: its adapters, or all where it has none.
+
+    The first process alone writes. All have to call this where the model is in shards.
+    """
+    weights = whole_weights_by_name(model, trained_alone(model)) if is_sharded(model) else None
+    if process_rank():
+        return
+    with atomic_write(path) as scratch:
+        if hasattr(model, "peft_config"):
+            weights = get_peft_model_state_dict(model, weights)
+            save_file({k: v.contiguous() for k, v in weights.items()}, scratch)
+        elif has_series_adapters(model):
+            save_file({k: v.contiguous() for k, v in (weights or trained_weights(model)).items()}, scratch)
+        elif weights is None:
+            safetensors.torch.save_model(model, str(scratch))
+        else:
+            save_file(_name_once(weights), scratch)
+
+
+def _name_once(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` without the further names of one that has several, which a file does not hold."""
+    named = {id(weight): name for name, weight in reversed(weights.items())}
+    return {name: weight for name, weight in weights.items() if named[id(weight)] == name}
+
+
+def load_weights(model: Any, path: Path) -> None:
+    """Give `model` the weights that :func:`save_weights` wrote, or those of a checkpoint of the trainer."""
+    if hasattr(model, "peft_config"):
+        set_peft_model_state_dict(model, _of_shape(model, load_file(path)))
+    elif has_series_adapters(model):
+        model.load_state_dict(_of_shape(model, load_file(path)), strict=False)
+    elif is_sharded(model):
+        model.load_state_dict(_of_shape(model, load_file(path)), strict=False)  # without further names of a weight
+    else:
+        safetensors.torch.load_model(model, str(path))
+
+
+def _of_shape(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` as `model` holds them, whole or in shards."""
+    return shard_weights(model, weights) if is_sharded(model) else weights
