@@ -40,8 +40,9 @@ from distillery.tasks.schema import Task, load_task
 from distillery.training import trainers
 from distillery.training.launch import run_processes
 from distillery.training.openable_teachers import OpenableTeacher
-from distillery.training.processes import gather, process_rank
+from distillery.training.processes import gather, process_count, process_rank
 from distillery.training.rows import TrainingRows
+from distillery.training.sharding import build_for_training, local_bytes
 from distillery.training.student import build_student
 from distillery.training.worker import run_together
 
@@ -49,19 +50,29 @@ COUNTS, UNCOUNTED = (1, 2), 2
 STUDENTS: dict[str, dict[str, Any]] = {
     "classifier": {"model": "minilm-l6", "arch": "classifier", "init": {"layers": [0, 2, 5]}, "phases": []},
     "causal": HALF_STUDENT,
+    "whole": HALF_STUDENT | {"init": {"layers": "first-8"}, "adapter": {"kind": "none"}},
 }
+TIMED = ("classifier", "causal")  # here; benchmarks/shards.py measures the memory of all
 PHASES: dict[str, dict[str, Any]] = {
     "classifier": {"loss": {"ce": 0.5, "kl": 0.5}, "temperature": 2.0, "batch_size": 32, "steps": 30},
     "causal": {"loss": {"jsd": 1.0}, "space": "vocabulary", "batch_size": 8, "steps": 12},
+    "whole": {"loss": {"jsd": 1.0}, "space": "vocabulary", "batch_size": 8, "steps": 6},
 }
-ROWS = {"classifier": 640, "causal": 48}
+ROWS = {"classifier": 640, "causal": 48, "whole": 24}
 
 
 class StepClock(TrainerCallback):
-    """When each step ended."""
+    """When each step ended, and what this process held before it of weights, gradients and optimizer states."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        states = [x for entry in optimizer.state.values() for x in entry.values() if x.dim()]
+        gradients = [weight.grad for weight in model.parameters()]
+        self.held = [local_bytes(tensors) for tensors in (model.parameters(), gradients, states)]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.ends.append(time.perf_counter())
@@ -79,12 +90,13 @@ def rows_of(task: Task, n: int) -> TrainingRows:
     return rows
 
 
-def train(kind: str, dtype: str, folder: str) -> None:
+def train(kind: str, dtype: str, folder: str, strategy: str) -> None:
     """Runs in each process: train the student `kind`, and write its times, losses and memory to `folder`."""
     params, task = load_params(), load_task("finance-sentiment")
     spec = StudentConfig.model_validate(STUDENTS[kind] | {"dtype": dtype})
     model_folder = fetch_model(spec.model, params.models[spec.model])
-    student = build_student(spec, model_folder, task, 0)
+    compute = ComputeConfig.model_construct(processes=process_count(), strategy=strategy)
+    student = build_for_training(compute, lambda: build_student(spec, model_folder, task, 0))
     for module in student.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -111,13 +123,14 @@ def train(kind: str, dtype: str, folder: str) -> None:
     if process_rank() == 0:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         seconds = np.diff(clock.ends)[UNCOUNTED - 1 :].tolist()
-        (Path(folder) / "result.json").write_text(json.dumps({"s": seconds, "loss": losses, "memory": max(memory)}))
+        result = {"s": seconds, "loss": losses, "memory": max(memory), "held": clock.held}
+        (Path(folder) / "result.json").write_text(json.dumps(result))
 
 
-def measure(kind: str, dtype: str, count: int, folder: Path) -> dict[str, Any]:
-    """The results of :func:`train` on `count` processes."""
+def measure(kind: str, dtype: str, count: int, folder: Path, strategy: str = "ddp") -> dict[str, Any]:
+    """The results of :func:`train` on `count` processes, by a `strategy` of `compute`."""
     folder.mkdir(parents=True)
-    run_processes(ComputeConfig(processes=count), "processes", [kind, dtype, str(folder)], kind)
+    run_processes(ComputeConfig(processes=count), "processes", [kind, dtype, str(folder), strategy], kind)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -126,7 +139,7 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 2
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     table = []
-    for kind in sys.argv[2:] or STUDENTS:
+    for kind in sys.argv[2:] or TIMED:
         for dtype in ("float32", "bfloat16"):
             with tempfile.TemporaryDirectory() as scratch:
                 results = {

@@ -282,9 +282,18 @@ CASES = [
     ),
     Case(
         "a strategy that is not there",
+        setting("compute", {"processes": 2, "strategy": "deepspeed"}),
+        STRIP,
+        pattern("params.yaml: compute.strategy: must be 'ddp' or 'fsdp', not 'deepspeed'"),
+    ),
+    Case(
+        "shards of a student in 4 bits",
         setting("compute", {"processes": 2, "strategy": "fsdp"}),
         STRIP,
-        pattern("params.yaml: compute.strategy: must be 'ddp', not 'fsdp'"),
+        pattern(
+            "params.yaml: students.half-gkd.adapter.kind: qlora: weights in 4 bits cannot be cut into shards; set "
+            "`compute.strategy: ddp`"
+        ),
     ),
     Case(
         "a configuration of accelerate for one process",

@@ -463,6 +463,28 @@ def test_an_instruction_for_paraphrases_that_are_in_files(folder):
         load(folder, raw)
 
 
+def test_what_cannot_be_cut_into_shards(folder):
+    raw = changed("compute", {"strategy": "fsdp"})
+    with pytest.raises(
+        UserError, match=r"compute: `strategy: fsdp` shards a model over several `processes`, and there"
+    ):
+        load(folder, raw)
+    raw["compute"]["processes"] = 2
+    load(folder, raw)
+    for section, place in (
+        (raw["students"]["kd"]["phases"][-1], r"students\.kd\.phases\.\d"),
+        (raw["teachers"]["llm"]["finetune"], r"teachers\.llm\.finetune"),
+    ):
+        section["optimizer"] = "paged_adamw_8bit"
+        with pytest.raises(UserError, match=rf"{place}\.optimizer: paged_adamw_8bit: its states cannot be cut into sh"):
+            load(folder, raw)
+        section.pop("optimizer")
+    raw["teachers"]["llm"]["quantize"] = "nf4"
+    raw["teachers"]["llm"]["finetune"]["lora"] = {"r": 4}
+    with pytest.raises(UserError, match=r"teachers\.llm\.quantize: weights in 4 bits cannot be cut into shards; set"):
+        load(folder, raw)
+
+
 def test_no_gold_rows_to_fine_tune_on_or_to_paraphrase(folder):
     raw = changed("data.news.split", {"train": 0, "pool": 0.5, "validation": 0.25, "test": 0.25})
     with pytest.raises(UserError, match=r"teachers.llm.finetune.on: `news/train` is empty: data.news.split.train is 0"):

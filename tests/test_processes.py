@@ -308,18 +308,24 @@ def test_a_teacher_is_tuned_as_by_one_process(repo, monkeypatch):
             compute.processes, tune_in, repo, Path(arguments[1]), folder=repo / "results"
         ),
     )
-    for processes in (1, 2):
-        settings = params.model_copy(update={"compute": ComputeConfig(processes=processes)})
-        teacher, history = finetune.finetune_teacher("lm", settings, task, rows, folder=repo / "checkpoints")
+    written, qlora = (repo / "params.yaml").read_text(encoding="utf-8"), "kind: qlora"
+    for processes, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        if strategy == "fsdp":  # the processes read it from the file
+            text = written.replace("{processes: 2}", "{processes: 2, strategy: fsdp}").replace(qlora, "kind: lora")
+            (repo / "params.yaml").write_text(text, encoding="utf-8")
+        settings = params.model_copy(update={"compute": ComputeConfig(processes=processes, strategy=strategy)})
+        teacher, history = finetune.finetune_teacher("lm", settings, task, rows, folder=repo / f"tuned-{strategy}")
         weights = {name: p.detach() for name, p in teacher.model.named_parameters() if p.requires_grad}
         trained.append((history, weights, teacher.predict(rows["text"].tolist())))
-    (history, weights, predictions), (other_history, other_weights, other_predictions) = trained
-    pd.testing.assert_frame_equal(other_history, history, rtol=1e-6)
-    np.testing.assert_allclose(other_predictions, predictions, atol=1e-6)
-    moved = [name for name, weight in weights.items() if ".lora_B." in name and weight.abs().max() > 1e-4]
-    assert moved and other_weights.keys() == weights.keys()
-    for name, weight in weights.items():
-        assert torch.allclose(other_weights[name], weight, atol=1e-5), name
+    (repo / "params.yaml").write_text(written, encoding="utf-8")
+    history, weights, predictions = trained[0]
+    assert [name for name, weight in weights.items() if ".lora_B." in name and weight.abs().max() > 1e-4]
+    for other_history, other_weights, other_predictions in trained[1:]:
+        pd.testing.assert_frame_equal(other_history, history, rtol=1e-6)
+        np.testing.assert_allclose(other_predictions, predictions, atol=1e-6)
+        assert other_weights.keys() == weights.keys()
+        for name, weight in weights.items():
+            assert torch.allclose(other_weights[name], weight, atol=1e-5), name
 
 
 def label_in(repo: Path, folder: Path) -> None:

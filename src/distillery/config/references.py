@@ -15,7 +15,7 @@ from distillery.config.schema import (
     StudentConfig,
     TeacherConfig,
 )
-from distillery.config.schema.compute import ONE_PROCESS_TERM
+from distillery.config.schema.compute import FSDP_4_BIT, FSDP_OPTIMIZER, ONE_PROCESS_TERM
 from distillery.errors import UserError
 from distillery.files import Paths
 
@@ -33,6 +33,8 @@ def check_references(params: Params, file: str, folder: Path) -> None:
     for name, student in params.students.items():
         _check_student(params, f"{file}: students.{name}", name, student)
     _check_evaluation(params, file)
+    if params.compute.strategy == "fsdp":
+        _check_shards(params, file)
     if params.compute.config and not (folder / params.compute.config).exists():
         raise UserError(f"{file}: compute.config: {params.compute.config}: no such file")
     if len(set(params.seeds)) != len(params.seeds):
@@ -116,6 +118,22 @@ def _check_teacher(params: Params, place: str, name: str, teacher: TeacherConfig
             raise UserError(f"{place}.finetune.on: `{tuned_on}` has another task than its data")
         if tuned_on not in sources:
             raise UserError(f"{place}.finetune.on: `{tuned_on}` is not among its `data`: add it there")
+
+
+def _check_shards(params: Params, file: str) -> None:
+    """All that is trained can be cut into shards."""
+    trainings = {}
+    for name, student in params.students.items():
+        if student.adapter.kind == "qlora":
+            raise UserError(f"{file}: students.{name}.adapter.kind: qlora: {FSDP_4_BIT}")
+        trainings |= {f"students.{name}.phases.{i}": phase for i, phase in enumerate(student.phases)}
+    for name, teacher in params.teachers.items():
+        if teacher.finetune and teacher.quantize != "none":
+            raise UserError(f"{file}: teachers.{name}.quantize: {FSDP_4_BIT}")
+        trainings |= {f"teachers.{name}.finetune": teacher.finetune} if teacher.finetune else {}
+    for place, training in trainings.items():
+        if training.optimizer != "adamw":
+            raise UserError(f"{file}: {place}.optimizer: {training.optimizer}: {FSDP_OPTIMIZER}")
 
 
 def _check_augment(params: Params, file: str) -> None:

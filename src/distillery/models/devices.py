@@ -24,6 +24,7 @@ NO_4_BIT = ("mps",)  # bitsandbytes has no kernels there
 NO_DETERMINISM = ("mps",)  # operations without a deterministic algorithm warn there, and raise on the others
 CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch wants it for deterministic matrix products
 
+_loaded_on_cpu: ContextVar[bool] = ContextVar("loaded_on_cpu", default=False)
 _chosen: ContextVar[torch.device | None] = ContextVar("chosen", default=None)  # by shapes_alone
 
 
@@ -35,6 +36,16 @@ def shapes_alone() -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+@contextmanager
+def load_on_cpu() -> Iterator[None]:
+    """Models that are loaded in this context are on the CPU, whatever the device is on which they will run."""
+    token = _loaded_on_cpu.set(True)
+    try:
+        yield
+    finally:
+        _loaded_on_cpu.reset(token)
 
 
 def default_device() -> torch.device:
@@ -61,7 +72,7 @@ def weight_device(quantize: bool) -> torch.device:
     if quantize and device.type in NO_4_BIT:
         _print_once(f"{device.type}: no kernels for weights in 4 bits; such a model runs on the CPU")
         return torch.device("cpu")
-    return device
+    return torch.device("cpu") if _loaded_on_cpu.get() else device
 
 
 def working_dtype(dtype: str) -> str:

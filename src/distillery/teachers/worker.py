@@ -16,6 +16,7 @@ from distillery.files import atomic_write, repository_root
 from distillery.teachers.finetune import HISTORY, TUNING, WEIGHTS, Tuning, build_teacher
 from distillery.teachers.labelling import LABELLING, Labelling
 from distillery.training.processes import process_rank, wait_for_all
+from distillery.training.sharding import build_for_training
 from distillery.training.weights import save_weights
 from distillery.training.worker import run_together
 
@@ -24,7 +25,7 @@ def tune_teacher(folder: Path) -> None:
     """Fine-tune the teacher that `folder` describes, and leave its weights and history there."""
     params = load_params()
     tuning: Tuning = pickle.loads((folder / TUNING).read_bytes())
-    teacher = build_teacher(tuning.name, params, tuning.task)
+    teacher = build_for_training(params.compute, lambda: build_teacher(tuning.name, params, tuning.task))
     history = tuning.train(teacher, params, folder)
     save_weights(teacher.model, folder / "finished" / WEIGHTS)
     if process_rank() == 0:

@@ -26,8 +26,8 @@ from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.processes import from_first, process_rank, wait_for_all
 from distillery.training.rows import TrainingRows, label_targets, phase_rows
 from distillery.training.served_teacher import ServedTeacher, rows_with_tokens
-from distillery.training.shared_predictions import predict_together
 from distillery.training.sharding import restore_sharded_embedding
+from distillery.training.shared_predictions import predict_together
 from distillery.training.stopping import end_sentence, had_stopped, plan_sentence
 from distillery.training.tracking import Tracking
 from distillery.training.trainers import build_trainer

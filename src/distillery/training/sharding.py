@@ -9,21 +9,24 @@ the same order, whatever their rows are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from distillery.config.schema import ComputeConfig
 from distillery.config.schema.compute import FSDP_4_BIT
 from distillery.errors import UserError
+from distillery.models.devices import default_device, load_on_cpu
 from distillery.models.fast_cpu import PartialEmbedding
 from distillery.models.label_model import MAX_ANSWER_TOKENS, LabelModel
 from distillery.models.layers import find_layers, stack_depths
-from distillery.training.processes import process_count, process_rank, share_weights
+from distillery.training.disk import size_text
+from distillery.training.processes import first_process_first, process_count, process_rank, share_weights
 
 Value = TypeVar("Value")
 
@@ -46,17 +49,35 @@ def shard_model(student: LabelModel) -> None:
     """
     model = student.model
     if any(hasattr(weight, "quant_state") for weight in model.parameters()):
-        raise UserError(FSDP_4_BIT)
+        raise UserError(f"compute.strategy: fsdp: {FSDP_4_BIT}")
     if student.dtype == torch.float16:
         raise UserError("compute.strategy: fsdp: not in float16, whose small gradients vanish; set `dtype: bfloat16`")
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
         weight.data = weight.data.float()
     share_weights(trained)
-    mesh = init_device_mesh(student.device.type, (process_count(),))
+    mesh = init_device_mesh(default_device().type, (process_count(),))
+    # else autocast would keep a narrow copy of each layer's weights for the backward pass
+    narrow = MixedPrecisionPolicy(student.dtype, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy() if student.dtype == torch.float32 else narrow
     for layer in _layers(model):
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     student.sharded = _sum_gradients(fully_shard(_Root(model), mesh=mesh))
+    held, whole = local_bytes(model.parameters())
+    print(f"each process holds {size_text(held)} of the {size_text(whole)} of weights", flush=True)
+
+
+def build_for_training(compute: ComputeConfig, build: Callable[[], LabelModel]) -> LabelModel:
+    """The model that `build` gives, where `compute` shards it in shards: then no GPU ever holds it as a whole.
+
+    The first process builds it before the others do, for which it may fetch files.
+    """
+    sharded = compute.strategy == "fsdp" and process_count() > 1
+    with first_process_first(), load_on_cpu() if sharded else nullcontext():
+        model = build()
+    if sharded:
+        shard_model(model)
+    return model
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -64,7 +64,7 @@ class SharedStepsMixin:
                 share_weights(weight for weight in self.model.parameters() if weight.requires_grad)
                 return
             if self.phase.optimizer != "adamw":
-                raise UserError(FSDP_OPTIMIZER)
+                raise UserError(f"optimizer: {self.phase.optimizer}: {FSDP_OPTIMIZER}")
             self.accelerator.clip_grad_norm_ = clip_gradients
             shard_new_weights(self.student)
             completions = [tokens for row in self.completions.by_row or [] for tokens, _ in row]

@@ -35,9 +35,9 @@ from distillery.training.progress import LOG_EVERY, ProgressPrinter, example_lin
 from distillery.training.rows import TrainingRows
 from distillery.training.sampler import BalancedSampler, LengthGroupedSampler
 from distillery.training.served_teacher import ServedTeacher
+from distillery.training.sharding import compute_together, predict_in_step, whole_weights
 from distillery.training.shared_predictions import predict_together
 from distillery.training.shared_steps import PlainStep, SharedStepsMixin
-from distillery.training.sharding import compute_together, predict_in_step, whole_weights
 from distillery.training.stopping import (
     PatienceCallback,
     count_optimizer_steps,

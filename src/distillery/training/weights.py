@@ -42,9 +42,11 @@ def save_weights(model: Any, path: Path) -> None:
 
 
 def _name_once(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` without the further names of one that has several, which a file does not hold."""
-    named = {id(weight): name for name, weight in reversed(weights.items())}
-    return {name: weight for name, weight in weights.items() if named[id(weight)] == name}
+    """`weights` with the first name alone of one that has several, as :func:`safetensors.torch.save_model` has it."""
+    names: dict[int, str] = {}
+    for name in sorted(weights):
+        names.setdefault(id(weights[name]), name)
+    return {name: weights[name] for name in names.values()}
 
 
 def load_weights(model: Any, path: Path) -> None:

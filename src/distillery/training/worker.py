@@ -25,7 +25,8 @@ from distillery.config.load import load_params
 from distillery.errors import UserError
 from distillery.files import repository_root
 from distillery.training.launch import MISTAKE, STARTED_BY
-from distillery.training.processes import first_process_first, join_processes, process_count, process_rank
+from distillery.training.processes import join_processes, process_count, process_rank
+from distillery.training.sharding import build_for_training
 from distillery.training.student_inputs import StudentInputs
 
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # of the environment, set by `accelerate launch`
@@ -57,7 +58,8 @@ def run_together(train: Callable[[], None]) -> None:
     try:
         if any(os.environ.get(name, "").lower() in ("true", "1") for name in SHARDING):
             raise UserError(
-                "compute.config: it shards the model (FSDP or DeepSpeed); every process has to hold all of it"
+                "compute.config: it shards the model (FSDP or DeepSpeed) in a way of its own; take a file that does "
+                "not, and set `compute.strategy: fsdp`"
             )
         with (
             join_processes(),
@@ -79,11 +81,10 @@ def train_student(student: str, seed: int, folder: Path | None) -> None:
 
     None: in the folder where the notebook looks for it.
     """
-    inputs = StudentInputs(repository_root(), student)
-    with first_process_first():  # it may fetch the model
-        learner = inputs.build(seed)
+    inputs, params = StudentInputs(repository_root(), student), load_params()
+    learner = build_for_training(params.compute, lambda: inputs.build(seed))
     folder = folder or inputs.checkpoints(learner, seed, process_count())
-    inputs.train(learner, seed, folder, load_params().tracking)
+    inputs.train(learner, seed, folder, params.tracking)
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ ONE_PROCESS_TERM = (
     "loss.label_prior: it is a mean over the rows of one process, which does not add up over several; set "
     "`compute.processes: 1`"
 )
-FSDP_OPTIMIZER = "compute.strategy: fsdp: shards the states of `optimizer: adamw` alone; take it, or `strategy: ddp`"
-FSDP_4_BIT = "compute.strategy: fsdp: weights in 4 bits cannot be sharded; take `strategy: ddp`"
+FSDP_OPTIMIZER = "its states cannot be cut into shards; take `adamw`, or set `compute.strategy: ddp`"
+FSDP_4_BIT = "weights in 4 bits cannot be cut into shards; set `compute.strategy: ddp`"
 
 
 class ComputeConfig(Section):
@@ -24,8 +24,8 @@ class ComputeConfig(Section):
     the notebook trains, and two runs agree to the last bit."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How the processes share the work. `ddp`: each holds the whole model, and their gradients are summed. `fsdp`: each
-    holds a part of every weight, of its gradient and of its optimizer states, and gathers a layer when it is called:
-    for models that do not fit one GPU."""
+    holds a part of every weight, gradient and optimizer state, and gathers a layer when it is called: for models whose
+    training does not fit one GPU."""
     config: str | None = None
     """A configuration file of `accelerate`, relative to the repository: `accelerate launch` then starts the processes
     as it states. It may name machines and network addresses; it must not shard the model."""
