@@ -389,7 +389,11 @@ def make_a_mistake() -> None:
     ("environment", "message"),
     [
         ({}, "phases: not so"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "compute.config: it shards the model (FSDP or DeepSpeed); every process …"),
+        (
+            {"ACCELERATE_USE_FSDP": "true"},
+            "compute.config: it shards the model (FSDP or DeepSpeed) in a way of its own; take a file that does not, "
+            "and set `compute.strategy: fsdp`",
+        ),
     ],
 )
 def test_a_mistake_in_a_process_is_left_for_the_one_that_started_it(tmp_path, environment, message):

@@ -30,9 +30,11 @@ from test_processes import CASES as DDP_CASES
 from test_processes import LORA, Case, in_processes, rows_of
 from test_training import LABELS, SHORT, WORDS, learner, openable_teachers, phase, toy
 
-WITHOUT_CHANGE = ("classifier", "causal", "more processes than rows", "early stopping")
+WITHOUT_CHANGE = ("classifier", "causal", "more processes than rows")
 ON_POLICY = {"space": "vocabulary", "on_policy": 0.5, "max_new_tokens": 4, "batch_size": 4, "accumulate": 2}
+STOPPED = {"early_stopping": {"every": 1, "patience": 1, "metric": "accuracy"}, "steps": 6}
 CASES = {name: DDP_CASES[name] for name in WITHOUT_CHANGE} | {
+    "early stopping": Case("classifier", {"ce": 1.0}, {"batch_size": 8} | STOPPED),
     "all weights": Case(
         "causal", {"ce": 1.0}, {"batch_size": 1, "accumulate": 3}, {"gradient_checkpointing": True}, WORDS
     ),
@@ -78,7 +80,7 @@ def train_case(case: Case, models: Path, folder: Path, rows: int, sharded: bool)
     if sharded:
         shard_model(student)
     signals, archs = folder.parent / "signals", {"one": "causal" if case.arch == "causal" else "classifier"}
-    spec = phase(case.loss, **{"steps": 4} | case.settings)
+    spec = phase(case.loss, **{"steps": 3} | case.settings)
     frame, held = toy(rows).assign(fold_one=-1, fold_two=-1), HeldBytes()
     watched = spec.stopping or spec.validate_every
     history = train_phase(
@@ -119,7 +121,8 @@ def train_all(models: Path, folder: Path, sharded: bool = False, alone: Path | N
 
 def train_two_phases(models: Path, folder: Path, sharded: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A student's history and predictions; the second phase is done anew on the weights that the first one left."""
-    phases = [phase({"ce": 1.0}, steps=2, batch_size=8).model_dump()] * 2
+    select = {"by": "doubt", "share": 0.5}
+    phases = [phase({"ce": 1.0}, steps=2, batch_size=8, **more).model_dump() for more in ({}, {"select": select})]
     spec = StudentConfig(model="m", arch="classifier", phases=phases)
     for _ in range(2):
         student = learner(models, "classifier", SHORT, scale=3)

@@ -101,6 +101,7 @@ def generate_padded(
         rows.append(tokens + padding if seq2seq else padding + tokens)
         masks.append(ones + zeros if seq2seq else zeros + ones)
     inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
+    settings["synced_gpus"] = False  # processes that share a model's weights generate for rows of their own
     generated = model.generate(**{name: x.to(model.device) for name, x in inputs.items()}, **settings)
     completions = []
     for row in generated[:, 1 if seq2seq else width :].tolist():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from distillery.files import write_json
 from distillery.models.label_model import LabelModel
 from distillery.training.processes import from_first
 from distillery.training.rows import TrainingRows
+from distillery.training.sharding import choose_methods, predict_in_step
 
 
 def select_rows(student: LabelModel, rows: TrainingRows, phase: PhaseConfig, file: Path, title: str) -> TrainingRows:
@@ -25,16 +27,27 @@ def select_rows(student: LabelModel, rows: TrainingRows, phase: PhaseConfig, fil
     """
     if phase.select is None:
         return rows
-    chosen = from_first(lambda: _choose(student, rows, phase.select, file, title))
-    return rows.subset(chosen)
+
+    def predict() -> np.ndarray:
+        return student.predict(rows.texts, n_options=rows.n_options)
+
+    if student.sharded is not None and not from_first(file.exists):  # then all processes predict, all rows
+        choose_methods(student, student.encode(rows.texts))
+        probabilities = predict_in_step(student, predict)
+        return rows.subset(from_first(lambda: _choose(lambda: probabilities, rows, phase.select, file, title)))
+    return rows.subset(from_first(lambda: _choose(predict, rows, phase.select, file, title)))
 
 
-def _choose(student: LabelModel, rows: TrainingRows, select: ActiveSelection, file: Path, title: str) -> list[int]:
-    """The indices of the chosen rows: those in `file`, or new ones, which are then written there."""
+def _choose(
+    predict: Callable[[], np.ndarray], rows: TrainingRows, select: ActiveSelection, file: Path, title: str
+) -> list[int]:
+    """The indices of the chosen rows: those in `file`, or new ones, which are then written there.
+
+    predict: gives the student's probabilities [n, labels].
+    """
     if file.exists():
         return json.loads(file.read_text())
-    p = student.predict(rows.texts, n_options=rows.n_options)
-    scores = row_scores(p, rows, select.by)
+    scores = row_scores(predict(), rows, select.by)
     wanted = max(1, math.ceil(select.share * len(rows)))
     chosen = sorted(np.argsort(-scores, kind="stable")[:wanted].tolist())
     mean = f"{scores[chosen].mean():.3f} nats on average, {scores.mean():.3f} of all rows"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -26,24 +26,26 @@ from distillery.models.fast_cpu import PartialEmbedding
 from distillery.models.label_model import MAX_ANSWER_TOKENS, LabelModel
 from distillery.models.layers import find_layers, stack_depths
 from distillery.training.disk import size_text
-from distillery.training.processes import first_process_first, process_count, process_rank, share_weights
+from distillery.training.processes import first_process_first, process_count, process_rank
 
 Value = TypeVar("Value")
 
 
 class _Root(nn.Module):
-    """The root of the units of `model`: the weights outside the layers are gathered while it computes something."""
+    """The root of the units of `model`: the weights outside its `layers` are gathered while it computes something."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]):
         super().__init__()
-        self.model = model
+        self.model, self.layers = model, tuple(layers)
 
     def forward(self, compute: Callable[[], Any]) -> Any:
         return compute()
 
 
 def shard_model(student: LabelModel) -> None:
-    """Shard the model of `student` over the processes that train together, in place; it begins as the first one's.
+    """Shard the model of `student` over the processes that train together, in place.
+
+    Each process contributes its shards, so that all begin alike, whatever the last bits of a drawn weight are.
 
     Raises UserError for a model in 4 bits, whose weights are no numbers to cut, and for float16.
     """
@@ -52,17 +54,17 @@ def shard_model(student: LabelModel) -> None:
         raise UserError(f"compute.strategy: fsdp: {FSDP_4_BIT}")
     if student.dtype == torch.float16:
         raise UserError("compute.strategy: fsdp: not in float16, whose small gradients vanish; set `dtype: bfloat16`")
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trained:
-        weight.data = weight.data.float()
-    share_weights(trained)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
     mesh = init_device_mesh(default_device().type, (process_count(),))
     # else autocast would keep a narrow copy of each layer's weights for the backward pass
     narrow = MixedPrecisionPolicy(student.dtype, torch.float32, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy() if student.dtype == torch.float32 else narrow
-    for layer in _layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    student.sharded = _sum_gradients(fully_shard(_Root(model), mesh=mesh))
+    layers = _layers(model)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    student.sharded = _shard_root(_Root(model, layers), mesh)
     held, whole = local_bytes(model.parameters())
     print(f"each process holds {size_text(held)} of the {size_text(whole)} of weights", flush=True)
 
@@ -90,8 +92,12 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [layer for stack in stacks for layer in stack]
 
 
-def _sum_gradients(root: nn.Module) -> nn.Module:
-    """`root`, whose units sum their gradients: the loss of each process is divided by what the step holds in all."""
+def _shard_root(root: nn.Module, mesh: DeviceMesh, ignored: Sequence[nn.Parameter] = ()) -> nn.Module:
+    """`root` with its weights sharded, but for those of its units and the `ignored`; gathered until the backward pass.
+
+    All its units sum gradients: the loss of each process is divided by what the step holds in all.
+    """
+    fully_shard(root, mesh=mesh, reshard_after_forward=False, ignored_params=set(ignored))
     for unit in _units(root):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo multiplies nothing on the way
@@ -115,12 +121,10 @@ def shard_new_weights(student: LabelModel) -> None:
     mesh = init_device_mesh(student.device.type, (process_count(),))
     embedding = student.model.get_input_embeddings()
     if isinstance(embedding, PartialEmbedding):
-        share_weights([embedding.rows])
-        _sum_gradients(fully_shard(embedding, mesh=mesh, ignored_params={embedding.full.weight}))
+        _shard_root(embedding, mesh, [embedding.full.weight])
     for module in getattr(student.model, "projections", nn.ModuleList()).modules():
         if isinstance(module, nn.Linear):
-            share_weights(module.parameters())
-            _sum_gradients(fully_shard(module, mesh=mesh))
+            _shard_root(module, mesh)
 
 
 def compute_together(student: LabelModel, compute: Callable[[], Value]) -> Value:
@@ -152,18 +156,22 @@ def whole_weights(student: LabelModel) -> Iterator[None]:
     root, units = student.sharded, _units(student.sharded)
     with torch.no_grad():
         root(lambda: None)  # the first call decides which unit is the root
-    root.set_reshard_after_forward(False)
+    for layer in root.layers:
+        layer.set_reshard_after_forward(False)
     for unit in units:
         unit.unshard()
     yield  # a failure ends the process: nothing is to be restored
-    root.set_reshard_after_forward(True)
+    for layer in root.layers:
+        layer.set_reshard_after_forward(True)
     root.reset_iter_state()
     for unit in units:
         unit.reshard()
 
 
-def choose_methods(student: LabelModel, ids: Sequence[Sequence[int]], new_tokens: int) -> None:
-    """Let all processes decide together, before they differ, how a causal model computes rows up to these of all.
+def choose_methods(student: LabelModel, ids: Sequence[Sequence[int]], new_tokens: int = 0) -> None:
+    """Let all processes decide together, before they differ, how a causal model computes rows as long as all `ids`.
+
+    new_tokens: that follow a row; at least those of a label.
 
     Raises UserError for a model that computes each row alone: the processes would call its layers unequally often.
     """

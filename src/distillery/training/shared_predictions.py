@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from distillery.models.label_model import MAX_ANSWER_TOKENS, LabelModel
+from distillery.models.label_model import LabelModel
 from distillery.models.predictions import predict_rows, predict_splits
 from distillery.training.processes import gather, process_count, process_rank
 from distillery.training.sharding import choose_methods, predict_in_step, whole_weights
@@ -20,7 +20,7 @@ def predict_together(model: LabelModel, splits: dict[str, pd.DataFrame]) -> pd.D
 def _predict_share(model: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
     """:func:`predict_rows`, each process a share of `rows`."""
     if model.sharded is not None:
-        choose_methods(model, model.encode(rows["text"].tolist()), MAX_ANSWER_TOKENS)
+        choose_methods(model, model.encode(rows["text"].tolist()))
     if len(rows) < process_count():
         return _predict(model, rows)
     shares = [range(rank, len(rows), process_count()) for rank in range(process_count())]
