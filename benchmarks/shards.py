@@ -3,7 +3,7 @@
     PYTHONPATH=src OMP_NUM_THREADS=1 python benchmarks/shards.py [classifier] [causal] [whole]
 
 The students of `processes.py`, float32, two processes of one thread: `whole` trains all weights of SmolLM2's first
-eight layers, on which shards save most. Prints for each what a process holds of weights, gradients and optimizer states
+six layers, on which shards save most. Prints for each what a process holds of weights, gradients and optimizer states
 before the last step, the largest memory of a process, the seconds of a step (the median), and the largest relative
 difference of the loss of a step.
 """
