@@ -36,7 +36,7 @@ from distillery.training.rows import TrainingRows
 from distillery.training.sampler import BalancedSampler, LengthGroupedSampler
 from distillery.training.served_teacher import ServedTeacher
 from distillery.training.sharding import compute_together, predict_in_step, whole_weights
-from distillery.training.shared_predictions import predict_together
+from distillery.training.shared_predictions import predict_alike, predict_together
 from distillery.training.shared_steps import PlainStep, SharedStepsMixin
 from distillery.training.stopping import (
     PatienceCallback,
@@ -175,19 +175,9 @@ class PhaseTrainerMixin(CheckpointsMixin, SharedStepsMixin):
         scores = {"eval_accuracy": report["accuracy"], "eval_macro_f1": f1, "eval_loss": report["log_loss"]}
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
-        print(self._example_line(), flush=True)
+        step = self.state.global_step
+        print(predict_alike(self.student, lambda: example_line(self.student, self.rows, step)), flush=True)
         return scores
-
-    def _example_line(self) -> str:
-        """A line on a training row, the same one in all processes."""
-
-        def line() -> str:
-            return example_line(self.student, self.rows, self.state.global_step)
-
-        if self.student.task.kind != "qa":
-            return predict_in_step(self.student, line)
-        with whole_weights(self.student):
-            return line()
 
 
 class EncoderTrainer(PhaseTrainerMixin, Trainer):
