@@ -65,8 +65,7 @@ class LabelModel:
         configure_runtime()
         self.model, self.tokenizer, self.task, self.arch = model, tokenizer, task, arch
         self.prompt_style, self.few_shot, self.max_length = prompt, few_shot, max_length
-        self.dtype = getattr(torch, dtype)
-        self.batch_size, self.windows = batch_size, windows
+        self.dtype, self.batch_size, self.windows = getattr(torch, dtype), batch_size, windows
         self.frozen_states: FrozenStates | None = None  # for training
         self.known_states: FrozenStates | None = None  # for prediction
         self.sharded: Any = None  # the root of its shards, where several processes hold a part of each weight
