@@ -109,7 +109,7 @@ class EarlierAnswersMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.earlier is not None:
+        if self.earlier is not None and self.args.should_save:
             self.earlier.save(Path(output_dir))
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
