@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback
 
@@ -19,6 +19,7 @@ from distillery.models.label_model import LabelModel
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.save import save_model
 from distillery.training import trainers
+from distillery.training import weights as weights_module
 from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.processes import process_count, process_rank, wait_for_all
 from distillery.training.rows import phase_rows
@@ -255,6 +256,28 @@ def test_a_student_that_was_in_shards_is_saved_as_a_whole(two, tiny_models, tmp_
     reopened = LabelModel(model.eval(), student.tokenizer, case.task, case.arch)
     predictions = predict_together(reopened, {"test": toy(22)})
     assert_close(predictions, two[0][0][name]["predictions"])
+
+
+def test_a_model_in_shards_shares_no_prefix(tiny_models):
+    """A process whose rows begin alike would call the layers once more than one whose rows do not."""
+    student, ids = learner(tiny_models, "causal", SHORT), [[5, 6, 7], [5, 6, 8]]
+    assert student._prefix_kv(ids, "packed") is not None
+    student.sharded = object()
+    assert student._prefix_kv(ids, "packed") is None
+
+
+def test_weights_of_another_model_are_no_shards(tiny_models, tmp_path, monkeypatch):
+    """Shards are read by name, and a name that nothing has would leave the model as it was."""
+    student = learner(tiny_models, "classifier", SHORT)
+    save_weights(student.model, tmp_path / "weights.safetensors")
+    monkeypatch.setattr(weights_module, "is_sharded", lambda _: True)
+    monkeypatch.setattr(weights_module, "shard_weights", lambda _, weights: weights)
+    load_weights(student.model, tmp_path / "weights.safetensors")
+    weights = load_file(tmp_path / "weights.safetensors")
+    name, weight = weights.popitem()
+    save_file(weights | {f"{name}.other": weight}, tmp_path / "other.safetensors")
+    with pytest.raises(RuntimeError, match=rf"of another model: it lacks \['{name}'\], and has \['{name}.other'\]"):
+        load_weights(student.model, tmp_path / "other.safetensors")
 
 
 def test_in_bfloat16_layers_are_gathered_narrow(two):

@@ -40,8 +40,8 @@ class CheckpointsMixin:
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         sharded = self.student.sharded is not None
         if sharded:
-            for file in Path(checkpoint).glob("*model*.safetensors"):
-                load_weights(self.model, file)
+            (file,) = Path(checkpoint).glob("*model*.safetensors")
+            load_weights(self.model, file)
         else:
             super()._load_from_checkpoint(checkpoint, model)
         if self.signals.projections:

@@ -67,7 +67,7 @@ class SharedStepsMixin:
                 raise UserError(f"optimizer: {self.phase.optimizer}: {FSDP_OPTIMIZER}")
             self.accelerator.clip_grad_norm_ = clip_gradients
             shard_new_weights(self.student)
-            completions = [tokens for row in self.completions.by_row or [] for tokens, _ in row]
+            completions = [tokens for row in self.completions.off_policy or [] for tokens, _ in row]
             longest = max([self.phase.max_new_tokens if self.phase.on_policy else 0, *map(len, completions)])
             choose_methods(self.student, self.token_ids, longest)
 

@@ -56,9 +56,20 @@ def load_weights(model: Any, path: Path) -> None:
     elif has_series_adapters(model):
         model.load_state_dict(_of_shape(model, load_file(path)), strict=False)
     elif is_sharded(model):
-        model.load_state_dict(_of_shape(model, load_file(path)), strict=False)  # without further names of a weight
+        _load_shards(model, path)
     else:
         safetensors.torch.load_model(model, str(path))
+
+
+def _load_shards(model: Any, path: Path) -> None:
+    """The weights of the file `path` into the shards of `model`; a weight of several names has one of them there."""
+    weights = load_file(path)
+    loaded = model.load_state_dict(_of_shape(model, weights), strict=False)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    known = {id(weight) for name, weight in named.items() if name in weights}
+    missing = [name for name, weight in named.items() if id(weight) not in known]
+    if missing or loaded.unexpected_keys:
+        raise RuntimeError(f"{path} is of another model: it lacks {missing}, and has {loaded.unexpected_keys}")
 
 
 def _of_shape(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
