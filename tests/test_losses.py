@@ -604,7 +604,7 @@ def test_values_on_a_gpu_are_not_looked_at():
     """The CPU would wait for them at every step."""
 
     class OnGpu:
-        device, is_meta = torch.device("cuda"), False
+        device = torch.device("cuda")
 
         def any(self):
             raise AssertionError("waits for the GPU")

@@ -58,7 +58,13 @@ from distillery.teachers.paraphrases import (
     rejection_reason,
     text_similarity,
 )
-from distillery.teachers.prompt_search import CALIBRATIONS, NO_CONTENT, compare_prompts, estimate_label_prior
+from distillery.teachers.prompt_search import (
+    CALIBRATIONS,
+    NO_CONTENT,
+    _information,
+    compare_prompts,
+    estimate_label_prior,
+)
 from distillery.teachers.rationales import add_rationales, contradicts
 from distillery.teachers.signals import label_rows, score_signals, signal_table
 from distillery.training.teacher_models import load_teacher_model
@@ -752,6 +758,14 @@ def test_a_prompt_is_chosen_without_a_label_by_mutual_information(experiment, mo
     assert table["accuracy"].iloc[0] == 1 > table["accuracy"].iloc[-1]
     with pytest.raises(UserError, match="^params.yaml: teachers.lm.choose_prompt_by: no row of pool or train"):
         compare_prompts(root, "lm", params, task, validation)
+
+
+def test_information_counts_for_the_share_of_rows_that_were_read():
+    """Two answers that differ tell as much as all could, of half of the rows."""
+    probabilities = np.full((4, 3), np.nan)
+    probabilities[0], probabilities[1] = [1, 0, 0], [0, 1, 0]
+    assert _information(probabilities, LABELS) == pytest.approx(np.log(2) / 2)
+    assert _information(probabilities[2:], LABELS) == 0
 
 
 def test_a_student_reads_the_prompt_that_its_teacher_chose(tmp_path):

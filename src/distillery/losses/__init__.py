@@ -10,7 +10,8 @@ Precision. float32 whatever the model's dtype (float64 if the student's logits a
 be 0 (log-probability -inf): its logarithm is held at `LOG_FLOOR`, the smallest normal float32, so that the terms which
 divide by it stay finite. A student's logits must be finite: exclude an outcome with a large negative one such as -1e4.
 
-Errors. Shapes are checked everywhere, values on a CPU alone: a GPU would have to be waited for at every step.
+Errors. Shapes are checked everywhere, values on a CPU alone: a GPU would have to be waited for at every step. It is
+waited for where a `mask` leaves rows out.
 """
 
 from distillery.losses.balance import balanced_weights

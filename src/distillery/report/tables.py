@@ -13,7 +13,7 @@ RELIABILITY_COLUMNS = ("model", "confidence", "accuracy", "rows")
 
 MIN_BIN_ROWS = 10  # a bin of fewer rows is left out: its accuracy is noise
 MIN_SIZES = 3  # sizes from which students make a curve
-SIZE_KEYS = {"model", "init", "control"}  # the settings of a student that decide its size, and whom it is compared with
+SIZE_KEYS = {"init": {"layers"}, "control": True}  # the setting that decides the size, and one that changes no training
 
 
 def score_table(board: pd.DataFrame) -> pd.DataFrame:

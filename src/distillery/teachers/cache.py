@@ -151,7 +151,7 @@ class AnswerStore:
                 results = [write.action(connection) for write in writes]
             for write, result in zip(writes, results, strict=True):
                 write.result = result
-        except BaseException as raised:
+        except Exception as raised:
             error = raised
         if error is not None and len(writes) > 1:
             for write in writes:

@@ -87,7 +87,7 @@ def _unlabelled_rows(name: str, params: Params, rows: pd.DataFrame) -> pd.DataFr
     unlabelled = rows[rows["split"] == ("pool" if (rows["split"] == "pool").any() else "train")]
     if spec.kind != "answers":  # whose predictions cost nothing
         unlabelled = unlabelled.head(PRIOR_ROWS)
-    key = {"batch": "calibrate"}.get(spec.calibrate)
+    key = "calibrate" if spec.calibrate == "batch" else None
     key = "choose_prompt_by" if spec.choose_prompt_by == "mutual_information" else key
     if unlabelled.empty and key:
         raise UserError(f"params.yaml: teachers.{name}.{key}: no row of pool or train to take the mean over")
@@ -95,13 +95,17 @@ def _unlabelled_rows(name: str, params: Params, rows: pd.DataFrame) -> pd.DataFr
 
 
 def _information(probabilities: np.ndarray, names: list[str]) -> float:
-    """Mutual information of rows and predictions [n, labels], in nats; of label sets the sum over the labels."""
+    """Mutual information of rows and predictions [n, labels], in nats; of label sets the sum over the labels.
+
+    Times the share of rows whose answer could be read: few answers that differ tell little about the rows.
+    """
     read = probabilities[~np.isnan(probabilities).any(1)]
     if not len(read):
         return 0.0
+    share = len(read) / len(probabilities)
     if isinstance(names, LabelSets):
-        return sum(metrics.mutual_information(np.stack([1 - p, p], axis=1)) for p in read.T)
-    return metrics.mutual_information(read)
+        return share * sum(metrics.mutual_information(np.stack([1 - p, p], axis=1)) for p in read.T)
+    return share * metrics.mutual_information(read)
 
 
 def _score(rows: pd.DataFrame, probabilities: np.ndarray, names: list[str]) -> dict[str, float]:

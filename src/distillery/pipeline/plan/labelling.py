@@ -90,7 +90,7 @@ def plan_labelling(
     frame = pd.concat(frames, ignore_index=True)
     task = load_task(params.data[source or sources[0]].task, Paths(root).tasks)
     if spec.kind == "api" and task.kind == "qa":
-        raise UserError("params.yaml: teachers: free answers come from `kind: lm` and `seq2seq` only, so far")
+        raise UserError(f"params.yaml: teachers.{name}.kind: free answers come from `lm` and `seq2seq` only, not `api`")
     wanted = Figure(len(frame), f"of {source or ', '.join(sources)}")
     if rows is not None:
         wanted = Figure(rows, f"given; {wanted.origin} there are {len(frame):,}")
@@ -138,12 +138,12 @@ class Labelling(RequestedRows):
         rate: float | None,
         workers: int | None,
     ) -> LabellingPlan:
-        count, reasons = workers or 1, sum(request.count for request in requests if not request.labels)
+        count, reasons = workers or 1, sum(request.count for request in requests if not request.is_label)
         teacher = None if rate else self._open()
         one = Figure(rate, "given") if rate else self._label_rate(teacher)
         speed = Figure(count * one.value, f"{count} × {one.value:,.2f} rows/s, {one.origin}")
         questions = round(requests[0].count / rows.value) if rows.value else 1  # about each row
-        labels = sum(request.count for request in requests if request.labels) / questions
+        labels = sum(request.count for request in requests if request.is_label) / questions
         hours = _hours(labels, speed)
         if reasons and rate:
             hours = Figure(hours.value, f"{hours.origin}, without the time of {reasons:,} rationales")

@@ -44,14 +44,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Requests:
-    """`count` requests for one purpose. input, output: mean tokens of one. labels: whether they label rows, as fast as
-    the rows that are timed."""
+    """`count` requests for one purpose. input, output: mean tokens of one. is_label: whether they label rows, as fast
+    as the rows that are timed."""
 
     purpose: str
     count: int
     input: Figure
     output: Figure
-    labels: bool = True
+    is_label: bool = True
 
 
 def total_tokens(requests: Sequence[Requests], side: str) -> Figure:
@@ -103,7 +103,7 @@ class RequestedRows:
         if self.task.kind == "multilabel" and self.spec.kind != "classifier":
             questions = len(self.task.names)
         scored = Figure(0, "labels are scored, not written")
-        output = self._most if self.task.kind == "qa" else scored
+        output = self._longest_text if self.task.kind == "qa" else scored
         labels = Requests("for labels", questions * round(rows.value), self._prompt_tokens(self.prompt), output)
         compared = [
             Requests(f"to compare `{prompt or 'prompt'}`", questions * count, self._prompt_tokens(prompt), scored)
@@ -133,29 +133,23 @@ class RequestedRows:
             requests.append(Requests("for tokens of labels", trainable, counted, one))
             longest = Figure(counted.value + self.spec.max_new_tokens, "with the rationale at most")
             requests.append(Requests("for tokens of rationales", reasons.count, longest, one))
-        return (
-            requests,
-            "kept answers not looked up"
-            if stored is None
-            else f"{stored_labels:,} answers kept"
-            if stored_labels
-            else "",
-        )
+        note = f"{stored_labels:,} answers kept" if stored_labels else ""
+        return requests, "kept answers not looked up" if stored is None else note
 
     @property
-    def _most(self) -> Figure:
+    def _longest_text(self) -> Figure:
         """The tokens of a text that the teacher writes."""
         return Figure(self.spec.max_new_tokens, "at most (`max_new_tokens`)")
 
     def _reasons(self, count: int) -> Requests:
         """The requests for `count` rationales: always of the task's own prompt."""
         if not count:
-            return Requests("for rationales", 0, Figure(0, ""), self._most, labels=False)
+            return Requests("for rationales", 0, Figure(0, ""), self._longest_text, is_label=False)
         turns = self.rationale_turns(self.sample[self.sample["split"].isin(TRAINED_SPLITS)])
-        return Requests("for rationales", count, self._count_tokens(turns, None), self._most, labels=False)
+        return Requests("for rationales", count, self._count_tokens(turns, None), self._longest_text, is_label=False)
 
     def rationale_turns(self, rows: pd.DataFrame) -> list[Turns]:
-        """The prompts for rationales of `rows`; of one without a gold label for any label."""
+        """The prompts for rationales of `rows`; a row without a gold label gets the first label."""
         labels = [label if isinstance(label, str) else self.task.names[0] for label in rows["label"]]
         return rationale_prompts(self.task, rows["text"].tolist(), labels)
 
