@@ -809,6 +809,7 @@ def test_an_adaptive_student_uses_its_answers_again_the_later_the_more(tmp_path,
         trainer.seed, trainer.token_ids, trainer.earlier = 0, [[1]] * 3, EarlierAnswers()
         trainer.state = SimpleNamespace(global_step=step, max_steps=100)
         trainer.student = SimpleNamespace(generate_tokens=lambda ids, **_: calls.append(len(ids)) or [[7]] * len(ids))
+        trainer.args = SimpleNamespace(should_save=True)
         return trainer
 
     calls: list[int] = []
