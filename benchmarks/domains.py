@@ -31,14 +31,15 @@ MILLISECONDS = {"latency_p50_ms": lambda value: value, "sentences_per_second": l
 def domain_rows(table: pd.DataFrame) -> pd.DataFrame:
     """Domain, role, origin (published, this run), score and milliseconds a row; NaN where the table has none.
 
-    Of the runs at scale :data:`SCALE`: the others have models of the same names.
+    This run's are those at scale :data:`SCALE`: the others have models of the same names.
     """
-    rows, table = [], table[table["scale"] == SCALE]
+    rows = []
     for domain, (recipe, teacher, student, score) in DOMAINS.items():
         for role, model in (("teacher", teacher), ("student", student)):
-            of_model = table[(table["recipe"] == recipe) & (table["model"] == model)].set_index("score")
-            for origin in ("published", "this run"):
-                values = of_model[origin].astype(float)
+            of_model = table[(table["recipe"] == recipe) & (table["model"] == model)]
+            tables = {"published": of_model.drop_duplicates("score"), "this run": of_model[of_model["scale"] == SCALE]}
+            for origin, part in tables.items():
+                values = part.set_index("score")[origin].astype(float)
                 times = [of(values[name]) for name, of in MILLISECONDS.items() if name in values]
                 row = {"domain": domain, "role": role, "origin": origin, "score": values.get(score, np.nan)}
                 rows.append(row | {"milliseconds": times[0] if times else np.nan})
