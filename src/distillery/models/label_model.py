@@ -229,10 +229,7 @@ class LabelModel:
         return probabilities
 
     def _prefix_kv(self, ids: Sequence[Sequence[int]], method: str) -> Any:
-        """Keys and values of the tokens that all rows `ids` begin with; None where `method` cannot share them.
-
-        None in shards, too: the processes have other rows, and one whose rows share nothing would call no layer.
-        """
+        """Keys and values of what all rows `ids` begin with; None where `method` or shards cannot share it."""
         shared = bool(ids) and self.arch == "causal" and method == "packed" and self.sharded is None
         return compute_prefix_kv(self.model, ids[0][: common_prefix(ids)]) if shared else None
 
