@@ -28,6 +28,7 @@ from distillery.config.load import load_params
 from distillery.config.schema import ComputeConfig
 from distillery.data.storage import read_task
 from distillery.errors import UserError
+from distillery.models.label_model import LabelModel
 from distillery.pipeline.environment import ENVIRONMENT
 from distillery.pipeline.inputs import write_student_inputs
 from distillery.pipeline.strip import run_strip
@@ -74,23 +75,24 @@ CASES = {
 }
 
 
-def train_case(case: Case, models: Path, folder: Path, rows: int = 22, **more: Any) -> dict[str, Any]:
-    """Train the student of `case`; its history, its predictions, and the step at which it ended."""
-    student = learner(models, case.arch, case.task, scale=3, **case.student)
+def train_on_case(
+    student: LabelModel, case: Case, models: Path, folder: Path, frame: pd.DataFrame, steps: int, **more: Any
+) -> pd.DataFrame:
+    """Train `student` on `frame` as `case` has it, with a checkpoint in the middle; its history."""
     archs = {"one": "causal"} if case.arch == "causal" else {"one": "classifier"}
-    spec = phase(case.loss, **{"steps": 6} | case.settings)
-    frame = toy(rows).assign(fold_one=-1, fold_two=-1)
-    history = train_phase(
-        student,
-        phase_rows(frame, spec, LABELS),
-        spec,
-        folder=folder,
-        seed=0,
-        checkpoint_every=3,
-        teachers=openable_teachers(models, folder.parent / "signals", **archs),
-        validation=validation_rows(toy(9, 1), student.task) if spec.stopping else None,
-        **more,
-    )
+    spec = phase(case.loss, **{"steps": steps} | case.settings)
+    given = {"teachers": openable_teachers(models, folder.parent / "signals", **archs)}
+    if spec.stopping or spec.validate_every:
+        given["validation"] = validation_rows(toy(9, 1), student.task)
+    frame, every = frame.assign(fold_one=-1, fold_two=-1), (steps + 1) // 2
+    rows = phase_rows(frame, spec, LABELS)
+    return train_phase(student, rows, spec, folder=folder, seed=0, checkpoint_every=every, **given | more)
+
+
+def train_case(case: Case, models: Path, folder: Path, rows: int = 22, **more: Any) -> dict[str, Any]:
+    """Train the student of `case`; its history, its predictions and its weights."""
+    student, frame = learner(models, case.arch, case.task, scale=3, **case.student), toy(rows)
+    history = train_on_case(student, case, models, folder, frame, 6, **more)
     weights = {name: p.detach().clone() for name, p in student.model.named_parameters() if p.requires_grad}
     return {"history": history, "predictions": student.predict(frame["text"].tolist()), "weights": weights}
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
+import tiny
 from distillery.config.schema import StudentConfig
 from distillery.models.label_model import LabelModel
 from distillery.models.load import load_model, load_tokenizer
@@ -22,14 +23,13 @@ from distillery.training import trainers
 from distillery.training import weights as weights_module
 from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.processes import process_count, process_rank, wait_for_all
-from distillery.training.rows import phase_rows
-from distillery.training.run import train_phase, train_phases, validation_rows
-from distillery.training.sharding import local_bytes, predict_in_step, shard_model, whole_weights
+from distillery.training.run import train_phases
+from distillery.training.sharding import predict_in_step, shard_model, whole_weights
 from distillery.training.shared_predictions import predict_together
 from distillery.training.weights import load_weights, save_weights
 from test_processes import CASES as DDP_CASES
-from test_processes import LORA, Case, in_processes, rows_of
-from test_training import LABELS, SHORT, WORDS, learner, openable_teachers, phase, toy
+from test_processes import LORA, Case, in_processes, rows_of, train_on_case
+from test_training import LABELS, SHORT, WORDS, learner, phase, toy
 
 WITHOUT_CHANGE = ("classifier", "causal", "more processes than rows")
 ON_POLICY = {"space": "vocabulary", "on_policy": 0.5, "max_new_tokens": 4, "batch_size": 4, "accumulate": 2}
@@ -49,17 +49,7 @@ CASES = {name: DDP_CASES[name] for name in WITHOUT_CHANGE} | {
     ),
 }
 CONTINUED = ("classifier", "causal", "projections")
-
-
-class HeldBytes(TrainerCallback):
-    """The bytes that this process holds, and of the whole: of the weights, their gradients and AdamW's states."""
-
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
-    ) -> None:
-        states = [x for entry in optimizer.state.values() for x in entry.values() if x.dim()]
-        gradients = [weight.grad for weight in model.parameters()]
-        self.held = [local_bytes(tensors) for tensors in (model.parameters(), gradients, states)]
+StepClock = tiny.load_benchmark("processes").StepClock  # what a process holds of weights, gradients and states
 
 
 def narrow_teacher(models: Path, cache: Path) -> dict[str, OpenableTeacher]:
@@ -81,23 +71,9 @@ def train_case(case: Case, models: Path, folder: Path, rows: int, sharded: bool)
     student = learner(models, case.arch, case.task, scale=scale, **case.student)
     if sharded:
         shard_model(student)
-    signals, archs = folder.parent / "signals", {"one": "causal" if case.arch == "causal" else "classifier"}
-    spec = phase(case.loss, **{"steps": 3} | case.settings)
-    frame, held = toy(rows).assign(fold_one=-1, fold_two=-1), HeldBytes()
-    watched = spec.stopping or spec.validate_every
-    history = train_phase(
-        student,
-        phase_rows(frame, spec, LABELS),
-        spec,
-        folder=folder,
-        seed=0,
-        checkpoint_every=2,
-        teachers=narrow_teacher(models, signals)
-        if "hidden" in case.loss
-        else openable_teachers(models, signals, **archs),
-        validation=validation_rows(toy(9, 1), student.task) if watched else None,
-        callbacks=[held],
-    )
+    frame, held = toy(rows), StepClock()
+    more = {"teachers": narrow_teacher(models, folder.parent / "signals")} if "hidden" in case.loss else {}
+    history = train_on_case(student, case, models, folder, frame, 3, callbacks=[held], **more)
     predictions = predict_together(student, {"test": frame})
     save_weights(student.model, folder / "weights.safetensors")
     in_shards = {isinstance(weight, DTensor) for weight in student.model.parameters()}
