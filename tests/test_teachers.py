@@ -723,7 +723,7 @@ def test_the_best_prompt_on_validation_rows_is_chosen_and_used(experiment):
     with pytest.raises(UserError, match=message):
         open_teacher(root, "lm", params, TASK)
     path.unlink()
-    with pytest.raises(UserError, match="teachers.lm.prompts: the task has no `short`; it has: meanings, bare"):
+    with pytest.raises(UserError, match="teachers.lm.prompts: the task has no prompt `short`; it has: meanings, bare"):
         compare_prompts(root, "lm", params, TASK, rows)
 
 

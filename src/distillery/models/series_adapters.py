@@ -97,6 +97,11 @@ def has_series_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, SeriesAdapter) for module in model.modules())
 
 
+def trained_alone(model: nn.Module) -> bool:
+    """Whether a file of `model` holds its trained weights alone: it has adapters."""
+    return hasattr(model, "peft_config") or has_series_adapters(model)
+
+
 def adapter_parameters(model: nn.Module) -> int:
     """The number of weights in the series adapters of `model`."""
     adapters = [module for module in model.modules() if isinstance(module, SeriesAdapter)]

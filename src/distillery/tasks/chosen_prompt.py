@@ -20,11 +20,15 @@ def read_prompting(root: Path, teacher: str, task: Task) -> dict[str, Any]:
     if not path.exists():
         return {"prompt": None, "prior": None}
     prompting = json.loads(path.read_text(encoding="utf-8"))
-    prompt, file = prompting["prompt"], f"data/teacher/{teacher}/prompting.json"
+    check_prompt(task, prompting["prompt"], f"data/teacher/{teacher}/prompting.json")
+    return prompting
+
+
+def check_prompt(task: Task, prompt: str | None, place: str) -> None:
+    """Raise UserError, which begins with `place`, when `task` has no prompt of this name; None is its own."""
     if prompt not in (None, *task.prompts):
         known = ", ".join(task.prompts) or "none"
-        raise UserError(f"{file}: the task has no prompt `{prompt}`; it has: {known}")
-    return prompting
+        raise UserError(f"{place}: the task has no prompt `{prompt}`; it has: {known}")
 
 
 def with_prompt(task: Task, prompt: str | None) -> Task:

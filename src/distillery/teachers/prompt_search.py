@@ -12,6 +12,7 @@ from distillery import metrics
 from distillery.config.schema import Params
 from distillery.errors import UserError
 from distillery.label_sets import LabelSets
+from distillery.tasks.chosen_prompt import check_prompt
 from distillery.tasks.schema import Task
 from distillery.teachers.base import Teacher, open_teacher
 from distillery.teachers.prompted import divide_by_prior
@@ -54,9 +55,7 @@ def compare_prompts(
     if isinstance(task.names, LabelSets):  # a prior would divide a distribution over labels
         calibrations = ["none"]
     for prompt in [None, *spec.prompts]:
-        if prompt is not None and prompt not in task.prompts:
-            known = ", ".join(task.prompts) or "none"
-            raise UserError(f"params.yaml: teachers.{name}.prompts: the task has no `{prompt}`; it has: {known}")
+        check_prompt(task, prompt, f"params.yaml: teachers.{name}.prompts")
         teacher = open_teacher(root, name, params, task, prompting={"prompt": prompt, "prior": None})
         probabilities = teacher.predict(validation) if len(validation) else None
         without_label = teacher.predict(unlabelled) if by_information else None

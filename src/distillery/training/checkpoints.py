@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from distillery.models.series_adapters import has_series_adapters, trained_weights
+from distillery.models.series_adapters import has_series_adapters, trained_alone, trained_weights
 from distillery.training.processes import process_count
 from distillery.training.sharding import (
     load_optimizer_state,
@@ -18,7 +18,7 @@ from distillery.training.sharding import (
     whole_tensor,
     whole_weights_by_name,
 )
-from distillery.training.weights import load_weights, trained_alone
+from distillery.training.weights import load_weights
 
 PROJECTIONS = "projections.safetensors"
 

@@ -12,7 +12,7 @@ import torch
 from distillery.errors import UserError
 from distillery.models.label_model import LabelModel
 from distillery.models.layers import count_parameters
-from distillery.models.series_adapters import has_series_adapters
+from distillery.models.series_adapters import trained_alone
 
 CHECKPOINTS = 3  # two are kept, and a third is written before the older one goes
 ADAMW_STATES = 2  # running means of the gradient and of its square, one number for each trained weight
@@ -33,11 +33,7 @@ def disk_need(student: LabelModel, model: Any) -> DiskNeed:
     """
     weights = list(model.parameters())
     trained = sum(weight.nbytes for weight in weights if weight.requires_grad)
-    saved = (
-        trained
-        if hasattr(model, "peft_config") or has_series_adapters(model)
-        else sum(weight.nbytes for weight in weights)
-    )
+    saved = trained if trained_alone(model) else sum(weight.nbytes for weight in weights)
     checkpoint = saved + ADAMW_STATES * trained
     half = student.arch == "causal" and student.dtype == torch.bfloat16
     whole = count_parameters(student.model)[0] * (2 if half else 4)

@@ -11,14 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distillery.files import atomic_write
-from distillery.models.series_adapters import has_series_adapters, trained_weights
+from distillery.models.series_adapters import has_series_adapters, trained_alone, trained_weights
 from distillery.training.processes import process_rank
 from distillery.training.sharding import is_sharded, shard_weights, whole_weights_by_name
-
-
-def trained_alone(model: Any) -> bool:
-    """Whether a file of `model` holds its trained weights alone: it has adapters."""
-    return hasattr(model, "peft_config") or has_series_adapters(model)
 
 
 def save_weights(model: Any, path: Path) -> None:

@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 
 from distillery.config.schema import Params, TeacherConfig
-from distillery.errors import UserError
 from distillery.label_sets import LabelSets
 from distillery.models.folders import model_folder
 from distillery.models.load import load_tokenizer
-from distillery.tasks.chosen_prompt import read_prompting, with_prompt
+from distillery.tasks.chosen_prompt import check_prompt, read_prompting, with_prompt
 from distillery.tasks.prompts import chat_turns, explained_turns, label_question, render_prompt
 from distillery.tasks.schema import Task
 from distillery.teachers.cache import STORE_PATH, AnswerStore, Question
@@ -181,9 +180,7 @@ class RequestedRows:
 
     def task_of(self, prompt: str | None) -> Task:
         """The task with the prompt of that name; None: with its own."""
-        if prompt is not None and prompt not in self.task.prompts:
-            known = ", ".join(self.task.prompts) or "none"
-            raise UserError(f"params.yaml: teachers.{self.name}.prompts: the task has no `{prompt}`; it has: {known}")
+        check_prompt(self.task, prompt, f"params.yaml: teachers.{self.name}.prompts")
         return with_prompt(self.task, prompt)
 
     def turns(self, rows: pd.DataFrame, prompt: str | None = None) -> list[Turns]:
