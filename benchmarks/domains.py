@@ -37,7 +37,8 @@ def domain_rows(table: pd.DataFrame) -> pd.DataFrame:
     for domain, (recipe, teacher, student, score) in DOMAINS.items():
         for role, model in (("teacher", teacher), ("student", student)):
             of_model = table[(table["recipe"] == recipe) & (table["model"] == model)]
-            tables = {"published": of_model.drop_duplicates("score"), "this run": of_model[of_model["scale"] == SCALE]}
+            published = of_model.dropna(subset=["published"]).drop_duplicates("score")
+            tables = {"published": published, "this run": of_model[of_model["scale"] == SCALE]}
             for origin, part in tables.items():
                 values = part.set_index("score")[origin].astype(float)
                 times = [of(values[name]) for name, of in MILLISECONDS.items() if name in values]
