@@ -221,6 +221,18 @@ def test_an_answer_to_a_question_is_written_and_a_label_is_not(root):
     assert total_tokens(requests, "output").value == 2 * 8
 
 
+def test_an_endpoint_writes_an_answer_for_each_sample_of_a_question(root):
+    """Its prompt is the question alone, after the system turn and the solved example, and no label is calibrated."""
+    params, task = changed(load_params(root / "params.yaml"), {}), load_task("trivia", root / "tasks")
+    spec = params.teachers["far"].model_copy(update={"prompts": []})
+    AnswerStore(root / STORE_PATH)
+    rows = ROWS.assign(label=None)
+    requests, origin = RequestedRows(root, params, "far", spec, task, rows).requests(Figure(1000, ""))
+    assert [(request.purpose, request.count) for request in requests] == [("for labels", 2000), ("for rationales", 7)]
+    assert requests[0].input.value == pytest.approx(prompt_tokens(task, rows))
+    assert total_tokens(requests, "output").value == 2000 * 5 + 7 * 48
+
+
 def test_tokens_that_an_endpoint_scores_are_counted(root):
     """A call for the label of each row to learn from, and one for each reason; the server writes one token."""
     (root / "models/tiny-llama").rmdir()  # without its tokenizer, four bytes are a token

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import tiny
 from distillery.config.schema import StudentConfig
+from distillery.errors import UserError
+from distillery.models.forward_check import ForwardMethods
 from distillery.models.label_model import LabelModel
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.save import save_model
@@ -24,7 +26,7 @@ from distillery.training import weights as weights_module
 from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.processes import process_count, process_rank, wait_for_all
 from distillery.training.run import train_phases
-from distillery.training.sharding import predict_in_step, shard_model, whole_weights
+from distillery.training.sharding import choose_methods, predict_in_step, shard_model, whole_weights
 from distillery.training.shared_predictions import predict_together
 from distillery.training.weights import load_weights, save_weights
 from test_processes import CASES as DDP_CASES
@@ -142,9 +144,27 @@ def continue_from(begun: Path, models: Path, folder: Path, sharded: bool) -> dic
     return train_case(CASES[begun.name], models, folder, 22, sharded)
 
 
+def refused_models(models: Path) -> dict[str, str]:
+    """The lines that refuse a model in float16, and one that computes each row alone."""
+    lines = {}
+    with pytest.raises(UserError) as error:
+        shard_model(learner(models, "classifier", SHORT, dtype="float16"))
+    lines["float16"] = str(error.value)
+    student = learner(models, "causal", SHORT)
+    shard_model(student)
+    ids = student.encode(toy(4)["text"].tolist())
+    choose_methods(student, ids)
+    student.forward_methods = lambda *_: ForwardMethods("plain", "plain", True, 64)
+    with pytest.raises(UserError) as error:
+        choose_methods(student, ids)
+    lines["row by row"] = str(error.value)
+    return lines
+
+
 def shared_work(models: Path, folder: Path, alone: Path) -> dict[str, Any]:
     """What the two processes of this file do."""
-    return train_all(models, folder, True, alone) | {"bfloat16": try_in_bfloat16(models)}
+    tried = {"bfloat16": try_in_bfloat16(models), "refused": refused_models(models)}
+    return train_all(models, folder, True, alone) | tried
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +274,14 @@ def test_weights_of_another_model_are_no_shards(tiny_models, tmp_path, monkeypat
     save_file(weights | {f"{name}.other": weight}, tmp_path / "other.safetensors")
     with pytest.raises(RuntimeError, match=rf"of another model: it lacks \['{name}'\], and has \['{name}.other'\]"):
         load_weights(student.model, tmp_path / "other.safetensors")
+
+
+def test_what_cannot_be_in_shards_is_refused_by_each_process(two):
+    """Before it waits for the other one."""
+    for results in two[0]:
+        refused = results["refused"]
+        assert "not in float16, whose small gradients vanish; set `dtype: bfloat16`" in refused["float16"]
+        assert "llama is computed row by row, which takes `strategy: ddp`" in refused["row by row"]
 
 
 def test_in_bfloat16_layers_are_gathered_narrow(two):
