@@ -6,7 +6,8 @@ A prompted SmolLM2 (or minilm-l6 with an untrained head) labels the rows of the 
 layers 0, 2 and 5) learns from its probabilities, three epochs in batches of 16. Each number of rows, and each of the
 two, runs in a process of its own. The formula comes from the smaller run: seconds a row of the work, the larger run
 takes ten times as long, and memory stays. What does not grow is not counted: loading a model, the comparison of methods
-before the first batch, and the first two steps.
+before the first batch, and the first two steps. Both runs begin with a batch of the corpus's longest texts, which few
+rows may miss: memory is that of the longest batch.
 The last lines plan a hundred times the rows by the same formula, without running them. It needs an idle machine.
 """
 
@@ -51,12 +52,22 @@ class StepClock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def texts(n: int) -> list[str]:
-    """`n` texts of the finance corpus in the same random order for every `n`, again and again when it has fewer."""
+def corpus() -> list[str]:
+    """All texts of the finance corpus in a random order that is always the same."""
     lines = (repository_root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()
-    corpus = [json.loads(line)["text"] for line in lines]
-    order = np.random.default_rng(0).permutation(len(corpus))
-    return [corpus[order[i % len(corpus)]] for i in range(n)]
+    order = np.random.default_rng(0).permutation(len(lines))
+    return [json.loads(lines[i])["text"] for i in order]
+
+
+def texts(n: int) -> list[str]:
+    """The first `n` texts of the corpus, again and again when it has fewer."""
+    every = corpus()
+    return [every[i % len(every)] for i in range(n)]
+
+
+def longest_texts() -> list[str]:
+    """A batch of the longest texts of the corpus."""
+    return sorted(corpus(), key=len)[-BATCH:]
 
 
 def teach(n: int, name: str, folder: Path, task: Task) -> float:
@@ -66,7 +77,7 @@ def teach(n: int, name: str, folder: Path, task: Task) -> float:
     model = load_model(model_folder, arch, labels=task.names, seed=0)
     teacher = LabelModel(model.eval(), load_tokenizer(model_folder), task, arch, prompt="plain")
     rows = texts(n)
-    teacher.predict(sorted(rows, key=len)[-4:])  # methods are compared once for the longest rows, whatever their number
+    teacher.predict(longest_texts())  # also compares the methods, which is done once
     started = time.perf_counter()
     probabilities = teacher.predict(rows)
     seconds = time.perf_counter() - started
@@ -77,27 +88,28 @@ def teach(n: int, name: str, folder: Path, task: Task) -> float:
 def train(n: int, folder: Path, task: Task) -> float:
     """Train the student on the teacher's `n` rows; the seconds of all steps, by the mean of those that are counted."""
     spec = StudentConfig.model_validate(STUDENT)
-    student = build_student(spec, fetch_model(spec.model, load_params().models[spec.model]), task, 0)
+    model_folder = fetch_model(spec.model, load_params().models[spec.model])
     probabilities = np.load(folder / f"{n}.npy")
-    rows = TrainingRows(texts(n), probabilities.argmax(-1))
-    rows.logprobs = torch.from_numpy(probabilities).float().log().clamp(min=-30)
-    rows.teacher_weights = {"teacher": torch.ones(n, dtype=torch.double)}
+    for name, rows in (("longest", longest_texts()), ("rows", texts(n))):
+        student = build_student(spec, model_folder, task, 0)
+        ends = train_on(student, rows, probabilities[: len(rows)], folder / f"{name}-{n}")
+    seconds = np.diff(ends)[UNCOUNTED - 1 :]
+    return float(seconds.mean() * len(ends))
+
+
+def train_on(student: LabelModel, rows: list[str], probabilities: np.ndarray, folder: Path) -> list[float]:
+    """Train `student` on texts and their `probabilities` [n, labels]. Returns when each step ended, in seconds."""
+    table = TrainingRows(rows, probabilities.argmax(-1))
+    table.logprobs = torch.from_numpy(probabilities).float().log().clamp(min=-30)
+    table.teacher_weights = {"teacher": torch.ones(len(rows), dtype=torch.double)}
     phase = {"data": ["finance/train"], "teachers": ["teacher"], "loss": {"kl": 1.0}, "learning_rate": 1e-4}
+    settings = PhaseConfig.model_validate(phase | {"epochs": EPOCHS, "batch_size": BATCH})
     clock = StepClock()
-    trainer = trainers.build_trainer(
-        student,
-        rows,
-        PhaseConfig.model_validate(phase | {"epochs": EPOCHS, "batch_size": BATCH}),
-        folder=folder / f"run-{n}",
-        seed=0,
-        title="student",
-        checkpoint_every=10**6,
-        teachers={},
-    )
+    options = {"folder": folder, "seed": 0, "title": "student", "checkpoint_every": 10**6, "teachers": {}}
+    trainer = trainers.build_trainer(student, table, settings, **options)
     trainer.add_callback(clock)
     trainer.train()
-    seconds = np.diff(clock.ends)[UNCOUNTED - 1 :]
-    return float(seconds.mean() * len(clock.ends))
+    return clock.ends
 
 
 def work(part: str, n: str, name: str, folder: str) -> None:
