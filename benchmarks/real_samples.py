@@ -4,11 +4,12 @@
 
 FOLDER holds `winogrande/test.json` and `socialiqa/test.json` (the public validation rows as prompts, of LLM-Adapters)
 and `aqua-rat/dev.json` and `aqua-rat/test.json`. They are read where they lie and are no part of this repository. The
-experiments stand beside this file, in `real_samples/`: Qwen2.5-Coder-1.5B, prompted, teaches the 0.5B, and a student
-of as many steps reads the options without their question. Training on rows of these benchmarks is no way to compare
-with published scores: the split is this script's own.
+experiments stand beside this file, in `real_samples/`: Qwen2.5-Coder-1.5B, prompted, teaches the 0.5B. The floor is a
+student of as many steps that learns, and is scored, on the options without their question: on the same rows, so that
+the differences are paired. Training on rows of these benchmarks is no way to compare with published scores: the split
+is this script's own.
 
-Runs in `.cache/recipes/real-samples-<domain>`; a stopped run goes on. Prints the leaderboard's lines.
+Runs in `.cache/recipes/real-samples-<domain>`; a stopped run goes on. Prints the scores and the differences.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from distillery.errors import UserError
 from distillery.files import Paths, atomic_write, read_yaml, repository_root
-from distillery.pipeline.recipe import merge_overlay, prepare_folder, run_recipe
+from distillery.metrics.significance import paired_difference
+from distillery.pipeline.recipe import prepare_folder, run_recipe
 
 DOMAINS = ("commonsense", "math")
+SHARES = {"train": 0.5, "validation": 0.1, "test": 0.4}
+FLOOR = "options"  # what the names of the sources without questions, and of their students, end with
 QUESTION = re.compile(r"^Please choose the correct answer to [^:]*: (.*?)\s+(?:Option|Answer)1: ", re.DOTALL)
 OPTION = re.compile(r"(?:Option|Answer)(\d): (.*?)(?=\s+(?:Option|Answer)\d: |\s+Answer format: )", re.DOTALL)
 NO_QUESTION = "(no question)"  # in place of the text, for the floor
@@ -67,6 +72,18 @@ def corpus_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield {"id": record["id"], **row, "group": record["question"]}
 
 
+def split_rows(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+    """At most about `limit` of `rows`, each with its `split`: random groups, the same ones for the same rows."""
+    groups = np.random.default_rng(0).permutation(sorted({row["group"] for row in rows}))
+    sizes = pd.Series([row["group"] for row in rows]).value_counts()
+    before = sizes[groups].cumsum() - sizes[groups]  # rows of the groups before each one
+    kept = before[before < (limit or len(rows))]
+    ends = np.cumsum(list(SHARES.values())) * (kept.iloc[-1] + sizes[kept.index[-1]])
+    splits = dict(zip(kept.index, np.searchsorted(ends[:-1], kept, side="right"), strict=True))
+    names = list(SHARES)
+    return [row | {"split": names[splits[row["group"]]]} for row in rows if row["group"] in splits]
+
+
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """`rows` as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,56 +92,97 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def write_samples(domain: str, data: Path, root: Path, folder: Path) -> None:
-    """The files that the experiment of `domain` reads, under `folder`; those with `-options` have no question."""
+def write_samples(domain: str, data: Path, root: Path, folder: Path, limit: int | None = None) -> None:
+    """The files that the experiment of `domain` reads, under `folder`; those of the floor have no question.
+
+    limit: about so many rows a file at most, but all word problems of the test.
+    """
     if domain == "commonsense":
         # twins of Winogrande differ in one word behind their beginning; questions of Social IQA share their situation
-        files = {
+        samples = {
             "winogrande": adapter_rows(data / "winogrande/test.json", re.compile(r"^(?:\S+\s+){1,6}")),
             "siqa": adapter_rows(data / "socialiqa/test.json", re.compile(r"^.*[.!?](?=\s)")),
         }
+        files = {name: split_rows(list(rows), limit) for name, rows in samples.items()}
     else:
-        own = corpus_rows(root / "data/corpora/math.jsonl")
+        own = list(corpus_rows(root / "data/corpora/math.jsonl"))
         files = {
-            "aqua-train": [*aqua_rows(data / "aqua-rat/dev.json"), *own],
-            "aqua-test": aqua_rows(data / "aqua-rat/test.json"),
+            "aqua-train": [*aqua_rows(data / "aqua-rat/dev.json"), *own][:limit],
+            "aqua-test": list(aqua_rows(data / "aqua-rat/test.json")),
         }
     for name, rows in files.items():
-        rows, (benchmark, dash, part) = list(rows), name.partition("-")
+        benchmark, dash, part = name.partition("-")
         write_rows(folder / f"{name}.jsonl", rows)
-        write_rows(folder / f"{benchmark}-options{dash}{part}.jsonl", [row | {"text": NO_QUESTION} for row in rows])
+        write_rows(folder / f"{benchmark}-{FLOOR}{dash}{part}.jsonl", [row | {"text": NO_QUESTION} for row in rows])
 
 
-def experiment(domain: str, root: Path, rows: int | None, steps: int | None) -> dict[str, Any]:
-    """The params of `domain`, with the models of recipes/qwen-gkd.yaml; `rows` a source and `steps` a phase at most."""
+def experiment(domain: str, root: Path, steps: int | None) -> dict[str, Any]:
+    """The params of `domain`, with the models of recipes/qwen-gkd.yaml; at most `steps` a phase."""
     raw = read_yaml(Path(__file__).with_suffix("") / f"{domain}.yaml")
     models = read_yaml(root / "recipes/qwen-gkd.yaml")["models"]
     raw["models"] = {name: models[name] for name in ("qwen-1.5b", "qwen-0.5b")}
-    if rows:
-        raw = merge_overlay(raw, {"data": {name: {"limit": rows} for name in raw["data"]}})
     for spec in raw["students"].values() if steps else ():
         spec["phases"] = [phase | {"steps": min(steps, phase["steps"])} for phase in spec["phases"]]
     return raw
 
 
-def run(domain: str, data: Path, rows: int | None, steps: int | None) -> None:
-    """Run the experiment of `domain` and print its leaderboard."""
+def test_predictions(folder: Path, params: dict[str, Any]) -> dict[tuple[str, str], pd.DataFrame]:
+    """By model and source, the test rows: id, label, prediction."""
+    tables = {}
+    for name, spec in params["students"].items():
+        source = spec["phases"][-1]["data"][0].partition("/")[0]
+        table = pd.read_parquet(folder / f"runs/{name}-0/predictions.parquet")
+        tables[name, source] = table[table["split"] == "test"][["id", "label", "prediction"]]
+    for name, spec in params["teachers"].items():
+        signals = pd.read_parquet(folder / f"data/teacher/{name}/signals.parquet")
+        for source in spec["data"]:
+            rows = signals[(signals["source"] == source) & (signals["split"] == "test")]
+            labels = pd.read_parquet(folder / f"data/processed/{source}/test.parquet")[["id", "label"]]
+            tables[name, source] = labels.merge(rows[["id", "label"]].rename(columns={"label": "prediction"}), on="id")
+    return tables
+
+
+def print_scores(folder: Path, params: dict[str, Any]) -> None:
+    """Accuracy, share of the commonest answer and, on the same rows, the gain over the floor and over the control."""
+    tables = test_predictions(folder, params)
+    floors = {source: name for name, source in tables if source.endswith(FLOOR) and name not in params["teachers"]}
+    gold = {source: name for name, source in tables if name.startswith("gold")}
+    print(f"{'source':19} {'model':16} rows  accuracy  commonest answer")
+    for (name, source), table in sorted(tables.items(), key=lambda item: (item[0][1], item[0][0])):
+        accuracy = (table["label"] == table["prediction"]).mean()
+        commonest = table["prediction"].value_counts(normalize=True).iloc[0]
+        gains = ""
+        for other in (floors.get(f"{source}-{FLOOR}"), gold.get(source)):
+            if other and other != name:
+                gains += "  " + gain_text(folder, source, table, other, tables)
+        print(f"{source:19} {name:16} {len(table):4}  {accuracy:8.1%}  {commonest:16.1%}{gains}")
+
+
+def gain_text(
+    folder: Path, source: str, table: pd.DataFrame, other: str, tables: dict[tuple[str, str], pd.DataFrame]
+) -> str:
+    """The gain in accuracy of the predictions `table` over the student `other`, in points with its interval."""
+    others = next(rows for (name, _), rows in tables.items() if name == other)
+    rows = table.merge(others[["id", "prediction"]], on="id", suffixes=("", "_other"))
+    groups = pd.read_parquet(folder / f"data/processed/{source}/test.parquet").set_index("id")["group"]
+    labels = sorted(rows["label"].unique())
+    predictions = (rows["prediction"], rows["prediction_other"])
+    gain = paired_difference(rows["label"], *predictions, labels, groups[rows["id"]])["accuracy"]
+    mean, low, high = (100 * gain[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) over {other} on {len(rows)} rows"
+
+
+def run(domain: str, data: Path, limit: int | None, steps: int | None) -> None:
+    """Run the experiment of `domain` and print its scores."""
     root = repository_root()
     folder = Paths(root).cache / "recipes" / f"real-samples-{domain}"
-    write_samples(domain, data, root, folder / "data/samples")
-    prepare_folder(root, experiment(domain, root, rows, steps), folder, f"real-samples-{domain}")
+    write_samples(domain, data, root, folder / "data/samples", limit)
+    params = experiment(domain, root, steps)
+    prepare_folder(root, params, folder, f"real-samples-{domain}")
     if status := run_recipe(folder):
         sys.exit(status)
-    board = pd.read_csv(folder / "reports/leaderboard.csv")
-    print(f"{domain}:")
-    for _, line in board.iterrows():
-        scores = f"{line['accuracy']:6.1%} ({line['accuracy_low']:.1%} to {line['accuracy_high']:.1%})"
-        gain = ""
-        if isinstance(line.get("versus"), str):
-            low, mean, high = (100 * line[f"difference{end}"] for end in ("_low", "", "_high"))
-            gain = f"   {mean:+.1f} points ({low:+.1f} to {high:+.1f}) over {line['versus']}: {line['verdict']}"
-        commonest = f"   commonest answer {line['commonest_answer']:.1%}"
-        print(f"  {line['source']:14} {line['model']:26} {scores}{commonest}{gain}")
+    print(f"\n{domain}, differences in points of accuracy with 95 % intervals, one seed:\n")
+    print_scores(folder, params)
 
 
 def main() -> None:

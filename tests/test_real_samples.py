@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
@@ -61,6 +62,7 @@ def test_questions_options_and_answers_are_found(real_samples, data):
     assert row["options"] == ["go home", "shout: no!", "cry"] and row["answer"] == 3
     (floor,) = rows_of(data / "samples/siqa-options.jsonl")
     assert floor == row | {"text": real_samples.NO_QUESTION}
+    assert row["split"] == "train"
 
 
 def test_word_problems_to_train_on_are_no_test_rows(real_samples, data):
@@ -81,16 +83,64 @@ def test_a_row_of_another_form_is_named(real_samples, data):
         list(real_samples.adapter_rows(path, re.compile(".*")))
 
 
+def test_a_question_and_its_options_alone_are_in_one_split(real_samples):
+    """Groups stay whole, the shares are those of the rows, and a limit takes whole groups away."""
+    rows = [{"id": f"r{i}", "group": f"g{i // 3}"} for i in range(300)]
+    for limit, n in ((None, 300), (100, 102)):
+        table = pd.DataFrame(real_samples.split_rows(rows, limit))
+        assert len(table) == n and (table.groupby("group")["split"].nunique() == 1).all()
+        assert (table.groupby("group").size() == 3).all()
+        counts = table["split"].value_counts()
+        for split, share in real_samples.SHARES.items():
+            assert abs(counts[split] - share * n) <= 3
+    floor = [row | {"text": "other"} for row in rows]
+    splits = [{row["id"]: row["split"] for row in real_samples.split_rows(either, 100)} for either in (rows, floor)]
+    assert splits[0] == splits[1] and list(splits[0])[:3] != ["r0", "r1", "r2"]
+
+
+def test_gains_are_over_the_floor_on_the_same_rows(real_samples, tmp_path, capsys):
+    """Eight rows: the student is right on six, the floor on two, which misses one of the rows."""
+    params = {
+        "data": {"siqa": {}, "siqa-options": {}},
+        "teachers": {"large": {"data": ["siqa"]}},
+        "students": {
+            name: {"phases": [{"data": [f"{source}/train"]}]}
+            for name, source in (("taught", "siqa"), ("gold", "siqa"), ("siqa-options", "siqa-options"))
+        },
+    }
+    ids, label = [f"r{i}" for i in range(8)], list("12121212")
+    right = {"taught": 6, "gold": 5, "siqa-options": 2}
+    for name, n in right.items():
+        predictions = label[:n] + ["3"] * (8 - n)
+        table = pd.DataFrame({"id": ids, "split": "test", "label": label, "prediction": predictions})
+        (tmp_path / f"runs/{name}-0").mkdir(parents=True)
+        table[: 7 if name == "siqa-options" else 8].to_parquet(tmp_path / f"runs/{name}-0/predictions.parquet")
+    (tmp_path / "data/teacher/large").mkdir(parents=True)
+    signals = [pd.DataFrame({"source": source, "split": "test", "id": ids, "label": "1"}) for source in params["data"]]
+    pd.concat(signals).to_parquet(tmp_path / "data/teacher/large/signals.parquet")
+    for source in params["data"]:
+        (tmp_path / f"data/processed/{source}").mkdir(parents=True)
+        rows = pd.DataFrame({"id": ids, "label": label, "group": ids})
+        rows.to_parquet(tmp_path / f"data/processed/{source}/test.parquet")
+    real_samples.print_scores(tmp_path, params)
+    lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("siqa ")}
+    assert (
+        "75.0%" in lines["taught"] and "+57.1 (" in lines["taught"] and "over siqa-options on 7 rows" in lines["taught"]
+    )
+    assert "+12.5 (" in lines["taught"] and "over gold on 8 rows" in lines["taught"]
+    assert "50.0%" in lines["large"] and "100.0%" in lines["large"] and "over gold" not in lines["gold"]
+
+
 @pytest.mark.parametrize("domain", ["commonsense", "math"])
 def test_the_experiments_are_valid_and_can_be_made_smaller(real_samples, tmp_path, domain):
     for name in ("qwen-1.5b", "qwen-0.5b"):
         (tmp_path / "models" / name).mkdir(parents=True)
     (tmp_path / "tasks").symlink_to(tiny.ROOT / "tasks")
-    raw = real_samples.experiment(domain, tiny.ROOT, 40, 5)
+    raw = real_samples.experiment(domain, tiny.ROOT, 5)
     with (tmp_path / "params.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(raw, file)
     params = load_params(tmp_path / "params.yaml")
     assert {phase.steps for student in params.students.values() for phase in student.phases} == {5}
-    assert all(source.limit == 40 for source in params.data.values())
-    floor = params.students["options-alone"].phases[0]
-    assert all(reference.split("/")[0].endswith("options") for reference in floor.data)
+    floors = [name for name in params.students if name.endswith(real_samples.FLOOR)]
+    assert floors == [name for name in params.data if name.endswith(real_samples.FLOOR)][::-1]
+    assert all(params.students[name].phases[0].data == [f"{name}/train"] for name in floors)
