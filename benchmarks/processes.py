@@ -8,8 +8,8 @@ over the vocabulary, batch of 8), on rows of the finance corpus. Dropout is off,
 take turns; each is started by the launcher of `compute.processes`, and its first two steps are not counted. The
 teacher's outputs are computed before.
 
-Prints seconds a step (the median), the ratio, the largest memory of a process, and the largest relative difference of
-the loss of a step. It needs two idle cores.
+Prints seconds a step (the median), the ratio, the largest memory of a process, the largest relative difference of the
+loss of a step, and of how many of 606 other rows the trained students predict the same label. It needs two idle cores.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ PHASES: dict[str, dict[str, Any]] = {
     "whole": {"loss": {"jsd": 1.0}, "space": "vocabulary", "batch_size": 8, "steps": 4},
 }
 ROWS = {"classifier": 640, "causal": 48, "whole": 16}
+PREDICTED = 606  # the last rows of the corpus, which no student is trained on
 
 
 class StepClock(TrainerCallback):
@@ -78,10 +79,15 @@ class StepClock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
+def corpus() -> list[dict[str, Any]]:
+    """The rows of the finance corpus."""
+    lines = (repository_root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def rows_of(task: Task, n: int) -> TrainingRows:
-    """Rows of the finance corpus, with drawn distributions of a teacher."""
-    lines = (repository_root() / "data/corpora/finance.jsonl").read_text(encoding="utf-8").splitlines()[:n]
-    examples = [json.loads(line) for line in lines]
+    """The first `n` rows of the corpus, with drawn distributions of a teacher."""
+    examples = corpus()[:n]
     rows = TrainingRows(
         [row["text"] for row in examples], np.array([task.names.index(row["label"]) for row in examples])
     )
@@ -90,8 +96,11 @@ def rows_of(task: Task, n: int) -> TrainingRows:
     return rows
 
 
-def train(kind: str, dtype: str, folder: str, strategy: str) -> None:
-    """Runs in each process: train the student `kind`, and write its times, losses and memory to `folder`."""
+def train(kind: str, dtype: str, folder: str, strategy: str, predicted: str) -> None:
+    """Runs in each process: train the student `kind`, and write its times, losses and memory to `folder`.
+
+    predicted: the number of rows whose labels the first process then predicts, without shards.
+    """
     params, task = load_params(), load_task("finance-sentiment")
     spec = StudentConfig.model_validate(STUDENTS[kind] | {"dtype": dtype})
     model_folder = fetch_model(spec.model, params.models[spec.model])
@@ -124,13 +133,18 @@ def train(kind: str, dtype: str, folder: str, strategy: str) -> None:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         seconds = np.diff(clock.ends)[UNCOUNTED - 1 :].tolist()
         result = {"s": seconds, "loss": losses, "memory": max(memory), "held": clock.held}
+        if n := int(predicted):
+            result["labels"] = student.predict([row["text"] for row in corpus()[-n:]]).argmax(-1).tolist()
         (Path(folder) / "result.json").write_text(json.dumps(result))
 
 
-def measure(kind: str, dtype: str, count: int, folder: Path, strategy: str = "ddp") -> dict[str, Any]:
+def measure(
+    kind: str, dtype: str, count: int, folder: Path, strategy: str = "ddp", predicted: int = 0
+) -> dict[str, Any]:
     """The results of :func:`train` on `count` processes, by a `strategy` of `compute`."""
     folder.mkdir(parents=True)
-    run_processes(ComputeConfig(processes=count), "processes", [kind, dtype, str(folder), strategy], kind)
+    arguments = [kind, dtype, str(folder), strategy, str(predicted)]
+    run_processes(ComputeConfig(processes=count), "processes", arguments, kind)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -143,13 +157,15 @@ def main() -> None:
         for dtype in ("float32", "bfloat16"):
             with tempfile.TemporaryDirectory() as scratch:
                 results = {
-                    (turn, count): measure(kind, dtype, count, Path(scratch) / f"{turn}-{count}")
+                    (turn, count): measure(
+                        kind, dtype, count, Path(scratch) / f"{turn}-{count}", predicted=0 if turn else PREDICTED
+                    )
                     for turn in range(-1, rounds)  # the first turn computes what is kept
                     for count in COUNTS
                     if turn >= 0 or count == 1
                 }
             one, two = (median(s for turn in range(rounds) for s in results[turn, count]["s"]) for count in COUNTS)
-            losses = [np.array(results[0, count]["loss"]) for count in COUNTS]
+            losses, labels = ([np.array(results[0, count][key]) for count in COUNTS] for key in ("loss", "labels"))
             table.append(
                 {
                     "student": kind,
@@ -160,6 +176,7 @@ def main() -> None:
                     "MB, one": f"{results[0, 1]['memory']:.0f}",
                     "MB, each of two": f"{results[0, 2]['memory']:.0f}",
                     "loss, relative": f"{np.abs(losses[1] / losses[0] - 1).max():.1e}",
+                    "same label": f"{(labels[0] == labels[1]).sum()} of {len(labels[0])}",
                 }
             )
     print(f"threads of a process: {torch.get_num_threads()}")
