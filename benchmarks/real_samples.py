@@ -77,9 +77,9 @@ def split_rows(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, 
     groups = np.random.default_rng(0).permutation(sorted({row["group"] for row in rows}))
     sizes = pd.Series([row["group"] for row in rows]).value_counts()
     before = sizes[groups].cumsum() - sizes[groups]  # rows of the groups before each one
-    kept = before[before < (limit or len(rows))]
-    ends = np.cumsum(list(SHARES.values())) * (kept.iloc[-1] + sizes[kept.index[-1]])
-    splits = dict(zip(kept.index, np.searchsorted(ends[:-1], kept, side="right"), strict=True))
+    chosen = before[before < (limit or len(rows))]
+    ends = np.cumsum(list(SHARES.values())) * (chosen.iloc[-1] + sizes[chosen.index[-1]])
+    splits = dict(zip(chosen.index, np.searchsorted(ends[:-1], chosen, side="right"), strict=True))
     names = list(SHARES)
     return [row | {"split": names[splits[row["group"]]]} for row in rows if row["group"] in splits]
 
