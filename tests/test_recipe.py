@@ -8,6 +8,8 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from distillery.cli import main
@@ -16,6 +18,7 @@ from distillery.config.schema import DIVERGENCES, Params
 from distillery.errors import UserError
 from distillery.files import read_yaml, repository_root
 from distillery.pipeline import published_settings, recipe
+from distillery.pipeline.plan.resources import dense_bytes
 from distillery.pipeline.published_features import (
     COLUMNS,
     PAGE_FILE,
@@ -244,6 +247,27 @@ def test_the_features_of_the_sources_are_where_the_table_has_them(tmp_path):
     assert f"| {(rows['status'] == 'works').sum()} |" in page and f"| {len(rows)} |" in page
     (tmp_path / "a.py").write_text("x = 1\n")
     assert missing_places(tmp_path, "a.py; a.py: x = 1; a.py: y; b.py") == ["a.py: y", "b.py"]
+
+
+def test_the_page_of_recipes_says_what_the_recipes_are():
+    """How many seeds a scale has, when a student chooses its rows, and what the teachers of the memory table weigh."""
+    page = (tiny.ROOT / "recipes/README.md").read_text(encoding="utf-8")
+    ran = (
+        pd.read_csv(tiny.ROOT / "benchmarks/recipes.csv")[["recipe", "scale"]].drop_duplicates().itertuples(index=False)
+    )
+    seeds = {(scale, len(load_recipe(tiny.ROOT, name, scale)["seeds"])) for name, scale in ran}
+    assert {(scale, number) for scale, number in seeds if number > 1} == {("sizes", 2), ("active", 2)}
+    assert "one seed each but for the scales `sizes` and `active`, which have two:" in page
+    active = load_recipe(tiny.ROOT, "multiteacher-distilbert", "active")["students"]
+    for name in ("doubt", "disagreement"):
+        first, *others = active[name]["phases"]
+        assert "select" not in first and first["steps"] == 20 and ["select" in phase for phase in others] == [True] * 3
+    models = {"anon-crisis-llama2": "meta-llama--Llama-2-13b-hf", "anon-crisis-opt": "facebook--opt-13b"}
+    for recipe_name, model in (models | {"finnews-bloom": "Orkhan--llama-2-7b-absa"}).items():
+        config = read_yaml(tiny.ROOT / f"recipes/facts/{model}.yaml")["config"]["value"]
+        with torch.device("meta"):
+            teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        assert f"| {recipe_name} | {dense_bytes(teacher, 'bfloat16') / 1e9:.1f} |" in page
 
 
 def test_settings_are_found_by_names_positions_and_stars():
