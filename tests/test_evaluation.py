@@ -222,7 +222,13 @@ def test_a_missing_or_stale_run_is_an_error_of_one_line(tmp_path):
 
 def test_published_scores_beside_those_of_the_run(finished, tmp_path):
     published = [
-        {"model": "tiny-kd", "scores": {"accuracy": 0.9, "macro_f1": 0.8}, "split": "test", "note": "one seed"},
+        {
+            "model": "tiny-kd",
+            "scores": {"accuracy": 0.9, "macro_f1": 0.8},
+            "split": "test",
+            "place": "table 2",
+            "note": "one seed",
+        },
         {"model": "gone", "scores": {"accuracy": 0.7}},
     ]
     recipe = {"source": "a paper & its code.", "published": published, "differences": {"data.demo": "other <rows>"}}
@@ -231,6 +237,7 @@ def test_published_scores_beside_those_of_the_run(finished, tmp_path):
     table = pd.read_csv(tmp_path / "reports/plots/published.csv")
     assert table["published"].tolist() == [0.9, 0.8, 0.7]
     assert table["split"].tolist() == ["test", "test", "not given"]
+    assert table["place"].fillna("").tolist() == ["table 2", "table 2", ""]
     scores = board.loc["tiny-kd", ["accuracy", "accuracy_low", "accuracy_high"]].tolist()
     assert table.loc[0, ["this run", "low", "high"]].tolist() == pytest.approx(scores)
     assert table.loc[1, "this run"] == pytest.approx(board.loc["tiny-kd", "macro_f1"])
@@ -239,9 +246,8 @@ def test_published_scores_beside_those_of_the_run(finished, tmp_path):
     part = page[page.index('<h2 id="published">') : page.index('<h2 id="figures">')]
     assert "a paper &amp; its code. A dash" in part and "one seed" in part
     assert "<code>data.demo</code>: other &lt;rows&gt;" in part
-    assert (
-        f'<td class="left">test</td><td>{board.loc["tiny-kd", "accuracy"]:.4f}<small>' in part and "<td>–</td>" in part
-    )
+    ours = f'<td class="left">test</td><td class="left">table 2</td><td>{board.loc["tiny-kd", "accuracy"]:.4f}<small>'
+    assert ours in part and '<td class="left">–</td><td>–</td>' in part
     # a teacher has a row for each of several sources: the headline's counts
     recipe = params.recipe.model_copy(update={"published": [PublishedScores(model="big", scores={"accuracy": 0.9})]})
     rows = pd.DataFrame({"model": ["big on demo", "big on other"], "accuracy": [0.5, 0.1]})

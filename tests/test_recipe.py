@@ -21,11 +21,13 @@ from distillery.pipeline import published_settings, recipe
 from distillery.pipeline.plan.resources import dense_bytes
 from distillery.pipeline.published_features import (
     COLUMNS,
+    FIGURE_COLUMNS,
     PAGE_FILE,
     STATUSES,
     features_page,
     missing_places,
     read_features,
+    read_figures,
 )
 from distillery.pipeline.published_settings import (
     SETTINGS_FILE,
@@ -247,6 +249,25 @@ def test_the_features_of_the_sources_are_where_the_table_has_them(tmp_path):
     assert f"| {(rows['status'] == 'works').sum()} |" in page and f"| {len(rows)} |" in page
     (tmp_path / "a.py").write_text("x = 1\n")
     assert missing_places(tmp_path, "a.py; a.py: x = 1; a.py: y; b.py") == ["a.py: y", "b.py"]
+
+
+def test_every_published_figure_has_its_place():
+    """The scores of recipes, and the figures that no run compares; a total is that of its parts."""
+    for name in [name for name in RECIPES if not name.startswith("anon-crisis")]:
+        params = validate_section(Params, load_recipe(tiny.ROOT, name), name)
+        assert [claim.model for claim in (params.recipe.published if params.recipe else []) if not claim.place] == []
+    figures = read_figures(tiny.ROOT)
+    assert tuple(figures.columns) == FIGURE_COLUMNS and (figures["place"] != "").all()
+    assert set(figures["source"]) <= set(read_features(tiny.ROOT)["source"])
+    assert not figures.duplicated(["source", "of", "figure"]).any()
+    value = figures[figures["source"] == "anon-crisis"].pivot(index="of", columns="figure", values="value")
+    for column, total in (("articles", 219_292), ("articles after two filters", 137_308)):
+        assert value[column].drop(["all themes", "articles labelled by people"], errors="ignore").sum() == total
+    memory = value.dropna(subset=["total, GB"])
+    parts = memory[["weights, GB", "gradients, GB", "optimizer, GB", "gradients' copy in float32, GB"]].sum(axis=1)
+    assert len(memory) == 6 and parts.tolist() == pytest.approx(memory["total, GB"].tolist(), rel=0.03)
+    page = features_page(tiny.ROOT)
+    assert "| anon-crisis | Refugee_Crisis | articles | 82,671 | table 1 |  |" in page and "| 0.0014 |" in page
 
 
 def test_the_page_of_recipes_says_what_the_recipes_are():

@@ -233,8 +233,8 @@ def compare_accuracy(results: Results, a: ModelResult, b: ModelResult | None) ->
 
 
 def compare_with_published(params: Params, board: pd.DataFrame) -> pd.DataFrame:
-    """The published scores beside those of this run: model, score, published, this run, low, high (its interval), split
-    and note of the published score.
+    """The published scores beside those of this run: model, score, published, this run, low, high (its interval), and
+    the published score's split, place in the source, and note.
 
     board: as returned by :func:`leaderboard`. Scores that it does not hold are empty.
     """
@@ -245,12 +245,13 @@ def compare_with_published(params: Params, board: pd.DataFrame) -> pd.DataFrame:
     for published in params.recipe.published if params.recipe else []:
         for score, value in published.scores.items():
             row = {"model": published.model, "score": score, "published": value}
-            row |= {"split": published.split or "not given", "note": published.note}
+            row |= {"split": published.split or "not given", "place": published.place, "note": published.note}
             for column, name in {"this run": score, "low": f"{score}_low", "high": f"{score}_high"}.items():
                 exists = published.model in scores.index and name in scores
                 row[column] = scores.loc[published.model, name] if exists else None
             rows.append(row)
-    return pd.DataFrame(rows, columns=["model", "score", "published", "this run", "low", "high", "split", "note"])
+    columns = ["model", "score", "published", "this run", "low", "high", "split", "place", "note"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _add_verdicts(board: pd.DataFrame, confidence: float) -> None:

@@ -89,6 +89,8 @@ class PublishedScores(Section):
     """The published figures by metric."""
     split: Literal["validation", "test"] | None = None
     """The source's split that they are of; none where it does not say."""
+    place: str = ""
+    """Where the source has them, such as `table 2`."""
     note: str = ""
     """Anything a reader must know to compare them."""
 
