@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -188,6 +189,26 @@ def test_memory_by_formula(tiny_models):
         gpt2 = AutoModelForCausalLM.from_config(tiny.causal_config("gpt2"))
     adapted = predicted_memory(gpt2, "QLoRA, 4 bits", r=8, adapted="attn")  # its layers are convolutions of width 1
     assert adapted["gradients"] == 4 * 8 * 2 * (16 + 48 + 16 + 16)
+
+
+def test_the_table_of_memory_has_the_share_that_adapters_save():
+    """As the script computes it, beside the share of the published totals; the page has both."""
+    memory = tiny.load_benchmark("memory")
+    table = pd.read_csv(tiny.ROOT / "benchmarks/memory.csv")
+    rows = pd.DataFrame(memory.published_rows())
+    pd.testing.assert_frame_equal(table.loc[: len(rows) - 1, rows.columns[3:8]], rows[rows.columns[3:8]])
+    saved = table.dropna(subset=["published_saved_percent"]).set_index("model")
+    assert saved["published_saved_percent"].tolist() == [95.2, 94.6, 95.5]  # 4 of 84, 0.85 of 15.6, 0.066 of 1.48 GB
+    page = (tiny.ROOT / "recipes/README.md").read_text(encoding="utf-8")
+    for name, ours in {"LLaMA-2 7B": 93.9, "OPT 1.3B": 92.1, "GPT-2 124M": 88.0}.items():
+        whole = table[(table["model"] == name) & (table["training"] == "full, 16 bits")]["total_gb"].item()
+        assert (
+            saved.loc[name, "saved_percent"]
+            == ours
+            == pytest.approx(100 * (1 - saved.loc[name, "total_gb"] / whole), abs=0.1)
+        )
+        line = next(line for line in page.splitlines() if line.startswith(f"| {name} | QLoRA") and "attention" in line)
+        assert f"| {ours} | {saved.loc[name, 'published_saved_percent']} |" in line
 
 
 @pytest.mark.parametrize(("kind", "arch"), [("llama", "causal"), ("bert", "classifier")])
