@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ import hub
 import tiny
 from distillery.config.schema import ModelConfig, OwnSplits, PhaseConfig, SourceConfig, StudentConfig, TrainingConfig
 from distillery.errors import UserError
+from distillery.files import read_yaml
 from distillery.models import devices
 from distillery.models.layers import count_parameters
 from distillery.pipeline.plan import command, facts, shapes
@@ -190,6 +192,30 @@ def test_what_is_not_known_is_no_failure(root):
     assert not plan.failed and unknown == {"models.small", "models.other", "teachers.big", "students.kd"}
     text, row = command.describe_plan(plan, "a100-80gb")
     assert "unknown" in text and row[-2:] == ("0", "6")
+    needed = "a run reads config.json, *.safetensors and one of tokenizer.json, tokenizer.model, "
+    assert f"the files of me/small@main are not known; {needed}" in text
+
+
+def test_every_fact_has_its_origin_and_date(root):
+    """Those of a model at hand are printed one by one; those of the recipes all have a day, and say if unchecked."""
+    path = root / "recipes/facts/me--small.yaml"
+    content = json.loads(path.read_text())
+    content["config"] |= {"origin": "published, written down from memory", "date": "2026-11-26", "checked": False}
+    content["parameters"] |= {"origin": "its page", "date": "2026-11-25"}
+    path.write_text(json.dumps(content))
+    plan = resolve_recipe(root, "demo", recipe())
+    text, _ = command.describe_plan(plan, "a100-80gb")
+    origins = [re.split("  +", line) for line in text[text.index("\nmodel  facts") :].splitlines()[2:7]]
+    assert origins[:4] == [
+        ["small", "config", "published, written down from memory on 2026-11-26, not checked"],
+        ["small", "tokenizer, stored dtype, files", "invented"],
+        ["small", "parameters", "its page, 2026-11-25"],
+        ["other", "config", "published, written down from memory on 2026-11-26, not checked"],
+    ]
+    assert "a100-80gb: the vendor's data sheets, written down from memory on 2026-11-26, not checked" in text
+    for path in (tiny.ROOT / facts.FACTS).glob("*.yaml"):
+        for known in [facts.Fact(**value) for value in read_yaml(path).values() if isinstance(value, dict)]:
+            assert known.date is not None and known.checked == ("written down" not in known.origin)
 
 
 # ------------------------------------------------------------------------------- figures
@@ -308,13 +334,14 @@ def test_hidden_states_of_two_widths_are_projected(root):
 
 def test_the_cost_of_an_endpoint_and_its_limit(root):
     raw = recipe([KD | {"loss": {"kl": 1.0}}])
-    price = {"input": 2.0, "output": 4.0}
+    price = {"input": 2.0, "output": 4.0, "origin": "its page of 2026-11-26"}
     raw["teachers"]["big"] = {"kind": "api", "api": {"model": "m", "price": price, "max_cost": 1.0e-6}, "rationales": 5}
     plan = resolve_recipe(root, "demo", raw)
     cost = api_costs(plan)["big"]
     assert cost.requests == 60 + 5 and cost.output_tokens == 60 * 16 + 5 * 48
     assert cost.dollars == pytest.approx((2 * cost.input_tokens + 4 * cost.output_tokens) / 1e6)
     assert "above max_cost" in failures(plan)["teachers.big.api"]
+    assert "  its page of 2026-11-26\n" in command.describe_plan(plan, "a100-80gb")[0]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ class ApiPrice(Section):
     """Price of prompt tokens."""
     output: Annotated[float, Field(ge=0)]
     """Price of generated tokens."""
+    origin: str = ""
+    """Where the price is from and of which day it is; the plan of a recipe prints it."""
 
 
 # Keys of a request that have a key of their own here, or that would change the form of the response.

@@ -10,8 +10,17 @@ from distillery.errors import UserError
 from distillery.files import atomic_write, repository_root
 from distillery.models.runtime import configure_runtime
 from distillery.pipeline.plan.costs import api_costs, check_gpu, disk_bytes, stage_memory, training_hours
+from distillery.pipeline.plan.facts import MODEL_FACTS
 from distillery.pipeline.plan.resolve import RecipePlan, resolve_recipe
-from distillery.pipeline.plan.resources import GPUS, UTILISATION, dense_bytes, merged_parameters, nf4_bytes, size_text
+from distillery.pipeline.plan.resources import (
+    GPU_ORIGIN,
+    GPUS,
+    UTILISATION,
+    dense_bytes,
+    merged_parameters,
+    nf4_bytes,
+    size_text,
+)
 
 DEFAULT_GPU = "a100-80gb"
 COLUMNS = ("recipe", "optimizer steps", "GPU memory, GB", "of it activations", "stage", "disk, GB", "hours", "API, $")
@@ -51,7 +60,8 @@ def describe_plan(plan: RecipePlan, gpu: str) -> tuple[str, Sequence[str]]:
     """The tables of a plan as text, and its row in the table of all recipes."""
     stages, disk, hours, costs = stage_memory(plan), disk_bytes(plan), training_hours(plan, gpu), api_costs(plan)
     check_gpu(plan, stages, gpu)
-    parts = [f"\n{plan.name}: at full scale, from shapes alone", _models(plan), _sources(plan), _phases(plan, hours)]
+    parts = [f"\n{plan.name}: at full scale, from shapes alone", _models(plan), _origins(plan)]
+    parts += [_sources(plan), _phases(plan, hours)]
     header = ("stage", "weights", "gradients", "optimizer", "activations, at most", "total, GB")
     sizes = [
         (stage, *map(size_text, (m.weights, m.gradients, m.optimizer, m.activations, m.total)))
@@ -60,11 +70,16 @@ def describe_plan(plan: RecipePlan, gpu: str) -> tuple[str, Sequence[str]]:
     parts.append(text_table(header, sizes))
     total = None if None in disk.values() else sum(size for size in disk.values() if size is not None)
     parts.append(text_table(("disk", "GB"), [(kind, size_text(size)) for kind, size in disk.items()]))
-    calls = [(name, *(_number(value) for value in vars(cost).values())) for name, cost in costs.items()]
-    parts += [text_table(("endpoint", "requests", "input tokens", "output tokens", "dollars"), calls)] if calls else []
+    calls = [
+        (name, *(_number(value) for value in vars(cost).values()), _price_text(plan, name))
+        for name, cost in costs.items()
+    ]
+    header = ("endpoint", "requests", "input tokens", "output tokens", "dollars", "price")
+    parts += [text_table(header, calls)] if calls else []
     parts.append(text_table(("check", "of", "result"), [(f.status, f.place, f.text) for f in plan.findings]))
     parts.append(
-        f"hours: on {gpu} at {UTILISATION:.0%} of its peak, assumed; neither labelling nor decoding is counted"
+        f"hours: on {gpu} at {UTILISATION:.0%} of its peak, assumed; neither labelling nor decoding is counted\n"
+        f"{gpu}: {GPU_ORIGIN}"
     )
     stage, most = max(stages.items(), key=lambda item: item[1].total)
     known = [cost.dollars for cost in costs.values() if cost.dollars is not None]
@@ -97,8 +112,7 @@ def _models(plan: RecipePlan) -> str:
         architecture = config.value.get("model_type", "unknown") if config else "unknown"
         tokenizer = facts.facts["tokenizer"].value["family"] if "tokenizer" in facts.facts else "unknown"
         files = "unknown" if facts.files is None else f"{len(facts.files)} files"
-        origin = config.source if config else "unknown"
-        rows.append((name, facts.origin, architecture, *sizes, tokenizer, files, origin))
+        rows.append((name, facts.origin, architecture, *sizes, tokenizer, files))
     header = (
         "model",
         "origin",
@@ -108,9 +122,24 @@ def _models(plan: RecipePlan) -> str:
         "4 bits, GB",
         "tokenizer",
         "files",
-        "facts",
     )
     return text_table(header, rows)
+
+
+def _origins(plan: RecipePlan) -> str:
+    """Where each fact about a model comes from: a row for each origin."""
+    rows = []
+    for name, model in plan.facts.items():
+        sources = {key: model.facts[key].source if key in model.facts else "unknown" for key in MODEL_FACTS}
+        for source in dict.fromkeys(sources.values()):
+            keys = [key.replace("_", " ") for key, origin in sources.items() if origin == source]
+            rows.append((name, ", ".join(keys), source))
+    return text_table(("model", "facts", "origin"), rows)
+
+
+def _price_text(plan: RecipePlan, teacher: str) -> str:
+    price = plan.params.teachers[teacher].api.price
+    return "none" if price is None else price.origin or "of unknown origin"
 
 
 def _sources(plan: RecipePlan) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,23 @@ from distillery.models.folders import model_folder
 FACTS = "recipes/facts"
 MODEL_FACTS = ("config", "tokenizer", "parameters", "stored_dtype", "files")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
+NEEDED_FILES = f"config.json, *.safetensors and one of {', '.join(TOKENIZER_FILES)}"
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A value with its origin and the date of its check, None where nobody has checked it here."""
+    """A value with its origin and the day on which it was read, or, where nobody has checked it, written down."""
 
     value: Any
     origin: str
     date: str | None
+    checked: bool = True
 
     @property
     def source(self) -> str:
         """Origin and date in one text."""
+        if not self.checked:
+            return f"{self.origin} on {self.date}, not checked"
         return f"{self.origin}, {self.date}" if self.date else self.origin
 
 
@@ -134,10 +139,10 @@ def _ask_hub(name: str, spec: ModelConfig, committed: dict[str, Fact], scratch: 
     except (errors.HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return ModelFacts(name, spec, committed, problem=f"the hub does not give {spec.hub}@{spec.revision}: {reason}")
-    files = [sibling.rfilename for sibling in info.siblings or []]
-    facts = committed | {"files": Fact({spec.revision: files}, "the hub", None)}
+    files, today = [sibling.rfilename for sibling in info.siblings or []], date.today().isoformat()
+    facts = committed | {"files": Fact({spec.revision: files}, "the hub", today)}
     path = Path(folder) / "config.json"
     if not path.exists():
         return ModelFacts(name, spec, facts)
-    facts["config"] = Fact(json.loads(path.read_text(encoding="utf-8")), "the hub", None)
+    facts["config"] = Fact(json.loads(path.read_text(encoding="utf-8")), "the hub", today)
     return ModelFacts(name, spec, facts, Path(folder))

@@ -17,7 +17,7 @@ from distillery.models.label_model import LabelModel
 from distillery.models.layers import configured_layers, count_parameters
 from distillery.models.series_adapters import adapted_layers, adapter_parameters
 from distillery.pipeline.plan import shapes
-from distillery.pipeline.plan.facts import ModelFacts, missing_files, read_model_facts
+from distillery.pipeline.plan.facts import NEEDED_FILES, ModelFacts, missing_files, read_model_facts
 from distillery.pipeline.plan.resources import merged_parameters
 from distillery.pipeline.plan.rows import (
     SourceRows,
@@ -122,7 +122,9 @@ def _check_model(plan: RecipePlan, facts: ModelFacts, scratch: Path) -> Path | N
     elif files is not None:
         plan.findings.append(Finding("ok", place, f"{facts.origin} holds all files that a run reads"))
     elif facts.spec.hub:
-        plan.findings.append(Finding("unknown", place, f"the files of {facts.origin} are not known"))
+        plan.findings.append(
+            Finding("unknown", place, f"the files of {facts.origin} are not known; a run reads {NEEDED_FILES}")
+        )
     if facts.folder:
         return facts.folder
     if "config" not in facts.facts:

@@ -32,7 +32,7 @@ class Gpu:
         return UTILISATION * (self.full if dtype == "float32" else self.half)
 
 
-# from the vendor's data sheets, from memory, not checked here
+GPU_ORIGIN = "the vendor's data sheets, written down from memory on 2026-11-26, not checked"
 GPUS = {
     "a100-80gb": Gpu(80e9, 312e12, 19.5e12),
     "h100-80gb": Gpu(80e9, 989e12, 67e12),
