@@ -246,8 +246,8 @@ def test_published_scores_beside_those_of_the_run(finished, tmp_path):
     part = page[page.index('<h2 id="published">') : page.index('<h2 id="figures">')]
     assert "a paper &amp; its code. A dash" in part and "one seed" in part
     assert "<code>data.demo</code>: other &lt;rows&gt;" in part
-    ours = f'<td class="left">test</td><td class="left">table 2</td><td>{board.loc["tiny-kd", "accuracy"]:.4f}<small>'
-    assert ours in part and '<td class="left">–</td><td>–</td>' in part
+    row = f'<td class="left">test</td><td class="left">table 2</td><td>{board.loc["tiny-kd", "accuracy"]:.4f}<small>'
+    assert row in part and '<td class="left">–</td><td>–</td>' in part
     # a teacher has a row for each of several sources: the headline's counts
     recipe = params.recipe.model_copy(update={"published": [PublishedScores(model="big", scores={"accuracy": 0.9})]})
     rows = pd.DataFrame({"model": ["big on demo", "big on other"], "accuracy": [0.5, 0.1]})

@@ -200,7 +200,7 @@ def test_the_table_of_memory_has_the_share_that_adapters_save():
     saved = table.dropna(subset=["published_saved_percent"]).set_index("model")
     assert saved["published_saved_percent"].tolist() == [95.2, 94.6, 95.5]  # 4 of 84, 0.85 of 15.6, 0.066 of 1.48 GB
     page = (tiny.ROOT / "recipes/README.md").read_text(encoding="utf-8")
-    for name, ours in {"LLaMA-2 7B": 93.9, "OPT 1.3B": 92.1, "GPT-2 124M": 88.0}.items():
+    for name, percent in {"LLaMA-2 7B": 93.9, "OPT 1.3B": 92.1, "GPT-2 124M": 88.0}.items():
         whole = table[(table["model"] == name) & (table["training"] == "full, 16 bits")]["total_gb"].item()
         assert (
             saved.loc[name, "saved_percent"]
@@ -208,7 +208,7 @@ def test_the_table_of_memory_has_the_share_that_adapters_save():
             == pytest.approx(100 * (1 - saved.loc[name, "total_gb"] / whole), abs=0.1)
         )
         line = next(line for line in page.splitlines() if line.startswith(f"| {name} | QLoRA") and "attention" in line)
-        assert f"| {ours} | {saved.loc[name, 'published_saved_percent']} |" in line
+        assert f"| {percent} | {saved.loc[name, 'published_saved_percent']} |" in line
 
 
 @pytest.mark.parametrize(("kind", "arch"), [("llama", "causal"), ("bert", "classifier")])

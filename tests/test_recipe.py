@@ -270,7 +270,7 @@ def test_every_published_figure_has_its_place():
     assert "| anon-crisis | Refugee_Crisis | articles | 82,671 | table 1 |  |" in page and "| 0.0014 |" in page
 
 
-def test_the_page_of_recipes_says_what_the_recipes_are():
+def test_the_page_of_recipes_agrees_with_them():
     """How many seeds a scale has, when a student chooses its rows, and what the teachers of the memory table weigh."""
     page = (tiny.ROOT / "recipes/README.md").read_text(encoding="utf-8")
     ran = (
