@@ -204,7 +204,7 @@ def test_the_table_of_memory_has_the_share_that_adapters_save():
         whole = table[(table["model"] == name) & (table["training"] == "full, 16 bits")]["total_gb"].item()
         assert (
             saved.loc[name, "saved_percent"]
-            == ours
+            == percent
             == pytest.approx(100 * (1 - saved.loc[name, "total_gb"] / whole), abs=0.1)
         )
         line = next(line for line in page.splitlines() if line.startswith(f"| {name} | QLoRA") and "attention" in line)

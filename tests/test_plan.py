@@ -332,6 +332,25 @@ def test_hidden_states_of_two_widths_are_projected(root):
     assert "a batch runs forward and backward; hidden states projected from 16 to 32" in texts
 
 
+@pytest.mark.parametrize(
+    ("choices", "rows"),
+    [({}, 2 * 31 * 0.5 * 2 / 3), ({"epochs": [1, 4]}, 4 * 31 / 3), ({"steps": [3], "batch_size": [2, 8]}, 24)],
+)
+def test_the_trials_of_a_search_count_in_the_hours(root, choices, rows):
+    """Each of its folds trains on the others' rows of the share; of choices the largest counts."""
+    raw = recipe([PHASE])
+    without = training_hours(resolve_recipe(root, "demo", raw), "a100-80gb")
+    search = {"student": "kd", "phase": 1, "trials": 5, "share": 0.5, "folds": 3, "learning_rate": [1.0e-4, 1.0e-3]}
+    plan = resolve_recipe(root, "demo", raw | {"search": search | {"choices": choices}})
+    hours = training_hours(plan, "a100-80gb")
+    (phase,) = plan.phases
+    assert phase.rows == 31
+    a_row = without["students.kd.phases.0"] / 2 / (phase.steps * 4)  # two seeds
+    assert hours == without | {"search": pytest.approx(5 * 3 * rows * a_row)}
+    text, row = command.describe_plan(plan, "a100-80gb")
+    assert "search of students.kd.phases.0: 5 x 3 trainings" in text and row[6] == f"{sum(hours.values()):.2f}"
+
+
 def test_the_cost_of_an_endpoint_and_its_limit(root):
     raw = recipe([KD | {"loss": {"kl": 1.0}}])
     price = {"input": 2.0, "output": 4.0, "origin": "its page of 2026-11-26"}

@@ -9,7 +9,15 @@ from pathlib import Path
 from distillery.errors import UserError
 from distillery.files import atomic_write, repository_root
 from distillery.models.runtime import configure_runtime
-from distillery.pipeline.plan.costs import api_costs, check_gpu, disk_bytes, stage_memory, training_hours
+from distillery.pipeline.plan.costs import (
+    SEARCH,
+    api_costs,
+    check_gpu,
+    disk_bytes,
+    searched_phase,
+    stage_memory,
+    training_hours,
+)
 from distillery.pipeline.plan.facts import MODEL_FACTS
 from distillery.pipeline.plan.resolve import RecipePlan, resolve_recipe
 from distillery.pipeline.plan.resources import (
@@ -29,7 +37,8 @@ HEADING = """# The recipes at full scale, without their weights
 
 `make recipe NAME=all PLAN=1` wrote this table ([how](README.md#the-plan-of-a-recipe)). GPU memory is that of the stage
 that needs most, activations counted in float32. Steps are those of one seed. Hours are those of the trainings of all
-seeds, on {gpu} at {share:.0%} of its peak. Figures are computed from shapes and numbers of rows; none is measured.
+seeds, and of the trials of a search, on {gpu} at {share:.0%} of its peak. Figures are computed from shapes and numbers of
+rows; none is measured.
 `failed` and `unknown` count checks.
 
 """
@@ -163,6 +172,9 @@ def _phases(plan: RecipePlan, hours: dict[str, float | None]) -> str:
         )
         for phase in plan.phases
     ]
+    if search := plan.params.search:
+        owner = f"search of {searched_phase(search)}: {search.trials} x {search.folds} trainings"
+        rows.append((owner, *("",) * 5, _number(hours[SEARCH])))
     return text_table(("training", "rows", "steps", "tokens a row", "longest", "TFLOP a batch", "hours"), rows)
 
 

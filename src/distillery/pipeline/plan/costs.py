@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distillery.config.schema import PhaseConfig, SearchConfig
 from distillery.evaluation.speed import student_shape
 from distillery.models.label_model import LabelModel
 from distillery.models.layers import count_parameters
@@ -27,6 +28,7 @@ from distillery.tasks.prompts import chat_turns, explained_turns
 from distillery.training.disk import disk_need
 
 PIECES = re.compile(rf"[^\W\d_]{{1,{PIECE}}}|\d|[^\w\s]")  # of a text, as stand-in tokenizers cut it
+SEARCH = "search"  # all trials of the section `search`
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -136,7 +138,7 @@ def _parameters(model: LabelModel) -> int:
 
 
 def training_hours(plan: RecipePlan, gpu: str) -> dict[str, float | None]:
-    """Hours of each training on `gpu`, all seeds and folds; None where its rows are not known."""
+    """Hours of each training on `gpu`, all seeds and folds, and of a search's trials; None where rows are not known."""
     hours: dict[str, float | None] = {}
     for phase in plan.phases:
         section, _, name = phase.model.partition(".")
@@ -147,7 +149,33 @@ def training_hours(plan: RecipePlan, gpu: str) -> dict[str, float | None]:
             continue
         seconds = phase.steps * phase.phase.accumulate * _mean_flops(phase) / GPUS[gpu].speed(spec.dtype)
         hours[phase.owner] = repeats * seconds / 3600
+    if search := plan.params.search:
+        hours[SEARCH] = None
+        phase = next((phase for phase in plan.phases if phase.owner == searched_phase(search)), None)
+        if phase and phase.step and phase.rows is not None:
+            speed = GPUS[gpu].speed(plan.params.students[search.student].dtype)
+            row_flops = _mean_flops(phase) / phase.phase.batch_size
+            hours[SEARCH] = search_rows(search, phase) * row_flops / speed / 3600
     return hours
+
+
+def searched_phase(search: SearchConfig) -> str:
+    """The phase that `search` is for, as :attr:`PhasePlan.owner` has it."""
+    return f"students.{search.student}.phases.{search.phase - 1}"
+
+
+def search_rows(search: SearchConfig, phase: PhasePlan) -> float:
+    """Rows that all trainings of `search` see, each as often as it does: the largest of its choices are taken."""
+    settings = {key: max(search.choices.get(key, [value or 0])) for key, value in _sizes(phase.phase).items()}
+    if settings["steps"]:
+        seen = settings["steps"] * settings["batch_size"] * phase.phase.accumulate
+    else:
+        seen = settings["epochs"] * phase.rows * search.share * (search.folds - 1) / search.folds
+    return search.trials * search.folds * seen
+
+
+def _sizes(phase: PhaseConfig) -> dict[str, float | None]:
+    return {"steps": phase.steps, "epochs": phase.epochs, "batch_size": phase.batch_size}
 
 
 def _mean_flops(phase: PhasePlan) -> float:
