@@ -455,6 +455,10 @@ def test_the_command_writes_one_table_and_its_exit_status_names_what_failed(root
     for name, content in (("fits", recipe()), ("broken", broken)):
         with (root / f"recipes/{name}.yaml").open("w") as file:
             YAML().dump(content, file)
+    needs = {"setting": "recipe.needs", "source": "one H100, 30 minutes", "place": "5"}
+    fits = recipe() | {"recipe": {"source": "s", "needs": "a GPU", "settings": [needs]}}
+    with (root / "recipes/fits.yaml").open("w") as file:
+        YAML().dump(fits, file)
     command.run_plan("fits")
     assert not (root / "recipes/PLAN.md").exists()
     with pytest.raises(SystemExit) as status:
@@ -467,6 +471,8 @@ def test_the_command_writes_one_table_and_its_exit_status_names_what_failed(root
         line.strip("| ").split(" | ") for line in (root / "recipes/PLAN.md").read_text().splitlines() if line[:1] == "|"
     ]
     assert [(row[0], row[-2]) for row in rows[2:]] == [("broken", "1"), ("fits", "0")]
+    last = (root / "recipes/PLAN.md").read_text().splitlines()[-1]
+    assert last == "fits: the source has one H100, 30 minutes; the trainings here take 0.00 hours on h100-80gb."
     with pytest.raises(UserError, match="gpu: `abacus` is not known; there are: a100-80gb, "):
         command.run_plan("fits", "abacus")
 

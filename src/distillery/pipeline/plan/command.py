@@ -37,9 +37,8 @@ HEADING = """# The recipes at full scale, without their weights
 
 `make recipe NAME=all PLAN=1` wrote this table ([how](README.md#the-plan-of-a-recipe)). GPU memory is that of the stage
 that needs most, activations counted in float32. Steps are those of one seed. Hours are those of the trainings of all
-seeds, and of the trials of a search, on {gpu} at {share:.0%} of its peak. Figures are computed from shapes and numbers of
-rows; none is measured.
-`failed` and `unknown` count checks.
+seeds, and of the trials of a search, on {gpu} at {share:.0%} of its peak. Figures are computed from shapes and numbers
+of rows; none is measured. `failed` and `unknown` count checks.
 
 """
 
@@ -49,16 +48,17 @@ def run_plan(name: str, gpu: str = DEFAULT_GPU) -> None:
     if gpu not in GPUS:
         raise UserError(f"gpu: `{gpu}` is not known; there are: {', '.join(GPUS)}")
     configure_runtime()
-    root, rows, failed = repository_root(), [], []
+    root, rows, notes, failed = repository_root(), [], [], []
     names = sorted(path.stem for path in (root / "recipes").glob("*.yaml")) if name == "all" else [name]
     for recipe in names:
         plan = resolve_recipe(root, recipe)
         text, row = describe_plan(plan, gpu)
         print(text, flush=True)
         rows.append(row)
+        notes += source_hours(plan)
         failed += [f"{recipe}: {finding.place}: {finding.text}" for finding in plan.failed]
     if name == "all":
-        write_table(root / "recipes/PLAN.md", rows, gpu)
+        write_table(root / "recipes/PLAN.md", rows, gpu, notes)
         print("all recipes: recipes/PLAN.md")
     if failed:
         print("\n".join(f"failed: {line}" for line in failed), file=sys.stderr)
@@ -105,6 +105,17 @@ def describe_plan(plan: RecipePlan, gpu: str) -> tuple[str, Sequence[str]]:
         str(sum(finding.status == "unknown" for finding in plan.findings)),
     )
     return "\n\n".join(parts), row
+
+
+def source_hours(plan: RecipePlan) -> list[str]:
+    """A line with the hours on the GPU of the source, where it names one whose data sheet is known."""
+    lines = []
+    for named in plan.params.recipe.settings if plan.params.recipe else []:
+        gpu = next((gpu for gpu in GPUS if gpu.partition("-")[0].upper() in str(named.source)), None)
+        if named.setting == "recipe.needs" and gpu:
+            hours = _number(_sum_known(list(training_hours(plan, gpu).values())))
+            lines.append(f"{plan.name}: the source has {named.source}; the trainings here take {hours} hours on {gpu}.")
+    return lines
 
 
 def _models(plan: RecipePlan) -> str:
@@ -198,8 +209,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def write_table(path: Path, rows: Sequence[Sequence[str]], gpu: str) -> None:
-    """Write the table of all recipes as Markdown."""
+def write_table(path: Path, rows: Sequence[Sequence[str]], gpu: str, notes: Sequence[str] = ()) -> None:
+    """Write the table of all recipes as Markdown, and `notes` below it."""
     lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, ["---"] + ["--:"] * (len(COLUMNS) - 1), *rows)]
+    parts = [HEADING.format(gpu=gpu, share=UTILISATION) + "\n".join(lines), *notes]
     with atomic_write(path) as scratch:
-        scratch.write_text(HEADING.format(gpu=gpu, share=UTILISATION) + "\n".join(lines) + "\n", encoding="utf-8")
+        scratch.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
