@@ -165,13 +165,13 @@ def searched_phase(search: SearchConfig) -> str:
 
 
 def search_rows(search: SearchConfig, phase: PhasePlan) -> float:
-    """Rows that all trainings of `search` see, each as often as it does: the largest of its choices are taken."""
+    """Rows that all trainings of `search` read, each as often as it is read: the largest of its choices are taken."""
     settings = {key: max(search.choices.get(key, [value or 0])) for key, value in _sizes(phase.phase).items()}
     if settings["steps"]:
-        seen = settings["steps"] * settings["batch_size"] * phase.phase.accumulate
+        n_rows = settings["steps"] * settings["batch_size"] * phase.phase.accumulate
     else:
-        seen = settings["epochs"] * phase.rows * search.share * (search.folds - 1) / search.folds
-    return search.trials * search.folds * seen
+        n_rows = settings["epochs"] * phase.rows * search.share * (search.folds - 1) / search.folds
+    return search.trials * search.folds * n_rows
 
 
 def _sizes(phase: PhaseConfig) -> dict[str, float | None]:
