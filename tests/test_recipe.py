@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import tiny
 from distillery.cli import main
 from distillery.config.load import load_params, validate_section
 from distillery.config.schema import DIVERGENCES, Params
+from distillery.data.readers import read_source
 from distillery.errors import UserError
 from distillery.files import read_yaml, repository_root
 from distillery.pipeline import published_settings, recipe
@@ -92,6 +94,22 @@ def test_a_recipe_has_a_folder_of_its_own(repository):
     assert (small / "runs").exists()  # what it wrote stays
     assert not (small / "notebooks" / "01_data.ipynb").exists()
     assert (small / "src/distillery/config/load.py").stat().st_mtime_ns == kept
+
+
+def test_the_scale_all_agree_reads_the_published_file_or_names_it(tmp_path):
+    """As PhraseBank has it: `sentence@label` in latin-1, without a header; it is never fetched."""
+    line = "recipes/pkd-albert.yaml: data/phrasebank/Sentences_AllAgree.txt: no such file; the recipe needs: Sentences_"
+    with pytest.raises(UserError, match=f"^{re.escape(line)}[^\n]*$"):
+        prepare_recipe(tiny.ROOT, "pkd-albert", "all-agree")
+    source = validate_section(Params, load_recipe(tiny.ROOT, "pkd-albert", "all-agree"), "pkd-albert").data["fpb"]
+    (tmp_path / "data/phrasebank").mkdir(parents=True)
+    lines = ['Ahlström "rose" ; it says , 5 %.@positive', "A loss of EUR 2 mn .@negative", "It is so .@neutral"]
+    (tmp_path / source.source).write_bytes("".join(f"{line}\r\n" for line in lines).encode("latin-1"))
+    rows = read_source(source, tmp_path).rows
+    assert [f"{row[source.columns.text]}@{row[source.columns.label]}" for row in rows] == lines
+    without = source.model_copy(update={"delimiter": None})
+    with pytest.raises(UserError, match=r"cannot read `.txt`; allowed: "):
+        read_source(without, tmp_path)
 
 
 def test_a_recipe_takes_the_answers_that_its_teacher_reads_along(repository, tmp_path):

@@ -76,13 +76,13 @@ def _read_content(name: str, suffix: str, content: bytes, form: FileFormat) -> R
         return read_columnar(name, suffix, content)
     if suffix == ".xlsx":
         return read_xlsx(name, content, form)
-    if suffix not in (*DEFAULT_DELIMITERS, *JSON_SUFFIXES):
+    delimiter = form.delimiter if suffix == ".txt" else DEFAULT_DELIMITERS.get(suffix)
+    if delimiter is None and suffix not in JSON_SUFFIXES:
         allowed = f"{', '.join(SUFFIXES)}, each also in .gz or .zip, or hub:owner/name[@revision]"
         hint = way_out(suffix)
         raise UserError(f"{name}: cannot read `{suffix or 'a name without suffix'}`; allowed: {allowed}{hint}")
     check_signature(name, suffix, content, form.header)
     text, decision = decode(name, content, form.encoding)
-    delimiter = DEFAULT_DELIMITERS.get(suffix)
     raw = read_table(name, text, delimiter, form) if delimiter else read_json(name, text, suffix == ".json", form)
     return replace(raw, decisions=[decision, *raw.decisions]) if decision else raw
 

@@ -70,9 +70,19 @@ def load_recipe(root: Path, name: str, scale: str | None = None) -> dict[str, An
 
 
 def prepare_recipe(root: Path, name: str, scale: str | None = None) -> Path:
-    """The recipe's own folder, brought up to date; results of an earlier run stay. Raises UserError."""
-    folder = Paths(root).cache / "recipes" / (f"{name}-{scale}" if scale else name)
-    return prepare_folder(root, load_recipe(root, name, scale), folder, name)
+    """The recipe's own folder, brought up to date; results of an earlier run stay.
+
+    Raises UserError, also for a file that the user has to bring and that is not there.
+    """
+    folder, raw = Paths(root).cache / "recipes" / (f"{name}-{scale}" if scale else name), load_recipe(root, name, scale)
+    for file in _corpora(raw):
+        if not any((root / path).exists() for path in matching_files(root, file)):
+            raise UserError(f"recipes/{name}.yaml: {file}: no such file; the recipe needs: {_needs(raw)}")
+    return prepare_folder(root, raw, folder, name)
+
+
+def _needs(raw: dict[str, Any]) -> str:
+    return (raw.get("recipe") or {}).get("needs") or "this file"
 
 
 def prepare_folder(

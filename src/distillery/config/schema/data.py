@@ -143,9 +143,9 @@ class SourceConfig(Section):
     """One named data set with its task and its splits."""
 
     source: str | None = None
-    """A .jsonl, .json, .csv, .tsv, .parquet or .xlsx file, also in .gz or .zip; several by `*` and `?`, such
-    as `data/part-*.csv`; a folder of text files, with a folder for each label; or `hub:owner/name[@revision]`. Not with
-    files in `splits`."""
+    """A .jsonl, .json, .csv, .tsv, .parquet or .xlsx file, or .txt with a `delimiter`, also in .gz or .zip; several
+    by `*` and `?`, such as `data/part-*.csv`; a folder of text files, with a folder for each label; or
+    `hub:owner/name[@revision]`. Not with files in `splits`."""
     task: Name
     """What is predicted: the file `tasks/<task>.yaml`."""
     split: SplitShares | None = None
