@@ -92,6 +92,7 @@ def tables() -> dict[str, hub.Repo]:
     three = ("train", "validation", "test")
     fpb = [{"sentence": text, "label": i % 3} for i, text in enumerate(many)]
     news = [{"headline": text} for text in many]
+    tweets = [{"text": text, "label": i % 3} for i, text in enumerate(many)]
     fingpt = [{"input": text, "output": "positive", "instruction": "What is the sentiment?"} for text in many]
     grande = [
         {"sentence": f"the _ of {t}", "option1": "a", "option2": "b", "answer": str(1 + i % 2)}
@@ -117,6 +118,7 @@ def tables() -> dict[str, hub.Repo]:
     return {
         "datasets/atrost/financial_phrasebank": hub.Repo(parts(fpb, {"label": ["negative", "neutral", "positive"]})),
         "datasets/ashraq/financial-news": hub.Repo(parts(news, names=("train",))),
+        "datasets/zeroshot/twitter-financial-news-sentiment": hub.Repo(parts(tweets, names=("train", "validation"))),
         "datasets/FinGPT/fingpt-sentiment-train": hub.Repo(parts(fingpt, names=("train",))),
         "datasets/allenai/winogrande": hub.Repo(parts(grande, under="winogrande_xl") | configs("winogrande_xl", three)),
         "datasets/lighteval/siqa": hub.Repo(parts(siqa, names=("train", "validation"))),
@@ -172,7 +174,7 @@ def test_every_model_and_table_that_a_recipe_names_resolves(tmp_path):
             assert result["class"].lower().startswith(TYPES[name]), name
             assert result["class"].endswith(class_endings[model_arch]), name
         else:
-            assert result["rows"]["pool" if "news" in name or "fingpt" in name else "train"] > 0
+            assert result["rows"]["pool" if "ashraq" in name or "fingpt" in name else "train"] > 0
 
 
 NOTEBOOK = """
