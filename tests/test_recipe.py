@@ -247,6 +247,8 @@ def test_every_setting_of_the_source_is_the_recipes_or_has_a_reason(name):
     same = {row.setting for row in rows if row.same}
     assert [row.setting for row in rows if row.origin == "guesses" and row.setting not in same] == []
     assert all(row.place for row in rows)
+    copies = ("hub:atrost/financial_phrasebank@main", "hub:lighteval/siqa@main")  # no source names them
+    assert not [row.setting for row in rows if row.source in copies]
 
 
 def test_the_page_of_settings_is_that_of_the_recipes():
