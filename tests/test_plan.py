@@ -484,6 +484,7 @@ def test_the_table_of_all_recipes_has_each_of_them_and_no_failure():
     rows = [line.strip("| ").split(" | ") for line in lines if line[:1] == "|"][2:]
     assert [row[0] for row in rows] == sorted(path.stem for path in (tiny.ROOT / "recipes").glob("*.yaml"))
     assert {row[-2] for row in rows} == {"0"}
+    assert lines[-1].startswith("finnews-bloom: the source has one H100 of 80 GB, about 30 minutes; the trainings here")
 
 
 def test_a_recipe_of_this_project_fits():
