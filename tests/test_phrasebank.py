@@ -16,12 +16,14 @@ import pytest
 from ruamel.yaml import YAML
 
 import tiny
+from distillery.config.load import validate_section
 from distillery.config.schema import StudentConfig
 from distillery.data.near_duplicates import nearest_texts
 from distillery.errors import UserError
 from distillery.files import read_yaml
+from distillery.pipeline.recipe import merge_overlay
 from studies.phrasebank import data, results, sentences, study, training
-from studies.phrasebank.settings import read_settings
+from studies.phrasebank.settings import StudySettings, read_settings
 
 FOLDER = tiny.ROOT / "studies/phrasebank"
 LOST = "\N{REPLACEMENT CHARACTER}"
@@ -139,7 +141,7 @@ def test_a_name_that_the_settings_lack_ends_in_one_line(tiny_models, tmp_path, k
 
 
 def test_every_seed_has_a_split_without_near_duplicates_across_it(files, headlines, tiny_models, tmp_path):
-    settings = read_settings(tiny_settings(tmp_path, tiny_models)[0])
+    settings = read_settings(tiny_settings(tmp_path, tiny_models, written=True)[0])
     phrasebank, texts_of_news = data.read_phrasebank(files), data.read_headlines(headlines)
     assert len(texts_of_news) == 13  # each once, without the section's name; too short ones left out
     tests = []
@@ -153,10 +155,25 @@ def test_every_seed_has_a_split_without_near_duplicates_across_it(files, headlin
             for other in set(texts) - {"50agree/test", f"50agree/{split}"}:
                 assert nearest_texts(texts[f"50agree/{split}"], texts[other])[0].max() < 0.85
         assert len(texts["headlines/pool"]) == 8 and len(texts["finance/pool"]) > 2000 and "spliced/pool" in texts
+        assert len(texts["written/pool"]) > 150
         pool = rows[rows["split_ref"].str.endswith("/pool")]
         assert pool["label"].isna().all() and not pool["allagree"].any() and rows["id"].is_unique
         tests.append(texts["50agree/test"])
     assert tests[0] != tests[1]
+
+
+@pytest.mark.parametrize("name", read_yaml(FOLDER / "trials.yaml"))
+def test_each_trial_changes_valid_settings_of_the_student(tmp_path, name):
+    raw = merge_overlay(read_yaml(FOLDER / "params.yaml"), read_yaml(FOLDER / "trials.yaml")[name])
+    settings, as_it_is = validate_section(StudySettings, raw, name), read_settings(FOLDER / "params.yaml")
+    student, committed = (one.students["minilm-l6-kd"] for one in (settings, as_it_is))
+    changed = settings.pools != as_it_is.pools or student != committed
+    assert changed == (name != "as it is")
+    written = "written/pool" in student.phases[0].data
+    assert settings.pools.written == written == ("wrote" in name)
+    assert (len(student.phases[0].teachers), len(student.phases[1].teachers)) == (1 + ("two" in name),) * 2
+    assert student.phases[1].epochs == (6 if "six epochs" in name else 3)
+    assert settings.pools.spliced == (6 if "spliced" in name or "six epochs" in name else 2)
 
 
 def test_spliced_sentences_join_two_at_the_same_word():

@@ -106,9 +106,9 @@ def read_headlines(folder: Path) -> list[str]:
     return long
 
 
-def read_corpus() -> pd.DataFrame:
-    """The rows of this project's finance corpus: text, label."""
-    return pd.DataFrame(read_rows("data/corpora/finance.jsonl", ROOT).rows)[["text", "label"]]
+def read_corpus(name: str = "corpora/finance") -> pd.DataFrame:
+    """The rows of a file in data/, by default this project's finance corpus: text, label."""
+    return pd.DataFrame(read_rows(f"data/{name}.jsonl", ROOT).rows)[["text", "label"]]
 
 
 def is_far(texts: Sequence[str], others: Sequence[str]) -> np.ndarray:
@@ -161,6 +161,7 @@ def study_rows(phrasebank: pd.DataFrame, headlines: Sequence[str], settings: Stu
     held_out = rows["text"][rows["split_ref"].isin(["50agree/validation", "50agree/test"])].tolist()
     pools = {
         "finance": read_corpus()["text"].tolist() if settings.pools.finance else [],
+        "written": read_corpus("texts/finance-qwen")["text"].tolist() if settings.pools.written else [],
         "spliced": splice(train, settings.pools.spliced, seed),
         "headlines": list(headlines) if settings.pools.headlines else [],
     }

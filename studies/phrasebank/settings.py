@@ -19,6 +19,8 @@ class PoolSettings(Section):
     """`headlines/pool`: number of headlines, those nearest to a training sentence."""
     finance: bool = False
     """`finance/pool`: the texts of this project's finance corpus, without their labels."""
+    written: bool = False
+    """`written/pool`: the texts that a language model wrote for the task, without their labels."""
     spliced: Count = 0
     """`spliced/pool`: sentences made of two training sentences, for each sentence that can be cut."""
 

@@ -24,34 +24,60 @@ def with_predictions(rows: pd.DataFrame, p: np.ndarray) -> pd.DataFrame:
     return rows[["label", "group", "allagree"]].assign(prediction=prediction)
 
 
+def subset_scores(rows: pd.DataFrame, p: np.ndarray) -> list[dict[str, float]]:
+    """Scores of the probabilities p for `rows`, and for those of them that are in all-agree."""
+    predicted = with_predictions(rows, p)
+    parts = (predicted, predicted[predicted["allagree"]])
+    return [metrics.mean_scores(part["label"], part["prediction"], sentiment_task().names) for part in parts]
+
+
 def print_scores(title: str, rows: pd.DataFrame, p: np.ndarray) -> None:
     """Print accuracy and macro-F1 of the probabilities p for `rows`, by which settings are chosen: no test rows."""
-    predicted, parts = with_predictions(rows, p), []
-    for subset, part in zip(SUBSETS, (predicted, predicted[predicted["allagree"]]), strict=True):
-        scores = metrics.mean_scores(part["label"], part["prediction"], sentiment_task().names)
-        parts.append(f"{subset} {scores['accuracy']:.4f} / {scores['macro_f1']:.4f}")
+    pairs = zip(SUBSETS, subset_scores(rows, p), strict=True)
+    parts = [f"{subset} {scores['accuracy']:.4f} / {scores['macro_f1']:.4f}" for subset, scores in pairs]
     print(f"{title}: {', '.join(parts)}", flush=True)
+
+
+def label_rows(
+    name: str, settings: StudySettings, rows: pd.DataFrame, seed: int, cache: Path
+) -> Iterator[tuple[str, np.ndarray, Cost]]:
+    """The teachers of student `name`, each with its probabilities for all `rows` and its cost."""
+    phases = settings.students[name].phases
+    for teacher in dict.fromkeys(teacher for phase in phases for teacher in phase.teachers):
+        yield teacher, *cross_fit(teacher, settings, rows, seed, cache)
+
+
+def train_labelled(
+    name: str, settings: StudySettings, rows: pd.DataFrame, seed: int, cache: Path
+) -> tuple[pd.DataFrame, Cost]:
+    """Train student `name` on `rows` that hold the probabilities of its teachers; see :func:`training.train`."""
+    spec, splits = settings.students[name], split_rows(rows)
+    unanimous = splits["train"][splits["train"]["allagree"]]
+    frame = pd.concat([rows, unanimous.assign(split_ref="allagree/train")], ignore_index=True)
+    held_out = {split: splits[split] for split in ("validation", "test")}
+    title, model = f"seed {seed}, {name}", settings.models[spec.model]
+    return train(spec, model, frame, held_out, seed=seed, cache=cache, title=title)
+
+
+def split_rows(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The gold rows among `rows` by split."""
+    return {split: rows[rows["split_ref"] == f"50agree/{split}"] for split in ("train", "validation", "test")}
 
 
 def evaluate_student(
     name: str, settings: StudySettings, rows: pd.DataFrame, seed: int, cache: Path
 ) -> Iterator[EvaluatedModel]:
     """Train student `name` of a seed, and its teachers. rows: see :func:`study_rows`."""
-    spec = settings.students[name]
-    splits = {split: rows[rows["split_ref"] == f"50agree/{split}"] for split in ("train", "validation", "test")}
-    test, frame = splits["test"], rows
-    for teacher in dict.fromkeys(teacher for phase in spec.phases for teacher in phase.teachers):
-        p, cost = cross_fit(teacher, settings, rows, seed, cache)
+    spec, splits, frame = settings.students[name], split_rows(rows), rows
+    test = splits["test"]
+    for teacher, p, cost in label_rows(name, settings, rows, seed, cache):
         for split in ("train", "validation"):
             print_scores(f"seed {seed}, {teacher}, {split}", splits[split], p[splits[split].index])
         yield EvaluatedModel(teacher, "teacher", seed, with_predictions(test, p[test.index]), cost)
         frame = frame.assign(**{f"probabilities_{teacher}": list(p)})
-    unanimous = frame[(frame["split_ref"] == "50agree/train") & frame["allagree"]]
-    frame = pd.concat([frame, unanimous.assign(split_ref="allagree/train")], ignore_index=True)
-    held_out = {split: splits[split] for split in ("validation", "test")}
-    title, model = f"seed {seed}, {name}", settings.models[spec.model]
-    predictions, cost = train(spec, model, frame, held_out, seed=seed, cache=cache, title=title)
-    print_scores(f"{title}, validation", splits["validation"], stack_probabilities(predictions, "validation"))
+    predictions, cost = train_labelled(name, settings, frame, seed, cache)
+    title = f"seed {seed}, {name}, validation"
+    print_scores(title, splits["validation"], stack_probabilities(predictions, "validation"))
     role = "student" if any(phase.teachers for phase in spec.phases) else "control"
     before, after = (with_predictions(test, stack_probabilities(predictions, split)) for split in ("untrained", "test"))
     no_training = Cost(cost.parameters, 0.0, cost.commit)

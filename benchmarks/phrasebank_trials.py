@@ -1,0 +1,54 @@
+"""Which settings of the PhraseBank study help its distilled student, on validation rows alone?
+
+    PYTHONPATH=src python benchmarks/phrasebank_trials.py FOLDER
+
+FOLDER holds PhraseBank's files as studies/phrasebank/README.md has them. Trains the student minilm-l6-kd of seed 0 once
+for each overlay in studies/phrasebank/trials.yaml, and prints accuracy and macro-F1 on the validation rows of 50-agree,
+and on the unanimous ones. Finished models are kept in `.cache/phrasebank/`, so that a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from distillery.config.load import validate_section
+from distillery.errors import UserError
+from distillery.files import read_yaml, repository_root
+from distillery.pipeline.recipe import merge_overlay
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `studies`
+
+from studies.phrasebank.data import read_phrasebank, study_rows
+from studies.phrasebank.settings import StudySettings
+from studies.phrasebank.study import CACHE, label_rows, split_rows, subset_scores, train_labelled
+from studies.phrasebank.training import stack_probabilities
+
+STUDENT = "minilm-l6-kd"
+
+
+def main(data: Path) -> None:
+    """Train the student of each overlay and print the table."""
+    study = repository_root() / "studies/phrasebank"
+    base, phrasebank = read_yaml(study / "params.yaml"), read_phrasebank(data)
+    lines = []
+    for name, overlay in read_yaml(study / "trials.yaml").items():
+        settings = validate_section(StudySettings, merge_overlay(base, overlay), f"trials.yaml: {name}")
+        rows = study_rows(phrasebank, [], settings, 0)
+        teachers = {teacher: list(p) for teacher, p, _ in label_rows(STUDENT, settings, rows, 0, CACHE)}
+        labelled = rows.assign(**{f"probabilities_{teacher}": p for teacher, p in teachers.items()})
+        predictions, cost = train_labelled(STUDENT, settings, labelled, 0, CACHE)
+        p = stack_probabilities(predictions, "validation")
+        both = subset_scores(split_rows(rows)["validation"], p)
+        scores = "   ".join(f"{scores['accuracy']:.4f} / {scores['macro_f1']:.4f}" for scores in both)
+        minutes = "unknown" if cost.minutes is None else f"{cost.minutes:.1f}"
+        lines.append(f"{name:60}   {scores}   {minutes:>7}")
+    print(f"{'accuracy / macro-F1 on validation rows of seed 0':60}   50-agree          all-agree         minutes")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}")
