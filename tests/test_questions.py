@@ -17,7 +17,7 @@ from distillery.models.predictions import find_alerts, predict_rows, score_answe
 from distillery.tasks.schema import Task
 from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.rows import phase_rows
-from distillery.training.run import train_phase
+from distillery.training.run import train_phase, validation_rows
 
 TASK = Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})
 PHASE = {"data": ["q/train"], "loss": {"ce": 1.0}, "steps": 60, "batch_size": 4, "learning_rate": 1.0e-2}
@@ -47,6 +47,48 @@ def test_a_student_learns_to_write_the_answers(tiny_models, tmp_path):
     assert predictions["answer"].tolist() == ["net sales", "operating profit", "the board", "EUR"]
     after = score_predictions(predictions, TASK.names)
     assert before["exact_match"] == 0 < after["exact_match"] == after["accuracy"] == after["token_f1"] == 1
+
+
+def answer_loss(model: LabelModel, rows: pd.DataFrame) -> float:
+    """The mean over the tokens of the first accepted answers, row by row with the model's own forward pass."""
+    nll, n = 0.0, 0
+    for text, accepted in zip(rows["text"], rows["answers"], strict=True):
+        (prompt,) = model.encode([text])
+        answer = model.tokenizer(f" {accepted.split(' | ')[0]}", add_special_tokens=False)["input_ids"]
+        answer = [*answer, model.tokenizer.eos_token_id]
+        if model.arch == "causal":
+            logits = model.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        else:
+            logits = model.model(input_ids=torch.tensor([prompt]), labels=torch.tensor([answer])).logits[0]
+        nll -= logits.log_softmax(-1)[range(len(answer)), answer].sum().item()
+        n += len(answer)
+    return nll / n
+
+
+@pytest.mark.parametrize("arch, on_policy", [("causal", 0.0), ("causal", "adaptive"), ("seq2seq", 0.0)])
+def test_the_gold_answers_of_validation_rows_have_a_loss(tiny_models, tmp_path, capsys, arch, on_policy):
+    """In the history and the printed lines; early stopping and the on-policy share follow it."""
+    folder = tiny_models / ("tiny-llama" if arch == "causal" else "tiny-t5")
+    more = {"early_stopping": {"metric": "loss", "patience": 9, "every": 2}, "steps": 4}
+    if on_policy:
+        more |= {"loss": {"kl": 1.0}, "space": "vocabulary", "teachers": ["one"], "on_policy": on_policy}
+    spec = PhaseConfig(**PHASE | more | {"max_new_tokens": 3})
+    model = LabelModel(load_model(folder, arch), load_tokenizer(folder), TASK, arch, prompt="plain", batch_size=2)
+    held_out = QUESTIONS.iloc[[3, 1, 0]].reset_index(drop=True).assign(answers=["no one | EUR", "sales", None])
+    rows = phase_rows(QUESTIONS.assign(answer_one="x", fold_one=-1), spec, TASK.names)
+    teachers = (
+        {"one": OpenableTeacher(lambda _: student(folder), ["one"], 4, tmp_path / "outputs")} if on_policy else {}
+    )
+    validation = validation_rows(held_out, TASK)
+    history = train_phase(model, rows, spec, folder=tmp_path, seed=0, validation=validation, teachers=teachers)
+    assert history["step"].tolist() == [2, 4] and history["validation_loss"].notna().all()
+    printed = capsys.readouterr().out
+    assert f"on validation rows loss {history['validation_loss'].iloc[-1]:.4f}, accuracy 0.0000" in printed
+    expected = history["validation_loss"].min()  # of the weights that early stopping went back to
+    assert f"; best loss {expected:.3f} after" in printed
+    model.model.eval()
+    assert answer_loss(model, held_out.iloc[:2]) == pytest.approx(expected, abs=1e-4)
+    assert len(model.label_token_ids) == len(rows.answers)  # the labels stay those of the training
 
 
 def test_answers_and_a_teachers_distribution_over_their_tokens_are_learned_together(tiny_models, tmp_path):

@@ -20,7 +20,8 @@ from distillery.models.label_model import ModelOutput
 from distillery.models.predictions import predict_rows, score_predictions
 from distillery.tasks.schema import load_task
 from distillery.teachers.finetune import finetune_teacher
-from distillery.training import run, trainers
+from distillery.training import run
+from distillery.training import validation as validation_module
 from distillery.training.completions import MicroBatch, PhaseCompletions, StepCounts
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.progress import example_line
@@ -234,7 +235,7 @@ def test_a_stopped_run_without_a_score_that_is_a_number_keeps_its_last_weights(t
     validation = validation_rows(toy(6, seed=1), TASK)
     stopping = {"metric": "loss", "patience": 1, "every": 2}
     spec = phase({"ce": 1.0}, steps=20, batch_size=4, early_stopping=stopping)
-    monkeypatch.setattr(trainers, "score_predictions", lambda *_: dict.fromkeys(SCORES, math.nan))
+    monkeypatch.setattr(validation_module, "score_predictions", lambda *_: dict.fromkeys(SCORES, math.nan))
     unkilled = run.end_sentence
 
     def killed(*_):

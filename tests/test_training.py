@@ -39,7 +39,6 @@ from distillery.training.completions import ANSWER, RATIONALE, SAMPLED, MicroBat
 from distillery.training.disk import disk_need, size_text
 from distillery.training.on_policy import (
     EarlierAnswers,
-    EarlierAnswersMixin,
     on_policy_share,
     uses_earlier_answers,
 )
@@ -754,22 +753,6 @@ def test_the_adaptive_share_of_on_policy_batches_rises_with_the_validation_loss(
     spec = phase({"kl": 1.0}, space="vocabulary", on_policy="adaptive", validate_every=2)
     assert on_policy_share(spec, looks(*losses)) == pytest.approx(share)
     assert on_policy_share(spec.model_copy(update={"on_policy": 0.25}), looks(*losses)) == 0.25
-
-
-def test_adaptive_needs_a_validation_loss():
-    """Free answers are right or wrong: there is no loss that rises."""
-
-    class Prepared:
-        def prepare(self, *_):
-            pass
-
-    class Adaptive(EarlierAnswersMixin, Prepared):
-        pass
-
-    spec = PhaseConfig.model_construct(on_policy="adaptive")
-    Adaptive().prepare(SimpleNamespace(task=SimpleNamespace(kind="classification")), None, spec)
-    with pytest.raises(UserError, match="on_policy: adaptive: free answers have no validation loss"):
-        Adaptive().prepare(SimpleNamespace(task=SimpleNamespace(kind="qa")), None, spec)
 
 
 def test_an_adaptive_student_learns_from_the_data_until_the_validation_loss_rises(tiny_models, tmp_path, monkeypatch):

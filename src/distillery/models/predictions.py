@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from distillery import metrics
 from distillery.label_sets import LabelSets
+from distillery.models.batches import batches_by_length
 from distillery.models.label_model import LabelModel
 from distillery.tasks.schema import ANSWER_LABELS, N_OPTIONS, Task, accepted_answers
 
@@ -80,6 +82,31 @@ def score_answers(rows: pd.DataFrame, answers: Sequence[str]) -> pd.DataFrame:
             "answer": list(answers),
         }
     ).join(token_scores.astype(float))
+
+
+@torch.no_grad()
+def answer_losses(model: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
+    """What the first accepted answers to `rows` (text, `answers`) of a `qa` task cost `model`, without dropout.
+
+    Columns: answer_nll, the sum of the negative log-likelihoods (nats) of the answer's tokens and its end token, each
+    after the answer's own tokens before it; answer_tokens, their number. Both are 0 without accepted answers.
+    """
+    answers = [accepted_answers(accepted)[0] if isinstance(accepted, str) else None for accepted in rows["answers"]]
+    answered = [i for i, answer in enumerate(answers) if answer is not None]
+    losses = np.zeros((len(answers), 2))
+    ids = model.encode(rows["text"].iloc[answered].tolist())
+    labels, training = model.label_token_ids, model.model.training
+    model.set_answers([answers[i] for i in answered])
+    completions = [model.label_completion(k) for k in range(len(answered))]
+    model.label_token_ids = labels  # a training's are those of its own rows
+    model.model.eval()
+    for batch in batches_by_length(ids, model.batch_size):
+        outputs = model.forward([ids[k] for k in batch], [[completions[k]] for k in batch], label_space=False)
+        lengths = [len(completions[k][0]) for k in batch]
+        parts = outputs.completion_nll.double().split(lengths)
+        losses[[answered[k] for k in batch]] = [(float(nll.sum()), n) for nll, n in zip(parts, lengths, strict=True)]
+    model.model.train(training)
+    return pd.DataFrame(losses, columns=["answer_nll", "answer_tokens"])
 
 
 def predict_splits(

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from distillery.config.schema import PhaseConfig
-from distillery.errors import UserError
 from distillery.files import write_json
 from distillery.models.label_model import Completion, LabelModel
 from distillery.training.processes import gather, process_count
@@ -87,8 +86,6 @@ class EarlierAnswersMixin:
     def prepare(self, student: LabelModel, rows: TrainingRows, phase: PhaseConfig, *args: Any) -> None:
         """See :class:`distillery.training.trainers.PhaseTrainerMixin`."""
         super().prepare(student, rows, phase, *args)
-        if phase.on_policy == "adaptive" and student.task.kind == "qa":
-            raise UserError("on_policy: adaptive: free answers have no validation loss to follow; give a share")
         self.earlier = EarlierAnswers() if phase.on_policy == "adaptive" else None
 
     def earlier_answers(self, rows: Sequence[int], micro_batch: int) -> list[Completion] | None:

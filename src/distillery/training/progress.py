@@ -20,8 +20,8 @@ SHOWN_CHARACTERS = 200  # of the text of a training row
 class ProgressPrinter(TrainerCallback):
     """A line now and then: under papermill every redraw of a bar would become a line of the notebook."""
 
-    def __init__(self, title: str, free_answers: bool = False):
-        self.title, self.free_answers = title, free_answers
+    def __init__(self, title: str):
+        self.title = title
         self.start: tuple[float, int] | None = None  # when the first step began, and how many came before it
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -42,8 +42,8 @@ class ProgressPrinter(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         accuracies = [entry["eval_accuracy"] for entry in state.log_history if "eval_accuracy" in entry][-LAST_LOOKS:]
-        loss = "" if self.free_answers else f"loss {metrics['eval_loss']:.4f}, "
-        line = f"{self.title}: step {state.global_step}, on validation rows {loss}accuracy {accuracies[-1]:.4f}"
+        scores = f"loss {metrics['eval_loss']:.4f}, accuracy {accuracies[-1]:.4f}"
+        line = f"{self.title}: step {state.global_step}, on validation rows {scores}"
         print(f"{line}, mean of the last {len(accuracies)} {sum(accuracies) / len(accuracies):.4f}", flush=True)
 
 

@@ -68,7 +68,7 @@ def train_phase(
     validation: the rows that early stopping scores. teachers: those whose tokens or hidden states the loss compares.
     shared: states of frozen layers, see :func:`compute_frozen_states`. callbacks: more of them for the trainer.
     Returns the history, a row a logged step: step, epoch, loss, learning_rate, the terms' values, and where validation
-    rows were looked at validation_loss (nats, not of free answers) and validation_accuracy, empty at other steps.
+    rows were looked at validation_loss (nats) and validation_accuracy, empty at other steps.
     Prints the size of a checkpoint and the disk that the training needs.
     Raises UserError when the disk has less, or is full, when a teacher does not fit the student, and when early
     stopping has no validation rows.
@@ -105,10 +105,10 @@ def train_phase(
             restore_full_embedding(student.model)
         student.frozen_states = None
     restore_sharded_embedding(student)  # after a failure the other processes would not take part
-    return _history(trainer.state.log_history, free_answers=student.task.kind == "qa")
+    return _history(trainer.state.log_history)
 
 
-def _history(log: list[dict[str, Any]], free_answers: bool) -> pd.DataFrame:
+def _history(log: list[dict[str, Any]]) -> pd.DataFrame:
     """The history of :func:`train_phase` out of a trainer's log."""
     logged = [entry for entry in log if "loss" in entry]
     history = pd.DataFrame(
@@ -116,9 +116,8 @@ def _history(log: list[dict[str, Any]], free_answers: bool) -> pd.DataFrame:
     )
     terms = [k for k in history if k.startswith("term_")]
     history = history[[*HISTORY_COLUMNS, *terms]].rename(columns=lambda k: k.removeprefix("term_"))
-    scores = [name for name in VALIDATION_SCORES if not (free_answers and name == "loss")]
     looks = {entry["step"]: entry for entry in log if "eval_accuracy" in entry}
-    for score in scores if looks else []:
+    for score in VALIDATION_SCORES if looks else []:
         history[f"validation_{score}"] = [looks.get(step, {}).get(f"eval_{score}") for step in history["step"]]
     return history
 

@@ -15,25 +15,34 @@ from distillery.training.sharding import choose_methods, predict_in_step, whole_
 Value = TypeVar("Value")
 
 
-def predict_together(model: LabelModel, splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """:func:`predict_splits` with the rows shared over the processes. All of them return the same table."""
+def predict_together(
+    model: LabelModel,
+    splits: dict[str, pd.DataFrame],
+    predict: Callable[[LabelModel, pd.DataFrame], pd.DataFrame] = predict_rows,
+) -> pd.DataFrame:
+    """:func:`predict_splits` with the rows shared over the processes. All of them return the same table.
+
+    predict: computes the predictions of rows.
+    """
     if process_count() == 1:
-        return predict_splits(model, splits)
-    return predict_splits(model, splits, _predict_share)
+        return predict_splits(model, splits, predict)
+    return predict_splits(model, splits, lambda model, rows: _predict_share(model, rows, predict))
 
 
-def _predict_share(model: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:
-    """:func:`predict_rows`, each process a share of `rows`."""
+def _predict_share(
+    model: LabelModel, rows: pd.DataFrame, predict: Callable[[LabelModel, pd.DataFrame], pd.DataFrame]
+) -> pd.DataFrame:
+    """`predict(model, rows)`, each process a share of `rows`."""
     if model.sharded is not None:
         choose_methods(model, model.encode(rows["text"].tolist()))
     if len(rows) < process_count():
-        return predict_alike(model, lambda: predict_rows(model, rows))
+        return predict_alike(model, lambda: predict(model, rows))
     shares = [range(rank, len(rows), process_count()) for rank in range(process_count())]
     share = list(shares[process_rank()])
     # of a sharded model every process has as many rows, whose batches then are as many
     missing = len(shares[0]) - len(share) if model.sharded is not None else 0
     given = rows.iloc[share + share[-1:] * missing].reset_index(drop=True)
-    own = predict_alike(model, lambda: predict_rows(model, given))
+    own = predict_alike(model, lambda: predict(model, given))
     parts = [part[: len(share)].set_axis(share) for part, share in zip(gather(own), shares, strict=True)]
     return pd.concat(parts).sort_index().reset_index(drop=True)
 

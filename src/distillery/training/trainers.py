@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -17,14 +16,11 @@ from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from distillery.config.schema import PhaseConfig
-from distillery.label_sets import sets_of
 from distillery.models.fast_cpu import train_used_embeddings, use_bit_dropout
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.memory import release_free_memory
 from distillery.models.packed.frozen_layers import SharedStates, compute_frozen_states
-from distillery.models.predictions import score_predictions
 from distillery.models.scoring import scored_completions
-from distillery.tasks.schema import N_OPTIONS
 from distillery.training.checkpoints import CheckpointsMixin
 from distillery.training.completions import PhaseCompletions, StepCounts
 from distillery.training.on_policy import EarlierAnswersMixin, on_policy_share
@@ -36,7 +32,7 @@ from distillery.training.rows import TrainingRows
 from distillery.training.sampler import BalancedSampler, LengthGroupedSampler
 from distillery.training.served_teacher import ServedTeacher
 from distillery.training.sharding import compute_together, predict_in_step, whole_weights
-from distillery.training.shared_predictions import predict_alike, predict_together
+from distillery.training.shared_predictions import predict_alike
 from distillery.training.shared_steps import PlainStep, SharedStepsMixin
 from distillery.training.stopping import (
     PatienceCallback,
@@ -45,6 +41,7 @@ from distillery.training.stopping import (
     schedule_arguments,
 )
 from distillery.training.teacher_signals import TeacherSignals
+from distillery.training.validation import validation_scores
 
 RELEASE_EVERY = 20  # optimizer steps: rare enough to take no time
 
@@ -163,16 +160,7 @@ class PhaseTrainerMixin(CheckpointsMixin, SharedStepsMixin):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores on the validation rows, for early stopping and curves."""
-        rows, names = self.validation, self.student.task.names
-        labels = sets_of(rows.targets > 0, names) if rows.are_sets else [names[i] for i in rows.targets]
-        frame = pd.DataFrame({"id": "", "text": rows.texts, "label": labels})
-        if rows.accepted_answers is not None:
-            frame["answers"] = rows.accepted_answers
-        if rows.n_options is not None:
-            frame[N_OPTIONS] = rows.n_options
-        report = score_predictions(predict_together(self.student, {"validation": frame}), names)
-        f1 = report.get("token_f1", report["macro_f1"])  # of free answers
-        scores = {"eval_accuracy": report["accuracy"], "eval_macro_f1": f1, "eval_loss": report["log_loss"]}
+        scores = validation_scores(self.student, self.validation)
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         step = self.state.global_step
@@ -330,7 +318,7 @@ def build_trainer(
         "eval_dataset": data if stopping or phase.validate_every else None,
         "data_collator": lambda batch: {"index": torch.tensor([row["index"] for row in batch])},
         "callbacks": [
-            ProgressPrinter(title, free_answers=student.task.kind == "qa"),
+            ProgressPrinter(title),
             *([PatienceCallback(stopping)] if stopping else []),
             *callbacks,
         ],

@@ -60,7 +60,8 @@ class EarlyStoppingConfig(Section):
     """Stops a training that no longer improves, and returns to its best checkpoint."""
 
     metric: Literal["accuracy", "macro_f1", "loss"] = "macro_f1"
-    """Score on the validation rows to watch. `loss`: cross-entropy of their gold labels."""
+    """Score on the validation rows to watch. `loss`: cross-entropy of their gold labels, or of
+    the tokens of their first accepted answers."""
     patience: Annotated[int, Field(gt=0)] = 3
     """Evaluations without an improvement after which the training stops."""
     every: Annotated[int, Field(gt=0)] | None = None
