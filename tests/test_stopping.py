@@ -161,6 +161,22 @@ def test_a_row_of_free_answers_is_shown_with_the_students_answer(tiny_models):
     assert second == f"row: a b | answer: x | student: {student.answer_questions(['a b'])[0]}"
 
 
+@pytest.mark.parametrize("names", [("one",), ("one", "two")])
+def test_a_row_of_free_answers_is_shown_with_those_of_its_teachers(tiny_models, names):
+    """Those that have one, by name where they are several; also of a part of the rows."""
+    task = load_task("trivia", tiny.ROOT / "tasks")
+    student = learner(tiny_models, "causal", task)
+    frame = pd.DataFrame({"split_ref": "q/train", "text": ["a b", "c d", "e f"], "answers": ["x | y", "z", "x"]})
+    for teacher in names:
+        frame = frame.assign(**{f"answer_{teacher}": [f"{teacher} says", None, "no"], f"fold_{teacher}": -1})
+    rows = phase_rows(frame, phase({"ce": 1.0}, data=["q/train"], teachers=list(names)), task.names)
+    shown = {("one",): "teacher: one says", ("one", "two"): "teacher one: one says | teacher two: two says"}[names]
+    student.set_answers(rows.answers)
+    assert example_line(student, rows, 3).startswith(f"row: a b | answer: x | {shown} | student: ")
+    assert example_line(student, rows, 1).startswith("row: c d | answer: z | student: ")
+    assert " | answer: x | teacher" in example_line(student, rows.subset([2, 0]), 0)
+
+
 def test_looks_without_validation_rows_are_one_line(tiny_models, tmp_path):
     student = learner(tiny_models, "classifier")
     with pytest.raises(UserError, match="^training: `validate_every` needs validation rows, and there are none"):

@@ -59,6 +59,9 @@ def example_line(student: LabelModel, rows: TrainingRows, step: int) -> str:
     parts = [f"row: {text[:SHOWN_CHARACTERS]}{'…' if len(text) > SHOWN_CHARACTERS else ''}"]
     if rows.answers is not None:
         parts.append(f"answer: {rows.answers[rows.targets[i]]}")
+        for name, answers in (rows.teacher_answers or {}).items():
+            title = f"teacher {name}" if len(rows.teacher_answers) > 1 else "teacher"
+            parts += [f"{title}: {answers[i]}"] if isinstance(answers[i], str) else []
         return " | ".join([*parts, f"student: {student.answer_questions([rows.texts[i]])[0]}"])
     if rows.are_sets:
         parts.append(f"label: {sets_of(rows.targets[i : i + 1] > 0, task.names)[0]}")

@@ -27,6 +27,7 @@ class TrainingRows:
     rationales [n]: text, or None where there is none. teacher_weights {teacher: [n]}: weight of each teacher in a mix.
     teacher_folds {teacher: [n]}: the fold whose model may score a row. label_prior [labels]: shares of the gold labels.
     answers: of a `qa` task, the texts that targets are indices of. accepted_answers [n]: the right ones, for scores.
+    teacher_answers {teacher: [n]}: its own answer to each row of a `qa` task, or None.
     n_options [n]: of a `choice` task, how many labels have an option. gold [n]: which targets are gold; None: all.
     ids [n]: split_ref and id, where the rows come from a file.
     """
@@ -40,6 +41,7 @@ class TrainingRows:
     label_prior: torch.Tensor | None = None
     answers: list[str] | None = None
     accepted_answers: list[str] | None = None
+    teacher_answers: dict[str, list[str | None]] | None = None
     n_options: list[int] | None = None
     gold: np.ndarray | None = None
     ids: list[tuple[str, str]] | None = None
@@ -251,6 +253,7 @@ def question_rows(rows: pd.DataFrame, phase: PhaseConfig) -> TrainingRows:
         raise UserError(f"phases: {missing} rows of {', '.join(phase.data)} have no answer")
     training_rows = _answered_rows(rows, answers)
     if phase.teachers:
+        training_rows.teacher_answers = {teacher: rows[f"answer_{teacher}"].tolist() for teacher in phase.teachers}
         training_rows.teacher_weights = {
             teacher: torch.ones(len(rows), dtype=torch.double) for teacher in phase.teachers
         }
