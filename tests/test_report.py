@@ -19,7 +19,7 @@ from distillery.evaluation.slices import slice_scores
 from distillery.evaluation.speed import Measurements
 from distillery.report.page import MAX_BROWSER_ROWS, render_page
 from distillery.report.sentences import Comparison, Facts, describe_result, render_facts, result_facts
-from distillery.report.tables import MIN_BIN_ROWS, teacher_shares
+from distillery.report.tables import MIN_BIN_ROWS, cost_shares
 from report_project import (
     LABELS,
     SPEEDS,
@@ -30,6 +30,7 @@ from report_project import (
     finished_project,
     invented_corpus,
     qa_project,
+    write_file,
     write_project,
 )
 
@@ -418,14 +419,35 @@ def test_the_page_shows_title_tiles_and_phases(finished):
 def test_the_page_has_the_shares_of_the_teacher_beside_the_counts(finished):
     """17 of 134.5 million parameters, 34 of 269 megabytes, and what is trained of a model's own parameters."""
     root, _, results, board = finished
-    shares = teacher_shares(results, board.reset_index())["tiny-kd"]
+    shares = cost_shares(results, board.reset_index())["tiny-kd"]
     expected = {"parameters": 17 / 134.5, "megabytes": 34 / 269, "trainable": 16 / 17}
     assert {name: shares[name] for name in expected} == pytest.approx(expected)
     html = unescape((root / "reports/index.html").read_text(encoding="utf-8"))
     row = next(part for part in html[html.index("Trained parameters") :].split("<tr")[1:] if ">tiny-kd</th>" in part)
     assert row.count("<small>12.6 % of its teacher's</small>") == 2 and "<small>94.1 % of its own</small>" in row
     (teacher,) = (result.name for result in results.models if result.role == "teacher")
-    assert "parameters" not in teacher_shares(results, board.reset_index())[teacher]
+    assert "parameters" not in cost_shares(results, board.reset_index())[teacher]
+
+
+def test_the_memory_of_a_training_is_a_share_of_its_controls(tmp_path):
+    """700 of 14,000 MB on the GPU, 901 of 4,505 of the process; no share where one side was not measured."""
+    params, page = write_project(tmp_path, experiment()), tmp_path / "reports/index.html"
+    peaks = {"tiny-kd": {"peak_gpu_memory_mb": 700}, "tiny-gold": {"peak_memory_mb": 4505}}
+    for name, record in peaks.items():
+        for seed in (0, 1):
+            path = tmp_path / f"runs/{name}-{seed}/timing.json"
+            write_file(path, json.dumps(json.loads(path.read_text()) | record))
+    results, board = evaluate(tmp_path, params)
+    shares = cost_shares(results, board.reset_index())
+    assert shares["tiny-kd"]["training_mb"] == pytest.approx(0.2) and "training_gpu_mb" not in shares["tiny-kd"]
+    assert "<small>20.0 % of tiny-gold's</small>" in unescape(page.read_text())
+    assert not any({"training_mb", "training_gpu_mb"} & {*shares[name]} for name in shares if name != "tiny-kd")
+    for seed in (0, 1):
+        path = tmp_path / f"runs/tiny-gold-{seed}/timing.json"
+        write_file(path, json.dumps(json.loads(path.read_text()) | {"peak_gpu_memory_mb": 14_000}))
+    results, board = evaluate(tmp_path, params)
+    assert cost_shares(results, board.reset_index())["tiny-kd"]["training_gpu_mb"] == pytest.approx(0.05)
+    assert "700 MB<small>5.0 % of tiny-gold" in page.read_text()
 
 
 def test_the_checks_are_on_the_page(finished, tmp_path):

@@ -34,7 +34,7 @@ from distillery.report.environment import ENVIRONMENT
 from distillery.report.figures import COSTS, all_figures
 from distillery.report.sentences import describe_result, left_out_sentence
 from distillery.report.svg import figure_svg, inline_svg
-from distillery.report.tables import reliability_table, score_table, size_series, teacher_shares
+from distillery.report.tables import cost_shares, reliability_table, score_table, size_series
 from distillery.teachers.label_review import read_label_errors
 from distillery.wording import human_count, percent, percentage_points
 
@@ -135,7 +135,8 @@ def render_page(
         level=f"{100 * results.params.evaluate.confidence:g} %",
         comparisons=count_comparisons(board),
         trained=[row for row in rows if row["role"] in TRAINED_ROLES and row["model"] not in further],
-        shares=teacher_shares(results, board),
+        shares=cost_shares(results, board),
+        controls={result.name: result.control for result in results.models},
         gpu_columns=[column for column in GPU_COLUMNS if column in board],
         priced=[row for row in rows if row["role"] in (*TRAINED_ROLES, "export")],
         machine_price=results.params.evaluate.machine_price_per_hour,

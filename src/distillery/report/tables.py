@@ -25,9 +25,10 @@ def score_table(board: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def teacher_shares(results: Results, board: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """By model, the shares that it takes: of its teacher's `parameters`, `megabytes` and `memory_mb`, and of its own
-    parameters those that were trained, `trainable`. A count that is not known on both sides has no share."""
+def cost_shares(results: Results, board: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """By model, the shares that it takes: of its teacher's `parameters`, `megabytes` and `memory_mb`, of the memory
+    that the training of its control took, `training_mb` and `training_gpu_mb`, and of its own parameters those that
+    were trained, `trainable`. A count that is not known on both sides has no share."""
     rows = {row["model"]: row for row in board.to_dict("records")}
     shares: dict[str, dict[str, float]] = {}
     for result in results.models:
@@ -37,6 +38,9 @@ def teacher_shares(results: Results, board: pd.DataFrame) -> dict[str, dict[str,
             own, its_teachers = rows[result.name], rows[teacher.name]
             columns = ("parameters", "megabytes", "memory_mb")
             parts |= {column: (own.get(column), its_teachers.get(column)) for column in columns}
+        if (control := results.find(result.control, result.source)) is not None:
+            columns = ("training_mb", "training_gpu_mb")
+            parts |= {column: (getattr(result, column), getattr(control, column)) for column in columns}
         shares[result.name] = {
             column: float(part) / float(whole)
             for column, (part, whole) in parts.items()
