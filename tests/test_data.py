@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModel, AutoTokenizer
 
 from distillery.config.load import load_params
-from distillery.config.schema import SPLITS, ColumnNames, RowFilter, SourceConfig, SplitShares
+from distillery.config.schema import SPLITS, ColumnNames, ModelConfig, RowFilter, SourceConfig, SplitShares
 from distillery.data.audit import split_leaks
 from distillery.data.cleaning import ROW_COLUMNS, clean_rows
 from distillery.data.columnar import read_dataset_folder
-from distillery.data.filtering import related_words
+from distillery.data.filtering import nearest_words, related_words
 from distillery.data.near_duplicates import (
     cluster_near_duplicates,
     find_near_duplicates,
@@ -36,6 +38,7 @@ from distillery.data.similar_pairs import SIMILARITY_SLACK, similar_pairs
 from distillery.data.splitting import split_groups
 from distillery.data.storage import read_split, read_task, write_source
 from distillery.errors import UserError
+from distillery.notebook.data import decision_list
 from distillery.tasks.schema import Task, accepted_answers, load_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,6 +252,52 @@ def test_keywords_are_expanded_by_the_words_that_come_with_them(tmp_path):
     assert more.audit["filter"]["steps"] == [{"step": "cleaned", "rows": 48}, {"step": "keywords", "rows": 24}]
     with pytest.raises(ValueError, match="`expand_keywords` starts from `keywords`, and there are none"):
         RowFilter(expand_keywords=3)
+
+
+@torch.no_grad()
+def word_cosine(folder: Path, word: str, keyword: str) -> float:
+    """The cosine of the mean last states of two words, each alone in the encoder."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    states = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in (word, keyword)]
+    return torch.cosine_similarity(*states, dim=0).item()
+
+
+def test_keywords_are_expanded_by_the_words_with_the_nearest_vectors(tmp_path, tiny_models, monkeypatch):
+    """Of the words that three texts hold, by the nearest of two keywords, with the cosine; two runs are alike."""
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    models = {"encoder": ModelConfig(folder=str(tiny_models / "tiny-bert"))}
+    words = {"profit": 9, "sales": 5, "company": 4, "market": 3, "share": 2}  # the last one in too few texts
+    rows = [row | {"text": f"{row['text']} quarter Price"} for row in records(12)]
+    for word, number in words.items():
+        for row in rows[:number]:
+            row["text"] += f" {word}"
+    row_filter = {"keywords": ["Price", "quarter"], "expand_keywords": 3, "expand_by": "embeddings"}
+    spec = source(jsonl(tmp_path, rows), filter=row_filter | {"embeddings": "encoder"})
+    prepared = [prepare_source("a", spec, TASK, tmp_path, models=models) for _ in range(2)]
+    (report, _) = filters = [each.audit["filter"] for each in prepared]
+    assert filters[0] == filters[1]
+    folder = tiny_models / "tiny-bert"
+    cosines = {word: max(word_cosine(folder, word, key) for key in ("price", "quarter")) for word in [*words][:4]}
+    expected = sorted(cosines, key=cosines.get, reverse=True)[:3]
+    assert report["added_keywords"] == expected
+    assert report["similarities"] == pytest.approx([cosines[word] for word in expected], abs=2e-4)
+    shown = ", ".join(f"{word} ({cosines[word]:.2f})" for word in expected)
+    assert f"(cosine): {shown}." in decision_list(prepared[0].audit["decisions"])
+    assert nearest_words(pd.Series(["a b", "c d"]), ["e"], 3, pytest.fail) == {}
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"expand_by": "embeddings", "expand_keywords": 2}, "`expand_by: embeddings` and `embeddings` "),
+        ({"embeddings": "encoder", "expand_keywords": 2}, "`expand_by: embeddings` and `embeddings` "),
+        ({"expand_by": "embeddings", "embeddings": "encoder"}, "adds no word: set `expand_keywords`"),
+    ],
+)
+def test_an_expansion_by_vectors_needs_an_encoder_and_a_number(more, message):
+    with pytest.raises(ValueError, match=message):
+        RowFilter(keywords=["flood"], **more)
 
 
 def test_related_words_are_those_with_the_highest_likelihood_ratio():

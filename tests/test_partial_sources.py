@@ -14,7 +14,7 @@ import pytest
 
 from distillery.config.effects import unused_settings
 from distillery.config.load import load_params, validate_section
-from distillery.config.schema import OwnSplits, Params
+from distillery.config.schema import ModelConfig, OwnSplits, Params, RowFilter
 from distillery.data.overlaps import add_overlaps, prepare_without_leaks
 from distillery.data.prepare import PreparedSource, prepare_source
 from distillery.data.storage import read_split, write_source
@@ -202,6 +202,32 @@ def test_a_source_without_leaks_depends_on_the_rows_of_all_others_of_its_task(tm
     write_sources(tmp_path, params.model_copy(update={"data": params.data | {"news": news}}))
     record = json.loads((tmp_path / "build/sources/news.json").read_text())
     assert set(record["tests_of_others"]) == {"demo", "bench"}
+
+
+def test_a_filter_by_vectors_depends_on_the_encoder(tmp_path):
+    """On its section and on what its folder holds; a source that is compared with the filtered one, too."""
+    params = three_sources(tmp_path, texts(1, 9))
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    row_filter = RowFilter(keywords=["a"], expand_keywords=2, expand_by="embeddings", embeddings="encoder")
+    params = params.model_copy(
+        update={
+            "models": params.models | {"encoder": ModelConfig(folder=str(folder))},
+            "data": params.data | {"bench": params.data["bench"].model_copy(update={"filter": row_filter})},
+        }
+    )
+
+    def encoders(content: str) -> dict[str, Any]:
+        (folder / "config.json").write_text(content)
+        write_sources(tmp_path, params)
+        files = (tmp_path / "build/sources").iterdir()
+        return {path.stem: json.loads(path.read_text()).get("embeddings") for path in files}
+
+    before, after = encoders("{}"), encoders("[]")
+    assert before == encoders("{}") and before["bench"]["encoder"]["folder"] == str(folder)
+    assert {name for name in before if before[name] != after[name]} == {"bench", "demo", "news"}
+    write_sources(tmp_path, three_sources(tmp_path, texts(1, 9)))
+    assert "embeddings" not in json.loads((tmp_path / "build/sources/bench.json").read_text())
 
 
 def test_the_audit_of_a_source_depends_on_the_test_rows_of_the_others(tmp_path):

@@ -116,7 +116,7 @@ def test_every_module_is_a_part_of_some_stage_or_known_to_be_none():
     outside |= {"pipeline.draft", "pipeline.guess", "pipeline.model_checks", "pipeline.stage_times", "pipeline.studies"}
     outside |= {f"pipeline.{name}" for name in ("label_set_checks", "published_features", "published_settings")}
     outside |= {f"notebook.{name}" for name in ("lessons", "lesson_sentences", "one_gpu", "tiny_causal")}
-    outside |= {"pipeline.lessons"}
+    outside |= {"pipeline.lessons", "data.word_vectors"}  # of the latter see the test below
     outside |= {f"deploy.{name}" for name in ("decisions", "predict", "push", "serve", "tables")} | {"teachers.asking"}
     outside |= {name.removeprefix("distillery.") for name in all_modules() if ".pipeline.plan" in name}
     outside |= {f"teachers.{name}" for name in ("parts", "text_cleaning", "text_plan", "text_requests", "writing")}
@@ -131,6 +131,13 @@ def test_only_an_endpoint_depends_on_the_client():
     shared = {"03_augment", "05_evaluate"}
     assert {name for name in found if client in found[name]} == {"02_teach-far", *shared}
     assert not [name for name, modules in stages({"near": "lm"}).items() if client in modules]
+
+
+def test_only_a_filter_by_vectors_lets_the_data_depend_on_models():
+    notebooks = {name: strip_notebook(ROOT / f"notebooks/{name}.ipynb") for name in NOTEBOOKS}
+    modules = stage_modules(notebooks, {"near": "lm"}, word_vectors=True)["01_data"]
+    assert {"distillery.data.word_vectors", "distillery.models.embeddings"} <= {*modules}
+    assert not [name for name in stages({"near": "lm"})["01_data"] if name.startswith("distillery.models")]
 
 
 def test_a_student_depends_on_no_report_and_no_evaluation():

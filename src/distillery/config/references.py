@@ -77,6 +77,9 @@ def _check_data(params: Params, file: str, paths: Paths) -> None:
             tasks = sorted(path.stem for path in paths.tasks.glob("*.yaml"))
             _check_known(f"{file}: data.{name}.task", source.task, tasks, "task")
         _check_leaks(params, f"{file}: data.{name}.drop_leaks", name)
+        if source.filter and source.filter.embeddings:
+            place = f"{file}: data.{name}.filter.embeddings"
+            _check_known(place, source.filter.embeddings, params.models, "model")
 
 
 def _check_leaks(params: Params, place: str, name: str) -> None:

@@ -32,7 +32,7 @@ def add_overlaps(prepared: PreparedSource, source: str, params: Params, base: Pa
         return prepared
     used = prepared.rows.assign(split=prepared.split)[prepared.split != "test"].reset_index(drop=True)
     findings = {
-        name: _overlap(_test_rows(spec, prepared.task, base), used, params.data[source].near_duplicate)
+        name: _overlap(_test_rows(spec, prepared.task, base, params), used, params.data[source].near_duplicate)
         for name, spec in others.items()
     }
     return replace(prepared, audit=prepared.audit | {"test_rows_of_others": findings})
@@ -45,7 +45,7 @@ def held_out_texts(source: str, params: Params, task: Task, base: Path) -> list[
     """
     texts: list[str] = []
     for name, spec in params.sources_with_held_out_rows(source).items() if params.data[source].drop_leaks else ():
-        prepared = prepare_source(name, spec, task, base)
+        prepared = prepare_source(name, spec, task, base, models=params.models)
         texts += prepared.rows["text"][np.isin(prepared.split, ("validation", "test"))].tolist()
     return texts
 
@@ -55,13 +55,14 @@ def prepare_without_leaks(source: str, params: Params, task: Task, base: Path) -
 
     Raises UserError when a file cannot be read.
     """
-    return prepare_source(source, params.data[source], task, base, held_out_texts(source, params, task, base))
+    held_out = held_out_texts(source, params, task, base)
+    return prepare_source(source, params.data[source], task, base, held_out, params.models)
 
 
-def _test_rows(spec: SourceConfig, task: Task, base: Path) -> pd.DataFrame:
+def _test_rows(spec: SourceConfig, task: Task, base: Path, params: Params) -> pd.DataFrame:
     raw = read_source(spec, base)
     rows, duplicate_groups, _ = clean_rows(raw, spec, task)
-    rows, _, _, _ = filter_rows(raw, rows, duplicate_groups, spec)
+    rows, _, _, _ = filter_rows(raw, rows, duplicate_groups, spec, params.models)
     return rows[rows[OWN_SPLIT_COLUMN] == "test"].drop(columns=OWN_SPLIT_COLUMN).reset_index(drop=True)
 
 

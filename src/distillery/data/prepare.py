@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from distillery.config.schema import SPLITS, SourceConfig
+from distillery.config.schema import SPLITS, ModelConfig, SourceConfig
 from distillery.data.audit import audit_source, few_shot_texts
 from distillery.data.cleaning import OWN_SPLIT_COLUMN, clean_rows
-from distillery.data.filtering import filter_rows
+from distillery.data.filtering import filter_rows, keyword_decisions
 from distillery.data.near_duplicates import (
     NearDuplicates,
     cluster_pairs,
@@ -48,17 +49,23 @@ class PreparedSource:
 
 
 def prepare_source(
-    name: str, spec: SourceConfig, task: Task, base: Path, held_out: Sequence[str] = ()
+    name: str,
+    spec: SourceConfig,
+    task: Task,
+    base: Path,
+    held_out: Sequence[str] = (),
+    models: Mapping[str, ModelConfig] = MappingProxyType({}),
 ) -> PreparedSource:
     """Read, clean, cluster, split and audit the source `name`; writes nothing.
 
+    models: those of params.yaml, for `filter.embeddings`.
     held_out: texts that no row to learn from may repeat, see :func:`distillery.data.overlaps.held_out_texts`.
     Deterministic in the file, the task and `spec`. Raises UserError (see :func:`read_source`, :func:`clean_rows` and
     :func:`split_groups`), with one line that names the file.
     """
     raw = read_source(spec, base)
     rows, duplicate_groups, counts = clean_rows(raw, spec, task)
-    rows, duplicate_groups, filtered, filter_report = filter_rows(raw, rows, duplicate_groups, spec)
+    rows, duplicate_groups, filtered, filter_report = filter_rows(raw, rows, duplicate_groups, spec, models)
     rows, duplicate_groups, leaks = _drop_leaks(rows, duplicate_groups, held_out, spec.near_duplicate)
     n_filtered, file = len(rows), raw.name
     del raw  # of a million rows, the records of the file have half a gigabyte
@@ -87,7 +94,13 @@ def prepare_source(
         **({"filter": filter_report} if filter_report else {}),
         "columns_left_out": counts["columns_left_out"],
         "mapped_labels": counts["mapped_labels"],
-        "decisions": [*counts["decisions"], *_leak_decision(leaks), *decisions, *_search_decision(len(rows))],
+        "decisions": [
+            *counts["decisions"],
+            *keyword_decisions(filter_report),
+            *_leak_decision(leaks),
+            *decisions,
+            *_search_decision(len(rows)),
+        ],
         "rows_read": counts["read"],
     } | audit_source(rows, split, cluster, file_groups, task, near)
     return PreparedSource(rows, split, cluster, task, audit, near)

@@ -25,7 +25,7 @@ from typing import Any
 from distillery import fingerprint
 from distillery.config.effects import unused_settings
 from distillery.config.load import load_params
-from distillery.config.schema import Params, SourceConfig
+from distillery.config.schema import ModelConfig, Params, SourceConfig
 from distillery.config.trackers import check_trackers
 from distillery.errors import UserError
 from distillery.files import Paths, file_digest, matching_files, repository_root, write_json
@@ -34,6 +34,7 @@ from distillery.pipeline.model_checks import check_models
 from distillery.tasks.schema import load_task
 
 MODULES_OF_KIND = {"api": "distillery.teachers.api"}  # modules that only a teacher of this kind needs
+WORD_VECTORS = "distillery.data.word_vectors"
 
 
 def strip_notebook(notebook: Path) -> dict[str, Any]:
@@ -63,11 +64,14 @@ def notebook_code(notebook: dict[str, Any]) -> str:
     return re.sub(r"^[ \t]*[%!].*$", "", code, flags=re.M)
 
 
-def stage_modules(notebooks: dict[str, dict[str, Any]], kinds: dict[str, str]) -> dict[str, dict[str, str]]:
+def stage_modules(
+    notebooks: dict[str, dict[str, Any]], kinds: dict[str, str], word_vectors: bool = False
+) -> dict[str, dict[str, str]]:
     """What every stage depends on in code: stage -> module -> fingerprint.
 
     notebooks: name -> stripped notebook.  kinds: teacher -> kind; a stage depends on a package of `MODULES_OF_KIND`
-    only if a teacher of that kind takes part in it.
+    only if a teacher of that kind takes part in it. word_vectors: whether the filter of a source compares words by
+    their vectors; no stage depends on the module `WORD_VECTORS` otherwise.
     """
     all_kinds = set(kinds.values())
     inputs = fingerprint.imported("import distillery.pipeline.inputs")
@@ -86,15 +90,21 @@ def stage_modules(notebooks: dict[str, dict[str, Any]], kinds: dict[str, str]) -
 
     return {
         stage: closure(
-            frozenset(imported), tuple(module for kind, module in MODULES_OF_KIND.items() if kind not in stage_kinds)
+            frozenset(imported),
+            (
+                *(module for kind, module in MODULES_OF_KIND.items() if kind not in stage_kinds),
+                *(() if word_vectors else (WORD_VECTORS,)),
+            ),
         )
         for stage, (imported, stage_kinds) in stages.items()
     }
 
 
-def write_fingerprints(build: Path, notebooks: dict[str, dict[str, Any]], kinds: dict[str, str]) -> None:
+def write_fingerprints(build: Path, notebooks: dict[str, dict[str, Any]], params: Params) -> None:
     """Write `build/code`: the modules of every stage, with their fingerprints."""
-    for stage, modules in stage_modules(notebooks, kinds).items():
+    kinds = {name: teacher.kind for name, teacher in params.teachers.items()}
+    word_vectors = any(spec.filter and spec.filter.embeddings for spec in params.data.values())
+    for stage, modules in stage_modules(notebooks, kinds, word_vectors).items():
         write_json(build / "code" / "stages" / f"{stage}.json", modules)
 
 
@@ -113,12 +123,26 @@ def write_sources(root: Path, params: Params) -> None:
     for name, source in params.data.items():
         record: dict[str, Any] = {"source": source.origin} | _source_digests(root, name, source)
         held_out = params.sources_with_held_out_rows(name) if source.drop_leaks else {}
-        others = {  # with which the rows of this source are compared
+        compared = params.sources_with_own_tests(name) | held_out  # with the rows of this source
+        others = {
             other: {"section": spec.model_dump(mode="json"), "files": _source_digests(root, other, spec)}
-            for other, spec in (params.sources_with_own_tests(name) | held_out).items()
+            for other, spec in compared.items()
         }
         record |= {"tests_of_others": others} if others else {}
+        filters = [spec.filter for spec in (source, *compared.values()) if spec.filter]
+        encoders = sorted({each.embeddings for each in filters if each.embeddings})
+        record |= {"embeddings": {each: _model_section(root, params, each) for each in encoders}} if encoders else {}
         write_json(Paths(root).build / "sources" / f"{name}.json", record)
+
+
+def _model_section(root: Path, params: Params, name: str) -> dict[str, Any]:
+    """The section of model `name`, and a digest of its local folder."""
+    return params.models[name].model_dump(mode="json") | _model_digest(root, params.models[name])
+
+
+def _model_digest(root: Path, model: ModelConfig) -> dict[str, str]:
+    local = root / model.folder if model.folder and not model.wheel else None
+    return {"sha256": file_digest(local)} if local else {"pinned": "params.yaml"}
 
 
 def _source_digests(root: Path, name: str, source: SourceConfig) -> dict[str, Any]:
@@ -141,9 +165,7 @@ def write_models(root: Path, params: Params) -> None:
     it does not use.
     """
     for name, model in params.models.items():
-        local = root / model.folder if model.folder and not model.wheel else None
-        record = {"sha256": file_digest(local)} if local else {"pinned": "params.yaml"}
-        write_json(Paths(root).build / "models" / f"{name}.json", record)
+        write_json(Paths(root).build / "models" / f"{name}.json", _model_digest(root, model))
 
 
 def write_answers(root: Path, params: Params) -> None:
@@ -177,7 +199,7 @@ def run_strip() -> None:
     for name, notebook in notebooks.items():
         write_json(build / "notebooks" / f"{name}.ipynb", notebook)
     with fingerprint.remembered(Paths(root).cache / "fingerprints.json"):
-        write_fingerprints(build, notebooks, {name: teacher.kind for name, teacher in params.teachers.items()})
+        write_fingerprints(build, notebooks, params)
     write_sources(root, params)
     write_models(root, params)
     write_json(build / "recipe.json", params.recipe.model_dump() if params.recipe else {})

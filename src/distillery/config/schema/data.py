@@ -126,7 +126,12 @@ class RowFilter(Section):
     min_keywords: Annotated[int, Field(gt=0)] = 1
     """Smallest number of `keywords` in a text."""
     expand_keywords: Count = 0
-    """Largest number of words to add to `keywords`: those that most distinguish texts with a keyword from others."""
+    """Largest number of words to add to `keywords`, see `expand_by`."""
+    expand_by: Literal["likelihood", "embeddings"] = "likelihood"
+    """Which words `expand_keywords` adds: `likelihood`: those that most distinguish texts with a keyword from others;
+    `embeddings`: those of the texts whose vectors are nearest to that of a keyword (cosine)."""
+    embeddings: Name | None = None
+    """The encoder in `models` whose vectors `expand_by: embeddings` compares."""
     theme: str | None = None
     """The column, such as `theme`, for whose values the audit counts rows before and after the filter."""
     date: str | None = None
@@ -136,6 +141,10 @@ class RowFilter(Section):
     def _something_to_expand(self):
         if self.expand_keywords and not self.keywords:
             raise ValueError("`expand_keywords` starts from `keywords`, and there are none")
+        if (self.expand_by == "embeddings") != (self.embeddings is not None):
+            raise ValueError("`expand_by: embeddings` and `embeddings` (an encoder of `models`) go together")
+        if self.expand_by == "embeddings" and not self.expand_keywords:
+            raise ValueError("`expand_by: embeddings` adds no word: set `expand_keywords`, the largest number of them")
         return self
 
 

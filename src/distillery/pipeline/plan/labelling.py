@@ -20,6 +20,7 @@ from distillery.files import Paths, repository_root
 from distillery.models.runtime import configure_runtime
 from distillery.pipeline.plan.command import text_table
 from distillery.pipeline.plan.requests import Figure, RequestedRows, Requests, total_tokens
+from distillery.pipeline.plan.rows import without_word_vectors
 from distillery.tasks.schema import load_task
 from distillery.teachers.base import open_teacher
 from distillery.teachers.cache import STORE_PATH, AnswerStore
@@ -105,7 +106,7 @@ def read_rows_to_label(root: Path, params: Params, source: str) -> pd.DataFrame:
         frame = pd.concat([read_split(folder, split).assign(split=split) for split in SPLITS], ignore_index=True)
     else:
         task = load_task(params.data[source].task, Paths(root).tasks)
-        prepared = prepare_without_leaks(source, params, task, root)
+        prepared = prepare_without_leaks(source, without_word_vectors(params), task, root)
         frame = prepared.rows.assign(split=prepared.split)
     return frame.assign(source=source)
 

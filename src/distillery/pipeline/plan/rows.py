@@ -42,7 +42,8 @@ def read_source_rows(root: Path, recipe: str, name: str, params: Params) -> Sour
     if not spec.origin.startswith("hub:"):
         texts = _prepare(name, params, task, root)
         counts = {split: int((texts["split"] == split).sum()) for split in SPLITS}
-        return SourceRows(counts, "counted", task, texts, "its own rows")
+        origin = "counted; words by their vectors are known only in the run" if _by_vectors(spec) else "counted"
+        return SourceRows(counts, origin, task, texts, "its own rows")
     repo = spec.origin.removeprefix("hub:").partition("@")[0]
     fact = read_data_facts(root, repo)
     counts = count_hub_rows(spec, fact.value if fact else {})
@@ -98,8 +99,22 @@ def count_slice(expression: str, sizes: dict[str, int]) -> int | None:
 def _prepare(name: str, params: Params, task: Task, root: Path) -> pd.DataFrame:
     """The rows of a source as 01_data splits them, but for leaks of sources that would have to be downloaded."""
     local = {other: spec for other, spec in params.data.items() if other == name or not spec.is_on_hub}
-    prepared = prepare_without_leaks(name, params.model_copy(update={"data": local}), task, root)
+    prepared = prepare_without_leaks(name, without_word_vectors(params.model_copy(update={"data": local})), task, root)
     return prepared.rows.assign(split=prepared.split)
+
+
+def _by_vectors(spec: SourceConfig) -> bool:
+    return spec.filter is not None and spec.filter.embeddings is not None
+
+
+def without_word_vectors(params: Params) -> Params:
+    """`params` whose filters add keywords by the likelihood ratio in place of vectors: a plan has no weights."""
+    way = {"expand_by": "likelihood", "embeddings": None}
+    data = {
+        name: spec.model_copy(update={"filter": spec.filter.model_copy(update=way)}) if _by_vectors(spec) else spec
+        for name, spec in params.data.items()
+    }
+    return params.model_copy(update={"data": data})
 
 
 def _small_params(root: Path, recipe: str, name: str) -> Params | None:
