@@ -315,9 +315,17 @@ def test_the_audit_counts_what_a_filter_leaves_of_each_theme(tmp_path):
     assert [step["rows"] for step in audit["steps"]] == [48, 42, 30]
     dates = {"first": "2020-01-00", "last": "2022-01-47"}
     assert audit["themes"] == [
-        {"theme": "sport", "rows": 24, "left": 24, "languages": 1} | dates | {"first": "2020-01-24"},
-        {"theme": "water", "rows": 24, "left": 6, "languages": 2} | dates | {"last": "2022-01-23"},
-        {"theme": None, "rows": 48, "left": 30, "languages": 2} | dates,
+        {"theme": "sport", "rows": 24, "by_step": {"language": 24, "keywords": 24}, "left": 24, "languages": 1}
+        | dates
+        | {"first": "2020-01-24"},
+        {"theme": "water", "rows": 24, "by_step": {"language": 18, "keywords": 6}, "left": 6, "languages": 2}
+        | dates
+        | {"last": "2022-01-23"},
+        {"theme": None, "rows": 48, "by_step": {"language": 42, "keywords": 30}, "left": 30, "languages": 2} | dates,
+    ]
+    assert audit["languages"] == [
+        {"language": "de", "rows": 6, "by_step": {"language": 0, "keywords": 0}, "left": 0},
+        {"language": "en", "rows": 42, "by_step": {"language": 42, "keywords": 30}, "left": 30},
     ]
     assert "filter" not in prepare(tmp_path, themed_rows()).audit
     with pytest.raises(UserError, match="no column `topic`, which filter.theme names"):

@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 
 from distillery.data.storage import read_split
+from distillery.evaluation.funnel import confidence_funnels
 from distillery.evaluation.rows import disagreements
 from distillery.evaluation.slices import slice_scores
 from distillery.evaluation.speed import Measurements
-from distillery.report.page import MAX_BROWSER_ROWS, render_page
+from distillery.report.page import MAX_BROWSER_ROWS, render_page, write_report
 from distillery.report.sentences import Comparison, Facts, describe_result, render_facts, result_facts
 from distillery.report.tables import MIN_BIN_ROWS, cost_shares
 from report_project import (
@@ -298,7 +299,8 @@ def test_alerts_are_in_the_report_the_most_severe_first(tmp_path, finished):
 
 def test_the_report_counts_what_a_filter_leaves_of_each_theme(tmp_path, finished):
     spec, rng = experiment(seeds=[0]), np.random.default_rng(0)
-    spec["data"]["demo"]["filter"] = {"theme": "theme", "keywords": [WORDS[0]], "expand_keywords": 2}
+    keywords = {"keywords": [WORDS[0]], "expand_keywords": 2}
+    spec["data"]["demo"]["filter"] = {"theme": "theme", "languages": ["en", "de"], **keywords}
     corpus = [row | {"theme": "ab"[i % 2], "language": "en"} for i, row in enumerate(invented_corpus(rng))]
     for row in corpus[:400]:
         row["text"] += f" {WORDS[0]} <b>"
@@ -307,10 +309,54 @@ def test_the_report_counts_what_a_filter_leaves_of_each_theme(tmp_path, finished
     assert [row["rows"] for row in themes] == [300, 300, 600] and 400 <= themes[2]["left"] < 600
     html = (tmp_path / "reports/index.html").read_text(encoding="utf-8")
     for row, name in zip(themes, ("a", "b", "all"), strict=True):
-        cells = f'<th scope="row">{name}</th><td>{row["rows"]}</td><td>1</td><td>{row["left"]}</td>'
+        cells = (
+            f'<th scope="row">{name}</th><td>{row["rows"]}</td><td>1</td><td>{row["rows"]}</td><td>{row["left"]}</td>'
+        )
         assert cells in html
-    assert f"Filter: 600 rows after cleaning, {themes[2]['left']} rows by keywords." in html
+    assert f'<th scope="row">en</th><td>600</td><td>600</td><td>{themes[2]["left"]}</td>' in html
+    assert f"Filter: 600 rows after cleaning, 600 rows by language, {themes[2]['left']} rows by keywords." in html
+    assert "Rows that the teachers are sure of" not in html
     assert "Filter:" not in (finished[0] / "reports/index.html").read_text(encoding="utf-8")
+
+
+def test_the_report_counts_the_rows_that_the_teachers_are_sure_of(tmp_path):
+    """By hand: of the pool's first 40 rows every fourth is unsure; alike phases of two students are counted once."""
+    spec = experiment(seeds=[0])
+    spec["data"]["demo"]["filter"] = {"theme": "theme"}
+    sure = {"pseudo_labels": {"min_confidence": 0.6}}
+    kd = spec["students"]["tiny-kd"]["phases"]
+    kd[0] |= sure | {"data": ["demo/pool", "demo/train"], "teachers": ["big"]}
+    spec["students"]["other"]["phases"] = [kd[0]]
+    corpus = [
+        row | {"theme": "ab"[i % 2], "language": "en"}
+        for i, row in enumerate(invented_corpus(np.random.default_rng(0)))
+    ]
+    params = write_project(tmp_path, spec, corpus=corpus)
+    pool = read_split(tmp_path / "data/processed/demo", "pool").head(40)
+    train = read_split(tmp_path / "data/processed/demo", "train").head(5)
+    rows = pd.concat([pool.assign(split_ref="demo/pool", label=None), train.assign(split_ref="demo/train")])
+    unsure = np.arange(len(rows)) % 4 == 0
+    p = np.where(unsure[:, None], [[0.55, 0.45, 0.0]], [[0.1, 0.1, 0.8]])
+    for student in ("tiny-kd", "other"):
+        table = rows[["split_ref", "id", "label"]].assign(probabilities_big=list(p))
+        write_file(tmp_path / f"data/inputs/{student}/rows.parquet", table)
+    (funnel,) = confidence_funnels(tmp_path, params)
+    assert funnel["phases"] == ["tiny-kd, phase 1", "other, phase 1"] and funnel["min_confidence"] == 0.6
+    of_a = (pool["theme"] == "a").to_numpy()
+    left_of_a = int((of_a & ~unsure[:40]).sum())
+    assert funnel["counts"] == [
+        {"part": None, "value": None, "rows": 40, "left": 30},
+        {"part": "theme", "value": "a", "rows": int(of_a.sum()), "left": left_of_a},
+        {"part": "theme", "value": "b", "rows": 40 - int(of_a.sum()), "left": 30 - left_of_a},
+        {"part": "language", "value": "en", "rows": 40, "left": 30},
+    ]
+    results, board = evaluate(tmp_path, params)
+    results.audits["demo"]["filter"] |= {"added_keywords": ["<b>", "river"], "similarities": [0.91, 0.5]}
+    write_report(tmp_path, results, board.reset_index(), Measurements(), slice_scores(results))
+    html = (tmp_path / "reports/index.html").read_text(encoding="utf-8")
+    assert f'<th scope="row">theme a</th><td>{of_a.sum()}</td><td>{left_of_a}</td>' in html
+    assert "tiny-kd, phase 1; other, phase 1: left are the rows whose label has a probability of at least 0.6" in html
+    assert "with the cosine to the nearest keyword: &lt;b&gt; 0.91, river 0.50." in html
 
 
 # ------------------------------------------------------------------------------- the page

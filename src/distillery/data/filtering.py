@@ -41,13 +41,13 @@ def filter_rows(
         if column is not None and column not in rows:
             raise UserError(f"{raw.name}: no column `{column}`, which filter.{key} names")
     passes = pd.Series(True, index=rows.index)
-    steps = [{"step": "cleaned", "rows": len(rows)}]
+    passed: dict[str, pd.Series] = {}  # of each step
     if row_filter.languages:
         if row_filter.language not in rows:
             raise UserError(f"{raw.name}: no column `{row_filter.language}` to filter languages by")
         passes &= rows[row_filter.language].isin(row_filter.languages)
         counts["other_language"] = int((~passes).sum())
-        steps.append({"step": "language", "rows": int(passes.sum())})
+        passed["language"] = passes.copy()
     keywords = list(row_filter.keywords)
     added: dict[str, float | None] = {}
     if keywords:
@@ -56,13 +56,16 @@ def filter_rows(
         n_keywords = count_keywords(rows["text"], keywords)
         counts["without_keyword"] = int((passes & (n_keywords < row_filter.min_keywords)).sum())
         passes &= n_keywords >= row_filter.min_keywords
-        steps.append({"step": "keywords", "rows": int(passes.sum())})
+        passed["keywords"] = passes.copy()
     if not passes.any():
         raise UserError(f"{raw.name}: the filter leaves no row: {counts}")
-    report = {"steps": steps, "added_keywords": list(added)}
+    steps = [{"step": name, "rows": int(mask.sum())} for name, mask in passed.items()]
+    report = {"steps": [{"step": "cleaned", "rows": len(rows)}, *steps], "added_keywords": list(added)}
     if row_filter.expand_by == "embeddings":
         report["similarities"] = list(added.values())
-    report["themes"] = theme_counts(rows, passes, row_filter)
+    report["themes"] = theme_counts(rows, passed, row_filter)
+    if row_filter.language in rows:
+        report["languages"] = language_counts(rows, passed, row_filter.language)
     return *take_rows(rows, duplicate_groups, np.flatnonzero(passes)), counts, report
 
 
@@ -154,15 +157,18 @@ def related_words(texts: pd.Series, keywords: Sequence[str], number: int) -> lis
     return [str(words[i]) for i in best[:number]]
 
 
-def theme_counts(rows: pd.DataFrame, passes: pd.Series, row_filter: RowFilter) -> list[dict[str, Any]]:
-    """For each theme, and for all: rows before and after the filter, languages, first and last date; [] without one."""
+def theme_counts(rows: pd.DataFrame, passed: dict[str, pd.Series], row_filter: RowFilter) -> list[dict[str, Any]]:
+    """For each theme, and for all, see :func:`_part_counts`, also languages, first and last date; [] without a theme.
+
+    passed: which rows have passed each step and those before it.
+    """
     if row_filter.theme is None:
         return []
     themes = rows[row_filter.theme].astype(str)
     counts = []
     for theme in [*sorted(themes.unique()), None]:
         of_theme = pd.Series(True, index=rows.index) if theme is None else themes == theme
-        entry: dict[str, Any] = {"theme": theme, "rows": int(of_theme.sum()), "left": int((of_theme & passes).sum())}
+        entry = {"theme": theme, **_part_counts(of_theme, passed)}
         if row_filter.language in rows:
             entry["languages"] = int(rows[row_filter.language][of_theme].nunique())
         if row_filter.date is not None:
@@ -170,3 +176,19 @@ def theme_counts(rows: pd.DataFrame, passes: pd.Series, row_filter: RowFilter) -
             entry |= {"first": min(dates, default=None), "last": max(dates, default=None)}
         counts.append(entry)
     return counts
+
+
+def language_counts(rows: pd.DataFrame, passed: dict[str, pd.Series], column: str) -> list[dict[str, Any]]:
+    """For each language in `column`, see :func:`_part_counts`."""
+    languages = rows[column].dropna().astype(str)
+    return [
+        {"language": language, **_part_counts(languages.eq(language).reindex(rows.index, fill_value=False), passed)}
+        for language in sorted(languages.unique())
+    ]
+
+
+def _part_counts(of_part: pd.Series, passed: dict[str, pd.Series]) -> dict[str, Any]:
+    """rows: of a part of all rows; by_step: how many of them each step leaves; left: the last step."""
+    by_step = {step: int((of_part & mask).sum()) for step, mask in passed.items()}
+    total = int(of_part.sum())
+    return {"rows": total, "by_step": by_step, "left": [total, *by_step.values()][-1]}

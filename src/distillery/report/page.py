@@ -14,6 +14,7 @@ import torch
 
 from distillery import metrics
 from distillery.config.schema import Params
+from distillery.evaluation.funnel import confidence_funnels
 from distillery.evaluation.leaderboard import (
     GPU_COLUMNS,
     by_source,
@@ -144,6 +145,7 @@ def render_page(
         timed=bool(measured.timing),
         warm_up_rows=WARM_UP_ROWS,
         phases=group_records(phase_accuracies(root, results).astype(object), "model"),
+        funnels=confidence_funnels(root, results.params),
         closeness=group_records(teacher_closeness(results), "model"),
         recipe=results.params.recipe,
         published=compare_with_published(results.params, board).astype(object).to_dict("records"),
