@@ -27,6 +27,7 @@ from distillery.config.load import validate_section
 from distillery.config.schema import SPLITS, ApiConfig, Params
 from distillery.errors import UserError
 from distillery.files import read_yaml
+from distillery.tasks.chosen_prompt import with_prompt
 from distillery.tasks.parsing import parse_label, parse_label_set
 from distillery.tasks.prompts import EXPLANATION_REQUEST
 from distillery.tasks.schema import Task, load_task
@@ -1004,6 +1005,44 @@ def test_label_and_reason_come_in_one_answer(server, tmp_path):
     solved = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     assert solved == [f"{TASK.word(shot.label)}\n{shot.rationale}" for shot in TASK.few_shot[:2]]
     assert all(turn["content"].endswith(EXPLANATION_REQUEST) for turn in turns if turn["role"] == "user")
+
+
+CRISIS_ANSWERS = {  # key of the article -> answer, label, reason
+    "dam": ("danger\nPeople have to flee from a failing dam.", "risk and warning", "People have to flee"),
+    "strike": ("Class: advice\nReason: It tells how to travel.", "caution and advice", "It tells how to travel."),
+    "prize": ("**Classification:** harmless\n\n**Reason:** A prize is good news.", "safe and harmless", "A prize"),
+    "smoke": ("Class, then the reason: danger. Smoke spreads.", "risk and warning", "Smoke spreads."),
+    "flood": ("Class: danger\nReason: It rains.\nClass: advice\nadvice", None, None),
+    "vote": ("It may be danger or advice.", None, None),
+}
+
+
+def test_the_analysts_prompt_brings_a_class_and_its_justification(server, tmp_path):
+    """The crisis task as the published prompt has it: title and article in, a class and its reason out, both read."""
+    task = with_prompt(load_task("crisis", tiny.ROOT / "tasks"), "analyst")
+    rows = pd.DataFrame({"id": list(CRISIS_ANSWERS), "text": [f"News of the {key} - More." for key in CRISIS_ANSWERS]})
+
+    def reply(request, status, answer):
+        text = request["messages"][-1]["content"]
+        answer["choices"][0]["message"]["content"] = next(
+            v[0] for k, v in CRISIS_ANSWERS.items() if f"the {k} -" in text
+        )
+        return status, answer
+
+    with loopback.Proxy(server[0], alter=reply) as proxy:
+        opened = teacher(proxy.url, server[1], tmp_path, labels="explained", max_tokens=48)
+        opened.task, opened.few_shot = task, 1
+        p = opened.predict(rows)
+        given = [label or "risk and warning" for _, label, _ in CRISIS_ANSWERS.values()]
+        reasons = opened.explanations(rows, given)
+        (request, *_) = proxy.requests
+    labels = [None if np.isnan(row).any() else task.names[row.argmax()] for row in p]
+    assert labels == [label for _, label, _ in CRISIS_ANSWERS.values()]
+    for reason, (_, _, start) in zip(reasons, CRISIS_ANSWERS.values(), strict=True):
+        assert reason is None if start is None else reason.startswith(start)
+    system, solved, solution, last = (turn["content"] for turn in request["messages"])
+    assert system.startswith("You are a news analyst") and last.startswith("Title - Article: News of the")
+    assert solved.endswith(EXPLANATION_REQUEST) and solution == f"danger\n{task.few_shot[0].rationale}"
 
 
 def test_rationales_are_the_reasons_that_came_with_the_labels(server, tmp_path):

@@ -11,6 +11,9 @@ from distillery.tasks.schema import Task
 # quotes, brackets, emphasis and a full stop are not part of a label
 SURROUNDING_CHARACTERS = " \t\r\n\"'`*_.,:;!()[]{}<>“”‘’«»"
 LABEL_END = re.compile(r"[.:](?=\s|$)| [-–—] |\n")  # between a label and its explanation
+# how a model names the two parts of an answer that the prompt requests, such as "Class: …" and "**Reason:** …"
+LABEL_FIELD = re.compile(r"[\s*_#]*(?:class|classification|label|category)[*_]*\s*:[\s*_]*(?=\S)", re.IGNORECASE)
+REASON_FIELD = re.compile(r"[\s*_#]*(?:reason|justification|explanation)[*_]*\s*:[\s*_]*", re.IGNORECASE)
 LABEL_DIVIDER = re.compile(r"[,;|\n]")  # between the labels of a set
 NO_LABEL_WORDS = ("none", "no label", "no labels", "none of them", "none of these")
 # The tags between which open reasoning models write their reasoning. Many chat templates put the first tag into the
@@ -35,16 +38,22 @@ def parse_explained_label(task: Task, text: str) -> tuple[str | None, str]:
     """The label that the answer `text` gives, or None when there is any doubt; and the explanation after it.
 
     A label's word must come first, in any case, alone on its line or followed by a full stop, a colon or a dash. The
-    last words of the prompt's template ("Sentiment:") may stand before it, and reasoning between tags. There is doubt
-    when another line holds another label.
+    last words of the prompt's template ("Sentiment:"), "Class:" or the like may stand before it, and reasoning between
+    tags; "Reason:" or the like is no part of the explanation. There is doubt when another line holds another label.
     """
-    text = _after_cue(task, without_reasoning(text))
+    text = _after(LABEL_FIELD, _after_cue(task, without_reasoning(text)))
     labels = {_trim(task.word(label)).casefold(): label for label in task.labels}
     end = LABEL_END.search(text)
     first, rest = (text[: end.start()], text[end.end() :]) if end else (text, "")
     label = labels.get(_trim(first).casefold())
     others = {labels.get(_trim(line).casefold(), label) for line in rest.splitlines()}
-    return (label if others <= {label} else None), rest.strip()
+    return (label if others <= {label} else None), _after(REASON_FIELD, rest.strip())
+
+
+def _after(field: re.Pattern[str], text: str) -> str:
+    """`text` without the name of the `field` at its start, if it is there."""
+    match = field.match(text)
+    return text[match.end() :] if match else text
 
 
 def parse_label(task: Task, text: str) -> str | None:
