@@ -159,6 +159,8 @@ def test_stored_tokens_are_packed_and_those_of_labels_exact(tiny_models, tmp_pat
     n = int(dense.token_offsets[-1])
     exact = len(packed.exact_positions)
     assert packed.bytes_a_token == pytest.approx(6 * 3 + 4 + 2 + 5 * 2 + exact / n * (8 + 6 * 2))
+    tail = losses.to_top_k(dense.logprobs([0, 1]), 6)[2].exp().mean().item()
+    assert packed.mean_tail == pytest.approx(tail, rel=2e-3)
     for rows in ([0], [1, 0]):
         logprobs = dense.logprobs(rows)
         values, indices, log_tail = packed.top_k(rows)

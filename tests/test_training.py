@@ -481,7 +481,13 @@ def test_divergences_over_the_vocabulary_are_those_at_the_supervised_tokens(tiny
     assert len(kept) == 1 and np.load(kept[0]).shape[0] == n  # computed once for both
 
 
-def test_top_k_keeps_less_and_loses_little(tiny_models, tmp_path):
+KEPT_LINE = (
+    r"teacher one: ([\d,]+) bits a token for its (\d+) likeliest ones(?: and (\d+) drawn from the rest)?; "
+    r"outside of these ([\d.]+) % of the probability"
+)
+
+
+def test_top_k_keeps_less_and_loses_little(tiny_models, tmp_path, capsys):
     frame, logged = toy(6).assign(fold_one=-1), {}
     terms = {"kl": 0.4, "jsd": 0.3, "reverse_kl": 0.1, "skew_kl": 0.1, "tvd": 0.1}
     for k in (None, 10_000, 5):
@@ -494,6 +500,11 @@ def test_top_k_keeps_less_and_loses_little(tiny_models, tmp_path):
     teachers = openable_teachers(tiny_models, tmp_path / "drawn", one="causal")
     drawn = one_step(student, phase({"kl": 1.0}, space="vocabulary", **kept), frame, tmp_path / "run-drawn", teachers)
     assert drawn["kl"] == pytest.approx(logged[None]["kl"], rel=0.1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if " bits a token for its " in line]
+    many, plain, sampled = (re.fullmatch(KEPT_LINE, line) for line in lines)  # none without `top_k`
+    assert (many[2], plain[2], many[3], plain[3], sampled[3]) == ("10000", "5", None, None, "60")
+    assert 0 < float(many[4]) < float(plain[4]) == float(sampled[4]) < 100
+    assert int(plain[1].replace(",", "")) + 8 * (60 * 2 + 2) == int(sampled[1].replace(",", ""))
     for term in terms:
         assert logged[10_000][term] == pytest.approx(logged[None][term], rel=5e-2), term
         assert 0 < logged[5][term] < logged[None][term], term

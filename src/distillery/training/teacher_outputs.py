@@ -121,6 +121,11 @@ class TeacherOutputs:
         stored = [array.nbytes for name in names if (array := getattr(self, name)) is not None]
         return sum(stored) / max(1, int(self.token_offsets[-1]))
 
+    @property
+    def mean_tail(self) -> float:
+        """The probability mass outside the kept tokens, mean over the supervised tokens; of outputs with `top_k`."""
+        return float(np.exp(np.asarray(self.tail_logprobs, dtype=np.float64)).mean())
+
 
 def token_positions(offsets: np.ndarray, rows: Sequence[int]) -> np.ndarray:
     """[m]: the supervised tokens of `rows`, row after row, as positions among those of all rows."""
