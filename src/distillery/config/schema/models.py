@@ -37,6 +37,9 @@ class ModelConfig(Section):
     gguf: str | None = None
     """Path of a GGUF file inside the wheel; or, as a range like `name_{1..22}/part{01..22}.bin`, the path of its piece
     inside each of several wheels."""
+    size: Annotated[int, Field(gt=0)] | None = None
+    """Bytes of the whole GGUF file in pieces: the disk is checked before the first piece is fetched; when not given,
+    after it."""
     hub: str | None = None
     """A model of the hub, `owner/name`."""
     revision: str | None = None
@@ -53,6 +56,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one_origin(self):
+        if self.size and not self.in_pieces:
+            raise ValueError("`size` is that of a `gguf` in pieces")
         if self.wheel:
             if self.hub or not self.sha256 or (self.gguf is None) == (self.folder is None):
                 raise ValueError("a `wheel` needs `sha256` and one of `gguf` or `folder` (a path inside the wheel)")
