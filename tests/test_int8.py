@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from architectures import random_model
 from distillery.config.schema import ModelConfig, TeacherConfig
 from distillery.errors import UserError
-from distillery.models.int8 import Int8Linear, quantize_int8, quantize_rows, rounding_error
+from distillery.models import int8
+from distillery.models.int8 import (
+    Int8Linear,
+    load_int8_model,
+    quantize_int8,
+    quantize_rows,
+    rounding_error,
+    stored_dtype,
+)
 from distillery.models.layers import count_parameters, output_head
+from distillery.models.load import load_model
 from distillery.tasks.schema import load_task
 from distillery.teachers.identity import model_identity
 from distillery.training.teacher_models import load_teacher_model
@@ -60,6 +72,50 @@ def test_a_prompted_teacher_predicts_nearly_what_the_dense_one_does(tiny_models)
     assert np.allclose(quick.predict(TEXTS[1:]), probabilities[1:], atol=2e-3)  # whatever is predicted beside it
     origin = ModelConfig(folder=str(tiny_models / "tiny-llama"))
     assert [model_identity("m", origin, model)["quantization"] for model in (dense, quick)] == [None, "int8"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])  # the last one computes a buffer in the loaded format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_quantized_as_they_are_stored_to_the_bit(tmp_path, name, dtype):
+    random_model(name, 64).to(dtype).save_pretrained(tmp_path)
+    assert stored_dtype(tmp_path) == str(dtype).removeprefix("torch.")
+    wide = quantize_int8(load_model(tmp_path, "causal", dtype="float32"))
+    narrow = load_int8_model(tmp_path, "causal", dtype="float32")
+    assert narrow.dtype == wide.dtype == narrow.config.dtype == torch.float32
+    for parts in ("named_parameters", "named_buffers"):
+        expected, found = (dict(getattr(model, parts)()) for model in (wide, narrow))
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            assert value.dtype == found[key].dtype and torch.equal(value, found[key]), key
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(wide(input_ids=ids).logits, narrow(input_ids=ids).logits)
+
+
+def test_weights_in_float32_are_loaded_as_they_are(tmp_path):
+    model = random_model("llama", 64)
+    model.save_pretrained(tmp_path)
+    assert stored_dtype(tmp_path) is None
+    expected = quantize_int8(model).state_dict()
+    found = load_int8_model(tmp_path, "causal", dtype="float32").state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_dense_layer_goes_as_soon_as_its_bytes_are_there(monkeypatch):
+    """All layers in float32 beside all of them in bytes would take five times what is left."""
+    model, alive = random_model("llama", 64), []
+    weights = [
+        weakref.ref(layer) for layer in model.modules() if type(layer) is nn.Linear and layer is not model.lm_head
+    ]
+
+    class Counted(Int8Linear):
+        def __init__(self, linear):
+            alive.append(sum(layer() is not None for layer in weights))
+            super().__init__(linear)
+
+    monkeypatch.setattr(int8, "Int8Linear", Counted)
+    quantize_int8(model)
+    assert alive == list(range(len(weights), 0, -1))
 
 
 def test_quantizing_changes_no_number_of_parameters(tiny_models):

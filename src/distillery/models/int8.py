@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from distillery.errors import UserError
 from distillery.models.layers import output_head
+from distillery.models.load import load_model
+from distillery.models.memory import release_free_memory
 
 LARGEST = 127  # of a signed byte, so that the range is symmetric
+NARROW = {"BF16": "bfloat16", "F16": "float16"}  # number formats of safetensors that float32 holds exactly
 TOKENS_AT_ONCE = 256  # whose intermediate results stay in the processor's cache
 
 
@@ -61,10 +70,50 @@ def quantize_int8(model: nn.Module) -> nn.Module:
     if next(model.parameters()).device.type != "cpu":
         raise UserError("quantize: `int8` is for CPUs; take `none` or `nf4` on a GPU")
     head = output_head(model)
-    for name, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear and layer is not head:
-            model.set_submodule(name, Int8Linear(layer))
+    # names alone: a list of the layers would hold all dense weights until the last layer is done
+    names = [name for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not head]
+    for name in names:
+        model.set_submodule(name, Int8Linear(model.get_submodule(name)))
+    release_free_memory()
     return model
+
+
+def load_int8_model(folder: Path, arch: str, *, dtype: str, **options: Any) -> PreTrainedModel:
+    """The model in `folder` with int8 layers, see :func:`quantize_int8`; everything else in `dtype`.
+
+    As of :func:`load_model` with `dtype` and then quantized, to the bit. Where the file holds the weights in half as
+    many bits they are never all in float32: they are quantized as they are stored, and what stays dense is widened.
+    options: of :func:`load_model`.
+    """
+    stored = stored_dtype(folder) if dtype == "float32" and arch != "classifier" else None  # whose head may be drawn
+    model = quantize_int8(load_model(folder, arch, dtype=stored or dtype, **options))
+    if stored:
+        model.to(torch.float32)
+        _compute_buffers(model)
+        release_free_memory()
+        model.config.dtype = torch.float32
+    return model
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Set the buffers of `model` that no file holds to their values in float32: some classes compute a scale in the
+    format in which the weights are loaded."""
+    with init_empty_weights(include_buffers=False):
+        computed = type(model)._from_config(model.config, dtype=torch.float32)
+    for name, module in computed.named_modules():
+        for key in module._non_persistent_buffers_set:
+            if (value := module._buffers[key]) is not None:
+                model.get_submodule(name)._buffers[key] = value
+
+
+def stored_dtype(folder: Path) -> str | None:
+    """bfloat16 or float16 if the safetensors in `folder` hold all floating-point weights in this format; else None."""
+    kinds = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    floating = {kind for kind in kinds if kind.startswith(("F", "BF"))}
+    return NARROW.get(floating.pop()) if len(floating) == 1 else None
 
 
 def is_int8(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from distillery.config.schema import ModelConfig, TeacherConfig
 from distillery.errors import UserError
 from distillery.models.fetch import fetch_model
 from distillery.models.heads import read_head
-from distillery.models.int8 import quantize_int8
+from distillery.models.int8 import load_int8_model
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.positions import max_positions, require_positions
@@ -45,18 +45,17 @@ def load_teacher_model(
     # weights that will be trained stay in float32; others are loaded in the precision of their use
     trained = spec.finetune is not None and spec.finetune.lora is None and tuned is None
     dtype = resolve_dtype(spec.dtype, use)
-    model = load_model(
-        folder,
-        arch,
-        labels=task.names,
-        label_map=label_map,
-        dtype=dtype if arch != "classifier" and not trained else "float32",
-        seed=spec.seed,
-        quantize=spec.quantize == "nf4" and folder != tuned,
-        trust_remote_code=origin.trust_remote_code,
-    )
+    options = {
+        "labels": task.names,
+        "label_map": label_map,
+        "dtype": dtype if arch != "classifier" and not trained else "float32",
+        "seed": spec.seed,
+        "trust_remote_code": origin.trust_remote_code,
+    }
     if spec.quantize == "int8":
-        quantize_int8(model)
+        model = load_int8_model(folder, arch, **options)
+    else:
+        model = load_model(folder, arch, quantize=spec.quantize == "nf4" and folder != tuned, **options)
     if arch == "classifier" and spec.finetune is None:
         read_head(folder, task.names, label_map).require(name, spec.model, task.names)
     if adapters:
