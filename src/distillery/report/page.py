@@ -104,6 +104,15 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
+def _training_costs(results: Results, board: pd.DataFrame) -> dict[str, Any]:
+    """What the table of costs has of each model beside its row of `board`."""
+    return {
+        "shares": cost_shares(results, board),
+        "controls": {result.name: result.control for result in results.models},
+        "gpu_columns": [column for column in GPU_COLUMNS if column in board],
+    }
+
+
 def render_page(
     root: Path,
     results: Results,
@@ -136,9 +145,7 @@ def render_page(
         level=f"{100 * results.params.evaluate.confidence:g} %",
         comparisons=count_comparisons(board),
         trained=[row for row in rows if row["role"] in TRAINED_ROLES and row["model"] not in further],
-        shares=cost_shares(results, board),
-        controls={result.name: result.control for result in results.models},
-        gpu_columns=[column for column in GPU_COLUMNS if column in board],
+        **_training_costs(results, board),
         priced=[row for row in rows if row["role"] in (*TRAINED_ROLES, "export")],
         machine_price=results.params.evaluate.machine_price_per_hour,
         compared=compared,

@@ -78,7 +78,7 @@ class TeacherSignals:
         phase, rows, teacher = self.phase, self.rows, self.teachers[name]
         if isinstance(teacher, ServedTeacher):
             self.outputs[name], self.generated = served_outputs(teacher, rows, self.student, phase.top_k)
-            self._print_kept(name)
+            self._print_top_k(name)
             return
         layers: list[int] = []
         if phase.needs_hidden_states:
@@ -103,20 +103,20 @@ class TeacherSignals:
             layers=layers,
             maps=maps,
         )
-        self._print_kept(name)
+        self._print_top_k(name)
         if maps:
             self._check_text_lengths(name)
         if "hidden" in phase.loss:
             self._add_projections(name)
 
-    def _print_kept(self, name: str) -> None:
+    def _print_top_k(self, name: str) -> None:
         """Print what `top_k` keeps of teacher `name` and what it leaves out; nothing where everything is kept."""
         phase, outputs = self.phase, self.outputs[name]
         if not phase.top_k or outputs.tail_logprobs is None or not len(outputs.tail_logprobs) or process_rank():
             return
-        kept = f"{8 * outputs.bytes_a_token:,.0f} bits a token for its {phase.top_k} likeliest ones"
+        size = f"{8 * outputs.bytes_a_token:,.0f} bits a token for its {phase.top_k} likeliest ones"
         drawn = f" and {phase.tail_samples} drawn from the rest" if phase.tail_samples else ""
-        print(f"teacher {name}: {kept}{drawn}; outside of these {100 * outputs.mean_tail:.2f} % of the probability")
+        print(f"teacher {name}: {size}{drawn}; outside of these {100 * outputs.mean_tail:.2f} % of the probability")
 
     def _open(self, name: str, fold: int) -> LabelModel:
         """The model of teacher `name` for rows of `fold`. Raises UserError when its tokens are not the student's."""
