@@ -21,6 +21,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from accelerate.commands.config.config_args import ClusterConfig
 
 import stages
 import tiny
@@ -38,13 +39,13 @@ from distillery.teachers.base import gather_rows, open_teacher
 from distillery.teachers.signals import label_rows
 from distillery.teachers.worker import label_rows_of_teacher, tune_teacher
 from distillery.training import shared_steps, trainers
-from distillery.training.launch import MISTAKE, describe_failure
+from distillery.training.launch import MISTAKE, PROCESSES, describe_failure, run_processes
 from distillery.training.processes import join_processes, process_count, process_rank
 from distillery.training.rows import phase_rows
 from distillery.training.run import train_phase, validation_rows
 from distillery.training.shared_steps import share_rows
 from distillery.training.student_inputs import StudentInputs
-from distillery.training.worker import run_together, train_student
+from distillery.training.worker import SHARDING, run_together, train_student
 from forked import fork_context
 from test_training import LABELS, SHORT, WORDS, learner, openable_teachers, phase, toy
 
@@ -294,6 +295,57 @@ def test_a_killed_process_is_named_and_the_run_continues(repo, capsys):
     assert [inputs.checkpoints(learner, 0, count) for count in (1, 2)] == [alone, folder]
 
 
+def accelerate_config(path: Path, kind: str, **settings: Any) -> ComputeConfig:
+    """Two processes as a file in the form of `accelerate config` has them."""
+    common = {"compute_environment": "LOCAL_MACHINE", "use_cpu": False, "debug": False, "main_process_port": 0}
+    given = {"mixed_precision": "no"} | settings
+    ClusterConfig(distributed_type=kind, num_processes=2, **common | given).to_yaml_file(path)
+    return ComputeConfig(processes=2, config=str(path))
+
+
+def train_in(repo: Path, folder: Path) -> None:
+    """What each process that 04_distill starts does."""
+    os.chdir(repo)
+    train_student("tiny-gold", 0, folder)
+
+
+def test_accelerate_launches_the_processes_of_a_file(repo, tmp_path):
+    """They train as those of torchrun, to the bit; the number format of the file is not taken."""
+    compute = accelerate_config(tmp_path / "cluster.yaml", "MULTI_GPU", mixed_precision="bf16")
+    StudentInputs(repo, "tiny-gold").train_in_processes(compute, 0, tmp_path / "launched")
+    in_processes(2, train_in, repo, tmp_path / "forked", folder=tmp_path)
+    for file in ("history.csv", "weights.safetensors"):
+        launched, forked = (tmp_path / folder / "phase-1" / file for folder in ("launched", "forked"))
+        assert launched.read_bytes() == forked.read_bytes(), file
+
+
+FAILING = """
+import os, pathlib, signal, sys, time
+if os.environ["RANK"] == "1" and sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["RANK"] == "1":
+    pathlib.Path(os.environ["DISTILLERY_MISTAKE"]).write_text("shards: " + os.environ[sys.argv[1]])
+    sys.exit(1)
+time.sleep(1800)  # until the launcher ends it
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "message"),
+    [
+        ("MULTI_GPU", "killed", "t: process 1 of 2, counted from 0, was ended by SIGKILL …"),
+        ("FSDP", SHARDING[0], "shards: true"),
+    ],
+)
+def test_a_process_of_accelerate_that_fails_is_one_line(repo, tmp_path, monkeypatch, kind, argument, message):
+    """Killed, or with a user's mistake. The other one ends."""
+    (tmp_path / "failing.py").write_text(FAILING, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        run_processes(accelerate_config(tmp_path / "cluster.yaml", kind), "failing", [argument], "t")
+    assert str(error.value).startswith(message.removesuffix("…")) and "\n" not in str(error.value)
+
+
 def tune_in(repo: Path, folder: Path) -> None:
     """What each process that 02_teach starts does."""
     os.chdir(repo)
@@ -395,6 +447,11 @@ def make_a_mistake() -> None:
             {"ACCELERATE_USE_FSDP": "true"},
             "compute.config: it shards the model (FSDP or DeepSpeed) in a way of its own; take a file that does not, "
             "and set `compute.strategy: fsdp`",
+        ),
+        (
+            {PROCESSES: "2"},
+            "compute.config: it starts 1 of the 2 `processes`; on CPUs of one machine take no `config`, else a file "
+            "with the same `num_processes`",
         ),
     ],
 )

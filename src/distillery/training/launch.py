@@ -22,7 +22,8 @@ from distillery.models.precision import VARIABLE, resolve_dtypes
 
 MISTAKE = "DISTILLERY_MISTAKE"  # of the environment: the file for the message of a user's mistake
 STARTED_BY = "DISTILLERY_STARTED_BY"  # of the environment: the process with which the others end
-FAILURE = re.compile(r"^\s*rank\s*:\s*(\d+) \(local_rank: \d+\)\n\s*exitcode\s*:\s*(-?\d+)", re.M)  # torchrun's report
+PROCESSES = "DISTILLERY_PROCESSES"  # of the environment: how many processes have to train together
+FAILURE = re.compile(r"^\s*rank\s*:\s*(\d+) \(local_rank: \d+\)\n\s*exitcode\s*:\s*(-?\d+)", re.M)  # of a launcher
 SHOWN_LINES = 40  # of the error output of processes that failed
 
 
@@ -41,6 +42,7 @@ def launch_environment(compute: ComputeConfig, mistake: Path) -> dict[str, str]:
     environment = os.environ | {
         MISTAKE: str(mistake),
         STARTED_BY: str(os.getpid()),
+        PROCESSES: str(compute.processes),
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // compute.processes)),
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",

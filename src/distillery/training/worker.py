@@ -24,12 +24,13 @@ import psutil
 from distillery.config.load import load_params
 from distillery.errors import UserError
 from distillery.files import repository_root
-from distillery.training.launch import MISTAKE, STARTED_BY
+from distillery.training.launch import MISTAKE, PROCESSES, STARTED_BY
 from distillery.training.processes import join_processes, process_count, process_rank
 from distillery.training.sharding import build_for_training
 from distillery.training.student_inputs import StudentInputs
 
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # of the environment, set by `accelerate launch`
+RESULTS = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")  # also by it
 
 
 def end_with(pid: int) -> None:
@@ -47,6 +48,33 @@ def end_with(pid: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def take_no_settings_of_launcher() -> None:
+    """Remove from the environment what `accelerate launch` sets there and what would change the results.
+
+    Its file states where processes run; params.yaml states how they train. Raises UserError when it shards the model.
+    """
+    if any(os.environ.get(name, "").lower() in ("true", "1") for name in SHARDING):
+        raise UserError(
+            "compute.config: it shards the model (FSDP or DeepSpeed) in a way of its own; take a file that does "
+            "not, and set `compute.strategy: fsdp`"
+        )
+    for name in [name for name in os.environ if name.startswith(RESULTS)]:
+        del os.environ[name]
+
+
+def check_process_count() -> None:
+    """Raises UserError when fewer or more processes have come together than `compute.processes` names.
+
+    For a file of type MULTI_CPU without `mpirun_hostfile` accelerate starts one process, without a warning.
+    """
+    count, expected = process_count(), int(os.environ.get(PROCESSES, process_count()))
+    if count != expected:
+        raise UserError(
+            f"compute.config: it starts {count} of the {expected} `processes`; on CPUs of one machine take no `config`"
+            ", else a file with the same `num_processes`"
+        )
+
+
 def run_together(train: Callable[[], None]) -> None:
     """Run `train` in this process and the others that its launcher started; the first one alone prints.
 
@@ -56,16 +84,13 @@ def run_together(train: Callable[[], None]) -> None:
     if STARTED_BY in os.environ:
         end_with(int(os.environ[STARTED_BY]))
     try:
-        if any(os.environ.get(name, "").lower() in ("true", "1") for name in SHARDING):
-            raise UserError(
-                "compute.config: it shards the model (FSDP or DeepSpeed) in a way of its own; take a file that does "
-                "not, and set `compute.strategy: fsdp`"
-            )
+        take_no_settings_of_launcher()
         with (
             join_processes(),
             open(os.devnull, "w") as nowhere,
             redirect_stdout(nowhere if process_rank() else sys.stdout),
         ):
+            check_process_count()
             train()
     except UserError as mistake:
         if MISTAKE in os.environ:

@@ -28,7 +28,8 @@ class ComputeConfig(Section):
     training does not fit one GPU."""
     config: str | None = None
     """A configuration file of `accelerate`, relative to the repository: `accelerate launch` then starts the processes
-    as it states. It may name machines and network addresses; it must not shard the model."""
+    as it states. It may name machines and network addresses; it must not shard the model. Its number format and
+    compilation are not taken. accelerate starts the processes of a file for CPUs (`MULTI_CPU`) by `mpirun` alone."""
 
     @model_validator(mode="after")
     def _config_names_processes(self):
