@@ -9,7 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -407,24 +408,66 @@ def test_an_experiment_by_command_line_and_what_it_shows(base, tmp_path):
         assert {row["rev"] for row in rows} == {"HEAD", "workspace"} and columns <= set(rows[0]), name
 
 
-def test_a_student_is_pushed_to_a_folder_and_pulled_into_a_clone(base, tmp_path):
-    """The commands of docs/tracking.md."""
-    repo = shutil.copytree(base, tmp_path / "repo", symlinks=True)
-    dvc(repo, "remote", "add", "-d", "storage", str(tmp_path / "shared"))
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[str]:
+    """The address of a server on this machine that speaks the protocol of S3, with an empty bucket `bucket`."""
+    pytest.importorskip("dvc_s3")
+    moto = pytest.importorskip("moto.server")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT")).close()
+    yield address
+    server.stop()
+
+
+def share(repo: Path) -> None:
+    """Commit, and push one student."""
     author = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for command in (
-        ["add", "-A"],
-        [*author, "commit", "-q", "-m", "ran"],
-        ["clone", "-q", ".", str(tmp_path / "clone")],
-    ):
+    for command in (["add", "-A"], [*author, "commit", "-q", "-m", "Share the students"]):
         subprocess.run(["git", *command], cwd=repo, check=True)
     dvc(repo, "push", "distill@tiny-kd-0")
-    clone = tmp_path / "clone"
+
+
+def pull_into(clone: Path, repo: Path) -> None:
+    """Pull that student into a clone, which has none."""
     assert not (clone / "runs").exists()
     dvc(clone, "pull", "distill@tiny-kd-0")
     assert [path.name for path in (clone / "runs").iterdir()] == ["tiny-kd-0"]
     pulled = {path.relative_to(clone): path for path in (clone / "runs").rglob("*") if path.is_file()}
     assert len(pulled) == 3 and all(path.read_bytes() == (repo / name).read_bytes() for name, path in pulled.items())
+
+
+def cloned(repo: Path, folder: Path) -> Path:
+    subprocess.run(["git", "clone", "-q", ".", str(folder)], cwd=repo, check=True)
+    return folder
+
+
+def test_a_student_is_pushed_to_a_folder_and_pulled_into_a_clone(base, tmp_path):
+    """The commands of docs/tracking.md."""
+    repo = shutil.copytree(base, tmp_path / "repo", symlinks=True)
+    dvc(repo, "remote", "add", "-d", "storage", str(tmp_path / "shared"))
+    share(repo)
+    pull_into(cloned(repo, tmp_path / "clone"), repo)
+
+
+def test_a_student_is_pushed_to_a_bucket_and_pulled_into_a_clone(base, bucket, tmp_path, monkeypatch):
+    """The commands of docs/tracking.md: with keys in the environment, and in a file that git does not track."""
+    repo = shutil.copytree(base, tmp_path / "repo", symlinks=True)
+    dvc(repo, "remote", "add", "--default", "storage", "s3://bucket/distillery")
+    dvc(repo, "remote", "modify", "storage", "endpointurl", bucket)
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "an-id")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+        share(repo)
+    clone = cloned(repo, tmp_path / "clone")
+    dvc(clone, "remote", "modify", "--local", "storage", "access_key_id", "an-id")
+    dvc(clone, "remote", "modify", "--local", "storage", "secret_access_key", "a-secret")
+    pull_into(clone, repo)
+    done = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True)
+    assert done.stdout == ""
 
 
 def test_outputs_are_ignored_by_git_but_for_the_reports(base):
