@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -217,6 +218,29 @@ def test_a_new_store_prints_nothing(tmp_path, capfd, monkeypatch):
     with Tracking(["mlflow"], tracked_run(tmp_path, "a", "b", {"seed": 1})):
         pass
     assert (tmp_path / ".cache/tracking/mlflow.db").exists() and capfd.readouterr() == ("", "")
+
+
+def open_new_store(run: TrackedRun, started: Any) -> None:
+    """Runs in a process of its own."""
+    importlib.import_module("mlflow")
+    started.wait(120)
+    with Tracking(["mlflow"], run):
+        pass
+
+
+def test_two_workers_open_a_new_store_at_the_same_time(tmp_path, monkeypatch):
+    """As those of `dvc queue start --jobs 2` did."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "mine"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    runs = [tracked_run(tmp_path / folder, "a-0", folder, {}) for folder in ("tmp1", "tmp2")]
+    started = fork_context().Barrier(len(runs))
+    processes = [fork_context().Process(target=open_new_store, args=(run, started)) for run in runs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        finish(process)
+    found = [mlflow_run(run)[0].info for run in runs]
+    assert len({info.run_id for info in found}) == 2 and len({info.experiment_id for info in found}) == 1
 
 
 def test_only_the_first_of_several_processes_tracks(tmp_path, monkeypatch):

@@ -8,12 +8,14 @@ The packages are loaded by name when they are used: a project without tracking i
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -117,6 +119,14 @@ def _as_markdown(settings: Mapping[str, Any]) -> str:
     return "\n".join(["| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in settings.items())])
 
 
+@contextmanager
+def _one_process_at_a_time(lock: Path) -> Iterator[None]:
+    """Two that make the tables of one new SQLite file at the same time, as workers of DVC's queue do, both fail."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
+
+
 class MLflow(Tracker):
     """A run in a SQLite file, or in the store of `MLFLOW_TRACKING_URI`; found again by a tag with its key."""
 
@@ -135,8 +145,10 @@ class MLflow(Tracker):
         mlflow.set_tracking_uri(uri or f"sqlite:///{run.folder / 'mlflow.db'}")
         if not uri:
             os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow wrote it there, where it would look like the user's
-        self.client = mlflow.MlflowClient()
-        experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.experiment, artifacts)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or run.experiment
+        with nullcontext() if uri else _one_process_at_a_time(run.folder / "mlflow.lock"):
+            self.client = mlflow.MlflowClient()
+            experiment = self._experiment(name, artifacts)
         matching = self.client.search_runs([experiment], f"tags.`distillery.key` = '{run.key}'", max_results=1)
         if not matching:
             tags = {"distillery.key": run.key, "distillery.run": run.name}
