@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import signal
 import sqlite3
+import struct
 import time
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,12 +49,12 @@ def rows(n: int) -> pd.DataFrame:
     return frame.assign(label=[TASK.names[(i + 1) % 2] for i in range(n)])
 
 
-def train(models: str, out: str, run: TrackedRun | None, trackers: list[str]) -> None:
-    """The training of both phases, with its weights at its end; runs in a process of its own, as a stage does."""
-    student = build_student(SPEC, Path(models) / "tiny-bert", TASK, 0)
+def train(models: str, out: str, run: TrackedRun | None, trackers: list[str], spec: StudentConfig = SPEC) -> None:
+    """The training of all phases, with its weights at its end; runs in a process of its own, as a stage does."""
+    student = build_student(spec, Path(models) / "tiny-bert", TASK, 0)
     with Tracking(trackers, run) as opened:
         settings = {"validation": rows(6), "test": rows(6), "checkpoint_every": 10, "tracking": opened}
-        train_phases(student, rows(22), SPEC, folder=Path(out), seed=3, **settings)
+        train_phases(student, rows(22), spec, folder=Path(out), seed=3, **settings)
     torch.save(student.model.state_dict(), Path(out) / "weights")
 
 
@@ -178,6 +180,106 @@ def test_the_evaluation_attaches_scores_and_the_page_once(repo, capsys, monkeypa
     page = Path(found.info.artifact_uri.removeprefix("file://")) / "index.html"
     assert page.read_text() == "<p>the page</p>" and repo.run.folder in page.parents
     assert (repo.run.folder / "tensorboard/small-3-abcdef/report.html").read_text() == "<p>the page</p>"
+
+
+def wandb_records(folder: Path) -> list[Any]:
+    """The protocol buffers of the offline file of Weights & Biases in `folder`, which has LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.glob("*.wandb")
+    content, at, parts, records = file.read_bytes(), 7, b"", []  # after the header
+    while at + 7 < len(content):
+        if 2**15 - at % 2**15 < 7:  # the rest of a block holds no header
+            at += 2**15 - at % 2**15
+        size, kind = struct.unpack("<4xHB", content[at : at + 7])
+        parts, at = parts + content[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def wandb_run(run: TrackedRun) -> tuple[dict[str, list[tuple[int, float]]], dict[str, Any], Any]:
+    """Logged values by step, the summary, and the first record of the run, of all its offline files by their time."""
+    logged, summary, started = defaultdict(list), {}, None
+    for folder in sorted((run.folder / "wandb").glob(f"offline-run-*-{run.identifier}"), key=os.path.getmtime):
+        for record in wandb_records(folder):
+            if record.HasField("run"):
+                started = started or record.run
+                assert (record.run.run_id, record.run.project) == (run.identifier, run.experiment)
+            if record.HasField("history"):
+                items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+                for key, value in items.items():
+                    logged[key].append((items["train/global_step"], value))
+            if record.HasField("summary"):
+                updates = record.summary.update
+                summary |= {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in updates}
+    return logged, summary, started
+
+
+def dvclive_run(run: TrackedRun) -> dict[str, list[tuple[int, float]]]:
+    root = run.folder / "dvclive" / run.identifier / "plots/metrics"
+    tables = {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.tsv")}
+    return {key: list(pd.read_csv(path, sep="\t").itertuples(index=False, name=None)) for key, path in tables.items()}
+
+
+@pytest.fixture(scope="module")
+def others(tiny_models, tmp_path_factory) -> SimpleNamespace:
+    """A run by the trackers that are no dependency here: of one phase, then begun anew, and scored twice."""
+    names = [name for name in ("wandb", "dvclive") if importlib.util.find_spec(name)]
+    if not names:
+        pytest.skip("neither wandb nor dvclive is installed")
+    root = tmp_path_factory.mktemp("others") / "my-domain"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("WANDB_", "DVC_"))]:
+            patch.delenv(name)
+        run = tracked_run(root, "small-3", "abcdef", run_settings(SPEC, 3))
+        first = SPEC.model_copy(update={"phases": SPEC.phases[:1]})
+        train(str(tiny_models), str(root / "first"), run, names, first)
+        train(str(tiny_models), str(root / "anew"), run, names)
+        (root / "reports").mkdir()
+        (root / "reports/index.html").write_text("<p>the page</p>")
+        folder = root / "runs/small-3"
+        folder.mkdir(parents=True)
+        scores = {"accuracy": 0.75, "macro_f1": 0.7, "confusion": [[1]]}
+        (folder / "metrics.json").write_text(json.dumps({"steps": 50, "test": scores}))
+        write_record(folder, names, run)
+        for _ in range(2):
+            attach_results(root, Params.model_construct(tracking=names, students={"small": SPEC}, seeds=[3]))
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)  # set by the tracker
+    return SimpleNamespace(root=root, run=run, names=names)
+
+
+def test_wandb_has_the_run_its_scores_and_the_page_in_local_files(others):
+    pytest.importorskip("wandb")
+    logged, summary, started = wandb_run(others.run)
+    assert [step for step, _ in logged["train/loss"]] == [10, 20, 25, 35, 45, 50]
+    assert [step for step, _ in logged["eval/accuracy"]] == [35, 45, 50]
+    settings = {item.key: json.loads(item.value_json) for item in started.config.update}
+    assert started.display_name == "small-3" and settings["phases.1.learning_rate"] == 0.0005
+    assert (summary["test/accuracy"], summary["test/macro_f1"]) == (0.75, 0.7)
+    pages = [path.read_text() for path in (others.run.folder / "wandb").glob("offline-run-*/files/index.html")]
+    assert pages and set(pages) == {"<p>the page</p>"}
+
+
+def test_dvclive_has_the_run_its_scores_and_the_page_in_its_folder(others):
+    pytest.importorskip("dvclive")
+    logged, folder = dvclive_run(others.run), others.run.folder / "dvclive/small-3-abcdef"
+    assert [step for step, _ in logged["loss"]] == [10, 20, 25, 35, 45, 50]
+    assert [step for step, _ in logged["eval/accuracy"]] == [35, 45, 50]
+    settings = (folder / "params.yaml").read_text()
+    assert "phases.1.learning_rate: '0.0005'" in settings and "seed: '3'" in settings
+    scores = json.loads((folder / "metrics.json").read_text())
+    assert (scores["test_accuracy"], scores["test_macro_f1"], scores["step"]) == (0.75, 0.7, 50)
+    assert (folder / "report.html").read_text() == "<p>the page</p>"
+
+
+def test_other_trackers_leave_no_file_elsewhere(others):
+    created = {path.name for path in others.root.iterdir()}
+    assert created == {".cache", "first", "anew", "reports", "runs"}
+    in_cache = {path.name for path in others.run.folder.iterdir()}
+    assert in_cache == {*others.names, *(["wandb-steps"] if "wandb" in others.names else [])}
 
 
 def test_a_tracker_that_fails_stops_no_training_and_shows_no_password(tiny_models, tmp_path, capsys, monkeypatch):
