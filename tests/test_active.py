@@ -111,6 +111,7 @@ def test_a_subset_has_every_column_of_its_rows():
         label_prior=torch.tensor([1.0, 2.0]),
         answers=["x", "y"],
         accepted_answers=list("vwxyz"),
+        teacher_answers={"t": [None, *"wxyz"]},
         n_options=list(range(n)),
         gold=np.array([True, False, True, False, True]),
         ids=[("a", str(i)) for i in range(n)],

@@ -12,7 +12,7 @@ from distillery.config.schema import Params, PhaseConfig, PseudoLabelFilter, Spl
 from distillery.data.storage import read_split
 from distillery.evaluation.reading import read_result_file
 from distillery.files import Paths
-from distillery.training.rows import select_pseudo_labels
+from distillery.training.pseudo_labels import select_pseudo_labels
 
 
 def confidence_funnels(root: Path, params: Params) -> list[dict[str, Any]]:

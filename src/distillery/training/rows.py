@@ -15,6 +15,7 @@ from distillery.config.schema import DIVERGENCES, PhaseConfig, PseudoLabelFilter
 from distillery.errors import UserError
 from distillery.label_sets import LabelSets, membership
 from distillery.tasks.schema import ANSWER_LABELS, N_OPTIONS, Task, accepted_answers
+from distillery.training.pseudo_labels import select_pseudo_labels
 
 
 @dataclass
@@ -76,20 +77,6 @@ class TrainingRows:
         if self.logprobs is None or self.gold is None:
             return one_hot
         return torch.where(torch.as_tensor(self.gold)[:, None], one_hot, self.logprobs.double().exp())
-
-
-def select_pseudo_labels(rows: pd.DataFrame, phase: PhaseConfig) -> np.ndarray:
-    """Which of `rows` (label, `probabilities_<teacher>`) pass `phase.pseudo_labels` [n]: all with a gold label, and of
-    the others those whose teachers are sure enough of one label, or agree on it."""
-    selected = rows["label"].notna().to_numpy(copy=True)
-    for i in np.flatnonzero(~selected):
-        by_teacher = [rows[f"probabilities_{teacher}"][i] for teacher in phase.teachers]
-        probabilities = np.stack([p for p in by_teacher if p is not None] or [[0.0]])
-        mean = probabilities.mean(0)
-        agree = (probabilities.argmax(-1) == mean.argmax()).all()
-        sure = mean.max() >= phase.pseudo_labels.min_confidence
-        selected[i] = sure and (agree or not phase.pseudo_labels.agreement)
-    return selected
 
 
 def phase_rows(
