@@ -113,7 +113,7 @@ def _serve(connection: Connection, log: Path) -> None:
         os.dup2(file.fileno(), 2)
     preload()
     connection.send("ready")
-    folder, environment = Path.cwd(), dict(os.environ)
+    folder, environment, script = Path.cwd(), dict(os.environ), sys.modules["__main__"]
     while True:
         function, arguments = connection.recv()
         _reset_gpu()
@@ -123,6 +123,7 @@ def _serve(connection: Connection, log: Path) -> None:
             traceback.print_exc()
             lines = str(problem).strip().splitlines() or [""]
             answer, error = None, f"{type(problem).__name__}: {lines[0]}"
+        sys.modules["__main__"] = script  # a notebook's shell takes its place
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)

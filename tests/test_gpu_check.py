@@ -38,7 +38,14 @@ def wait(place: Any) -> str:
 
 
 def count_files(place: Any) -> str:
-    return f"{len(list(place.folder.iterdir()))} files | on {os.environ['DISTILLERY_DEVICE']}"
+    files, main = len(list(place.folder.iterdir())), sys.modules["__main__"].__name__
+    return f"{files} files | on {os.environ['DISTILLERY_DEVICE']} | in {main}"
+
+
+def replace_main(place: Any) -> str:
+    """As a notebook's shell does, which is the main module of what it runs."""
+    sys.modules["__main__"] = ModuleType("notebook")
+    return "replaced"
 
 
 FAULTS = [
@@ -47,6 +54,7 @@ FAULTS = [
     Check("hangs", "faults", "wait", (), seconds=0.5),
     Check("a package is missing", "faults", "fail", ("no_such_package", "no_such.module")),
     Check("only on CUDA", "faults", "fail", (), cuda=True),
+    Check("runs a notebook", "faults", "replace_main", ()),
     Check("goes on", "faults", "count_files", ()),
 ]
 
@@ -54,7 +62,7 @@ FAULTS = [
 def table(checks: list[Check], folder: Path, *arguments: str) -> tuple[int, str]:
     """The exit code of the command for `checks`, and what it prints. Runs in a process of its own."""
     faults = ModuleType("gpu_checks.faults")
-    vars(faults).update({function.__name__: function for function in (fail, die, wait, count_files)})
+    vars(faults).update({function.__name__: function for function in (fail, die, wait, replace_main, count_files)})
     sys.modules["gpu_checks.faults"] = faults
     gpu_check.CHECKS[:] = checks
     output = folder / "output"
@@ -72,13 +80,13 @@ def cells(printed: str) -> dict[str, list[str]]:
 def test_a_check_that_fails_leaves_the_others_alone(tmp_path):
     code, printed = stages._in_a_process(table, FAULTS, tmp_path)
     rows = cells(printed)
-    assert code == 1 and printed.endswith("6 checks, 3 failed\n")
+    assert code == 1 and printed.endswith("7 checks, 3 failed\n")
     assert rows["fails"][0] == "failed" and rows["fails"][3] == "ValueError: no such"
     assert rows["dies"][0] == "failed" and rows["dies"][3] == "its process ended with code -9"
     assert rows["hangs"][0] == "failed" and rows["hangs"][3].startswith("ended after")
     assert rows["a package is missing"] == ["not here", "", "", "needs no_such_package, no_such.module"]
     assert rows["only on CUDA"] == ["not here", "", "", "needs a CUDA GPU"]
-    assert rows["goes on"][0] == "ok" and rows["goes on"][3] == "0 files / on cpu"
+    assert rows["goes on"][0] == "ok" and rows["goes on"][3] == "0 files / on cpu / in __main__"
     assert "in fail" in (tmp_path / "log").read_text()  # the traceback
 
 
