@@ -163,13 +163,16 @@ def gain_text(
 ) -> str:
     """The gain in accuracy of the predictions `table` over the student `other`, in points with its interval."""
     others = next(rows for (name, _), rows in tables.items() if name == other)
-    rows = table.merge(others[["id", "prediction"]], on="id", suffixes=("", "_other"))
+    # the same options may have another order there, so it is compared which rows are right
+    right, right_there = (
+        one.set_index("id").eval("label == prediction").map({True: "right", False: "wrong"}) for one in (table, others)
+    )
+    ids = right.index.intersection(right_there.index, sort=False)
     groups = pd.read_parquet(folder / f"data/processed/{source}/test.parquet").set_index("id")["group"]
-    labels = sorted(rows["label"].unique())
-    predictions = (rows["prediction"], rows["prediction_other"])
-    gain = paired_difference(rows["label"], *predictions, labels, groups[rows["id"]])["accuracy"]
+    predictions = (right[ids], right_there[ids])
+    gain = paired_difference(["right"] * len(ids), *predictions, ["right", "wrong"], groups[ids])["accuracy"]
     mean, low, high = (100 * gain[key] for key in ("mean", "low", "high"))
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) over {other} on {len(rows)} rows"
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) over {other} on {len(ids)} rows"
 
 
 def run(domain: str, data: Path, limit: int | None, steps: int | None) -> None:

@@ -111,8 +111,9 @@ def test_gains_are_over_the_floor_on_the_same_rows(real_samples, tmp_path, capsy
     ids, label = [f"r{i}" for i in range(8)], list("12121212")
     right = {"taught": 6, "gold": 5, "siqa-options": 2}
     for name, n in right.items():
-        predictions = label[:n] + ["3"] * (8 - n)
-        table = pd.DataFrame({"id": ids, "split": "test", "label": label, "prediction": predictions})
+        there = list("21212121") if name == "siqa-options" else label  # its options have another order
+        predictions = there[:n] + ["3"] * (8 - n)
+        table = pd.DataFrame({"id": ids, "split": "test", "label": there, "prediction": predictions})
         (tmp_path / f"runs/{name}-0").mkdir(parents=True)
         table[: 7 if name == "siqa-options" else 8].to_parquet(tmp_path / f"runs/{name}-0/predictions.parquet")
     (tmp_path / "data/teacher/large").mkdir(parents=True)
