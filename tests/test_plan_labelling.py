@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 import tiny
 from distillery.cli import main
 from distillery.config.load import load_params, validate_section
-from distillery.config.schema import ApiConfig, Params
+from distillery.config.schema import ApiConfig, Params, SourceConfig
 from distillery.errors import UserError
 from distillery.files import read_yaml
 from distillery.pipeline.plan.labelling import CLIENT_RATE, Labelling, plan_labelling, read_rows_to_label
@@ -221,16 +221,20 @@ def test_an_answer_to_a_question_is_written_and_a_label_is_not(root):
     assert total_tokens(requests, "output").value == 2 * 8
 
 
-def test_an_endpoint_writes_an_answer_for_each_sample_of_a_question(root):
-    """Its prompt is the question alone, after the system turn and the solved example, and no label is calibrated."""
-    params, task = changed(load_params(root / "params.yaml"), {}), load_task("trivia", root / "tasks")
-    spec = params.teachers["far"].model_copy(update={"prompts": []})
-    AnswerStore(root / STORE_PATH)
-    rows = ROWS.assign(label=None)
-    requests, origin = RequestedRows(root, params, "far", spec, task, rows).requests(Figure(1000, ""))
-    assert [(request.purpose, request.count) for request in requests] == [("for labels", 2000), ("for rationales", 7)]
-    assert requests[0].input.value == pytest.approx(prompt_tokens(task, rows))
-    assert total_tokens(requests, "output").value == 2000 * 5 + 7 * 48
+def test_an_endpoint_gives_no_free_answers_and_so_has_no_plan(root):
+    shutil.copy(tiny.ROOT / "data/corpora/trivia.jsonl", root / "data/corpora")
+    source = {
+        "source": "data/corpora/trivia.jsonl",
+        "task": "trivia",
+        "columns": {"text": "question", "label": "answers"},
+    }
+    source["split"] = {"train": 0.7, "validation": 0.1, "test": 0.2}
+    params = load_params(root / "params.yaml")
+    far = params.teachers["far"].model_copy(update={"data": ["trivia"], "prompts": []})
+    trivia = validate_section(SourceConfig, source, "params.yaml")
+    update = {"data": params.data | {"trivia": trivia}, "teachers": params.teachers | {"far": far}}
+    with pytest.raises(UserError, match="^params.yaml: teachers: free answers come from `kind: lm` and `seq2seq` only"):
+        plan_labelling(root, params.model_copy(update=update), "far", rate=1.0)
 
 
 def test_tokens_that_an_endpoint_scores_are_counted(root):

@@ -20,7 +20,7 @@ from distillery.errors import UserError
 from distillery.label_sets import rows_with
 from distillery.tasks.parsing import first_sentence, parse_explained_label, parse_label
 from distillery.tasks.schema import Task
-from distillery.teachers.prompted import divide_by_prior
+from distillery.teachers.prompted import NO_FREE_ANSWERS, divide_by_prior
 
 REPEATED = "repeats the answer before"
 UNREADABLE = "cannot be read"
@@ -181,7 +181,7 @@ class FileTeacher:
         return f"{row['text']}\n\n{self.answers_by_key[key].drop(columns='key').to_string(index=False)}"
 
     def answer(self, rows: pd.DataFrame, max_new_tokens: int) -> list[str]:
-        raise UserError("params.yaml: teachers: free answers come from `kind: lm` and `seq2seq` only, so far")
+        raise UserError(NO_FREE_ANSWERS)
 
     def generate(self, conversations: Sequence[list[dict[str, str]]], **settings: Any) -> list[str]:
         raise UserError("params.yaml: teachers: `kind: answers` generates no text")

@@ -15,6 +15,7 @@ from distillery.teachers.few_shot import GoldExamples
 
 MIN_SHARED_EXAMPLES = 4  # rows with the same solved examples from which it pays to predict them in batches of their own
 MIN_PRIOR = 1e-6  # a label that is never predicted would divide by zero
+NO_FREE_ANSWERS = "params.yaml: teachers: free answers come from `kind: lm` and `seq2seq` only, so far"
 
 
 def divide_by_prior(probabilities: np.ndarray, prior: np.ndarray | None) -> np.ndarray:

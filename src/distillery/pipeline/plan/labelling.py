@@ -24,6 +24,7 @@ from distillery.pipeline.plan.rows import without_word_vectors
 from distillery.tasks.schema import load_task
 from distillery.teachers.base import open_teacher
 from distillery.teachers.cache import STORE_PATH, AnswerStore
+from distillery.teachers.prompted import NO_FREE_ANSWERS
 
 CLIENT_RATE = 74.0  # answers a second that one process sends, reads and stores: measured on two busy cores
 TIMED, TIMED_REASONS = 32, 8  # rows that a local teacher labels, and gives a rationale for, to be timed
@@ -91,7 +92,7 @@ def plan_labelling(
     frame = pd.concat(frames, ignore_index=True)
     task = load_task(params.data[source or sources[0]].task, Paths(root).tasks)
     if spec.kind == "api" and task.kind == "qa":
-        raise UserError(f"params.yaml: teachers.{name}.kind: free answers come from `lm` and `seq2seq` only, not `api`")
+        raise UserError(NO_FREE_ANSWERS)
     wanted = Figure(len(frame), f"of {source or ', '.join(sources)}")
     if rows is not None:
         wanted = Figure(rows, f"given; {wanted.origin} there are {len(frame):,}")

@@ -25,7 +25,7 @@ from distillery.teachers.api.client import Endpoint
 from distillery.teachers.api.probabilities import label_probabilities
 from distillery.teachers.api.responses import MAX_STEPS
 from distillery.teachers.cache import Answer, Question
-from distillery.teachers.prompted import PromptedTeacher
+from distillery.teachers.prompted import NO_FREE_ANSWERS, PromptedTeacher
 
 
 class GivenTokens(NamedTuple):
@@ -192,7 +192,7 @@ class ApiTeacher(PromptedTeacher):
         return self.endpoint.query(questions)
 
     def answer(self, rows: pd.DataFrame, max_new_tokens: int) -> list[str]:
-        raise UserError("params.yaml: teachers: free answers come from `kind: lm` and `seq2seq` only, so far")
+        raise UserError(NO_FREE_ANSWERS)
 
     def generate(
         self,
