@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from distillery.data.splitting import split_groups
 from distillery.errors import UserError
 from distillery.files import Paths, atomic_write, read_yaml, repository_root
 from distillery.metrics.significance import paired_difference
@@ -73,15 +74,14 @@ def corpus_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def split_rows(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
-    """At most about `limit` of `rows`, each with its `split`: random groups, the same ones for the same rows."""
-    groups = np.random.default_rng(0).permutation(sorted({row["group"] for row in rows}))
-    sizes = pd.Series([row["group"] for row in rows]).value_counts()
-    before = sizes[groups].cumsum() - sizes[groups]  # rows of the groups before each one
-    chosen = before[before < (limit or len(rows))]
-    ends = np.cumsum(list(SHARES.values())) * (chosen.iloc[-1] + sizes[chosen.index[-1]])
-    splits = dict(zip(chosen.index, np.searchsorted(ends[:-1], chosen, side="right"), strict=True))
-    names = list(SHARES)
-    return [row | {"split": names[splits[row["group"]]]} for row in rows if row["group"] in splits]
+    """About `limit` of `rows` at most, whole random groups, each row with its `split`; the same for the same rows."""
+    table = pd.DataFrame(rows)
+    groups = np.random.default_rng(0).permutation(table["group"].unique())
+    sizes = table["group"].value_counts()[groups]
+    table = table[table["group"].isin(groups[sizes.cumsum() - sizes < (limit or len(rows))])]
+    labels = table["answer"].astype(str)
+    splits = split_groups(table["group"], labels, sorted(labels.unique()), SHARES, seed=0)
+    return table.assign(split=splits).to_dict("records")
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

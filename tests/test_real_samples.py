@@ -16,7 +16,9 @@ from distillery.errors import UserError
 
 SENTENCES = {"cases": "Sarah was a much better surgeon than Maria so _ always got the easier cases."}
 SENTENCES["answers"] = "Jo met Ann: she asked for Option 1 and _ nodded."  # a colon, and an option that is none
+DAYS = ("Monday", "Tuesday", "Friday")  # a label needs groups for each split
 PRONOUN = "Please choose the correct answer to fill in the blank to complete the given sentence: "
+OPTIONS = "Option1: Sarah Option2: Maria Stone Answer format: option1/option2"
 QUESTION = "Please choose the correct answer to the question: Riley was rude. What will Tracy do next?\n\n"
 PROBLEM = {"question": "How many are 2 and 3?", "options": ["A)5", "B)6", "C)23", "D)1", "E)0"], "correct": "A"}
 
@@ -31,14 +33,21 @@ def data(tmp_path):
     """The folders of the samples, with few rows each."""
     pronouns = [
         {
-            "instruction": f"{PRONOUN}{text}\n\nOption1: Sarah Option2: Maria Stone Answer format: option1/option2",
+            "instruction": f"{PRONOUN}{day}, {text}\n\n{OPTIONS}",
             "output": f"the correct answer is option{number}",
         }
+        for day in DAYS
         for number, text in enumerate(SENTENCES.values(), 1)
     ]
     answers = "Answer1: go home Answer2: shout: no! Answer3: cry\n\nAnswer format: answer1/answer2/answer3"
-    situation = {"instruction": QUESTION + answers, "output": "the correct answer is answer3"}
-    for name, rows in (("winogrande", pronouns), ("socialiqa", [situation])):
+    situations = [
+        {
+            "instruction": QUESTION.replace("Riley", f"Riley {number}") + answers,
+            "output": f"the correct answer is answer{1 + number % 3}",
+        }
+        for number in range(9)
+    ]
+    for name, rows in (("winogrande", pronouns), ("socialiqa", situations)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "test.json").write_text(json.dumps(rows))
     (tmp_path / "aqua-rat").mkdir()
@@ -54,15 +63,16 @@ def rows_of(path: Path) -> list[dict]:
 def test_questions_options_and_answers_are_found(real_samples, data):
     real_samples.write_samples("commonsense", data, tiny.ROOT, data / "samples")
     rows = rows_of(data / "samples/winogrande.jsonl")
-    assert [row["text"] for row in rows] == list(SENTENCES.values())
-    assert [row["options"] for row in rows] == [["Sarah", "Maria Stone"]] * 2
-    assert [row["answer"] for row in rows] == [1, 2]
-    (row,) = rows_of(data / "samples/siqa.jsonl")
-    assert row["text"] == "Riley was rude. What will Tracy do next?" and row["group"] == "Riley was rude."
-    assert row["options"] == ["go home", "shout: no!", "cry"] and row["answer"] == 3
-    (floor,) = rows_of(data / "samples/siqa-options.jsonl")
-    assert floor == row | {"text": real_samples.NO_QUESTION}
-    assert row["split"] == "train"
+    assert [row["text"] for row in rows[:2]] == [f"Monday, {text}" for text in SENTENCES.values()]
+    assert [row["options"] for row in rows] == [["Sarah", "Maria Stone"]] * 6
+    assert [row["answer"] for row in rows] == [1, 2] * 3
+    situations = rows_of(data / "samples/siqa.jsonl")
+    first = situations[0]
+    assert first["text"] == "Riley 0 was rude. What will Tracy do next?" and first["group"] == "Riley 0 was rude."
+    assert first["options"] == ["go home", "shout: no!", "cry"] and first["answer"] == 1
+    floors = rows_of(data / "samples/siqa-options.jsonl")
+    assert floors == [row | {"text": real_samples.NO_QUESTION} for row in situations]
+    assert {row["split"] for row in situations} == set(real_samples.SHARES)
 
 
 def test_word_problems_to_train_on_are_no_test_rows(real_samples, data):
@@ -85,7 +95,7 @@ def test_a_row_of_another_form_is_named(real_samples, data):
 
 def test_a_question_and_its_options_alone_are_in_one_split(real_samples):
     """Groups stay whole, the shares are those of the rows, and a limit takes whole groups away."""
-    rows = [{"id": f"r{i}", "group": f"g{i // 3}"} for i in range(300)]
+    rows = [{"id": f"r{i}", "group": f"g{i // 3}", "answer": 1 + i % 2} for i in range(300)]
     for limit, n in ((None, 300), (100, 102)):
         table = pd.DataFrame(real_samples.split_rows(rows, limit))
         assert len(table) == n and (table.groupby("group")["split"].nunique() == 1).all()
@@ -95,7 +105,7 @@ def test_a_question_and_its_options_alone_are_in_one_split(real_samples):
             assert abs(counts[split] - share * n) <= 3
     floor = [row | {"text": "other"} for row in rows]
     splits = [{row["id"]: row["split"] for row in real_samples.split_rows(either, 100)} for either in (rows, floor)]
-    assert splits[0] == splits[1] and list(splits[0])[:3] != ["r0", "r1", "r2"]
+    assert splits[0] == splits[1] and {f"r{i}" for i in range(100)} != set(splits[0])
 
 
 def test_gains_are_over_the_floor_on_the_same_rows(real_samples, tmp_path, capsys):
