@@ -172,7 +172,8 @@ def test_each_trial_changes_valid_settings_of_the_student(tmp_path, name):
     written = "written/pool" in student.phases[0].data
     assert settings.pools.written == written == ("wrote" in name)
     assert (len(student.phases[0].teachers), len(student.phases[1].teachers)) == (1 + ("two" in name),) * 2
-    assert student.phases[1].epochs == (6 if "six epochs" in name else 3)
+    assert student.phases[1].epochs == (6 if "six epochs" in name or "twice the epochs" in name else 3)
+    assert student.phases[1].data == (["allagree/train"] if "unanimous" in name else ["50agree/train"])
     assert settings.pools.spliced == (6 if "spliced" in name or "six epochs" in name else 2)
 
 
@@ -223,13 +224,30 @@ def test_a_second_run_trains_nothing_and_gives_the_same_tables(
     assert set(table["subset"]) == {"50agree", "allagree"} and (trained["seeds"] == 2).all()
     assert ((table["accuracy_low"] <= table["accuracy"]) & (table["accuracy"] <= table["accuracy_high"])).all()
     assert (trained["minutes"] >= 0).all() and (trained["million_parameters"] > 0).all()
-    assert not list((tmp_path / "cache").glob("*/phases"))
     assert "seed 1, minilm-l6-kd: training" in capsys.readouterr().out
 
     monkeypatch.setattr(training, "train_phases", None)  # all that is left is reading
     assert run(2) == first
     with pytest.raises(TypeError):  # a third seed needs training
         run(3)
+
+
+def test_a_teacher_labels_another_pool_without_being_trained_again(files, tiny_models, tmp_path, capsys):
+    phrasebank, tables = data.read_phrasebank(files), []
+    for spliced in (1, 2):
+        settings = read_settings(tiny_settings(tmp_path, tiny_models, finance=False, headlines=0, spliced=spliced)[0])
+        rows = data.study_rows(phrasebank, [], settings, 0)
+        ((_, p, cost),) = study.label_rows("minilm-l6-kd", settings, rows, 0, tmp_path / "cache")
+        tables.append(rows[["text"]].assign(p=list(p), minutes=cost.minutes).drop_duplicates("text").set_index("text"))
+        printed = capsys.readouterr().out
+        assert ("without fold 0: training" in printed, "without fold 0: predicting" in printed) == (
+            spliced == 1,
+            spliced == 2,
+        )
+    both = tables[0].join(tables[1], rsuffix="_again", how="inner")
+    assert len(tables[1]) > len(tables[0]) and len(both) > len(phrasebank) / 2
+    assert (both["minutes"] == both["minutes_again"]).all()  # of the one training
+    np.testing.assert_allclose(np.stack(both["p"]), np.stack(both["p_again"]), atol=1e-6)
 
 
 def test_the_command_trains_and_leaves_the_committed_copy_alone(files, tiny_models, tmp_path):
@@ -269,7 +287,7 @@ def test_a_killed_training_continues_and_has_no_minutes(files, tiny_models, tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "predict_splits", fail)
+        patch.setattr(training, "write_json", fail)
         training.train(*arguments, seed=0, cache=tmp_path / "killed", title="killed")
     monkeypatch.setattr("distillery.training.run.train_phase", None)  # its phases are finished
     continued, cost = training.train(*arguments, seed=0, cache=tmp_path / "killed", title="killed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +54,20 @@ def train(
     """The predictions of a student for the rows of each of `splits`, and its cost; read from `cache` if they are there.
 
     rows: as of :func:`distillery.training.rows.phase_rows`. splits: name -> rows (id, text, label), `validation` and
-    `test` among them.
+    `test` among them. Other splits change nothing in the training: a finished model predicts new ones without it.
     Returns the table of :func:`predict_splits`; the split `untrained` is `test` before the first phase.
     """
-    contents = [part.to_json(orient="records", double_precision=15) for part in (rows, *splits.values())]
+    rows = rows[rows["split_ref"].isin([ref for phase in spec.phases for ref in phase.data])]
     settings = spec.model_dump(exclude={"control", "checkpoint_every", "folds"})
-    folder = cache / run_key(settings, model.model_dump(), seed, list(splits), *contents)
-    if not (folder / "cost.json").exists():  # written last
-        print(f"{title}: training", flush=True)
-        interrupted, started = folder.exists(), time.process_time()
+    trained_on = [content(part) for part in (rows, splits["validation"], splits["test"])]
+    folder = cache / run_key(settings, model.model_dump(), seed, *trained_on)
+    files = {name: folder / f"predictions-{run_key(content(part))}.parquet" for name, part in splits.items()}
+    missing = {name: splits[name] for name, path in files.items() if not path.exists()}
+    if missing or not (folder / "cost.json").exists():
+        trained, interrupted, started = (folder / "cost.json").exists(), folder.exists(), time.process_time()
+        print(f"{title}: {'predicting' if trained else 'training'}", flush=True)
         student = build_student(spec, fetch_model(spec.model, model), sentiment_task(), seed)
-        _, predictions = train_phases(
+        _, between = train_phases(
             student,
             rows,
             spec,
@@ -75,16 +77,28 @@ def train(
             test=splits["test"],
             checkpoint_every=spec.checkpoint_every,
         )
-        minutes = None if interrupted else (time.process_time() - started) / 60
-        untrained = predictions[(predictions["phase"] == 0) & (predictions["split"] == "test")]
-        predictions = pd.concat([untrained.assign(split="untrained"), predict_splits(student, splits)])
-        with atomic_write(folder / "predictions.parquet") as path:
-            predictions.drop(columns="phase").to_parquet(path, index=False)
-        parameters = count_parameters(student.model)[0]
-        write_json(folder / "cost.json", vars(Cost(parameters, minutes, commit(ROOT))))
-        shutil.rmtree(folder / "phases")
+        if not trained:
+            untrained = between[(between["phase"] == 0) & (between["split"] == "test")]
+            write_table(untrained.drop(columns="phase"), folder / "untrained.parquet")
+            minutes = None if interrupted else (time.process_time() - started) / 60
+            write_json(folder / "cost.json", vars(Cost(count_parameters(student.model)[0], minutes, commit(ROOT))))
+        for name, part in missing.items():
+            write_table(predict_splits(student, {name: part}), files[name])
     cost = Cost(**json.loads((folder / "cost.json").read_text(encoding="utf-8")))
-    return pd.read_parquet(folder / "predictions.parquet"), cost
+    tables = [pd.read_parquet(folder / "untrained.parquet").assign(split="untrained")]
+    tables += [pd.read_parquet(path).assign(split=name) for name, path in files.items()]
+    return pd.concat(tables, ignore_index=True), cost
+
+
+def content(rows: pd.DataFrame) -> str:
+    """What `rows` hold, for a key."""
+    return rows.to_json(orient="records", double_precision=15)
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """`table` as Parquet at `path`, whole or not at all."""
+    with atomic_write(path) as scratch:
+        table.to_parquet(scratch, index=False)
 
 
 def cross_fit(
