@@ -21,8 +21,9 @@ WAYS_OUT = {
     "a document has no rows: write a table with a text and a label in each row": (
         *(".doc", ".docx", ".pdf", ".rtf", ".odt", ".pptx", ".md", ".tex", ".epub"),
     ),
+    "name the `delimiter` between its columns, or write its lines as a table with a header (.csv, .tsv)": (".txt",),
     "name a table with a header .csv or .tsv, and write lines of another form as one": (
-        *(".txt", ".dat", ".data", ".conll", ".conllu", ".iob", ".ft", ".psv", ".log"),
+        *(".dat", ".data", ".conll", ".conllu", ".iob", ".ft", ".psv", ".log"),
     ),
     "unpack the archive": (".tar", ".tgz", ".7z", ".rar", ".zst", ".lz4", ".br", ".lzma"),
 }
