@@ -25,7 +25,7 @@ from distillery.models.layers import count_parameters
 from distillery.pipeline.plan import command, facts, shapes
 from distillery.pipeline.plan.costs import api_costs, disk_bytes, stage_memory, training_hours
 from distillery.pipeline.plan.resolve import RecipePlan, resolve_recipe
-from distillery.pipeline.plan.resources import GPUS, NF4_BYTES, UTILISATION, optimizer_bytes
+from distillery.pipeline.plan.resources import GPUS, NF4_BYTES, UTILISATION, Memory, optimizer_bytes
 from distillery.pipeline.plan.rows import count_hub_rows, count_slice
 from distillery.pipeline.plan.tokenizers import write_stand_in
 from distillery.tasks.schema import load_task
@@ -259,6 +259,32 @@ def test_rows_steps_memory_and_disk_by_hand(root):
     assert hours == pytest.approx(flops / (UTILISATION * GPUS["a100-80gb"].half) / 3600)
 
 
+def test_memory_and_hours_of_processes_that_share_the_rows_or_the_model(root):
+    def planned(dtype: str = "bfloat16", **compute) -> tuple[Memory, float]:
+        plan = resolve_recipe(root, "demo", recipe(dtype=dtype) | {"compute": compute})
+        return (
+            stage_memory(plan)["04_distill, kd, training"],
+            training_hours(plan, "a100-80gb")["students.kd.phases.0"],
+        )
+
+    (alone, hours), (ddp, of_two), (fsdp, of_three) = (
+        planned(),
+        planned(processes=2),
+        planned(processes=3, strategy="fsdp"),
+    )
+    every = WEIGHTS + OTHERS
+    assert (alone.weights, alone.gradients, alone.optimizer) == (4 * every, 4 * every, 8 * every)
+    assert ddp == replace(alone, activations=alone.activations / 2)
+    assert (of_two, of_three) == (pytest.approx(hours / 2), pytest.approx(hours / 3))
+    outside, layer = 2 * 2048 * 16 + 16, WEIGHTS // 2 + 2 * 16  # embeddings, head and last norm; of one layer
+    assert outside + 2 * layer == every
+    gathered, with_gradients = outside + 2 * layer, outside + layer
+    assert fsdp.weights == pytest.approx(4 * every / 3 + 2 * gathered)
+    assert fsdp.gradients == pytest.approx(4 * every / 3 + 2 * with_gradients)
+    assert (fsdp.optimizer, fsdp.activations) == (pytest.approx(8 * every / 3), alone.activations / 3)
+    assert planned("float32", processes=3, strategy="fsdp")[0].weights == pytest.approx(4 * every / 3 + 4 * gathered)
+
+
 def test_names_may_hold_dots_and_begin_alike(root):
     """`kd` holds the activations of its own phase alone, not those of the larger batch of `kd-1.5b`."""
     raw = recipe()
@@ -459,9 +485,15 @@ def test_the_command_writes_one_table_and_its_exit_status_names_what_failed(root
             YAML().dump(content, file)
     needs = {"setting": "recipe.needs", "source": "one H100, 30 minutes", "place": "5"}
     fits = recipe() | {"recipe": {"source": "s", "needs": "a GPU", "settings": [needs]}}
+    two = {"recipe": {"settings": []}, "compute": {"processes": 2}, "students": {"kd": {"dtype": "bfloat16"}}}
+    small = {"models": {"small": {"revision": "other"}}, "students": {"kd": {"dtype": "bfloat16"}}}
     with (root / "recipes/fits.yaml").open("w") as file:
-        YAML().dump(fits, file)
+        YAML().dump(fits | {"scale": {"two": two, "small": small}}, file)
     command.run_plan("fits")
+    assert f"hours: on {command.DEFAULT_GPU} at" in capsys.readouterr().out
+    command.run_plan("fits", scale="two")
+    printed = capsys.readouterr().out
+    assert printed.startswith("\nfits, two: ") and f"hours: on 2 x {command.DEFAULT_GPU} at" in printed
     assert not (root / "recipes/PLAN.md").exists()
     with pytest.raises(SystemExit) as status:
         command.run_plan("all")
@@ -472,17 +504,22 @@ def test_the_command_writes_one_table_and_its_exit_status_names_what_failed(root
     rows = [
         line.strip("| ").split(" | ") for line in (root / "recipes/PLAN.md").read_text().splitlines() if line[:1] == "|"
     ]
-    assert [(row[0], row[-2]) for row in rows[2:]] == [("broken", "1"), ("fits", "0")]
+    assert [(row[0], row[-2]) for row in rows[2:]] == [("broken", "1"), ("fits", "0"), ("fits, two", "0")]
     last = (root / "recipes/PLAN.md").read_text().splitlines()[-1]
     assert last == "fits: the source has one H100, 30 minutes; the trainings here take 0.00 hours on h100-80gb."
     with pytest.raises(UserError, match="gpu: `abacus` is not known; there are: a100-80gb, "):
         command.run_plan("fits", "abacus")
+    with pytest.raises(UserError, match="--scale is of one recipe: name it, or leave --scale out"):
+        command.run_plan("all", scale="two")
 
 
 def test_the_table_of_all_recipes_has_each_of_them_and_no_failure():
     lines = (tiny.ROOT / "recipes/PLAN.md").read_text(encoding="utf-8").splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line[:1] == "|"][2:]
-    assert [row[0] for row in rows] == sorted(path.stem for path in (tiny.ROOT / "recipes").glob("*.yaml"))
+    planned = command.planned_scales(tiny.ROOT)
+    assert [row[0] for row in rows] == [f"{name}, {scale}" if scale else name for name, scale in planned]
+    assert {name for name, _ in planned} == {path.stem for path in (tiny.ROOT / "recipes").glob("*.yaml")}
+    assert ("anon-crisis-llama2", "whole") in planned and ("anon-crisis-llama2", "small") not in planned
     assert {row[-2] for row in rows} == {"0"}
     assert lines[-1].startswith("finnews-bloom: the source has one H100 of 80 GB, about 30 minutes; the trainings here")
 

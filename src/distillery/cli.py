@@ -123,9 +123,7 @@ def recipe(name: str, scale: str | None, plan: bool, gpu: str | None, settings: 
     if plan:
         from distillery.pipeline.plan.command import DEFAULT_GPU, run_plan
 
-        if scale:
-            raise UserError("--plan is for the full scale: leave --scale out")
-        return run_plan(name, gpu or DEFAULT_GPU)
+        return run_plan(name, gpu or DEFAULT_GPU, scale)
     if gpu:
         raise UserError("--gpu is of the plan: add --plan, or leave --gpu out")
     from distillery.pipeline.recipe import run_recipe_command
@@ -270,7 +268,9 @@ def parser() -> argparse.ArgumentParser:
     running_recipe.add_argument("name", help="a file of recipes/ without folder and ending")
     running_recipe.add_argument("--scale", help="an overlay of the recipe: small stand-ins for its models and data")
     running_recipe.add_argument(
-        "--plan", action="store_true", help="check it at full scale without weights; the name `all` takes every recipe"
+        "--plan",
+        action="store_true",
+        help="check it without weights; the name `all` takes every recipe",
     )
     running_recipe.add_argument("--gpu", help="of the plan, such as h100-80gb")
     running_recipe.add_argument(

@@ -61,7 +61,7 @@ def shard_model(student: LabelModel) -> None:
     # else autocast would keep a narrow copy of each layer's weights for the backward pass
     narrow = MixedPrecisionPolicy(student.dtype, torch.float32, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy() if student.dtype == torch.float32 else narrow
-    layers = _layers(model)
+    layers = unit_layers(model)
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     student.sharded = _shard_root(_Root(model, layers), mesh)
@@ -82,8 +82,8 @@ def build_for_training(compute: ComputeConfig, build: Callable[[], LabelModel]) 
     return model
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of `model`, of encoder and decoder where it has both; none of one that has no list of them."""
+def unit_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of `model`, each a unit, of encoder and decoder where it has both; none if it has no list of them."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
         stacks = [getattr(*find_layers(part, depth)) for part, depth in stack_depths(base)]

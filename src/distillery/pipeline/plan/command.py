@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distillery.errors import UserError
-from distillery.files import atomic_write, repository_root
+from distillery.files import atomic_write, read_yaml, repository_root
 from distillery.models.runtime import configure_runtime
 from distillery.pipeline.plan.costs import (
     SEARCH,
@@ -37,26 +37,27 @@ HEADING = """# The recipes at full scale, without their weights
 
 `make recipe NAME=all PLAN=1` wrote this table ([how](README.md#the-plan-of-a-recipe)). GPU memory is that of the stage
 that needs most, activations counted in float32. Steps are those of one seed. Hours are those of the trainings of all
-seeds, and of the trials of a search, on {gpu} at {share:.0%} of its peak. Figures are computed from shapes and numbers
-of rows; none is measured. `failed` and `unknown` count checks.
+seeds, and of the trials of a search, on {gpu} at {share:.0%} of its peak, one GPU or as many as `compute.processes`.
+Figures are computed from shapes and numbers of rows; none is measured. `failed` and `unknown` count checks.
 
 """
 
 
-def run_plan(name: str, gpu: str = DEFAULT_GPU) -> None:
-    """Print the plan of recipe `name`, or of `all`; exit with 1 when a check failed. Raises UserError."""
+def run_plan(name: str, gpu: str = DEFAULT_GPU, scale: str | None = None) -> None:
+    """Print the plan of recipe `name` at `scale`, or of `all`; exit with 1 when a check failed. Raises UserError."""
     if gpu not in GPUS:
         raise UserError(f"gpu: `{gpu}` is not known; there are: {', '.join(GPUS)}")
+    if name == "all" and scale:
+        raise UserError("--scale is of one recipe: name it, or leave --scale out")
     configure_runtime()
     root, rows, notes, failed = repository_root(), [], [], []
-    names = sorted(path.stem for path in (root / "recipes").glob("*.yaml")) if name == "all" else [name]
-    for recipe in names:
-        plan = resolve_recipe(root, recipe)
+    for recipe, overlay in planned_scales(root) if name == "all" else [(name, scale)]:
+        plan = resolve_recipe(root, recipe, scale=overlay)
         text, row = describe_plan(plan, gpu)
         print(text, flush=True)
         rows.append(row)
         notes += source_hours(plan)
-        failed += [f"{recipe}: {finding.place}: {finding.text}" for finding in plan.failed]
+        failed += [f"{plan.title}: {finding.place}: {finding.text}" for finding in plan.failed]
     if name == "all":
         write_table(root / "recipes/PLAN.md", rows, gpu, notes)
         print("all recipes: recipes/PLAN.md")
@@ -65,11 +66,21 @@ def run_plan(name: str, gpu: str = DEFAULT_GPU) -> None:
         sys.exit(1)
 
 
+def planned_scales(root: Path) -> list[tuple[str, str | None]]:
+    """Each recipe, and each of its scales that keeps its models and data."""
+    recipes: list[tuple[str, str | None]] = []
+    for path in sorted((root / "recipes").glob("*.yaml")):
+        scales = read_yaml(path).get("scale") or {}
+        full = [scale for scale, overlay in scales.items() if not {"models", "data"} & set(overlay)]
+        recipes += [(path.stem, scale) for scale in [None, *full]]
+    return recipes
+
+
 def describe_plan(plan: RecipePlan, gpu: str) -> tuple[str, Sequence[str]]:
     """The tables of a plan as text, and its row in the table of all recipes."""
     stages, disk, hours, costs = stage_memory(plan), disk_bytes(plan), training_hours(plan, gpu), api_costs(plan)
     check_gpu(plan, stages, gpu)
-    parts = [f"\n{plan.name}: at full scale, from shapes alone", _models(plan), _origins(plan)]
+    parts = [f"\n{plan.title}: from shapes alone", _models(plan), _origins(plan)]
     parts += [_sources(plan), _phases(plan, hours)]
     header = ("stage", "weights", "gradients", "optimizer", "activations, at most", "total, GB")
     sizes = [
@@ -86,14 +97,16 @@ def describe_plan(plan: RecipePlan, gpu: str) -> tuple[str, Sequence[str]]:
     header = ("endpoint", "requests", "input tokens", "output tokens", "dollars", "price")
     parts += [text_table(header, calls)] if calls else []
     parts.append(text_table(("check", "of", "result"), [(f.status, f.place, f.text) for f in plan.findings]))
+    processes = plan.params.compute.processes
+    gpus = gpu if processes == 1 else f"{processes} x {gpu}"
     parts.append(
-        f"hours: on {gpu} at {UTILISATION:.0%} of its peak, assumed; neither labelling nor decoding is counted\n"
+        f"hours: on {gpus} at {UTILISATION:.0%} of the peak, assumed; neither labelling nor decoding is counted\n"
         f"{gpu}: {GPU_ORIGIN}"
     )
     stage, most = max(stages.items(), key=lambda item: item[1].total)
     known = [cost.dollars for cost in costs.values() if cost.dollars is not None]
     row = (
-        plan.name,
+        plan.title,
         _number(_sum_known([phase.steps for phase in plan.phases])),
         size_text(most.total),
         size_text(most.activations),
@@ -114,7 +127,9 @@ def source_hours(plan: RecipePlan) -> list[str]:
         gpu = next((gpu for gpu in GPUS if gpu.partition("-")[0].upper() in str(named.source)), None)
         if named.setting == "recipe.needs" and gpu:
             hours = _number(_sum_known(list(training_hours(plan, gpu).values())))
-            lines.append(f"{plan.name}: the source has {named.source}; the trainings here take {hours} hours on {gpu}.")
+            lines.append(
+                f"{plan.title}: the source has {named.source}; the trainings here take {hours} hours on {gpu}."
+            )
     return lines
 
 

@@ -18,6 +18,7 @@ from distillery.pipeline.plan.resources import (
     Memory,
     dense_bytes,
     frozen_format,
+    memory_of_process,
     merged_parameters,
     optimizer_bytes,
     prediction_bytes,
@@ -43,7 +44,7 @@ class ApiCost:
 
 
 def stage_memory(plan: RecipePlan) -> dict[str, Memory]:
-    """GPU memory of each stage that holds a local model, by `<notebook>, <owner>`."""
+    """Memory of one GPU in each stage that holds a local model, by `<notebook>, <owner>`."""
     stages: dict[str, Memory] = {}
     for name, spec in plan.params.teachers.items():
         model = plan.models.get(f"teachers.{name}")
@@ -53,8 +54,11 @@ def stage_memory(plan: RecipePlan) -> dict[str, Memory]:
         if spec.finetune:
             frozen = spec.dtype if spec.finetune.lora and spec.kind != "classifier" else "float32"
             frozen = "nf4" if spec.quantize == "nf4" else frozen
-            stages[f"02_teach, {name}, fine-tuning"] = training_memory(
+            tuning = training_memory(
                 model.model, frozen, optimizer_bytes([spec.finetune]), _activations(plan, f"teachers.{name}")
+            )
+            stages[f"02_teach, {name}, fine-tuning"] = memory_of_process(
+                tuning, model.model, plan.params.compute, spec.dtype
             )
     for name, spec in plan.params.students.items():
         model = plan.models.get(f"students.{name}")
@@ -62,6 +66,7 @@ def stage_memory(plan: RecipePlan) -> dict[str, Memory]:
             continue
         activations = _activations(plan, f"students.{name}")
         training = training_memory(model.model, frozen_format(spec), optimizer_bytes(spec.phases), activations)
+        training = memory_of_process(training, model.model, plan.params.compute, spec.dtype)
         beside = max((_teacher_beside(plan, phase) for phase in spec.phases), default=0.0)
         stages[f"04_distill, {name}, training"] = Memory(
             training.weights + beside, training.gradients, training.optimizer, training.activations
@@ -138,7 +143,11 @@ def _parameters(model: LabelModel) -> int:
 
 
 def training_hours(plan: RecipePlan, gpu: str) -> dict[str, float | None]:
-    """Hours of each training on `gpu`, all seeds and folds, and of a search's trials; None where rows are not known."""
+    """Hours of each training, all seeds and folds, and of a search's trials; None where rows are not known.
+
+    On one `gpu` for each process of `compute`, which share the rows of a step: so many times as fast is assumed.
+    """
+    processes = plan.params.compute.processes
     hours: dict[str, float | None] = {}
     for phase in plan.phases:
         section, _, name = phase.model.partition(".")
@@ -148,14 +157,14 @@ def training_hours(plan: RecipePlan, gpu: str) -> dict[str, float | None]:
             hours[phase.owner] = None
             continue
         seconds = phase.steps * phase.phase.accumulate * _mean_flops(phase) / GPUS[gpu].speed(spec.dtype)
-        hours[phase.owner] = repeats * seconds / 3600
+        hours[phase.owner] = repeats * seconds / processes / 3600
     if search := plan.params.search:
         hours[SEARCH] = None
         phase = next((phase for phase in plan.phases if phase.owner == searched_phase(search)), None)
         if phase and phase.step and phase.rows is not None:
             speed = GPUS[gpu].speed(plan.params.students[search.student].dtype)
             row_flops = _mean_flops(phase) / phase.phase.batch_size
-            hours[SEARCH] = search_rows(search, phase) * row_flops / speed / 3600
+            hours[SEARCH] = search_rows(search, phase) * row_flops / speed / processes / 3600
     return hours
 
 

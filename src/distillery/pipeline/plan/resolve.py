@@ -67,7 +67,10 @@ class PhasePlan:
 
 @dataclass
 class RecipePlan:
-    """What is known of a recipe without its weights. models: opened students and teachers, by `students.<name>`."""
+    """What is known of a recipe without its weights. models: opened students and teachers, by `students.<name>`.
+
+    title: name and scale.
+    """
 
     name: str
     params: Params
@@ -76,6 +79,11 @@ class RecipePlan:
     findings: list[Finding] = field(default_factory=list)
     models: dict[str, LabelModel] = field(default_factory=dict)
     phases: list[PhasePlan] = field(default_factory=list)
+    scale: str | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.scale}" if self.scale else self.name
 
     @property
     def failed(self) -> list[Finding]:
@@ -93,16 +101,16 @@ class RecipePlan:
         return result
 
 
-def resolve_recipe(root: Path, name: str, raw: dict[str, Any] | None = None) -> RecipePlan:
-    """The plan of recipe `name`. raw: its content, where it is not that of its file.
+def resolve_recipe(root: Path, name: str, raw: dict[str, Any] | None = None, scale: str | None = None) -> RecipePlan:
+    """The plan of recipe `name` at `scale`. raw: its content, where it is not that of its file.
 
     Raises UserError for a file that is no recipe, and for a data file that cannot be read.
     """
-    params = validate_section(Params, raw or load_recipe(root, name), f"recipes/{name}.yaml")
+    params = validate_section(Params, raw or load_recipe(root, name, scale), f"recipes/{name}.yaml")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         facts = {model: read_model_facts(root, model, spec, scratch / "hub") for model, spec in params.models.items()}
-        plan = RecipePlan(name, params, facts, read_all_rows(root, name, params))
+        plan = RecipePlan(name, params, facts, read_all_rows(root, name, params), scale=scale)
         folders = {model: known for model, fact in facts.items() if (known := _check_model(plan, fact, scratch))}
         for teacher in params.teachers:
             _check_teacher(plan, teacher, folders)

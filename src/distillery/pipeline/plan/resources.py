@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from distillery.config.schema import StudentConfig, TeacherConfig, TrainingConfig
+from distillery.config.schema import ComputeConfig, StudentConfig, TeacherConfig, TrainingConfig
 from distillery.models.layers import count_parameters, output_head
+from distillery.training.sharding import unit_layers
 
 # 4 bits, and a scale for each 64 weights of 8 bits and 32 / 256 more (Dettmers et al. 2023, section 3)
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -102,6 +103,26 @@ def training_memory(model: nn.Module, frozen: str, states: int, activations: flo
     else:
         weights = FULL_BYTES * trained + (total - trained) * (FULL_BYTES if frozen == "float32" else HALF_BYTES)
     return Memory(weights, GRADIENT_BYTES * trained, states * trained, activations)
+
+
+def memory_of_process(memory: Memory, model: nn.Module, compute: ComputeConfig, dtype: str) -> Memory:
+    """What each process holds where those of `compute` train `model` together, which takes `memory` in one.
+
+    Each has its share of the rows. With `strategy: fsdp` it also holds its shard of all weights, gradients and states,
+    and gathered in `dtype`: the weights and gradients outside the layers and of one layer, and the weights of the next.
+    """
+    activations = memory.activations / compute.processes
+    if compute.strategy == "ddp":
+        return replace(memory, activations=activations)
+    sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in unit_layers(model)]
+    outside, layer = count_parameters(model)[0] - sum(sizes), max(sizes, default=0)
+    number_bytes = FULL_BYTES if dtype == "float32" else HALF_BYTES
+    return Memory(
+        memory.weights / compute.processes + number_bytes * (outside + 2 * layer),
+        memory.gradients / compute.processes + number_bytes * (outside + layer),
+        memory.optimizer / compute.processes,
+        activations,
+    )
 
 
 def frozen_format(spec: StudentConfig) -> str:
