@@ -1,10 +1,11 @@
 """Which settings of the PhraseBank study help its distilled student, on validation rows alone?
 
-    PYTHONPATH=src python benchmarks/phrasebank_trials.py FOLDER
+    PYTHONPATH=src python benchmarks/phrasebank_trials.py FOLDER ["NAME OF A TRIAL" ...]
 
 FOLDER holds PhraseBank's files as studies/phrasebank/README.md has them. Trains the student minilm-l6-kd of seed 0 once
-for each overlay in studies/phrasebank/trials.yaml, and prints accuracy and macro-F1 on the validation rows of 50-agree,
-and on the unanimous ones. Finished models are kept in `.cache/phrasebank/`, so that a killed run goes on.
+for each overlay in studies/phrasebank/trials.yaml, or for those that are named. Prints accuracy and macro-F1 on the
+validation rows of 50-agree, and on the unanimous ones. Finished models are kept in `.cache/phrasebank/`, so that a
+killed run goes on.
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ from studies.phrasebank.training import stack_probabilities
 STUDENT = "minilm-l6-kd"
 
 
-def main(data: Path) -> None:
-    """Train the student of each overlay and print the table."""
+def main(data: Path, *names: str) -> None:
+    """Train the student of each overlay and print the table. Raises UserError for a name that is no trial."""
     study = repository_root() / "studies/phrasebank"
+    overlays = read_yaml(study / "trials.yaml")
+    if unknown := set(names) - set(overlays):
+        raise UserError(
+            f"trials.yaml: no trial `{min(unknown)}`; there are: {', '.join(f'`{name}`' for name in overlays)}"
+        )
     base, phrasebank = read_yaml(study / "params.yaml"), read_phrasebank(data)
     lines = []
-    for name, overlay in read_yaml(study / "trials.yaml").items():
+    for name in names or overlays:
+        overlay = overlays[name]
         settings = validate_section(StudySettings, merge_overlay(base, overlay), f"trials.yaml: {name}")
         rows = study_rows(phrasebank, [], settings, 0)
         teachers = {teacher: list(p) for teacher, p, _ in label_rows(STUDENT, settings, rows, 0, CACHE)}
@@ -49,6 +56,6 @@ def main(data: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), *sys.argv[2:])
     except UserError as mistake:
         sys.exit(f"error: {mistake}")
