@@ -585,8 +585,22 @@ def test_inputs_are_the_same_bytes_and_name_a_row_without_a_signal(base, tmp_pat
     before = {path: path.read_bytes() for path in (repo / "data/inputs").rglob("*") if path.is_file()}
     assert write_inputs(repo).returncode == 0
     assert before == {path: path.read_bytes() for path in (repo / "data/inputs").rglob("*") if path.is_file()}
+    agreement = {"metric": "agreement"}
+    setting("students", "tiny-kd", "phases", 0, "early_stopping", value=agreement)(repo)
     file = repo / "data/teacher/lm/signals.parquet"
     signals = table(file)
+    assert write_inputs(repo).returncode == 0
+    watched, known = table(repo / "data/inputs/tiny-kd/validation.parquet"), signals.set_index("id")["probabilities"]
+    assert len(watched) > 10
+    for name, probabilities in zip(watched["id"], watched["probabilities_lm"], strict=True):
+        assert list(probabilities) == pytest.approx(list(known[name]), abs=1e-6)
+    assert "probabilities_lm" not in table(repo / "data/inputs/tiny-kd/test.parquet")
+    signals[signals["split"] != "validation"].to_parquet(file)
+    done = write_inputs(repo)
+    assert done.stderr == (
+        "error: students.tiny-kd: `early_stopping: {metric: agreement}`, but `lm` has no distribution over labels for "
+        "rows of finance/validation\n"
+    )
     lost = signals[signals["split"] == "pool"].index[3]
     signals.drop(index=lost).to_parquet(file)
     done = write_inputs(repo)

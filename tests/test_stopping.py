@@ -14,19 +14,28 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 import tiny
 from distillery import losses
 from distillery.config.load import validate_section
-from distillery.config.schema import FinetuneConfig, ModelConfig, Params, PhaseConfig, TeacherConfig
+from distillery.config.schema import (
+    FinetuneConfig,
+    ModelConfig,
+    Params,
+    PhaseConfig,
+    PseudoLabelFilter,
+    StudentConfig,
+    TeacherConfig,
+)
 from distillery.errors import UserError
+from distillery.label_sets import LabelSets
 from distillery.models.label_model import ModelOutput
 from distillery.models.predictions import predict_rows, score_predictions
-from distillery.tasks.schema import load_task
+from distillery.tasks.schema import ANSWER_LABELS, load_task
 from distillery.teachers.finetune import finetune_teacher
 from distillery.training import run
 from distillery.training import validation as validation_module
 from distillery.training.completions import MicroBatch, PhaseCompletions, StepCounts
 from distillery.training.phase_loss import PhaseLoss
 from distillery.training.progress import example_line
-from distillery.training.rows import TrainingRows, phase_rows
-from distillery.training.run import validation_rows
+from distillery.training.rows import TrainingRows, phase_rows, teacher_targets
+from distillery.training.run import train_phases, validation_rows
 from distillery.training.sampler import BalancedSampler
 from distillery.training.stopping import (
     count_optimizer_steps,
@@ -89,9 +98,9 @@ def test_auto_has_an_upper_bound_and_looks_about_once_an_epoch(settings, rows, s
     assert tuning.as_phase() == spec
 
 
-@pytest.mark.parametrize("metric, sign", [("macro_f1", 1), ("loss", -1)])
+@pytest.mark.parametrize("metric, sign", [("macro_f1", 1), ("agreement", 1), ("loss", -1)])
 def test_patience_counts_from_the_first_best_score(metric, sign):
-    stopping = phase({"ce": 1.0}, early_stopping={"metric": metric, "patience": 2}).early_stopping
+    stopping = phase({"ce": 1.0}, teachers=["one"], early_stopping={"metric": metric, "patience": 2}).early_stopping
 
     def log(*scores):
         return [{"step": 10 * i, f"eval_{metric}": sign * score} for i, score in enumerate(scores, 1)]
@@ -102,7 +111,7 @@ def test_patience_counts_from_the_first_best_score(metric, sign):
     assert not is_out_of_patience(log(0.1, 0.5, 0.4, 0.6), stopping)
     assert is_out_of_patience(log(0.1, math.nan, math.nan), stopping)
     for bound, settings in (("max_steps", {"steps": "auto"}), ("max_epochs", {"epochs": "auto"})):
-        spec = phase({"ce": 1.0}, **settings, early_stopping={"metric": metric, "patience": 2})
+        spec = phase({"ce": 1.0}, **settings, teachers=["one"], early_stopping={"metric": metric, "patience": 2})
         never = end_sentence(log(math.nan, math.nan, math.nan), 90, spec)
         kept = "so the last weights are kept: lower `learning_rate`"
         assert never == f"30 of at most 90 steps; {metric} was never a number, {kept}"
@@ -244,6 +253,69 @@ def test_a_killed_early_stopping_ends_like_an_unbroken_one(tiny_models, tmp_path
         assert saved == [step for step in unbroken if step > killed_at]
         pd.testing.assert_frame_equal(resumed, history)
         assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+def test_agreement_is_with_the_label_of_the_mixed_teachers():
+    frame = toy(4)
+    frame["probabilities_one"] = [[0.6, 0.4, 0.0], [0.1, 0.2, 0.7], None, None]
+    frame["probabilities_two"] = [[0.0, 0.9, 0.1], None, [0.5, 0.3, 0.2], None]
+    spec = phase({"kl": 1.0}, teachers=["one", "two"], early_stopping={"metric": "agreement"})
+    assert teacher_targets(frame, spec, LABELS).tolist() == [1, 2, 0, -1]  # .3, .65, .05 in the first row
+    sure = spec.model_copy(update={"pseudo_labels": PseudoLabelFilter(min_confidence=0.9)})
+    assert teacher_targets(frame, sure, LABELS).tolist() == [1, 2, 0, -1]  # which rows teach is another question
+    by_score = spec.model_copy(update={"mix": "validation"})
+    assert teacher_targets(frame, by_score, LABELS, {"one": 0.9, "two": 0.1}).tolist() == [0, 2, 0, -1]
+    predictions = [LABELS[1], LABELS[0], LABELS[0], LABELS[2]]
+    assert validation_module.agreement(predictions, np.array([1, 2, 0, -1]), LABELS) == pytest.approx(2 / 3)
+    for names in (LabelSets(LABELS), ANSWER_LABELS):
+        with pytest.raises(UserError, match="^phases: early_stopping.metric: agreement: is of one label for a row"):
+            teacher_targets(frame, spec, names)
+
+
+def test_early_stopping_by_agreement_sees_no_gold_label(tiny_models, tmp_path):
+    """Other gold labels of the validation rows change neither where it stops nor a weight; other teachers do."""
+    spec = phase(
+        {"kl": 1.0},
+        steps=60,
+        batch_size=4,
+        learning_rate=3e-3,
+        early_stopping={"metric": "agreement", "patience": 3, "every": 4},
+    )
+    held_out = toy(12, seed=2)
+    shuffled = held_out.assign(label=held_out["label"].sample(frac=1, random_state=1).to_list())
+    taught = held_out.assign(probabilities_one=held_out["probabilities_one"].tolist()[::-1])
+
+    def ended(validation: pd.DataFrame, name: str):
+        student = learner(tiny_models, "classifier", scale=3)
+        history, _ = train_phases(
+            student,
+            toy(12),
+            StudentConfig(model="m", arch="classifier", phases=[spec]),
+            folder=tmp_path / name,
+            seed=0,
+            validation=validation,
+            test=validation.head(1),
+        )
+        predictions = predict_rows(student, validation)["prediction"]
+        labels = [LABELS[int(np.argmax(p))] for p in validation["probabilities_one"]]
+        return history, student.model.state_dict(), (predictions == labels).mean()
+
+    (history, weights, agreement), (shuffled_history, same, _), (_, other, _) = (
+        ended(validation, name) for validation, name in ((held_out, "gold"), (shuffled, "shuffled"), (taught, "taught"))
+    )
+    looks = history["validation_agreement"].dropna()
+    assert 3 < len(looks) < 15 and agreement == looks.max()  # it stopped, and went back to its best look
+    assert looks.tolist() == shuffled_history["validation_agreement"].dropna().tolist()
+    assert history["validation_accuracy"].dropna().tolist() != shuffled_history["validation_accuracy"].dropna().tolist()
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert any(not torch.equal(weights[name], other[name]) for name in weights)
+
+
+def test_agreement_needs_teachers():
+    with pytest.raises(ValueError, match=r"`early_stopping: \{metric: agreement\}` needs `teachers`"):
+        phase({"ce": 1.0}, early_stopping={"metric": "agreement"})
+    with pytest.raises(ValueError, match="`metric: agreement` is with the teachers of a student's phase"):
+        FinetuneConfig(on="a/train", steps=1, learning_rate=1.0, early_stopping={"metric": "agreement"})
 
 
 def test_a_stopped_run_without_a_score_that_is_a_number_keeps_its_last_weights(tiny_models, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ in, its model, its task, and the sha256 of the data files it reads.
                          `probabilities_<teacher>`: in the order of the task's labels, None on rows it does not teach,
                          and `fold_<teacher>`: the fold whose model computed them; `rationale`: a teacher's, or the
                          row's own; of a `qa` task the accepted `answers`, and each teacher's answer: `answer_<teacher>`
-``validation.parquet``, ``test.parquet``   split_ref, id, text, label, group of the source that the student is scored on
+``validation.parquet``, ``test.parquet``   split_ref, id, text, label, group of the source that scores the student;
+                         for validation rows also the signals of the teachers that early stopping watches
 
 The same inputs give the same bytes. An option of params.yaml that decides nothing here (a student's `control`, a
 default that is spelt out) changes nothing here.
@@ -226,6 +227,24 @@ def student_rows(tables: StageTables, params: Params, name: str) -> tuple[list[R
     return result, teachers
 
 
+def watched_teachers(spec: StudentConfig) -> list[str]:
+    """The names of the teachers whose labels early stopping compares with the student's, sorted."""
+    return sorted({teacher for phase in spec.phases if phase.watches_teachers for teacher in phase.teachers})
+
+
+def add_watched_signals(tables: StageTables, student: str, teacher: str, rows: list[Row]) -> None:
+    """Give the validation `rows` the signals of `teacher`. Raises UserError when none of them has one."""
+    signals = tables.signals(teacher, rows[0]["split_ref"])
+    for row in rows:
+        signal = signals.get(row["id"], {})
+        row[f"probabilities_{teacher}"], row[f"fold_{teacher}"] = signal.get("probabilities"), signal.get("fold")
+    if all(row[f"probabilities_{teacher}"] is None for row in rows):
+        raise UserError(
+            f"students.{student}: `early_stopping: {{metric: agreement}}`, but `{teacher}` has no distribution over "
+            f"labels for rows of {rows[0]['split_ref']}"
+        )
+
+
 def _check_coverage(student: str, teacher: str, split_ref: str, rows: list[Row], signals: dict[str, Row]) -> None:
     missing = [row["id"] for row in rows if row["id"] not in signals]
     if missing:
@@ -291,4 +310,7 @@ def write_student_inputs(root: Path, params: Params) -> None:
             rows = tables.rows(f"{source}/{split}")
             if not rows:
                 raise UserError(f"students.{name}: `{source}/{split}`, which it is scored on, has no rows")
-            write_table(folder / f"{split}.parquet", rows)
+            watched = watched_teachers(params.students[name]) if split == "validation" else []
+            for teacher in watched:
+                add_watched_signals(tables, name, teacher, rows)
+            write_table(folder / f"{split}.parquet", rows, watched or None)

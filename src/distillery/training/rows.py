@@ -31,6 +31,7 @@ class TrainingRows:
     teacher_answers {teacher: [n]}: its own answer to each row of a `qa` task, or None.
     n_options [n]: of a `choice` task, how many labels have an option. gold [n]: which targets are gold; None: all.
     ids [n]: split_ref and id, where the rows come from a file.
+    teacher_targets [n]: of validation rows whose teachers early stopping watches, see :func:`teacher_targets`.
     """
 
     texts: list[str]
@@ -46,6 +47,7 @@ class TrainingRows:
     n_options: list[int] | None = None
     gold: np.ndarray | None = None
     ids: list[tuple[str, str]] | None = None
+    teacher_targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -115,6 +117,23 @@ def phase_rows(
     if phase.teachers:
         _add_teachers(training_rows, rows, phase, len(labels), scores)
     return training_rows
+
+
+def teacher_targets(
+    rows: pd.DataFrame, phase: PhaseConfig, labels: Sequence[str], scores: dict[str, float] | None = None
+) -> np.ndarray:
+    """[n]: the index of the label that the teachers of `phase`, mixed as it mixes them, give each of `rows`.
+
+    rows: id, text, and `probabilities_<teacher>` over `labels`. Below 0 where no teacher has a distribution. scores: as
+    in :func:`phase_rows`. Raises UserError where the labels are sets or free answers.
+    """
+    if isinstance(labels, LabelSets) or list(labels) == list(ANSWER_LABELS):
+        raise UserError("phases: early_stopping.metric: agreement: is of one label for a row; watch another score")
+    unlabelled = rows.assign(split_ref=phase.data[0], label=None)
+    every = {"loss": {"kl": 1.0}, "pseudo_labels": PseudoLabelFilter(), "rationales": False}
+    taught = phase_rows(unlabelled, phase.model_copy(update=every), labels, scores)
+    by_id = {identifier: target for (_, identifier), target in zip(taught.ids, taught.targets, strict=True)}
+    return np.array([by_id.get(identifier, -1) for identifier in rows["id"]])
 
 
 def label_targets(labels: pd.Series, names: Sequence[str]) -> np.ndarray:

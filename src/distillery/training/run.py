@@ -24,7 +24,7 @@ from distillery.training.disk import check_disk, disk_need, size_text
 from distillery.training.keys import result_key
 from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.processes import from_first, process_rank, wait_for_all
-from distillery.training.rows import TrainingRows, label_targets, phase_rows
+from distillery.training.rows import TrainingRows, label_targets, phase_rows, teacher_targets
 from distillery.training.served_teacher import ServedTeacher, rows_with_tokens
 from distillery.training.sharding import restore_sharded_embedding
 from distillery.training.shared_predictions import predict_together
@@ -34,7 +34,7 @@ from distillery.training.trainers import build_trainer
 from distillery.training.weights import load_weights, save_weights
 
 HISTORY_COLUMNS = ("step", "epoch", "loss", "learning_rate")
-VALIDATION_SCORES = ("loss", "accuracy")
+VALIDATION_SCORES = ("loss", "accuracy", "agreement")
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -68,7 +68,8 @@ def train_phase(
     validation: the rows that early stopping scores. teachers: those whose tokens or hidden states the loss compares.
     shared: states of frozen layers, see :func:`compute_frozen_states`. callbacks: more of them for the trainer.
     Returns the history, a row a logged step: step, epoch, loss, learning_rate, the terms' values, and where validation
-    rows were looked at validation_loss (nats) and validation_accuracy, empty at other steps.
+    rows were looked at validation_loss (nats), validation_accuracy and, where early stopping watches it,
+    validation_agreement, empty at other steps.
     Prints the size of a checkpoint and the disk that the training needs.
     Raises UserError when the disk has less, or is full, when a teacher does not fit the student, and when early
     stopping has no validation rows.
@@ -117,7 +118,9 @@ def _history(log: list[dict[str, Any]]) -> pd.DataFrame:
     terms = [k for k in history if k.startswith("term_")]
     history = history[[*HISTORY_COLUMNS, *terms]].rename(columns=lambda k: k.removeprefix("term_"))
     looks = {entry["step"]: entry for entry in log if "eval_accuracy" in entry}
-    for score in VALIDATION_SCORES if looks else []:
+    for score in VALIDATION_SCORES:
+        if not any(f"eval_{score}" in look for look in looks.values()):
+            continue
         history[f"validation_{score}"] = [looks.get(step, {}).get(f"eval_{score}") for step in history["step"]]
     return history
 
@@ -175,7 +178,7 @@ def train_phases(
     (phase, split, id, label, prediction, probabilities), phase 0 being the untrained student.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held_out, tracking = validation_rows(validation, student.task), tracking or Tracking([])
+    tracking = tracking or Tracking([])
     finished_phases = from_first(lambda: count_finished(folder, len(spec.phases)))
     for k in range(len(spec.phases) + 1):
         if k >= finished_phases:
@@ -193,7 +196,7 @@ def train_phases(
                     seed=1000 * seed + k,
                     title=title,
                     checkpoint_every=checkpoint_every,
-                    validation=held_out,
+                    validation=validation_rows(validation, student.task, phase, scores),
                     teachers=teachers,
                     callbacks=tracking.callbacks(_last_step(folder, k)),
                 )
@@ -220,12 +223,24 @@ def count_finished(folder: Path, phases: int) -> int:
     return [*finished, False].index(False)
 
 
-def validation_rows(validation: pd.DataFrame, task: Task) -> TrainingRows:
-    """`validation` (text, label) as rows that early stopping scores."""
+def validation_rows(
+    validation: pd.DataFrame,
+    task: Task,
+    phase: PhaseConfig | None = None,
+    scores: dict[str, float] | None = None,
+) -> TrainingRows:
+    """`validation` (text, label) as rows that early stopping scores.
+
+    With a `phase` that watches its teachers also their labels, by the columns `probabilities_<teacher>`. scores: see
+    :func:`train_phases`. Raises UserError where these are no single labels.
+    """
     targets = label_targets(validation["label"], task.names)
     answers = validation["answers"].tolist() if task.kind == "qa" else None
     n_options = validation[N_OPTIONS].tolist() if N_OPTIONS in validation else None
-    return TrainingRows(validation["text"].tolist(), targets, accepted_answers=answers, n_options=n_options)
+    rows = TrainingRows(validation["text"].tolist(), targets, accepted_answers=answers, n_options=n_options)
+    if phase is not None and phase.watches_teachers:
+        rows.teacher_targets = teacher_targets(validation, phase, task.names, scores)
+    return rows
 
 
 def _save_phase(folder: Path, student: LabelModel, history: pd.DataFrame, predictions: pd.DataFrame) -> None:

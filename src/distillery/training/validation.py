@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import pandas as pd
 
 from distillery.label_sets import sets_of
@@ -14,6 +17,8 @@ from distillery.training.shared_predictions import predict_together
 
 def validation_scores(student: LabelModel, rows: TrainingRows) -> dict[str, float]:
     """`eval_accuracy`, `eval_macro_f1` and `eval_loss` (nats) of `student` on `rows`.
+
+    Where `rows` have the labels of its teachers also `eval_agreement`, see :func:`agreement`.
 
     The F1 of free answers is the mean over rows of the words' F1.
 
@@ -34,7 +39,20 @@ def validation_scores(student: LabelModel, rows: TrainingRows) -> dict[str, floa
     if "answer_nll" in predictions:
         loss = float(predictions["answer_nll"].sum() / predictions["answer_tokens"].sum())
     f1 = report.get("token_f1", report["macro_f1"])
-    return {"eval_accuracy": report["accuracy"], "eval_macro_f1": f1, "eval_loss": loss}
+    scores = {"eval_accuracy": report["accuracy"], "eval_macro_f1": f1, "eval_loss": loss}
+    if rows.teacher_targets is not None:
+        scores["eval_agreement"] = agreement(predictions["prediction"].tolist(), rows.teacher_targets, names)
+    return scores
+
+
+def agreement(predictions: Sequence[str], targets: np.ndarray, names: Sequence[str]) -> float:
+    """The share of `predictions` [n] that are the label of `targets` [n], in [0, 1].
+
+    targets: indices of `names`; rows where they are below 0 do not count.
+    """
+    given = targets >= 0
+    same = [names[target] == prediction for prediction, target in zip(predictions, targets, strict=True)]
+    return float(np.array(same)[given].mean())
 
 
 def _predict_with_losses(student: LabelModel, rows: pd.DataFrame) -> pd.DataFrame:

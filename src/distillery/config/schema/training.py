@@ -59,9 +59,10 @@ class AdapterSettings(LoraSettings):
 class EarlyStoppingConfig(Section):
     """Stops a training that no longer improves, and returns to its best checkpoint."""
 
-    metric: Literal["accuracy", "macro_f1", "loss"] = "macro_f1"
-    """Score on the validation rows to watch. `loss`: cross-entropy of their gold labels, or of
-    the tokens of their first accepted answers."""
+    metric: Literal["accuracy", "macro_f1", "loss", "agreement"] = "macro_f1"
+    """Score on the validation rows to watch. `loss`: cross-entropy of their gold labels, or of the tokens of their
+    first accepted answers. `agreement`: share of the rows for which the student predicts the label of its teachers,
+    mixed as in the phase, which needs no gold label."""
     patience: Annotated[int, Field(gt=0)] = 3
     """Evaluations without an improvement after which the training stops."""
     every: Annotated[int, Field(gt=0)] | None = None
@@ -162,6 +163,12 @@ class FinetuneConfig(TrainingConfig):
     folds: Literal[0] | Annotated[int, Field(ge=2)] = 2
     """Copies of the teacher that are each tuned without one part of the rows, for signals on these rows. 0: none; the
     teacher then gives no signals for the rows it was tuned on."""
+
+    @model_validator(mode="after")
+    def _watches_gold_labels(self):
+        if self.stopping and self.stopping.metric == "agreement":
+            raise ValueError("`metric: agreement` is with the teachers of a student's phase, and a teacher has none")
+        return self
 
     def as_phase(self) -> PhaseConfig:
         """The same gradient descent as a phase: the cross-entropy of the gold labels of `on`."""
