@@ -23,7 +23,7 @@ from distillery.data.storage import write_source
 from distillery.files import repository_root
 from distillery.tasks.schema import Task, load_task
 from distillery.teachers.base import Teacher, gather_rows, open_teacher
-from distillery.teachers.prompt_search import PRIOR_ROWS, compare_prompts, estimate_label_prior
+from distillery.teachers.prompt_search import PRIOR_ROWS, compare_prompts, estimate_calibration
 from distillery.teachers.signals import signal_table
 
 SHOTS = (("task", 0), ("task", 3), ("gold", 6), ("similar", 4))
@@ -66,7 +66,7 @@ def main(rows: int = 100) -> None:
         best_params = with_prompt(params, task, best["of"], int(best["examples"]))
         after = open_teacher(folder, "smollm2", best_params, task, prompting=prompting)
         unlabelled = every[every["split"] == "pool"].head(PRIOR_ROWS).reset_index(drop=True)
-        after.label_prior = estimate_label_prior(after, best["calibrate"], unlabelled)
+        after.calibration = estimate_calibration(after, best["calibrate"], unlabelled)
         lines = {"before": line(before, test, task.names), "after": line(after, test, task.names)}
         print(f"\n{len(test)} test rows, before: the first prompt as it is; after: the best on validation rows,")
         print(f"`{best['prompt']}` with {best['examples']} examples ({best['of']}), calibration {best['calibrate']}")

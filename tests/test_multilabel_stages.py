@@ -200,7 +200,7 @@ KD = "students.kd"
         ("teachers.answers.kind", "api", "teachers.answers.api.labels: logprobs is for one label a row"),
         ("teachers.encoder.kind", "lm", "teachers.encoder.finetune: a language model is only prompted in a task"),
         ("teachers.prompted.few_shot", 2, "teachers.prompted.few_shot: a question about one label has no solved"),
-        ("teachers.prompted.calibrate", "batch", "teachers.prompted.calibrate: divides a distribution over labels"),
+        ("teachers.prompted.calibrate", "batch", "teachers.prompted.calibrate: corrects a distribution over labels"),
         ("teachers.encoder.finetune.balance", "batches", "teachers.encoder.finetune.balance: weighs rows of one label"),
         (f"{KD}.arch", "causal", f"{KD}.arch: a student in a task of `kind: multilabel` is a classifier, not causal"),
         (f"{KD}.phases.1.loss.label_prior", 1.0, f"{KD}.phases.1.loss.label_prior: is for one label a row; allowed"),

@@ -234,7 +234,7 @@ MISTAKES = [
     (
         "teachers.llm",
         {"kind": "answers", "answers": {"files": ["a.csv"], "columns": {"label": "label"}}, "calibrate": "batch"},
-        "teachers.llm: `kind: answers` can be calibrated by `calibrate: batch` alone, and only if its files hold",
+        "teachers.llm: `kind: answers` can be calibrated by `calibrate: batch` or `clusters`, and only if its files",
     ),
     ("models.llm.labels", {"LABEL_0": "a", "LABEL_1": "b"}, "models.llm.labels: are for a classifier, and no"),
     ("models.encoder.labels", {"LABEL_0": "a"}, "models.encoder.labels: needs at least 2"),

@@ -44,6 +44,7 @@ from distillery.tasks.schema import Perturbations, Task, load_task
 from distillery.teachers.agreement import combine_votes, pseudo_label_precision, teacher_votes
 from distillery.teachers.base import open_teacher
 from distillery.teachers.cache import STORE_PATH
+from distillery.teachers.calibration import fit_clusters
 from distillery.teachers.directions import directions, numbers, tickers
 from distillery.teachers.few_shot import GoldExamples
 from distillery.teachers.file import FileTeacher, read_answer_files
@@ -59,11 +60,10 @@ from distillery.teachers.paraphrases import (
     text_similarity,
 )
 from distillery.teachers.prompt_search import (
-    CALIBRATIONS,
     NO_CONTENT,
     _information,
     compare_prompts,
-    estimate_label_prior,
+    estimate_calibration,
 )
 from distillery.teachers.rationales import add_rationales, contradicts
 from distillery.teachers.signals import label_rows, score_signals, signal_table
@@ -613,15 +613,14 @@ def test_rows_are_predicted_with_their_own_examples_and_calibrated(experiment, t
         turns = chat_turns(TASK, text, examples.at(positions))
         shown = teacher.prompt(rows[rows["text"] == text].iloc[0])
         assert shown == render_prompt(turns, teacher.model.tokenizer)
-    prior = estimate_label_prior(teacher, "batch", rows)
-    np.testing.assert_allclose(prior, p.mean(0), rtol=1e-6)
-    teacher.label_prior = prior
+    teacher.calibration = estimate_calibration(teacher, "batch", rows)
+    np.testing.assert_allclose(teacher.calibration.prior, p.mean(0), rtol=1e-6)
     expected = p / p.mean(0)
     np.testing.assert_allclose(teacher.predict(rows), expected / expected.sum(1, keepdims=True), rtol=1e-5)
     empty = teacher.model.predict(NO_CONTENT, shots=[examples.at((0, 1))] * 3).mean(0)
-    teacher.label_prior = None
-    np.testing.assert_allclose(estimate_label_prior(teacher, "contextual", rows), empty, atol=1e-5)
-    assert estimate_label_prior(teacher, "none", rows) is None
+    teacher.calibration = None
+    np.testing.assert_allclose(estimate_calibration(teacher, "contextual", rows).prior, empty, atol=1e-5)
+    assert estimate_calibration(teacher, "none", rows) is None
 
 
 @pytest.mark.parametrize("kind", ["labels", "answers"])
@@ -707,7 +706,7 @@ def test_the_best_prompt_on_validation_rows_is_chosen_and_used(experiment):
     rows.loc[4:, "split"], rows.loc[8:, "split"] = "validation", "pool"
     table, prompting = compare_prompts(root, "lm", params, task, rows)
     assert table["prompt"].tolist() == ["prompt"] * 3 + ["short"] * 3
-    assert table["calibrate"].tolist() == [*CALIBRATIONS] * 2
+    assert table["calibrate"].tolist() == ["none", "contextual", "batch"] * 2  # too few rows for clusters
     batch = table[table["calibrate"] == "batch"].set_index("prompt")["macro_f1"]
     assert prompting["prompt"] == (None if batch["prompt"] >= batch["short"] else "short")
     assert len(prompting["prior"]) == 3 and abs(sum(prompting["prior"]) - 1) < 1e-3
@@ -716,9 +715,9 @@ def test_the_best_prompt_on_validation_rows_is_chosen_and_used(experiment):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"prompt": "short", "prior": [0.2, 0.3, 0.5]}))
     opened = open_teacher(root, "lm", params, task)
-    assert opened.task.prompt == other and opened.label_prior.tolist() == [0.2, 0.3, 0.5]
+    assert opened.task.prompt == other and opened.calibration.prior.tolist() == [0.2, 0.3, 0.5]
     explicit = open_teacher(root, "lm", params, task, prompting={"prompt": None, "prior": None})
-    assert explicit.task.prompt == task.prompt and explicit.label_prior is None
+    assert explicit.task.prompt == task.prompt and explicit.calibration is None
     message = "^data/teacher/lm/prompting.json: the task has no prompt `short`; it has: meanings, bare$"
     with pytest.raises(UserError, match=message):
         open_teacher(root, "lm", params, TASK)
@@ -859,20 +858,31 @@ def test_probabilities_from_a_file_are_calibrated_by_their_mean(experiment):
     ]
     (root / "biased.jsonl").write_text("\n".join(lines))
     table, prompting = compare_prompts(root, "biased", params, TASK, rows)
-    assert table["calibrate"].tolist() == ["none", "batch"] and prompting["prompt"] is None
+    assert table["calibrate"].tolist() == ["none", "batch", "clusters"] and prompting["prompt"] is None
     assert np.allclose(prompting["prior"], p[200:].mean(0), atol=1e-6)  # of all rows of the pool
     expected = p / p[200:].mean(0)
     teacher = open_teacher(root, "biased", params, TASK, prompting=prompting)
     assert np.allclose(teacher.predict(rows), expected / expected.sum(1, keepdims=True), atol=1e-4)
     plain = open_teacher(root, "biased", params, TASK, prompting={"prompt": None, "prior": None})
     assert np.allclose(plain.predict(rows), p)
+    by_clusters = config.model_copy(update={"calibrate": "clusters"})
+    other = params.model_copy(update={"teachers": params.teachers | {"biased": by_clusters}})
+    same_table, clustered = compare_prompts(root, "biased", other, TASK, rows)
+    pd.testing.assert_frame_equal(same_table, table)
+    expected_p = fit_clusters(p[200:]).apply(p)
+    teacher = open_teacher(root, "biased", other, TASK, prompting=json.loads(json.dumps(clustered)))
+    assert clustered["prior"] is None and np.allclose(teacher.predict(rows), expected_p, atol=1e-6)
+    few = rows[(rows["split"] != "pool") | (rows.index < 250)]
+    message = r"^params.yaml: teachers.biased.calibrate: clusters: needs 90 rows with a distribution, and there are 50$"
+    with pytest.raises(UserError, match=message):
+        compare_prompts(root, "biased", other, TASK, few)
     alone, kept = compare_prompts(root, "biased", params, TASK, rows[rows["split"] == "pool"].assign(label=None))
     assert alone.empty and kept == prompting  # nothing is compared, and the calibration needs no labels
     several = config.model_copy(update={"prompts": ["short"]})
     searched = params.model_copy(update={"teachers": params.teachers | {"biased": several}})
     with pytest.raises(UserError, match="^params.yaml: teachers.biased.prompts: no validation row with a label"):
         compare_prompts(root, "biased", searched, TASK, rows[rows["split"] == "pool"])
-    with pytest.raises(UserError, match="^params.yaml: teachers.biased.calibrate: no row of pool or train to take the"):
+    with pytest.raises(UserError, match="^params.yaml: teachers.biased.calibrate: no row of pool or train to label"):
         compare_prompts(root, "biased", params, TASK, rows[rows["split"] == "validation"])
 
 

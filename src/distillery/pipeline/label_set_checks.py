@@ -49,7 +49,7 @@ def _check_teacher(place: str, teacher: TeacherConfig, tasks: list[Task]) -> Non
         for task in tasks:
             _check_words(place, task)
     if teacher.calibrate != "none":
-        raise UserError(f"{place}.calibrate: divides a distribution over labels; leave it out {SETTING}")
+        raise UserError(f"{place}.calibrate: corrects a distribution over labels; leave it out {SETTING}")
     if teacher.finetune and teacher.finetune.balance != "none":
         raise UserError(f"{place}.finetune.balance: weighs rows of one label each; leave it out {SETTING}")
 

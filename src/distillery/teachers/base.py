@@ -19,6 +19,7 @@ from distillery.tasks.chosen_prompt import read_prompting, with_prompt
 from distillery.tasks.prompts import label_question
 from distillery.tasks.schema import N_OPTIONS, Task
 from distillery.teachers.cache import STORE_PATH, AnswerStore
+from distillery.teachers.calibration import Calibration, read_calibration
 from distillery.teachers.few_shot import GoldExamples
 from distillery.teachers.file import FileTeacher, read_answer_files
 from distillery.teachers.identity import model_identity
@@ -100,14 +101,14 @@ def open_teacher(
     """The teacher `name`, ready to predict as it does in the run.
 
     tuned: folder of its fine-tuned weights (whole, or as adapters); without it the teacher is only prompted.
-    prompting: `prompt` (a name in the task's `prompts`, None for its `prompt`) and `prior` (label prior, see
+    prompting: `prompt` (a name in the task's `prompts`, None for its `prompt`) and its calibration (see
     :func:`distillery.teachers.prompt_search.compare_prompts`); None reads them from the teacher's own `prompting.json`,
     if there is one. Raises UserError when a file, a model or an API key is missing.
     """
     spec = params.teachers[name]
     if spec.kind == "answers":
         prompting = prompting or read_prompting(root, name, task)
-        return open_file_teacher(root, name, params, task, _label_prior(prompting))
+        return open_file_teacher(root, name, params, task, read_calibration(prompting))
     if tuned is not None:
         return LocalTeacher(load_teacher_model(name, spec, params.models[spec.model], task, tuned=tuned))
     prompting = prompting or read_prompting(root, name, task)
@@ -115,7 +116,7 @@ def open_teacher(
     store = AnswerStore(root / STORE_PATH)
     settings = {
         "examples": _gold_examples(root, name, params),
-        "label_prior": _label_prior(prompting),
+        "calibration": read_calibration(prompting),
     }
     if spec.kind == "api":
         # imported here, so that teachers of other kinds do not depend on the API client
@@ -136,18 +137,14 @@ def open_teacher(
 
 
 def open_file_teacher(
-    root: Path, name: str, params: Params, task: Task, label_prior: np.ndarray | None = None
+    root: Path, name: str, params: Params, task: Task, calibration: Calibration | None = None
 ) -> FileTeacher:
     """The teacher `name` of `kind: answers`; the paths of its files are relative to `root`.
 
-    label_prior: [labels], by which its probabilities are divided; None: not at all.
+    calibration: of its probabilities; None: not at all.
     """
     spec = params.teachers[name].answers
-    return FileTeacher(read_answer_files(spec, task, root), task, "id" if spec.columns.id else "text", label_prior)
-
-
-def _label_prior(prompting: dict[str, Any]) -> np.ndarray | None:
-    return None if prompting["prior"] is None else np.array(prompting["prior"])
+    return FileTeacher(read_answer_files(spec, task, root), task, "id" if spec.columns.id else "text", calibration)
 
 
 def _gold_examples(root: Path, name: str, params: Params) -> GoldExamples | None:

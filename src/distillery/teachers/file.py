@@ -20,7 +20,8 @@ from distillery.errors import UserError
 from distillery.label_sets import rows_with
 from distillery.tasks.parsing import first_sentence, parse_explained_label, parse_label
 from distillery.tasks.schema import Task
-from distillery.teachers.prompted import NO_FREE_ANSWERS, divide_by_prior
+from distillery.teachers.calibration import Calibration, calibrated
+from distillery.teachers.prompted import NO_FREE_ANSWERS
 
 REPEATED = "repeats the answer before"
 UNREADABLE = "cannot be read"
@@ -127,13 +128,13 @@ def _read_answer(
 class FileTeacher:
     """Answers from files as a teacher. answers: see :func:`read_answer_files`. by: the column of rows with the keys.
 
-    label_prior: [labels], see :func:`distillery.teachers.prompt_search.estimate_label_prior`; None: not calibrated.
+    calibration: see :func:`distillery.teachers.prompt_search.estimate_calibration`; None: not calibrated.
     """
 
     model = None
 
-    def __init__(self, answers: pd.DataFrame, task: Task, by: str = "text", label_prior: np.ndarray | None = None):
-        self.answers, self.task, self.by, self.label_prior = answers, task, by, label_prior
+    def __init__(self, answers: pd.DataFrame, task: Task, by: str = "text", calibration: Calibration | None = None):
+        self.answers, self.task, self.by, self.calibration = answers, task, by, calibration
         self.answers_by_key = dict(list(answers[answers["status"] != REPEATED].groupby("key")))
         self.paraphrases_by_key = dict(zip(answers["key"], answers["paraphrase"], strict=True))
 
@@ -160,7 +161,7 @@ class FileTeacher:
             elif len(answers):
                 names = self.task.names
                 shares[i] = [rows_with(answers["label"], name, names).mean() for name in names]
-        return divide_by_prior(shares, self.label_prior)
+        return calibrated(shares, self.calibration)
 
     def explanations(self, rows: pd.DataFrame, labels: Sequence[str]) -> list[str | None]:
         """The first sentence of its explanation of each label, one label per row; None where it gave another label."""

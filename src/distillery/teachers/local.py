@@ -67,7 +67,7 @@ class AnswerCache:
 
 @dataclass
 class LocalTeacher(PromptedTeacher):
-    """A model on this machine: fine-tuned (neither examples, label_prior nor cache), or only prompted.
+    """A model on this machine: fine-tuned (neither examples, calibration nor cache), or only prompted.
 
     cache: None computes every answer anew.
     """

@@ -9,30 +9,50 @@ import numpy as np
 import pandas as pd
 
 from distillery import metrics
-from distillery.config.schema import Params
+from distillery.config.schema import Params, TeacherConfig
 from distillery.errors import UserError
 from distillery.label_sets import LabelSets
 from distillery.tasks.chosen_prompt import check_prompt
 from distillery.tasks.schema import Task
 from distillery.teachers.base import Teacher, open_teacher
-from distillery.teachers.prompted import divide_by_prior
+from distillery.teachers.calibration import (
+    ROWS_PER_LABEL,
+    Calibration,
+    LabelPrior,
+    calibrated,
+    calibration_record,
+    fit_clusters,
+)
 from distillery.teachers.signals import signal_table
 
 NO_CONTENT = ["N/A", "[MASK]", ""]  # Zhao et al. 2021
-CALIBRATIONS = ("none", "contextual", "batch")
-PRIOR_ROWS = 128  # rows for the mean of `calibrate: batch` and of mutual information, of a teacher that must label them
+CALIBRATIONS = ("none", "contextual", "batch", "clusters")
+OF_UNLABELLED = ("batch", "clusters")  # are estimated on rows without a label
+PRIOR_ROWS = 128  # rows for these and for mutual information, of a teacher that must label them; more for many labels
 
 
-def estimate_label_prior(teacher: Teacher, calibration: str, unlabelled: pd.DataFrame) -> np.ndarray | None:
-    """The label distribution [labels] that the prompt alone brings about, by which predictions are then divided.
+def unlabelled_limit(spec: TeacherConfig, labels: int) -> int:
+    """How many rows without a label such a teacher of a task with as many `labels` labels at most, to be calibrated."""
+    return max(PRIOR_ROWS, ROWS_PER_LABEL * labels) if spec.calibrate == "clusters" else PRIOR_ROWS
 
-    calibration: `contextual`, the mean over texts without content (Zhao et al. 2021, Calibrate Before Use, section 5);
-    `batch`, the mean over the rows `unlabelled` (Zhou et al. 2023, Batch Calibration, eq. 4); `none` returns None.
+
+def estimate_calibration(
+    teacher: Teacher, kind: str, unlabelled: pd.DataFrame, known: np.ndarray | None = None
+) -> Calibration | None:
+    """The calibration of `teacher`, whose predictions are not calibrated yet.
+
+    kind: `contextual`, division by the mean over texts without content (Zhao et al. 2021, Calibrate Before Use, section
+    5); `batch`, by the mean over the rows `unlabelled` (Zhou et al. 2023, Batch Calibration, eq. 4); `clusters`, see
+    :func:`fit_clusters`; `none` gives None. known: the predictions for `unlabelled`, where they are known. Raises
+    ValueError when there are too few rows for clusters.
     """
-    if calibration == "none":
+    if kind == "none":
         return None
-    no_content = pd.DataFrame({"id": "", "text": NO_CONTENT, "group": None})
-    return np.nanmean(teacher.predict(no_content if calibration == "contextual" else unlabelled), 0)
+    if kind == "contextual":
+        no_content = pd.DataFrame({"id": "", "text": NO_CONTENT, "group": None})
+        return LabelPrior(np.nanmean(teacher.predict(no_content), 0))
+    probabilities = teacher.predict(unlabelled) if known is None else known
+    return fit_clusters(probabilities) if kind == "clusters" else LabelPrior(np.nanmean(probabilities, 0))
 
 
 def compare_prompts(
@@ -48,28 +68,29 @@ def compare_prompts(
     """
     spec, lines, candidates = params.teachers[name], [], []
     validation = rows[rows["split"] == "validation"].reset_index(drop=True)
-    unlabelled, by_information = _unlabelled_rows(name, params, rows), spec.choose_prompt_by == "mutual_information"
+    unlabelled, by_information = _unlabelled_rows(name, params, rows, task), _is_by_information(spec)
     if validation.empty and spec.prompts and not by_information:
         raise UserError(f"params.yaml: teachers.{name}.prompts: no validation row with a label to compare them on")
-    calibrations = {"api": ["none", spec.calibrate], "answers": ["none", "batch"]}.get(spec.kind, CALIBRATIONS)
-    if isinstance(task.names, LabelSets):  # a prior would divide a distribution over labels
-        calibrations = ["none"]
+    calibrations = _calibrations(name, spec, task, len(unlabelled)) if len(validation) else [spec.calibrate]
     for prompt in [None, *spec.prompts]:
         check_prompt(task, prompt, f"params.yaml: teachers.{name}.prompts")
         teacher = open_teacher(root, name, params, task, prompting={"prompt": prompt, "prior": None})
         probabilities = teacher.predict(validation) if len(validation) else None
-        without_label = teacher.predict(unlabelled) if by_information else None
-        for calibration in dict.fromkeys(calibrations if len(validation) else [spec.calibrate]):
-            prior, scores = estimate_label_prior(teacher, calibration, unlabelled), {}
+        without_label = teacher.predict(unlabelled) if by_information or {*OF_UNLABELLED} & {*calibrations} else None
+        for kind in calibrations:
+            try:
+                calibration, scores = estimate_calibration(teacher, kind, unlabelled, without_label), {}
+            except ValueError as error:
+                raise UserError(f"params.yaml: teachers.{name}.calibrate: {kind}: {error}") from None
             if probabilities is not None:
-                scores = _score(validation, divide_by_prior(probabilities, prior), task.names)
-            if without_label is not None:
-                scores["mutual_information"] = _information(divide_by_prior(without_label, prior), task.names)
+                scores = _score(validation, calibrated(probabilities, calibration), task.names)
+            if by_information:
+                scores["mutual_information"] = _information(calibrated(without_label, calibration), task.names)
             if probabilities is not None:
-                lines.append({"prompt": prompt or "prompt", "calibrate": calibration} | scores)
-            if calibration == spec.calibrate:
-                rounded = None if prior is None else [round(float(share), 6) for share in prior]
-                candidates.append((scores.get(spec.choose_prompt_by, 0.0), {"prompt": prompt, "prior": rounded}))
+                lines.append({"prompt": prompt or "prompt", "calibrate": kind} | scores)
+            if kind == spec.calibrate:
+                best = {"prompt": prompt} | calibration_record(calibration)
+                candidates.append((scores.get(spec.choose_prompt_by, 0.0), best))
         del teacher  # one is held at a time
     if by_information:
         scored = ", ".join(f"{choice['prompt'] or 'prompt'} {score:.3f}" for score, choice in candidates)
@@ -77,19 +98,38 @@ def compare_prompts(
     return pd.DataFrame(lines), max(candidates, key=lambda candidate: candidate[0])[1]
 
 
-def _unlabelled_rows(name: str, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
-    """The `rows` over which teacher `name` takes means of its predictions; their labels are not looked at.
+def _calibrations(name: str, spec: TeacherConfig, task: Task, unlabelled: int) -> list[str]:
+    """The calibrations to compare, the one of `spec` among them. Raises UserError for clusters of a `choice` task."""
+    if isinstance(task.names, LabelSets):  # a prior would divide a distribution over labels
+        return ["none"]
+    if spec.calibrate == "clusters" and task.kind == "choice":
+        raise UserError(
+            f"params.yaml: teachers.{name}.calibrate: clusters: the n-th option of a `choice` task has no meaning of "
+            "its own, whose rows could form a cluster"
+        )
+    compared = {"api": ("none",), "answers": ("none", *OF_UNLABELLED)}.get(spec.kind, CALIBRATIONS)
+    if task.kind == "choice" or unlabelled < ROWS_PER_LABEL * len(task.names):
+        compared = [kind for kind in compared if kind != "clusters"]
+    return list(dict.fromkeys([*compared, spec.calibrate]))
+
+
+def _is_by_information(spec: TeacherConfig) -> bool:
+    return spec.choose_prompt_by == "mutual_information"
+
+
+def _unlabelled_rows(name: str, params: Params, rows: pd.DataFrame, task: Task) -> pd.DataFrame:
+    """The `rows` on which teacher `name` is calibrated; their labels are not looked at.
 
     Raises UserError when there is none and it needs some.
     """
     spec = params.teachers[name]
     unlabelled = rows[rows["split"] == ("pool" if (rows["split"] == "pool").any() else "train")]
     if spec.kind != "answers":  # whose predictions cost nothing
-        unlabelled = unlabelled.head(PRIOR_ROWS)
-    key = "calibrate" if spec.calibrate == "batch" else None
-    key = "choose_prompt_by" if spec.choose_prompt_by == "mutual_information" else key
+        unlabelled = unlabelled.head(unlabelled_limit(spec, len(task.names)))
+    key = "calibrate" if spec.calibrate in OF_UNLABELLED else None
+    key = "choose_prompt_by" if _is_by_information(spec) else key
     if unlabelled.empty and key:
-        raise UserError(f"params.yaml: teachers.{name}.{key}: no row of pool or train to take the mean over")
+        raise UserError(f"params.yaml: teachers.{name}.{key}: no row of pool or train to label without calibration")
     return unlabelled.reset_index(drop=True)
 
 

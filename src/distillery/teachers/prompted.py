@@ -11,31 +11,23 @@ import numpy as np
 import pandas as pd
 
 from distillery.tasks.schema import N_OPTIONS, FewShotExample
+from distillery.teachers.calibration import Calibration, calibrated
 from distillery.teachers.few_shot import GoldExamples
 
 MIN_SHARED_EXAMPLES = 4  # rows with the same solved examples from which it pays to predict them in batches of their own
-MIN_PRIOR = 1e-6  # a label that is never predicted would divide by zero
 NO_FREE_ANSWERS = "params.yaml: teachers: free answers come from `kind: lm` and `seq2seq` only, so far"
-
-
-def divide_by_prior(probabilities: np.ndarray, prior: np.ndarray | None) -> np.ndarray:
-    """`probabilities` [n, labels] divided by `prior` [labels] and normalized again; as they are when it is None."""
-    if prior is None:
-        return probabilities
-    scaled = probabilities / np.maximum(prior, MIN_PRIOR)
-    return scaled / scaled.sum(-1, keepdims=True)
 
 
 @dataclass(kw_only=True)
 class PromptedTeacher(ABC):
     """A model that is prompted for its `task`, with its solved examples and its calibration.
 
-    examples: solved examples from gold rows; None: the first `few_shot` of the task file. label_prior: [labels], by
-    which predictions are divided, see :func:`distillery.teachers.prompt_search.estimate_label_prior`; None: not at all.
+    examples: solved examples from gold rows; None: the first `few_shot` of the task file. calibration: of its
+    predictions, see :func:`distillery.teachers.prompt_search.estimate_calibration`; None: not at all.
     """
 
     examples: GoldExamples | None = None
-    label_prior: np.ndarray | None = None
+    calibration: Calibration | None = None
 
     @abstractmethod
     def predict_texts(
@@ -62,7 +54,7 @@ class PromptedTeacher(ABC):
         """
         texts, n_options = rows["text"].tolist(), rows.get(N_OPTIONS)
         if self.examples is None:
-            return divide_by_prior(self.predict_texts(texts, None, n_options), self.label_prior)
+            return calibrated(self.predict_texts(texts, None, n_options), self.calibration)
         chosen = self.examples.choose(texts, rows["group"].tolist())
         counts = Counter(chosen)
         batches: dict[tuple[int, ...] | None, list[int]] = {}  # None: rows whose examples too few others share
@@ -74,7 +66,7 @@ class PromptedTeacher(ABC):
             solved = [self.examples.at(chosen[i]) for i in indices]
             limits = None if n_options is None else n_options.iloc[indices]
             probabilities[indices] = self.predict_texts([texts[i] for i in indices], solved, limits)
-        return divide_by_prior(probabilities, self.label_prior)
+        return calibrated(probabilities, self.calibration)
 
     def prompt(self, row: pd.Series) -> str:
         """The prompt for one row (text, group), character for character."""

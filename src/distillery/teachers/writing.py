@@ -27,9 +27,10 @@ from distillery.teachers.asking import (
     run_record,
 )
 from distillery.teachers.cache import STORE_PATH, AnswerStore, canonical_json
+from distillery.teachers.calibration import LabelPrior, calibrated
 from distillery.teachers.identity import model_identity
-from distillery.teachers.prompt_search import estimate_label_prior
-from distillery.teachers.prompted import PromptedTeacher, divide_by_prior
+from distillery.teachers.prompt_search import estimate_calibration
+from distillery.teachers.prompted import PromptedTeacher
 from distillery.teachers.text_cleaning import clean_text, label_reasons, rejection_reason, repeat_reasons
 from distillery.teachers.text_plan import (
     PlannedText,
@@ -229,20 +230,23 @@ def label_texts(model: Writer, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarr
     """The model's label probabilities [n, labels] for the texts of `rows` (id, text, label), and their label prior.
 
     `calibrate: batch` takes the mean over the texts of each wanted label, and then over the labels: with any `shares`
-    every label counts the same.
+    every label counts the same. Raises UserError when there are too few texts for `calibrate: clusters`.
     """
-    names, calibration = model.task.names, model.request.teacher.calibrate
+    names, kind, calibration = model.task.names, model.request.teacher.calibrate, None
     if rows.empty:
         return np.zeros((0, len(names))), None
     teacher, rows = model.labeller(len(rows)), rows.assign(group=None)
     probabilities = predict_in_blocks(teacher, rows)
-    prior = None
-    if calibration == "contextual":
-        prior = estimate_label_prior(teacher, calibration, rows)
-    elif calibration == "batch":
+    if kind == "batch":
         readable = pd.DataFrame(probabilities).groupby(rows["label"].to_numpy()).mean().dropna()
-        prior = readable.mean().to_numpy()
-    return divide_by_prior(probabilities, prior), prior
+        calibration = LabelPrior(readable.mean().to_numpy())
+    else:
+        try:
+            calibration = estimate_calibration(teacher, kind, rows, probabilities)
+        except ValueError as error:
+            raise UserError(f"teacher.calibrate: {kind}: {error}") from None
+    prior = calibration.prior if isinstance(calibration, LabelPrior) else None
+    return calibrated(probabilities, calibration), prior
 
 
 def funnel(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, dict[str, int]]:

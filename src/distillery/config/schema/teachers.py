@@ -256,8 +256,8 @@ class TeacherConfig(Section):
     """A model that gives signals for rows: labels, probabilities, rationales. Without `finetune` a language model is
     only prompted, and a classifier predicts with the head that its model brings for these labels.
 
-    `prompts`, `examples_from` and `calibrate` are for teachers that are only prompted; `calibrate: batch` also for
-    probabilities from files.
+    `prompts`, `examples_from` and `calibrate` are for teachers that are only prompted; `calibrate: batch` and
+    `clusters` also for probabilities from files.
     """
 
     kind: Literal["lm", "classifier", "seq2seq", "api", "answers"]
@@ -287,9 +287,10 @@ class TeacherConfig(Section):
     groups."""
     embeddings: Name | None = None
     """The encoder in `models` that measures the similarity for `examples_from: similar`."""
-    calibrate: Literal["none", "contextual", "batch"] = "none"
-    """Divide probabilities by a label prior: the prediction for empty texts (Zhao et al. 2021), or the mean prediction
-    for many texts (Zhou et al. 2024)."""
+    calibrate: Literal["none", "contextual", "batch", "clusters"] = "none"
+    """Correct probabilities without a gold label. `contextual`, `batch`: divide them by a label prior, the prediction
+    for empty texts (Zhao et al. 2021) or the mean prediction for many texts (Zhou et al. 2024). `clusters`: find the
+    cluster of each label among the log-probabilities of many texts (Han et al. 2023)."""
     max_length: Annotated[int, Field(gt=8)] | None = None
     """Largest length of text and prompt, in tokens; longer texts are cut. When not given: 256 of a classifier and of a
     teacher that is fine-tuned, 4096 of one that is only prompted, at most those that its model reads."""
@@ -338,9 +339,10 @@ class TeacherConfig(Section):
         prompted = self.prompts or self.examples_from != "task" or self.calibrate != "none"
         if self.kind == "answers":
             prompted = self.prompts or self.examples_from != "task"
-            if self.calibrate == "contextual" or (self.calibrate == "batch" and not self.answers.columns.probabilities):
+            has_probabilities = self.answers.columns.probabilities
+            if self.calibrate == "contextual" or (self.calibrate != "none" and not has_probabilities):
                 raise ValueError(
-                    "`kind: answers` can be calibrated by `calibrate: batch` alone, and only if its files hold "
+                    "`kind: answers` can be calibrated by `calibrate: batch` or `clusters`, and only if its files hold "
                     "probabilities (`answers.columns.probabilities`)"
                 )
         if prompted and (self.finetune or self.kind in ("classifier", "answers")):

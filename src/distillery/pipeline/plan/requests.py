@@ -21,7 +21,7 @@ from distillery.tasks.prompts import chat_turns, explained_turns, label_question
 from distillery.tasks.schema import Task
 from distillery.teachers.cache import STORE_PATH, AnswerStore, Question
 from distillery.teachers.few_shot import GoldExamples
-from distillery.teachers.prompt_search import CALIBRATIONS, NO_CONTENT, PRIOR_ROWS
+from distillery.teachers.prompt_search import CALIBRATIONS, NO_CONTENT, OF_UNLABELLED, unlabelled_limit
 from distillery.teachers.rationales import rationale_prompts
 
 SAMPLE = 200  # rows whose tokens are counted
@@ -161,12 +161,13 @@ class RequestedRows:
             return {}
         spec, splits = self.spec, self.frame["split"].value_counts()
         validation = int(splits.get("validation", 0))
-        unlabelled = min(PRIOR_ROWS, int(splits.get("pool", 0) or splits.get("train", 0)))
+        limit = unlabelled_limit(spec, len(self.task.names))
+        unlabelled = min(limit, int(splits.get("pool", 0) or splits.get("train", 0)))
         calibrations = CALIBRATIONS if spec.api is None and validation else [spec.calibrate]
         if isinstance(self.task.names, LabelSets):
             calibrations = ["none"]
         no_content = len(NO_CONTENT) if "contextual" in calibrations else 0
-        if "batch" not in calibrations and spec.choose_prompt_by != "mutual_information":
+        if not {*OF_UNLABELLED} & {*calibrations} and spec.choose_prompt_by != "mutual_information":
             unlabelled = 0
         labelled_anyway = self.prompt if spec.api else ""
         return {
