@@ -48,7 +48,7 @@ from distillery.models.predictions import predict_rows, score_predictions
 from distillery.pipeline.recipe import load_recipe
 from distillery.tasks.parsing import first_sentence
 from distillery.tasks.schema import Task, load_task
-from distillery.teachers.prompted import divide_by_prior
+from distillery.teachers.calibration import LabelPrior
 from distillery.teachers.rationales import contradicts, rationale_prompts
 from distillery.training.keys import result_key
 from distillery.training.openable_teachers import OpenableTeacher
@@ -133,7 +133,7 @@ def teacher_rows(root: Path, recipe: dict[str, Any], answers: str = ANSWERS) -> 
     rows = prepared.rows.assign(split_ref=[f"finance/{split}" for split in prepared.split], rationale=None)
     probabilities = kept_probabilities(root / answers, task)
     prior = np.mean([probabilities[row_id] for row_id in rows["id"][rows["split_ref"] == "finance/pool"]], 0)
-    predicted = divide_by_prior(np.array([probabilities[row_id] for row_id in rows["id"]]), prior)
+    predicted = LabelPrior(prior).apply(np.array([probabilities[row_id] for row_id in rows["id"]]))
     rows[f"probabilities_{TEACHER}"] = list(predicted)
     rows["teacher_label"] = [task.names[i] for i in predicted.argmax(-1)]
     splits = {ref: part.reset_index(drop=True) for ref, part in rows.groupby("split_ref")}

@@ -15,6 +15,7 @@ from distillery.teachers.calibration import (
     MIN_PROBABILITY,
     LabelClusters,
     LabelPrior,
+    TooFewRowsError,
     calibrated,
     calibration_record,
     fit_clusters,
@@ -96,8 +97,22 @@ def test_clusters_do_not_depend_on_the_order_of_the_labels(order, seed):
 def test_too_few_rows_for_clusters_are_refused():
     p, _ = answers(95)
     p[:10] = np.nan
-    with pytest.raises(ValueError, match="^needs 90 rows with a distribution, and there are 85$"):
+    message = "^needs rows with 90 different distributions over the labels, and there are 85$"
+    with pytest.raises(TooFewRowsError, match=message):
         fit_clusters(p)
+    with pytest.raises(TooFewRowsError, match="and there are 1$"):  # a teacher with one answer to all
+        fit_clusters(np.full((200, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("spread", [1e-9, 1e-5, 1e-2, 30.0])
+def test_clusters_of_a_teacher_that_hardly_differs_or_is_always_sure_are_finite(spread):
+    p = softmax(spread * np.random.default_rng(0).normal(size=(200, 3)), axis=1)
+    try:
+        q = fit_clusters(p).apply(p)
+    except TooFewRowsError:
+        return
+    assert np.isfinite(q).all() and np.allclose(q.sum(1), 1)
+    assert np.isfinite(fit_clusters(p).apply(np.eye(3))).all()
 
 
 def test_a_prior_is_kept_rounded_and_read_again():

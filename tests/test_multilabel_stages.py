@@ -23,7 +23,7 @@ from distillery.deploy.settings import read_settings
 from distillery.errors import UserError
 from distillery.evaluation.gather import gather_results
 from distillery.label_sets import NO_LABELS, split_labels
-from distillery.pipeline.label_set_checks import check_label_sets
+from distillery.pipeline.task_checks import check_task_kinds
 from distillery.tasks.prompts import label_question
 from distillery.tasks.schema import load_task
 from distillery.teachers.base import open_teacher
@@ -209,6 +209,11 @@ KD = "students.kd"
         (f"{KD}.phases.0.mix", "validation", f"{KD}.phases.0.mix: is decided by the one label of a row"),
         (f"{KD}.phases.0.balance", "class_weights", f"{KD}.phases.0.balance: is decided by the one label of a row"),
         (f"{KD}.phases.0.pseudo_labels", {"agreement": True}, f"{KD}.phases.0.pseudo_labels: is decided by the one"),
+        (
+            f"{KD}.phases.0.early_stopping",
+            {"metric": "agreement"},
+            f"{KD}.phases.0.early_stopping.metric: agreement: is of one label for a row, and the task is of",
+        ),
     ],
 )
 def test_what_sets_cannot_have_is_refused_in_one_line(tmp_path, monkeypatch, key, value, line):
@@ -244,5 +249,5 @@ def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: dict, task: st
         YAML().dump(raw, file)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as mistake:
-        check_label_sets(load_params(tmp_path / "params.yaml"))
+        check_task_kinds(load_params(tmp_path / "params.yaml"))
     return str(mistake.value)

@@ -280,7 +280,7 @@ def test_memory_and_hours_of_processes_that_share_the_rows_or_the_model(root):
     assert outside + 2 * layer == every
     gathered, with_gradients = outside + 2 * layer, outside + layer
     assert fsdp.weights == pytest.approx(4 * every / 3 + 2 * gathered)
-    assert fsdp.gradients == pytest.approx(4 * every / 3 + 2 * with_gradients)
+    assert fsdp.gradients == pytest.approx(4 * every / 3 + 4 * with_gradients)
     assert (fsdp.optimizer, fsdp.activations) == (pytest.approx(8 * every / 3), alone.activations / 3)
     assert planned("float32", processes=3, strategy="fsdp")[0].weights == pytest.approx(4 * every / 3 + 4 * gathered)
 
@@ -509,7 +509,7 @@ def test_the_command_writes_one_table_and_its_exit_status_names_what_failed(root
     assert last == "fits: the source has one H100, 30 minutes; the trainings here take 0.00 hours on h100-80gb."
     with pytest.raises(UserError, match="gpu: `abacus` is not known; there are: a100-80gb, "):
         command.run_plan("fits", "abacus")
-    with pytest.raises(UserError, match="--scale is of one recipe: name it, or leave --scale out"):
+    with pytest.raises(UserError, match="--scale: needs the name of one recipe in place of `all`"):
         command.run_plan("all", scale="two")
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 
 import pytest
 
+import tiny
 from distillery.config.effects import control_differences, unused_settings
+from distillery.config.load import validate_section
 from distillery.config.renamed import rename_old_keys
+from distillery.config.schema import Params
 from distillery.errors import UserError
+from distillery.files import read_yaml
+from distillery.pipeline.task_checks import check_task_kinds
 from experiments import changed, load, prepare
 
 
@@ -107,6 +114,11 @@ DIFFERENCES = [
             "phases.0.early_stopping: {'metric': 'macro_f1', 'patience': 3, 'every': 1} and none",
         ],
     ),
+    (
+        "phases.0.early_stopping",
+        {"metric": "agreement", "every": 1},
+        ["init.layers: [0, 2] and all", "phases.0.early_stopping: {'patience': 3, 'every': 1} and none"],
+    ),
     # what a control is to differ in, what changes no result, and settings that the control has no use for
     ("phases.0.data", ["news/train", "bare/train"], ["init.layers: [0, 2] and all"]),
     ("phases.0.temperature", 2.0, ["init.layers: [0, 2] and all"]),
@@ -128,6 +140,48 @@ def test_settings_in_which_a_student_differs_from_its_control(folder, key, value
     params = load(folder, raw)
     assert control_differences(params, "kd") == lines
     assert control_differences(params, "gold") == []
+
+
+def test_a_student_that_stops_by_agreement_differs_from_its_control_in_no_metric(folder):
+    raw = changed("students.kd.phases.1.steps", 4)
+    raw["students"]["kd"]["phases"].pop(0)
+    raw["students"]["kd"]["phases"][0]["early_stopping"] = {"metric": "agreement", "every": 2}
+    raw["students"]["gold"]["phases"][0]["early_stopping"] = {"metric": "loss", "every": 2}
+    assert control_differences(load(folder, raw), "kd") == ["init.layers: [0, 2] and all"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "line"),
+    [
+        (
+            ("teachers", "prompted", "calibrate"),
+            "clusters",
+            "teachers.prompted.calibrate: clusters: the labels of `pronoun`, a task of `kind: choice`, are places of",
+        ),
+        (
+            ("students", "answers", "phases", 0, "early_stopping"),
+            {"metric": "agreement"},
+            "students.answers.phases.0.early_stopping.metric: agreement: is of one label for a row, and the task is "
+            "of `kind: qa`; allowed: accuracy, macro_f1, loss",
+        ),
+    ],
+)
+def test_a_setting_that_the_kind_of_a_task_cannot_have_is_refused(tmp_path, monkeypatch, keys, value, line):
+    raw = read_yaml(tiny.ROOT / "tests/smoke_tasks.yaml")
+    raw["teachers"]["prompted"].pop("prompts")
+    raw = json.loads(json.dumps(raw))
+    node = raw
+    for key in keys[:-1]:
+        node = node[key]
+    shutil.copytree(tiny.ROOT / "tasks", tmp_path / "tasks")
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    check_task_kinds(validate_section(Params, raw, "params.yaml"))
+    node[keys[-1]] = value
+    with pytest.raises(UserError) as refused:
+        check_task_kinds(validate_section(Params, raw, "params.yaml"))
+    assert str(refused.value).startswith(f"params.yaml: {line}")
 
 
 def test_students_with_other_numbers_of_phases_are_compared_in_all_values_of_a_setting(folder):

@@ -873,9 +873,16 @@ def test_probabilities_from_a_file_are_calibrated_by_their_mean(experiment):
     teacher = open_teacher(root, "biased", other, TASK, prompting=json.loads(json.dumps(clustered)))
     assert clustered["prior"] is None and np.allclose(teacher.predict(rows), expected_p, atol=1e-6)
     few = rows[(rows["split"] != "pool") | (rows.index < 250)]
-    message = r"^params.yaml: teachers.biased.calibrate: clusters: needs 90 rows with a distribution, and there are 50$"
+    message = "^params.yaml: teachers.biased.calibrate: clusters: needs rows with 90 different .*, and there are 50$"
     with pytest.raises(UserError, match=message):
         compare_prompts(root, "biased", other, TASK, few)
+    lines_there = [line for line, name in zip(lines, rows["id"], strict=True) if name in set(few["id"])]
+    (root / "biased.jsonl").write_text("\n".join(lines_there))  # answers to 50 of the 100 rows of the pool
+    uncalibrated = config.model_copy(update={"calibrate": "none"})
+    part = params.model_copy(update={"teachers": params.teachers | {"biased": uncalibrated}})
+    covered, kept = compare_prompts(root, "biased", part, TASK, rows)
+    assert covered["calibrate"].tolist() == ["none", "batch"] and kept == {"prompt": None, "prior": None}
+    (root / "biased.jsonl").write_text("\n".join(lines))
     alone, kept = compare_prompts(root, "biased", params, TASK, rows[rows["split"] == "pool"].assign(label=None))
     assert alone.empty and kept == prompting  # nothing is compared, and the calibration needs no labels
     several = config.model_copy(update={"prompts": ["short"]})

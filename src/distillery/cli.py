@@ -19,14 +19,14 @@ def check() -> None:
     from distillery.config.effects import unused_settings
     from distillery.config.load import load_params
     from distillery.config.trackers import check_trackers
-    from distillery.pipeline.label_set_checks import check_label_sets
     from distillery.pipeline.model_checks import check_models
+    from distillery.pipeline.task_checks import check_task_kinds
     from distillery.tasks.schema import load_task
 
     params = load_params()
     for source in params.data.values():
         load_task(source.task)
-    check_label_sets(params)
+    check_task_kinds(params)
     check_models(params)
     check_trackers(params.tracking)
     for line in unused_settings(params):
@@ -266,12 +266,8 @@ def parser() -> argparse.ArgumentParser:
     )
     running_recipe = verb(recipe)
     running_recipe.add_argument("name", help="a file of recipes/ without folder and ending")
-    running_recipe.add_argument("--scale", help="an overlay of the recipe: small stand-ins for its models and data")
-    running_recipe.add_argument(
-        "--plan",
-        action="store_true",
-        help="check it without weights; the name `all` takes every recipe",
-    )
+    running_recipe.add_argument("--scale", help="an overlay, such as `small`: stand-ins for its models and data")
+    running_recipe.add_argument("--plan", action="store_true", help="check it without weights; `all`: every recipe")
     running_recipe.add_argument("--gpu", help="of the plan, such as h100-80gb")
     running_recipe.add_argument(
         "--settings", action="store_true", help="its source's settings beside its own; `all` writes them for every one"

@@ -81,6 +81,8 @@ def train(
             untrained = between[(between["phase"] == 0) & (between["split"] == "test")]
             write_table(untrained.drop(columns="phase"), folder / "untrained.parquet")
             minutes = None if interrupted else (time.process_time() - started) / 60
+            for k in range(len(spec.phases)):  # only those of the last phase are read again
+                (folder / f"phases/phase-{k}/weights.safetensors").unlink(missing_ok=True)
             write_json(folder / "cost.json", vars(Cost(count_parameters(student.model)[0], minutes, commit(ROOT))))
         for name, part in missing.items():
             write_table(predict_splits(student, {name: part}), files[name])

@@ -90,7 +90,10 @@ def _total_steps(phases: list[PhaseConfig]) -> dict[str, Any]:
 
 def _phase_settings(phase: PhaseConfig) -> dict[str, Any]:
     """The settings of `phase` that have an effect, but for those in which a control differs by design."""
-    return {key: value for key, value in phase.model_dump(exclude=NOT_COMPARED).items() if _has_effect(phase, key)}
+    excluded: dict[str, Any] = dict.fromkeys(NOT_COMPARED, True)
+    if phase.stops_by_agreement:  # which a control without teachers cannot do
+        excluded["early_stopping"] = {"metric"}
+    return {key: value for key, value in phase.model_dump(exclude=excluded).items() if _has_effect(phase, key)}
 
 
 def _values_over_phases(phases: list[dict[str, Any]]) -> dict[str, str]:

@@ -84,8 +84,9 @@ def plot_training(history: pd.DataFrame, phases: pd.DataFrame, teachers: Mapping
     """The training loss over the optimizer steps, and the accuracy on validation rows after each phase.
 
     Where validation rows were looked at during the training, also their loss (dashed), and the mean accuracy of the
-    last 25 looks. history: phase, step, loss, and then validation_loss and validation_accuracy. phases: phase, split,
-    label, prediction; phase 0 is the untrained student. teachers: the accuracy of each teacher on the same rows, a
+    last 25 looks, with the agreement with the teachers (dashed) of a phase that stops by it. history: phase, step,
+    loss, and then validation_loss, validation_accuracy and validation_agreement. phases: phase, split, label,
+    prediction; phase 0 is the untrained student. teachers: the accuracy of each teacher on the same rows, a
     dotted line, as a teacher does not change.
     """
     looked = "validation_accuracy" in history
@@ -101,6 +102,8 @@ def plot_training(history: pd.DataFrame, phases: pd.DataFrame, teachers: Mapping
             mean = looks["validation_accuracy"].rolling(LAST_LOOKS, min_periods=1).mean()
             axes.plot(looks["step"] + offset, mean, ".-", color=line.get_color())
             axes.set(title=f"validation accuracy, mean of {LAST_LOOKS} looks", xlabel="optimizer step", ylim=(0, 1))
+            if "validation_agreement" in looks:
+                axes.plot(looks["step"] + offset, looks["validation_agreement"], "--", color=line.get_color())
             if "validation_loss" in looks:
                 left.plot(looks["step"] + offset, looks["validation_loss"], "--", color=line.get_color())
         offset += part["step"].max()

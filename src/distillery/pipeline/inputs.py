@@ -10,7 +10,7 @@ in, its model, its task, and the sha256 of the data files it reads.
                          and `fold_<teacher>`: the fold whose model computed them; `rationale`: a teacher's, or the
                          row's own; of a `qa` task the accepted `answers`, and each teacher's answer: `answer_<teacher>`
 ``validation.parquet``, ``test.parquet``   split_ref, id, text, label, group of the source that scores the student;
-                         for validation rows also the signals of the teachers that early stopping watches
+                         for validation rows also the signals of teachers, where a phase stops by agreement
 
 The same inputs give the same bytes. An option of params.yaml that decides nothing here (a student's `control`, a
 default that is spelt out) changes nothing here.
@@ -227,12 +227,12 @@ def student_rows(tables: StageTables, params: Params, name: str) -> tuple[list[R
     return result, teachers
 
 
-def watched_teachers(spec: StudentConfig) -> list[str]:
-    """The names of the teachers whose labels early stopping compares with the student's, sorted."""
-    return sorted({teacher for phase in spec.phases if phase.watches_teachers for teacher in phase.teachers})
+def agreement_teachers(spec: StudentConfig) -> list[str]:
+    """The names of the teachers of phases that stop by agreement, sorted."""
+    return sorted({teacher for phase in spec.phases if phase.stops_by_agreement for teacher in phase.teachers})
 
 
-def add_watched_signals(tables: StageTables, student: str, teacher: str, rows: list[Row]) -> None:
+def add_signals(tables: StageTables, student: str, teacher: str, rows: list[Row]) -> None:
     """Give the validation `rows` the signals of `teacher`. Raises UserError when none of them has one."""
     signals = tables.signals(teacher, rows[0]["split_ref"])
     for row in rows:
@@ -310,7 +310,7 @@ def write_student_inputs(root: Path, params: Params) -> None:
             rows = tables.rows(f"{source}/{split}")
             if not rows:
                 raise UserError(f"students.{name}: `{source}/{split}`, which it is scored on, has no rows")
-            watched = watched_teachers(params.students[name]) if split == "validation" else []
-            for teacher in watched:
-                add_watched_signals(tables, name, teacher, rows)
-            write_table(folder / f"{split}.parquet", rows, watched or None)
+            agreeing = agreement_teachers(params.students[name]) if split == "validation" else []
+            for teacher in agreeing:
+                add_signals(tables, name, teacher, rows)
+            write_table(folder / f"{split}.parquet", rows, agreeing or None)

@@ -29,8 +29,8 @@ from distillery.config.schema import ModelConfig, Params, SourceConfig
 from distillery.config.trackers import check_trackers
 from distillery.errors import UserError
 from distillery.files import Paths, file_digest, matching_files, repository_root, write_json
-from distillery.pipeline.label_set_checks import check_label_sets
 from distillery.pipeline.model_checks import check_models
+from distillery.pipeline.task_checks import check_task_kinds
 from distillery.tasks.schema import load_task
 
 MODULES_OF_KIND = {"api": "distillery.teachers.api"}  # modules that only a teacher of this kind needs
@@ -188,7 +188,7 @@ def run_strip() -> None:
     for source in params.data.values():
         load_task(source.task)
     check_augmentation(params)
-    check_label_sets(params)
+    check_task_kinds(params)
     check_models(params)
     check_trackers(params.tracking)
     build = Paths(root).build

@@ -12,9 +12,9 @@ from distillery.tasks.schema import Task
 
 
 def read_prompting(root: Path, teacher: str, task: Task) -> dict[str, Any]:
-    """What `teacher` chose: `prompt`, a name in the task's `prompts` or None for its `prompt`, and its label `prior`.
+    """What `teacher` chose: `prompt`, a name in the task's `prompts` or None for its `prompt`, and its calibration.
 
-    Without its `prompting.json` the task's prompt and no prior. Raises UserError when the task has no such prompt.
+    Without its `prompting.json` the task's prompt, not calibrated. Raises UserError when the task has no such prompt.
     """
     path = Paths(root).teacher(teacher) / "prompting.json"
     if not path.exists():

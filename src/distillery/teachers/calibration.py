@@ -14,6 +14,10 @@ ROWS_PER_LABEL = 30  # at least, to find the cluster of a label
 STARTS = 10  # of the fit, of which the best is taken
 
 
+class TooFewRowsError(ValueError):
+    """There are too few rows to find the clusters of the labels."""
+
+
 @dataclass(frozen=True)
 class LabelPrior:
     """Probabilities are divided by `prior` [labels], the distribution that the prompt alone brings about."""
@@ -28,7 +32,7 @@ class LabelPrior:
 
 @dataclass(frozen=True)
 class LabelClusters:
-    """Probabilities of the clusters of log-probabilities (Han et al. 2023, Prototypical Calibration, section 3).
+    """Prototypical calibration: probabilities of clusters of log-probabilities (Han et al. 2023, section 3).
 
     Cluster k is that of label k: a Gaussian with its share `weights` [labels], `means` [labels, labels] and
     `covariances` [labels, labels, labels]. The paper takes the most probable cluster. A student learns probabilities,
@@ -72,15 +76,16 @@ def fit_clusters(probabilities: np.ndarray) -> LabelClusters:
 
     As many Gaussians as labels are fitted by expectation maximization. Each becomes the cluster of one label: of all
     ways to pair them, the one in which the clusters' rows have most probability of their label, divided by the mean.
-    Raises ValueError with fewer than `ROWS_PER_LABEL` rows a label.
+    Raises TooFewRowsError with fewer than `ROWS_PER_LABEL` different distributions a label.
     """
     from scipy.optimize import brentq, linear_sum_assignment
     from sklearn.mixture import GaussianMixture
 
-    read = probabilities[~np.isnan(probabilities).any(1)].astype(np.float64)
+    read = np.maximum(probabilities[~np.isnan(probabilities).any(1)].astype(np.float64), MIN_PROBABILITY)
     labels = probabilities.shape[1]
-    if len(read) < ROWS_PER_LABEL * labels:
-        raise ValueError(f"needs {ROWS_PER_LABEL * labels} rows with a distribution, and there are {len(read)}")
+    if (different := len(np.unique(read, axis=0))) < ROWS_PER_LABEL * labels:
+        needed = f"needs rows with {ROWS_PER_LABEL * labels} different distributions over the labels"
+        raise TooFewRowsError(f"{needed}, and there are {different}")
     mixture = GaussianMixture(labels, n_init=STARTS, reg_covar=MIN_VARIANCE, random_state=0)
     shares = mixture.fit(log_probabilities(read)).predict_proba(log_probabilities(read))
     divided = LabelPrior(read.mean(0)).apply(read)
@@ -91,9 +96,10 @@ def fit_clusters(probabilities: np.ndarray) -> LabelClusters:
         tempered = LabelClusters(*parts, float(np.exp(log_temperature)))
         return tempered.apply(read).max(-1).mean() - divided.max(-1).mean()
 
-    lowest, highest = np.log(1e-2), np.log(1e4)  # all rows sure; all rows even
-    if too_confident(lowest) <= 0:
-        return LabelClusters(*parts)
+    lowest, highest = np.log(1e-2), np.log(1e6)  # all rows sure; all rows even
+    if too_confident(lowest) <= 0 or too_confident(highest) >= 0:
+        nearest = lowest if too_confident(lowest) <= 0 else highest
+        return LabelClusters(*parts, float(np.exp(nearest)))
     return LabelClusters(*parts, float(np.exp(brentq(too_confident, lowest, highest))))
 
 

@@ -19,6 +19,7 @@ from distillery.teachers.calibration import (
     ROWS_PER_LABEL,
     Calibration,
     LabelPrior,
+    TooFewRowsError,
     calibrated,
     calibration_record,
     fit_clusters,
@@ -28,11 +29,11 @@ from distillery.teachers.signals import signal_table
 NO_CONTENT = ["N/A", "[MASK]", ""]  # Zhao et al. 2021
 CALIBRATIONS = ("none", "contextual", "batch", "clusters")
 OF_UNLABELLED = ("batch", "clusters")  # are estimated on rows without a label
-PRIOR_ROWS = 128  # rows for these and for mutual information, of a teacher that must label them; more for many labels
+PRIOR_ROWS = 128  # without a label, which a teacher labels to be calibrated, and for mutual information
 
 
 def unlabelled_limit(spec: TeacherConfig, labels: int) -> int:
-    """How many rows without a label such a teacher of a task with as many `labels` labels at most, to be calibrated."""
+    """How many rows without a label the teacher labels at most to be calibrated. labels: of its task."""
     return max(PRIOR_ROWS, ROWS_PER_LABEL * labels) if spec.calibrate == "clusters" else PRIOR_ROWS
 
 
@@ -44,7 +45,7 @@ def estimate_calibration(
     kind: `contextual`, division by the mean over texts without content (Zhao et al. 2021, Calibrate Before Use, section
     5); `batch`, by the mean over the rows `unlabelled` (Zhou et al. 2023, Batch Calibration, eq. 4); `clusters`, see
     :func:`fit_clusters`; `none` gives None. known: the predictions for `unlabelled`, where they are known. Raises
-    ValueError when there are too few rows for clusters.
+    TooFewRowsError when there are too few rows for clusters.
     """
     if kind == "none":
         return None
@@ -71,7 +72,7 @@ def compare_prompts(
     unlabelled, by_information = _unlabelled_rows(name, params, rows, task), _is_by_information(spec)
     if validation.empty and spec.prompts and not by_information:
         raise UserError(f"params.yaml: teachers.{name}.prompts: no validation row with a label to compare them on")
-    calibrations = _calibrations(name, spec, task, len(unlabelled)) if len(validation) else [spec.calibrate]
+    calibrations = _calibrations(spec, task) if len(validation) else [spec.calibrate]
     for prompt in [None, *spec.prompts]:
         check_prompt(task, prompt, f"params.yaml: teachers.{name}.prompts")
         teacher = open_teacher(root, name, params, task, prompting={"prompt": prompt, "prior": None})
@@ -80,7 +81,9 @@ def compare_prompts(
         for kind in calibrations:
             try:
                 calibration, scores = estimate_calibration(teacher, kind, unlabelled, without_label), {}
-            except ValueError as error:
+            except TooFewRowsError as error:
+                if kind != spec.calibrate:
+                    continue  # only compared
                 raise UserError(f"params.yaml: teachers.{name}.calibrate: {kind}: {error}") from None
             if probabilities is not None:
                 scores = _score(validation, calibrated(probabilities, calibration), task.names)
@@ -98,17 +101,12 @@ def compare_prompts(
     return pd.DataFrame(lines), max(candidates, key=lambda candidate: candidate[0])[1]
 
 
-def _calibrations(name: str, spec: TeacherConfig, task: Task, unlabelled: int) -> list[str]:
-    """The calibrations to compare, the one of `spec` among them. Raises UserError for clusters of a `choice` task."""
+def _calibrations(spec: TeacherConfig, task: Task) -> list[str]:
+    """The calibrations to compare, the one of `spec` among them."""
     if isinstance(task.names, LabelSets):  # a prior would divide a distribution over labels
         return ["none"]
-    if spec.calibrate == "clusters" and task.kind == "choice":
-        raise UserError(
-            f"params.yaml: teachers.{name}.calibrate: clusters: the n-th option of a `choice` task has no meaning of "
-            "its own, whose rows could form a cluster"
-        )
     compared = {"api": ("none",), "answers": ("none", *OF_UNLABELLED)}.get(spec.kind, CALIBRATIONS)
-    if task.kind == "choice" or unlabelled < ROWS_PER_LABEL * len(task.names):
+    if task.kind == "choice":
         compared = [kind for kind in compared if kind != "clusters"]
     return list(dict.fromkeys([*compared, spec.calibrate]))
 

@@ -79,6 +79,8 @@ def read_text_request(root: Path, file: str) -> tuple[TextRequest, Task]:
         raise UserError(f"{file}: temperature: must be a number above 0 for `kind: lm`; only an endpoint may need null")
     if teacher.prompts or teacher.examples_from != "task":
         raise UserError(f"{file}: teacher: `prompts` and `examples_from` need gold rows: leave out")
+    if teacher.calibrate == "clusters":
+        raise UserError(f"{file}: teacher.calibrate: clusters: is for rows of a corpus; `batch` and `contextual` fit")
     task = load_task(request.task, Paths(root).tasks)
     if task.kind != "classification":
         raise UserError(f"{file}: task: texts are written for a task of `kind: classification`, not {task.kind}")

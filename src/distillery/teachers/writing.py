@@ -230,21 +230,18 @@ def label_texts(model: Writer, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarr
     """The model's label probabilities [n, labels] for the texts of `rows` (id, text, label), and their label prior.
 
     `calibrate: batch` takes the mean over the texts of each wanted label, and then over the labels: with any `shares`
-    every label counts the same. Raises UserError when there are too few texts for `calibrate: clusters`.
+    every label counts the same.
     """
-    names, kind, calibration = model.task.names, model.request.teacher.calibrate, None
+    names, kind = model.task.names, model.request.teacher.calibrate
     if rows.empty:
         return np.zeros((0, len(names))), None
     teacher, rows = model.labeller(len(rows)), rows.assign(group=None)
-    probabilities = predict_in_blocks(teacher, rows)
-    if kind == "batch":
+    probabilities, calibration = predict_in_blocks(teacher, rows), None
+    if kind == "contextual":
+        calibration = estimate_calibration(teacher, kind, rows)
+    elif kind == "batch":
         readable = pd.DataFrame(probabilities).groupby(rows["label"].to_numpy()).mean().dropna()
         calibration = LabelPrior(readable.mean().to_numpy())
-    else:
-        try:
-            calibration = estimate_calibration(teacher, kind, rows, probabilities)
-        except ValueError as error:
-            raise UserError(f"teacher.calibrate: {kind}: {error}") from None
     prior = calibration.prior if isinstance(calibration, LabelPrior) else None
     return calibrated(probabilities, calibration), prior
 

@@ -42,7 +42,10 @@ class ProgressPrinter(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         accuracies = [entry["eval_accuracy"] for entry in state.log_history if "eval_accuracy" in entry][-LAST_LOOKS:]
-        scores = f"loss {metrics['eval_loss']:.4f}, accuracy {accuracies[-1]:.4f}"
+        scores = f"loss {metrics['eval_loss']:.4f}, "
+        if "eval_agreement" in metrics:
+            scores += f"agreement with the teachers {metrics['eval_agreement']:.4f}, "
+        scores += f"accuracy {accuracies[-1]:.4f}"
         line = f"{self.title}: step {state.global_step}, on validation rows {scores}"
         print(f"{line}, mean of the last {len(accuracies)} {sum(accuracies) / len(accuracies):.4f}", flush=True)
 

@@ -31,7 +31,7 @@ class TrainingRows:
     teacher_answers {teacher: [n]}: its own answer to each row of a `qa` task, or None.
     n_options [n]: of a `choice` task, how many labels have an option. gold [n]: which targets are gold; None: all.
     ids [n]: split_ref and id, where the rows come from a file.
-    teacher_targets [n]: of validation rows whose teachers early stopping watches, see :func:`teacher_targets`.
+    teacher_targets [n]: of validation rows, where `early_stopping.metric` is `agreement`, see :func:`teacher_targets`.
     """
 
     texts: list[str]
@@ -125,10 +125,8 @@ def teacher_targets(
     """[n]: the index of the label that the teachers of `phase`, mixed as it mixes them, give each of `rows`.
 
     rows: id, text, and `probabilities_<teacher>` over `labels`. Below 0 where no teacher has a distribution. scores: as
-    in :func:`phase_rows`. Raises UserError where the labels are sets or free answers.
+    in :func:`phase_rows`.
     """
-    if isinstance(labels, LabelSets) or list(labels) == list(ANSWER_LABELS):
-        raise UserError("phases: early_stopping.metric: agreement: is of one label for a row; watch another score")
     unlabelled = rows.assign(split_ref=phase.data[0], label=None)
     every = {"loss": {"kl": 1.0}, "pseudo_labels": PseudoLabelFilter(), "rationales": False}
     taught = phase_rows(unlabelled, phase.model_copy(update=every), labels, scores)

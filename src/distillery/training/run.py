@@ -68,7 +68,7 @@ def train_phase(
     validation: the rows that early stopping scores. teachers: those whose tokens or hidden states the loss compares.
     shared: states of frozen layers, see :func:`compute_frozen_states`. callbacks: more of them for the trainer.
     Returns the history, a row a logged step: step, epoch, loss, learning_rate, the terms' values, and where validation
-    rows were looked at validation_loss (nats), validation_accuracy and, where early stopping watches it,
+    rows were looked at validation_loss (nats), validation_accuracy and, where the phase stops by it,
     validation_agreement, empty at other steps.
     Prints the size of a checkpoint and the disk that the training needs.
     Raises UserError when the disk has less, or is full, when a teacher does not fit the student, and when early
@@ -231,14 +231,14 @@ def validation_rows(
 ) -> TrainingRows:
     """`validation` (text, label) as rows that early stopping scores.
 
-    With a `phase` that watches its teachers also their labels, by the columns `probabilities_<teacher>`. scores: see
-    :func:`train_phases`. Raises UserError where these are no single labels.
+    With a `phase` that stops by agreement also its teachers' labels, by the columns `probabilities_<teacher>`. scores:
+    see :func:`train_phases`.
     """
     targets = label_targets(validation["label"], task.names)
     answers = validation["answers"].tolist() if task.kind == "qa" else None
     n_options = validation[N_OPTIONS].tolist() if N_OPTIONS in validation else None
     rows = TrainingRows(validation["text"].tolist(), targets, accepted_answers=answers, n_options=n_options)
-    if phase is not None and phase.watches_teachers:
+    if phase is not None and phase.stops_by_agreement:
         rows.teacher_targets = teacher_targets(validation, phase, task.names, scores)
     return rows
 

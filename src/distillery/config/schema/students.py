@@ -127,8 +127,8 @@ class PhaseConfig(TrainingConfig):
         return any(term in HIDDEN_STATE_TERMS for term in self.loss)
 
     @property
-    def watches_teachers(self) -> bool:
-        """Whether early stopping needs the teachers' labels for the validation rows."""
+    def stops_by_agreement(self) -> bool:
+        """Whether the agreement with the teachers on validation rows ends the training."""
         return self.stopping is not None and self.stopping.metric == "agreement"
 
     @property
@@ -142,7 +142,7 @@ class PhaseConfig(TrainingConfig):
             raise ValueError(f"loss term `{signals[0]}` needs `teachers`")
         if self.select and self.select.by == "disagreement" and not self.teachers:
             raise ValueError("`select: {by: disagreement}` needs `teachers`")
-        if self.watches_teachers and not self.teachers:
+        if self.stops_by_agreement and not self.teachers:
             raise ValueError("`early_stopping: {metric: agreement}` needs `teachers`")
         if self.order == "confidence" and not self.teachers:
             raise ValueError("`order: confidence` needs `teachers`")

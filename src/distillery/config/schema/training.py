@@ -62,7 +62,7 @@ class EarlyStoppingConfig(Section):
     metric: Literal["accuracy", "macro_f1", "loss", "agreement"] = "macro_f1"
     """Score on the validation rows to watch. `loss`: cross-entropy of their gold labels, or of the tokens of their
     first accepted answers. `agreement`: share of the rows for which the student predicts the label of its teachers,
-    mixed as in the phase, which needs no gold label."""
+    mixed as in the phase; no gold label counts, but in weights by `mix: validation`."""
     patience: Annotated[int, Field(gt=0)] = 3
     """Evaluations without an improvement after which the training stops."""
     every: Annotated[int, Field(gt=0)] | None = None
@@ -167,7 +167,9 @@ class FinetuneConfig(TrainingConfig):
     @model_validator(mode="after")
     def _watches_gold_labels(self):
         if self.stopping and self.stopping.metric == "agreement":
-            raise ValueError("`metric: agreement` is with the teachers of a student's phase, and a teacher has none")
+            raise ValueError(
+                "`metric: agreement` is for students, which have teachers; allowed: accuracy, macro_f1, loss"
+            )
         return self
 
     def as_phase(self) -> PhaseConfig:

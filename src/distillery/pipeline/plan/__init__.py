@@ -1,1 +1,1 @@
-"""Check a recipe at full scale without its weights, and count what it would take."""
+"""Check a recipe without its weights, and count what it would take."""

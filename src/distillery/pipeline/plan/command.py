@@ -31,6 +31,7 @@ from distillery.pipeline.plan.resources import (
 )
 
 DEFAULT_GPU = "a100-80gb"
+SIZES = {"models", "data"}  # sections of an overlay that make a run smaller
 COLUMNS = ("recipe", "optimizer steps", "GPU memory, GB", "of it activations", "stage", "disk, GB", "hours", "API, $")
 COLUMNS = (*COLUMNS, "failed", "unknown")
 HEADING = """# The recipes at full scale, without their weights
@@ -48,7 +49,7 @@ def run_plan(name: str, gpu: str = DEFAULT_GPU, scale: str | None = None) -> Non
     if gpu not in GPUS:
         raise UserError(f"gpu: `{gpu}` is not known; there are: {', '.join(GPUS)}")
     if name == "all" and scale:
-        raise UserError("--scale is of one recipe: name it, or leave --scale out")
+        raise UserError("--scale: needs the name of one recipe in place of `all`")
     configure_runtime()
     root, rows, notes, failed = repository_root(), [], [], []
     for recipe, overlay in planned_scales(root) if name == "all" else [(name, scale)]:
@@ -67,11 +68,11 @@ def run_plan(name: str, gpu: str = DEFAULT_GPU, scale: str | None = None) -> Non
 
 
 def planned_scales(root: Path) -> list[tuple[str, str | None]]:
-    """Each recipe, and each of its scales that keeps its models and data."""
+    """Each recipe, and each of its scales of full size: none is `small`, and models and data stay."""
     recipes: list[tuple[str, str | None]] = []
     for path in sorted((root / "recipes").glob("*.yaml")):
         scales = read_yaml(path).get("scale") or {}
-        full = [scale for scale, overlay in scales.items() if not {"models", "data"} & set(overlay)]
+        full = [scale for scale, overlay in scales.items() if scale != "small" and not SIZES & set(overlay or {})]
         recipes += [(path.stem, scale) for scale in [None, *full]]
     return recipes
 

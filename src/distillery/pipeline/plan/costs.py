@@ -145,7 +145,8 @@ def _parameters(model: LabelModel) -> int:
 def training_hours(plan: RecipePlan, gpu: str) -> dict[str, float | None]:
     """Hours of each training, all seeds and folds, and of a search's trials; None where rows are not known.
 
-    On one `gpu` for each process of `compute`, which share the rows of a step: so many times as fast is assumed.
+    On one `gpu` for each process of `compute`, which share the rows of a step: so many times as fast is assumed. A
+    search has one process.
     """
     processes = plan.params.compute.processes
     hours: dict[str, float | None] = {}
@@ -164,7 +165,7 @@ def training_hours(plan: RecipePlan, gpu: str) -> dict[str, float | None]:
         if phase and phase.step and phase.rows is not None:
             speed = GPUS[gpu].speed(plan.params.students[search.student].dtype)
             row_flops = _mean_flops(phase) / phase.phase.batch_size
-            hours[SEARCH] = search_rows(search, phase) * row_flops / speed / processes / 3600
+            hours[SEARCH] = search_rows(search, phase) * row_flops / speed / 3600
     return hours
 
 

@@ -1,4 +1,4 @@
-"""Resolve a recipe at full scale without weights: what fits together, and what it takes."""
+"""Resolve a recipe without weights: what fits together, and what it takes."""
 
 from __future__ import annotations
 

@@ -109,17 +109,19 @@ def memory_of_process(memory: Memory, model: nn.Module, compute: ComputeConfig, 
     """What each process holds where those of `compute` train `model` together, which takes `memory` in one.
 
     Each has its share of the rows. With `strategy: fsdp` it also holds its shard of all weights, gradients and states,
-    and gathered in `dtype`: the weights and gradients outside the layers and of one layer, and the weights of the next.
+    and gathered: the weights outside the layers and of two layers in `dtype`, and in float32 the gradients outside the
+    layers and of one.
     """
     activations = memory.activations / compute.processes
     if compute.strategy == "ddp":
         return replace(memory, activations=activations)
-    sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in unit_layers(model)]
-    outside, layer = count_parameters(model)[0] - sum(sizes), max(sizes, default=0)
+    layers = [count_parameters(layer) for layer in unit_layers(model)] or [(0, 0)]
+    (total, trained), largest = count_parameters(model), max(layers)
+    outside, trained_outside = total - sum(n for n, _ in layers), trained - sum(n for _, n in layers)
     number_bytes = FULL_BYTES if dtype == "float32" else HALF_BYTES
     return Memory(
-        memory.weights / compute.processes + number_bytes * (outside + 2 * layer),
-        memory.gradients / compute.processes + number_bytes * (outside + layer),
+        memory.weights / compute.processes + number_bytes * (outside + 2 * largest[0]),
+        memory.gradients / compute.processes + GRADIENT_BYTES * (trained_outside + largest[1]),
         memory.optimizer / compute.processes,
         activations,
     )
