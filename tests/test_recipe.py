@@ -161,7 +161,7 @@ def test_a_recipe_with_a_search_first_searches(repository, monkeypatch):
     status = {"search": 0}
 
     def run(command, cwd, env, stdout):
-        step = next((word for word in ("search", "inputs") if word in command), "repro")
+        step = next((word for word in ("search", "inputs", "distill") if word in command), "repro")
         runs.append((step, cwd, env["PYTHONHASHSEED"], env["PYTHONPATH"]))
         return subprocess.CompletedProcess(command, status.get(step, 0))
 
@@ -171,8 +171,11 @@ def test_a_recipe_with_a_search_first_searches(repository, monkeypatch):
     assert runs == [(step, whole, "0", str(whole / "src")) for step in ("inputs", "search", "repro")]
     status["search"] = 3
     assert run_recipe(whole) == 3 and runs[-1][0] == "search"  # nothing is trained with settings that were not found
+    status.clear()
+    assert run_recipe(whole, stages=["distill"]) == 0  # the other steps as ever
+    assert [step for step, *_ in runs[-3:]] == ["inputs", "search", "distill"]
     without = prepare_folder(repository, load_recipe(repository, "other") | {"search": None}, whole, "other")
-    assert run_recipe(without) == 0 and [step for step, *_ in runs[-2:]] == ["search", "repro"]
+    assert run_recipe(without) == 0 and [step for step, *_ in runs[-2:]] == ["distill", "repro"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -147,16 +147,18 @@ def recipe_steps(params: Params) -> list[list[str]]:
     return [[*repro, "inputs"], ["-m", "distillery", "search", "--write"], repro] if params.search else [repro]
 
 
-def run_recipe(folder: Path, output: TextIO | None = None) -> int:
+def run_recipe(folder: Path, output: TextIO | None = None, stages: Sequence[str] = ()) -> int:
     """Run the recipe prepared in `folder` on this Python; returns the exit status of the first failed step, or 0.
 
-    output: where its steps print, standard output when not given.
+    output: where its steps print, standard output when not given. stages: those to run, with all that they need; all
+    stages when empty.
     """
     set_environment()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder / "src")}
     environment.pop("DVC_STAGE", None)
-    for step in recipe_steps(load_params(folder / "params.yaml")):
+    steps = recipe_steps(load_params(folder / "params.yaml"))
+    for step in [*steps[:-1], [*steps[-1], *stages]]:
         if status := subprocess.run([sys.executable, *step], cwd=folder, env=environment, stdout=output).returncode:
             return status
     return 0
