@@ -1,6 +1,7 @@
 """Common sense and word problems on samples of public benchmarks, beside the floor that the options alone give.
 
-    PYTHONPATH=src python benchmarks/real_samples.py FOLDER [--domain commonsense | math] [--rows N] [--steps N]
+    PYTHONPATH=src python benchmarks/real_samples.py FOLDER [--domain commonsense | math] [--rows N] [--steps N] \
+        [--without STUDENT]
 
 FOLDER holds `winogrande/test.json` and `socialiqa/test.json` (the public validation rows as prompts, of LLM-Adapters)
 and `aqua-rat/dev.json` and `aqua-rat/test.json`. They are read where they lie and are no part of this repository. The
@@ -116,11 +117,16 @@ def write_samples(domain: str, data: Path, root: Path, folder: Path, limit: int 
         write_rows(folder / f"{benchmark}-{FLOOR}{dash}{part}.jsonl", [row | {"text": NO_QUESTION} for row in rows])
 
 
-def experiment(domain: str, root: Path, steps: int | None) -> dict[str, Any]:
-    """The params of `domain`, with the models of recipes/qwen-gkd.yaml; at most `steps` a phase."""
+def experiment(domain: str, root: Path, steps: int | None, without: str | None = None) -> dict[str, Any]:
+    """The params of `domain`, with the models of recipes/qwen-gkd.yaml; at most `steps` a phase.
+
+    without: the name of a student to leave out. Raises UserError when there is none.
+    """
     raw = read_yaml(Path(__file__).with_suffix("") / f"{domain}.yaml")
     models = read_yaml(root / "recipes/qwen-gkd.yaml")["models"]
     raw["models"] = {name: models[name] for name in ("qwen-1.5b", "qwen-0.5b")}
+    if without and raw["students"].pop(without, None) is None:
+        raise UserError(f"--without: no student `{without}` in {domain}; there are: {', '.join(raw['students'])}")
     for spec in raw["students"].values() if steps else ():
         spec["phases"] = [phase | {"steps": min(steps, phase["steps"])} for phase in spec["phases"]]
     return raw
@@ -175,12 +181,12 @@ def gain_text(
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) over {other} on {len(ids)} rows"
 
 
-def run(domain: str, data: Path, limit: int | None, steps: int | None) -> None:
+def run(domain: str, data: Path, limit: int | None, steps: int | None, without: str | None) -> None:
     """Run the experiment of `domain` and print its scores."""
     root = repository_root()
     folder = Paths(root).cache / "recipes" / f"real-samples-{domain}"
     write_samples(domain, data, root, folder / "data/samples", limit)
-    params = experiment(domain, root, steps)
+    params = experiment(domain, root, steps, without)
     prepare_folder(root, params, folder, f"real-samples-{domain}")
     if status := run_recipe(folder, stages=["distill"]):  # its evaluation is printed below
         sys.exit(status)
@@ -194,9 +200,10 @@ def main() -> None:
     parser.add_argument("--domain", choices=DOMAINS)
     parser.add_argument("--rows", type=int, help="at most so many rows of each source")
     parser.add_argument("--steps", type=int, help="at most so many optimizer steps a phase")
+    parser.add_argument("--without", help="a student to leave out, such as `large`")
     settings = parser.parse_args()
     for domain in [settings.domain] if settings.domain else DOMAINS:
-        run(domain, settings.data, settings.rows, settings.steps)
+        run(domain, settings.data, settings.rows, settings.steps, settings.without)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,11 @@ def test_the_experiments_are_valid_and_can_be_made_smaller(real_samples, tmp_pat
     for name in ("qwen-1.5b", "qwen-0.5b"):
         (tmp_path / "models" / name).mkdir(parents=True)
     (tmp_path / "tasks").symlink_to(tiny.ROOT / "tasks")
+    without = real_samples.experiment(domain, tiny.ROOT, 5, "large")
     raw = real_samples.experiment(domain, tiny.ROOT, 5)
+    assert set(raw["students"]) - set(without["students"]) == {"large"}
+    with pytest.raises(UserError, match=f"^--without: no student `huge` in {domain}; there are: taught, gold, "):
+        real_samples.experiment(domain, tiny.ROOT, 5, "huge")
     with (tmp_path / "params.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(raw, file)
     params = load_params(tmp_path / "params.yaml")
