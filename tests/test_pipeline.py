@@ -115,7 +115,8 @@ def test_every_module_is_a_part_of_some_stage_or_known_to_be_none():
     outside = {"__main__", "cli", "config.reference_docs"}
     outside |= {f"pipeline.{name}" for name in ("environment", "recipe", "run_notebook", "search", "strip")}
     outside |= {"pipeline.draft", "pipeline.guess", "pipeline.model_checks", "pipeline.stage_times", "pipeline.studies"}
-    outside |= {f"pipeline.{name}" for name in ("label_set_checks", "published_features", "published_settings")}
+    checks = ("label_set_checks", "task_checks")
+    outside |= {f"pipeline.{name}" for name in (*checks, "published_features", "published_settings")}
     outside |= {f"notebook.{name}" for name in ("lessons", "lesson_sentences", "one_gpu", "tiny_causal")}
     outside |= {"pipeline.lessons", "data.word_vectors"}  # of the latter see the test below
     outside |= {f"deploy.{name}" for name in ("decisions", "predict", "push", "serve", "tables")} | {"teachers.asking"}
