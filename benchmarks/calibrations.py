@@ -39,8 +39,8 @@ def main() -> None:
     source = validate_section(SourceConfig, read_yaml(root / RECIPE)["data"]["finance"], RECIPE)
     task = load_task(source.task, root / "tasks")
     prepared = prepare_source("finance", source, task, root)
-    rows, kept = prepared.rows.assign(split=prepared.split), kept_probabilities(root / ANSWERS, task)
-    probabilities = np.array([kept[row_id] for row_id in rows["id"]])
+    rows, answers = prepared.rows.assign(split=prepared.split), kept_probabilities(root / ANSWERS, task)
+    probabilities = np.array([answers[row_id] for row_id in rows["id"]])
     pool, test = probabilities[rows["split"] == "pool"], rows[rows["split"] == "test"]
     p, labels, names = probabilities[rows["split"] == "test"], test["label"].tolist(), task.names
     gold = np.array([names.index(label) for label in labels])
