@@ -115,12 +115,14 @@ def test_a_subset_has_every_column_of_its_rows():
         n_options=list(range(n)),
         gold=np.array([True, False, True, False, True]),
         ids=[("a", str(i)) for i in range(n)],
+        teacher_targets=np.array([4, 3, 2, -1, 0]),
     )
     part = rows.subset([3, 1])
     assert all(getattr(rows, field.name) is not None for field in fields(rows))
     assert part.texts == ["d", "b"] and part.targets.tolist() == [3, 1] and part.logprobs.tolist() == [[6, 7], [2, 3]]
     assert part.rationales == ["d", "b"] and part.teacher_weights["t"].tolist() == part.teacher_folds["t"] == [3, 1]
     assert part.accepted_answers == ["y", "w"] and part.n_options == [3, 1] and part.ids == [("a", "3"), ("a", "1")]
+    assert part.teacher_targets.tolist() == [-1, 3]
     assert part.gold.tolist() == [False, False] and part.answers == ["x", "y"] and part.label_prior.tolist() == [1, 2]
 
 
