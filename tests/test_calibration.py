@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from scipy.stats import multivariate_normal
 
+from distillery.config.schema import TeacherConfig
 from distillery.teachers.calibration import (
     MIN_PROBABILITY,
+    ROWS_PER_LABEL,
     LabelClusters,
     LabelPrior,
     TooFewRowsError,
@@ -22,6 +24,7 @@ from distillery.teachers.calibration import (
     log_probabilities,
     read_calibration,
 )
+from distillery.teachers.prompt_search import PRIOR_ROWS, unlabelled_limit
 
 
 def answers(n: int, labels: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -113,6 +116,14 @@ def test_clusters_of_a_teacher_that_hardly_differs_or_is_always_sure_are_finite(
         return
     assert np.isfinite(q).all() and np.allclose(q.sum(1), 1)
     assert np.isfinite(fit_clusters(p).apply(np.eye(3))).all()
+
+
+@pytest.mark.parametrize(("labels", "rows"), [(2, 128), (3, 180), (10, 600)])
+def test_a_teacher_labels_more_rows_for_clusters_than_these_need(labels, rows):
+    """Twice as many, since rows may have the same distribution, and with more the worst of several fits is better."""
+    by_clusters = TeacherConfig(kind="lm", model="m", calibrate="clusters")
+    assert unlabelled_limit(by_clusters, labels) == rows >= 2 * labels * ROWS_PER_LABEL
+    assert unlabelled_limit(by_clusters.model_copy(update={"calibrate": "batch"}), labels) == PRIOR_ROWS
 
 
 def test_a_prior_is_kept_rounded_and_read_again():

@@ -186,6 +186,7 @@ def test_a_prompt_that_was_chosen_is_that_of_the_labels_and_of_the_answers_that_
         ({}, [0, 0]),
         ({"calibrate": "contextual"}, [3, 3]),
         ({"calibrate": "batch"}, [0, 4]),
+        ({"calibrate": "clusters"}, [0, 4]),
         ({"choose_prompt_by": "mutual_information"}, [0, 4]),
     ],
 )

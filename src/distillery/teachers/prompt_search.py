@@ -34,7 +34,7 @@ PRIOR_ROWS = 128  # without a label, which a teacher labels to be calibrated, an
 
 def unlabelled_limit(spec: TeacherConfig, labels: int) -> int:
     """How many rows without a label the teacher labels at most to be calibrated. labels: of its task."""
-    return max(PRIOR_ROWS, ROWS_PER_LABEL * labels) if spec.calibrate == "clusters" else PRIOR_ROWS
+    return max(PRIOR_ROWS, 2 * ROWS_PER_LABEL * labels) if spec.calibrate == "clusters" else PRIOR_ROWS
 
 
 def estimate_calibration(
