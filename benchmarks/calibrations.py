@@ -27,13 +27,6 @@ FITS = {"none": lambda p: None, "batch": lambda p: LabelPrior(p.mean(0)), "clust
 PARTS, DRAWS = (100, 200, 400, 800), 10
 
 
-def percent(interval: dict[str, float]) -> str:
-    """`interval` (mean, low, high) in points."""
-    return "{mean:+.1f} ({low:+.1f} to {high:+.1f})".format(
-        **{key: 100 * interval[key] for key in ("mean", "low", "high")}
-    )
-
-
 def main() -> None:
     root = repository_root()
     source = validate_section(SourceConfig, read_yaml(root / RECIPE)["data"]["finance"], RECIPE)
@@ -49,7 +42,8 @@ def main() -> None:
     lines = []
     for kind, q in results.items():
         scores = mean_scores(labels, predictions[kind], names)
-        gains = paired_difference(labels, predictions[kind], predictions["batch"], names, test["group"])
+        gain = paired_difference(labels, predictions[kind], predictions["batch"], names, test["group"])["accuracy"]
+        mean, low, high = (100 * gain[key] for key in ("mean", "low", "high"))
         lines.append(
             {
                 "calibrate": kind,
@@ -57,7 +51,7 @@ def main() -> None:
                 "macro-F1": f"{scores['macro_f1']:.1%}",
                 "log loss": f"{log_loss(gold, q):.3f}",
                 "confidence": f"{q.max(1).mean():.3f}",
-                "gain over batch, points": "" if kind == "batch" else percent(gains["accuracy"]),
+                "gain over batch, points": "" if kind == "batch" else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})",
             }
         )
     print(f"{len(test)} test rows; calibrated on {len(pool)} rows of the pool\n")
