@@ -95,6 +95,11 @@ def served(model: Path) -> Iterator[int]:
         server.wait(10)
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # with the usual 5, a client of 12 connections waits for a second when the machine is busy
+    daemon_threads = True
+
+
 class Proxy:
     """Stands before the server on `port`, or the function that answers, and breaks a share of the calls, the same ones
     for the same `seed`.
@@ -132,9 +137,8 @@ class Proxy:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = _Server(("127.0.0.1", 0), Handler)
         self.server.handle_error = lambda *_: None  # tests kill clients
-        self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.closing = threading.Event()
 

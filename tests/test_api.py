@@ -163,7 +163,7 @@ def test_every_fault_is_survived_and_no_answer_is_requested_twice(server, tmp_pa
     with loopback.Proxy(port, key=SECRET) as proxy:
         expected = teacher(proxy.url, model, tmp_path / "undisturbed").predict_texts(TEXTS)
     with loopback.Proxy(port, share=0.3, seed=1, key=SECRET) as proxy:
-        opened = teacher(proxy.url, model, tmp_path, concurrency=12, timeout=1.0)
+        opened = teacher(proxy.url, model, tmp_path, concurrency=12, timeout=3.0)
         np.testing.assert_array_equal(opened.predict_texts(TEXTS), expected)
         assert proxy.calls["whole"] == 60 and set(proxy.delivered.values()) == {1}
         assert set(loopback.FAULTS) <= set(proxy.calls), "with this seed every fault comes up"
