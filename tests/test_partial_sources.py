@@ -401,3 +401,12 @@ def test_an_experiment_with_one_source_has_nothing_to_add(scored):
     alone = params.model_copy(update={"data": {"demo": params.data["demo"]}})
     only = replace(results, params=alone)
     assert add_further_sources(folder, only) is only
+
+
+def test_further_sources_can_be_left_out(scored):
+    folder, params, _, _ = scored
+    assert params.other_test_sources("tiny-kd") == ["bench"]
+    evaluate = params.evaluate.model_copy(update={"further_sources": False})
+    own = params.model_copy(update={"evaluate": evaluate})
+    results = gather_results(folder, own)
+    assert set(results.tests) == {"demo"} and add_further_sources(folder, results) is results

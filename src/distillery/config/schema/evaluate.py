@@ -22,6 +22,8 @@ class EvaluateConfig(Section):
     """Test rows on which the speed is measured."""
     machine_price_per_hour: Positive | None = None
     """US dollars for an hour of the machine of the evaluation; the report then has what predictions cost in dollars."""
+    further_sources: bool = True
+    """Whether a student is also scored on the other sources of its task that have test rows."""
     rewritten_rows: Count = 64
     """Test rows predicted again after each perturbation of the task file; 0 for none."""
     paraphrased_rows: Count = 0

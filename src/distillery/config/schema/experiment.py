@@ -62,7 +62,10 @@ class Params(Section):
         return complete[0] if complete else learned[-1]
 
     def other_test_sources(self, student: str) -> list[str]:
-        """The further sources of the task of `student` that may hold test rows, in the order of `data`."""
+        """The further sources of the task of `student` that may hold test rows, in the order of `data`; none without
+        `evaluate.further_sources`."""
+        if not self.evaluate.further_sources:
+            return []
         own = self.test_source(student)
         task = self.data[own].task
         return [s for s, source in self.data.items() if s != own and source.task == task and source.holds("test")]
