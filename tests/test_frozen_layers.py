@@ -10,14 +10,15 @@ import torch
 import transformers
 from hypothesis import given, settings
 
-from distillery.config.schema import LoraSettings
+from distillery.config.schema import LoraSettings, StudentConfig
 from distillery.errors import UserError
-from distillery.models.layers import find_layers, output_head, transformer_body
+from distillery.models.layers import find_layers, freeze_lower_layers, output_head, transformer_body
 from distillery.models.packed import frozen_layers
 from distillery.models.packed.frozen_layers import SharedStates, compute_frozen_states, count_frozen_layers
 from distillery.models.packed.hidden import completion_hidden_states
 from distillery.training.student import attach_adapters
 from test_packed import LABELS, PROMPTS
+from test_training import learner, phase, toy, trained
 from tiny import CAUSAL_KINDS, causal_config
 
 DEPTH = 4
@@ -186,3 +187,72 @@ def test_adapters_are_in_the_named_layers_alone():
     names = [name for name, weight in adapted("llama", [1, 3]).named_parameters() if weight.requires_grad]
     assert {int(name.split(".layers.")[1].split(".")[0]) for name in names} == {1, 3}
     assert np.unique([name.split(".")[-2] for name in names]).tolist() == ["default"]
+
+
+# ------------------------------------------------------------------------------- students that are trained above
+
+
+@pytest.mark.parametrize("kind", CAUSAL_KINDS)
+def test_embeddings_and_lower_layers_of_a_causal_model_are_not_trained(kind):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(causal_config(kind, layers=DEPTH))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.attention_dropout = 0.0
+    freeze_lower_layers(model, 3)
+    assert count_frozen_layers(model) == 3
+    parent, attribute = find_layers(transformer_body(model), DEPTH)
+    *lower, last = getattr(parent, attribute)
+    assert all(weight.requires_grad for weight in last.parameters())
+    embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    frozen = [weight for module in [*lower, *embeddings] for weight in module.parameters()]
+    assert frozen and not any(weight.requires_grad for weight in frozen)
+    assert kind == "opt" or transformer_body(model)(input_ids=torch.tensor([[3, 4]]))[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("arch", "trained_parts"),
+    [
+        ("classifier", {"encoder.layer.3", "pooler", "classifier"}),
+        ("seq2seq", {"encoder.block.3", "encoder.final_layer_norm", "decoder.block.3", "decoder.final_layer_norm"}),
+    ],
+)
+def test_a_student_is_trained_above_its_frozen_layers(tiny_models, tmp_path, arch, trained_parts):
+    student = learner(tiny_models, arch, init={"freeze": "first-3"}, prompt="plain")
+    before = {name: weight.detach().clone() for name, weight in student.model.named_parameters()}
+    trained(student, toy(8), phase({"ce": 1.0}, steps=3, learning_rate=0.01), tmp_path / "run")
+    changed = {name for name, weight in student.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert all(any(part in name for part in trained_parts) for name in changed)
+    assert {part for part in trained_parts if any(part in name for name in changed)} == trained_parts
+
+
+def test_a_student_of_kept_states_is_that_of_whole_passes(tiny_models, tmp_path, monkeypatch):
+    """Five epochs over the same rows: the lower layers run once for each, and the weights end the same."""
+    spec, ends = phase({"ce": 1.0}, epochs=5, batch_size=4, learning_rate=0.01), []
+    for name, limit in (("states", frozen_layers.MAX_BYTES), ("whole", 0)):
+        monkeypatch.setattr(frozen_layers, "MAX_BYTES", limit)
+        student = learner(tiny_models, "causal", init={"freeze": "first-2"}, prompt="plain")
+        calls = count_calls(student.model)
+        trained(student, toy(8), spec, tmp_path / name)
+        ends.append((student.model.state_dict(), calls))
+    (kept, calls), (whole, whole_calls) = ends
+    assert calls[0] <= calls[3] - 8 and whole_calls[0] == whole_calls[3]  # of ten steps
+    assert all(torch.allclose(kept[name], weight, atol=1e-6) for name, weight in whole.items())
+
+
+def test_a_model_without_a_layer_to_train_is_refused(tiny_models):
+    with pytest.raises(UserError, match="init.freeze: first-4 leaves none of the 4 layers to train"):
+        learner(tiny_models, "causal", init={"freeze": "first-4"})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"init": {"freeze": "last-2"}}, "pattern"),
+        ({"init": {"freeze": "first-2"}, "adapter": {"kind": "lora"}}, "`init.freeze: first-2` is without `adapter`"),
+    ],
+)
+def test_frozen_layers_are_the_lowest_and_without_adapters(more, message):
+    with pytest.raises(ValueError, match=message):
+        StudentConfig(model="m", arch="causal", phases=[], **more)

@@ -105,6 +105,24 @@ def chosen_layers(model: PreTrainedModel, layers: list[int] | str) -> list[nn.Mo
     return [stack[i] for stack in stacks for i in layer_indices(layers, len(stack))]
 
 
+def freeze_lower_layers(model: PreTrainedModel, number: int) -> None:
+    """Train no embedding of `model` and none of its lowest `number` layers, of encoder and decoder where it has both.
+
+    Nor is a head trained that shares the token vectors. Raises UserError when no layer is left to train.
+    """
+    for part, depth in stack_depths(model):
+        if number >= depth:
+            raise UserError(f"init.freeze: first-{number} leaves none of the {depth} layers to train")
+        upper = {id(weight) for layer in getattr(*find_layers(part, depth))[number:] for weight in layer.parameters()}
+        for weight in part.parameters():  # in the order of the forward pass: embeddings, layers, head
+            if id(weight) in upper:
+                break
+            weight.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.requires_grad_(False)
+
+
 def _keep_relative_positions(old_first: nn.Module, new_first: nn.Module) -> None:
     """Give the new first layer the relative position bias: T5 has it in its first layer alone."""
     for old, new in zip(old_first.modules(), new_first.modules(), strict=False):

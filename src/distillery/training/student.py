@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from distillery.config.schema import AdapterSettings, LoraSettings, ModelConfig, StudentConfig
 from distillery.errors import UserError
 from distillery.models.label_model import LabelModel
-from distillery.models.layers import chosen_layers, head_layers
+from distillery.models.layers import chosen_layers, freeze_lower_layers, head_layers
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.positions import max_positions, require_positions
 from distillery.models.precision import resolve_dtype
@@ -130,6 +130,8 @@ def build_student(
         model = attach_adapters(model, spec.adapter if adapted else None, spec.arch, seed)
     if spec.init.freeze == "embeddings":
         model.get_input_embeddings().requires_grad_(False)
+    elif spec.init.freeze != "nothing":
+        freeze_lower_layers(model, int(spec.init.freeze.removeprefix("first-")))
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tokenizer = load_tokenizer(folder, remote_code)

@@ -73,6 +73,9 @@ VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 LAYERS = r"^(all|(first|last|every)-[1-9][0-9]*)$"
 
 
+FROZEN = r"^(nothing|embeddings|first-[1-9][0-9]*)$"
+
+
 TRIMMED_TEXT = r"^\S(.*\S)?$"
 
 
@@ -85,6 +88,7 @@ PATTERNS = {
     URL: "http://… or https://…, without a user name or password",
     VARIABLE: "the name of an environment variable, never the key itself",
     LAYERS: "`all`, `first-N`, `last-N` or `every-N`",
+    FROZEN: "`nothing`, `embeddings` or `first-N`",
 }
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from distillery.config.schema.base import (
     DIVERGENCES,
+    FROZEN,
     HIDDEN_STATE_TERMS,
     LAYERS,
     LOSS_TERMS,
@@ -26,8 +27,10 @@ class StudentInit(Section):
 
     layers: Annotated[list[Count], Field(min_length=1)] | Annotated[str, Field(pattern=LAYERS)] = "all"
     """Layers of the model that the student has: a list of indices from 0, `all`, `first-N`, `last-N` or `every-N`."""
-    freeze: Literal["nothing", "embeddings"] = "nothing"
-    """`embeddings`: token vectors are not trained; they are most of a small encoder's parameters."""
+    freeze: Annotated[str, Field(pattern=FROZEN)] = "nothing"
+    """`embeddings`: token vectors are not trained; they are most of a small encoder's parameters. `first-N`: nor are
+    the lowest N layers, of encoder and decoder where it has both. A causal model trains faster then: the outputs of
+    these layers are computed once a row."""
 
 
 class PseudoLabelFilter(Section):
@@ -207,6 +210,12 @@ class StudentConfig(Section):
     """Compute activations again during the backward pass: less memory, more time."""
     checkpoint_every: Annotated[int, Field(gt=0)] = 50
     """Optimizer steps between two checkpoints, from which an interrupted run resumes."""
+
+    @model_validator(mode="after")
+    def _frozen_layers_fit(self):
+        if self.init.freeze.startswith("first-") and self.adapter.kind != "none":
+            raise ValueError(f"`init.freeze: {self.init.freeze}` is without `adapter`, which has its own `layers`")
+        return self
 
     @model_validator(mode="after")
     def _long_texts_fit(self):
