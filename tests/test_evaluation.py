@@ -31,8 +31,9 @@ from distillery.evaluation.leaderboard import (
 from distillery.evaluation.results import ModelResult
 from distillery.evaluation.robustness import paraphrase_test_rows, rewrite_test_rows
 from distillery.evaluation.rows import disagreements, sample_rows
-from distillery.evaluation.speed import latency, measure_models, peak_memory, throughput
+from distillery.evaluation.speed import latency, measure_models, peak_memory, student_shape, throughput
 from distillery.models.save import save_model
+from distillery.report.sentences import describe_result
 from distillery.tasks.schema import Task
 from distillery.teachers.cache import STORE_PATH
 from distillery.training.student import build_student, load_student
@@ -157,6 +158,19 @@ def test_every_role_has_its_row(finished):
     assert len(majority) == 1
     assert board["role"].to_dict() == roles | {majority[0]: "majority"}
     assert board["accuracy"].is_monotonic_decreasing
+
+
+def test_students_that_differ_in_what_they_train_start_alike(tmp_path):
+    spec = experiment(seeds=[0])
+    students = spec["students"]
+    frozen = students["tiny-gold"] | {"init": {"layers": [0, 2], "freeze": "first-1"}}
+    params = write_project(tmp_path, spec | {"students": {"tiny-gold": frozen} | students | {"tiny-gold": frozen}})
+    results, board = evaluate(tmp_path, params)
+    untrained = board[board["role"] == "untrained"]
+    assert set(untrained.index) == {"tiny-gold, untrained", "other, untrained"}
+    start = f"the untrained student on {untrained.loc['tiny-gold, untrained', 'accuracy']:.1%}".replace("%", " %")
+    assert start in " ".join(describe_result(results, board.reset_index())["sentences"])
+    assert student_shape(params.students["tiny-kd"]) == student_shape(params.students["tiny-gold"])
 
 
 def test_a_teacher_with_the_name_of_a_student(tmp_path):

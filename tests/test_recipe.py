@@ -205,7 +205,7 @@ def test_every_recipe_is_a_whole_experiment_at_every_scale(name, tmp_path):
         claims = loaded.recipe.published if loaded.recipe else []
         models = {claim.model for claim in claims if not claim.model.endswith("(not run here)")}
         # an untrained model has the name of the first student that starts from it
-        starts = {(spec.model, str(spec.init)): student for student, spec in reversed(loaded.students.items())}
+        starts = {(spec.model, str(spec.init.layers)): student for student, spec in reversed(loaded.students.items())}
         assert models <= {*loaded.students, *loaded.teachers, *(f"{student}, untrained" for student in starts.values())}
     assert "recipe" in raw or name in OF_THIS_PROJECT
     if "recipe" in raw:  # a published system: where it is from, what it needs, and what small means

@@ -102,7 +102,7 @@ def _untrained_results(
     results = {}
     for student in students:
         spec, name, source = params.students[student.key], student.name, student.source
-        start = (spec.model, spec.arch, str(spec.init), spec.prompt, spec.few_shot, spec.dtype, source)
+        start = (spec.model, spec.arch, str(spec.init.layers), spec.prompt, spec.few_shot, spec.dtype, source)
         if start in results:
             continue
         paths = [folder / "phases.parquet" for folder in _run_folders(root, params, name)]

@@ -177,7 +177,8 @@ def _shape(params: Params, result: ModelResult) -> str:
 
 def student_shape(spec: StudentConfig) -> str:
     """A text that is equal for students that differ in their weights alone: they are equally large and fast."""
-    shape = [spec.model, spec.arch, spec.init, spec.prompt, spec.few_shot, spec.dtype, spec.max_length, spec.long_texts]
+    shape = [spec.model, spec.arch, spec.init.layers, spec.prompt, spec.few_shot, spec.dtype, spec.max_length]
+    shape += [spec.long_texts]
     shape += [spec.prompt_of] if spec.prompt_of else []
     shape += [spec.adapter] if spec.adapter.kind == "series" else []  # others are merged
     return str(shape)

@@ -187,9 +187,9 @@ def _differences(results: Results, control: ModelResult) -> list[str]:
 def _untrained(results: Results) -> ModelResult | None:
     """The untrained model that the headline starts from."""
     head, students = results.headline, results.params.students
-    start = students[head.key].init, students[head.key].model
+    start = students[head.key].init.layers, students[head.key].model
     untrained = (m for m in results.models if m.role == "untrained" and m.source == head.source)
-    return next((m for m in untrained if (students[m.key].init, students[m.key].model) == start), None)
+    return next((m for m in untrained if (students[m.key].init.layers, students[m.key].model) == start), None)
 
 
 def _dollars(row: pd.Series | None) -> float | None:
