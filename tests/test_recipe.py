@@ -191,7 +191,7 @@ def test_an_unknown_recipe_or_scale_ends_in_one_line(repository, arguments, line
     assert (done.returncode, done.stderr) == (1, line + "\n")
 
 
-OF_THIS_PROJECT = ("candidates", "finance-full", "qwen-gkd", "qwen-label-free", "qwen-written")
+OF_THIS_PROJECT = ("candidates", "finance-full", "qwen-gkd", "qwen-half", "qwen-label-free", "qwen-written")
 
 
 @pytest.mark.parametrize("name", RECIPES)
