@@ -1,11 +1,11 @@
 """Which settings of the PhraseBank study help its distilled student, on validation rows alone?
 
-    PYTHONPATH=src python benchmarks/phrasebank_trials.py FOLDER ["NAME OF A TRIAL" ...]
+    PYTHONPATH=src python benchmarks/phrasebank_trials.py FOLDER ["NAME OF A TRIAL" ...] [--test]
 
 FOLDER holds PhraseBank's files as studies/phrasebank/README.md has them. Trains the student minilm-l6-kd of seed 0 once
 for each overlay in studies/phrasebank/trials.yaml, or for those that are named. Prints accuracy and macro-F1 on the
-validation rows of 50-agree, and on the unanimous ones. Finished models are kept in `.cache/phrasebank/`, so that a
-killed run goes on.
+validation rows of 50-agree, and on the unanimous ones; with --test on the test rows, for a trial that these chose.
+Finished models are kept in `.cache/phrasebank/`, so that a killed run goes on.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from studies.phrasebank.training import stack_probabilities
 STUDENT = "minilm-l6-kd"
 
 
-def main(data: Path, *names: str) -> None:
-    """Train the student of each overlay and print the table. Raises UserError for a name that is no trial."""
+def main(data: Path, *names: str, split: str = "validation") -> None:
+    """Train the student of each overlay and print its scores on `split`.
+
+    Raises UserError for a name that is no trial.
+    """
     study = repository_root() / "studies/phrasebank"
     overlays = read_yaml(study / "trials.yaml")
     if unknown := set(names) - set(overlays):
@@ -45,17 +48,18 @@ def main(data: Path, *names: str) -> None:
         teachers = {teacher: list(p) for teacher, p, _ in label_rows(STUDENT, settings, rows, 0, CACHE)}
         labelled = rows.assign(**{f"probabilities_{teacher}": p for teacher, p in teachers.items()})
         predictions, cost = train_labelled(STUDENT, settings, labelled, 0, CACHE)
-        p = stack_probabilities(predictions, "validation")
-        both = subset_scores(split_rows(rows)["validation"], p)
+        p = stack_probabilities(predictions, split)
+        both = subset_scores(split_rows(rows)[split], p)
         scores = "   ".join(f"{scores['accuracy']:.4f} / {scores['macro_f1']:.4f}" for scores in both)
         minutes = "unknown" if cost.minutes is None else f"{cost.minutes:.1f}"
         lines.append(f"{name:60}   {scores}   {minutes:>7}")
-    print(f"{'accuracy / macro-F1 on validation rows of seed 0':60}   50-agree          all-agree         minutes")
+    print(f"{f'accuracy / macro-F1 on {split} rows of seed 0':60}   50-agree          all-agree         minutes")
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), *sys.argv[2:])
+        names = [name for name in sys.argv[2:] if name != "--test"]
+        main(Path(sys.argv[1]), *names, split="test" if "--test" in sys.argv else "validation")
     except UserError as mistake:
         sys.exit(f"error: {mistake}")
