@@ -196,7 +196,7 @@ def unchanged_repro(root: Path, finished: Path, rounds: int = 3) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=repository_root())
-    parser.add_argument("--after", default=last_change(repository_root()), help="the commit that is `after`")
+    parser.add_argument("--after", help="the commit that is `after`; the last change of what decides the run")
     parser.add_argument("--only", nargs="*", help="only count these stages, and print no table")
     parser.add_argument("--commits", nargs="*", default=["before", "after"], help="which of the two are counted")
     parser.add_argument("--full", nargs="*", help="stages that are counted a second time, every call")
@@ -209,7 +209,7 @@ def main() -> None:
         settings.target.write_text(json.dumps(parts))
         return
     root, path = repository_root(), Path(__file__).with_suffix(".csv")
-    revisions = {"before": BEFORE, "after": settings.after}
+    revisions = {"before": BEFORE, "after": settings.after or last_change(root)}
     table = pd.read_csv(path, dtype={"commit": str}) if path.exists() else pd.DataFrame(columns=COLUMNS)
     for name in settings.commits:
         table = count_commit(root, revisions[name], settings, table)

@@ -155,3 +155,15 @@ def test_what_the_finished_run_predicted_stands_in_for_a_model_that_was_not_trai
         probabilities = model.predict(texts)
     assert probabilities[1].tolist() == [0.5, 0.25, 0.25]
     assert probabilities[0].tolist() == pytest.approx(model.predict(texts)[0].tolist())
+
+
+def test_a_stage_is_counted_in_a_folder_without_git(tmp_path, monkeypatch):
+    """The stages of a commit are counted in a copy of its files, which is no repository."""
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    benchmark = tiny.load_benchmark("default_run")
+    monkeypatch.setattr(benchmark, "count_stage", lambda *_, **__: [{"part": "all", "training": 1.0}])
+    target = tmp_path / "parts.json"
+    monkeypatch.setattr("sys.argv", ["default_run.py", "--count", "05_evaluate", "--target", str(target)])
+    benchmark.main()
+    assert json.loads(target.read_text()) == [{"part": "all", "training": 1.0}]
