@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `studies`
 
 from studies.phrasebank.data import read_phrasebank, study_rows
 from studies.phrasebank.settings import StudySettings
-from studies.phrasebank.study import CACHE, label_rows, split_rows, subset_scores, train_labelled
+from studies.phrasebank.study import CACHE, fit_teachers, split_rows, subset_scores, train_student
 from studies.phrasebank.training import stack_probabilities
 
 STUDENT = "minilm-l6-kd"
@@ -45,9 +45,8 @@ def main(data: Path, *names: str, split: str = "validation") -> None:
         overlay = overlays[name]
         settings = validate_section(StudySettings, merge_overlay(base, overlay), f"trials.yaml: {name}")
         rows = study_rows(phrasebank, [], settings, 0)
-        teachers = {teacher: list(p) for teacher, p, _ in label_rows(STUDENT, settings, rows, 0, CACHE)}
-        labelled = rows.assign(**{f"probabilities_{teacher}": p for teacher, p in teachers.items()})
-        predictions, cost = train_labelled(STUDENT, settings, labelled, 0, CACHE)
+        teachers = fit_teachers(STUDENT, settings, rows, 0, CACHE)
+        predictions, cost = train_student(STUDENT, settings, rows, teachers, 0, CACHE)
         p = stack_probabilities(predictions, split)
         both = subset_scores(split_rows(rows)[split], p)
         scores = "   ".join(f"{scores['accuracy']:.4f} / {scores['macro_f1']:.4f}" for scores in both)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -174,6 +175,8 @@ def test_each_trial_changes_valid_settings_of_the_student(tmp_path, name):
     assert (len(student.phases[0].teachers), len(student.phases[1].teachers)) == (1 + ("two" in name),) * 2
     assert student.phases[1].epochs == (6 if "six epochs" in name or "twice the epochs" in name else 3)
     assert student.phases[1].data == (["allagree/train"] if "unanimous" in name else ["50agree/train"])
+    hidden = ["hidden" in phase.loss for phase in student.phases]
+    assert hidden == ["hidden" in name, "hidden" in name and "both" in name]
     assert settings.pools.spliced == (6 if "spliced" in name or "six epochs" in name else 2)
 
 
@@ -237,8 +240,9 @@ def test_a_teacher_labels_another_pool_without_being_trained_again(files, tiny_m
     for spliced in (1, 2):
         settings = read_settings(tiny_settings(tmp_path, tiny_models, finance=False, headlines=0, spliced=spliced)[0])
         rows = data.study_rows(phrasebank, [], settings, 0)
-        ((_, p, cost),) = study.label_rows("minilm-l6-kd", settings, rows, 0, tmp_path / "cache")
-        tables.append(rows[["text"]].assign(p=list(p), minutes=cost.minutes).drop_duplicates("text").set_index("text"))
+        (fit,) = study.fit_teachers("minilm-l6-kd", settings, rows, 0, tmp_path / "cache").values()
+        labelled = rows[["text"]].assign(p=list(fit.probabilities), minutes=fit.cost.minutes)
+        tables.append(labelled.drop_duplicates("text").set_index("text"))
         printed = capsys.readouterr().out
         assert ("without fold 0: training" in printed, "without fold 0: predicting" in printed) == (
             spliced == 1,
@@ -248,6 +252,39 @@ def test_a_teacher_labels_another_pool_without_being_trained_again(files, tiny_m
     assert len(tables[1]) > len(tables[0]) and len(both) > len(phrasebank) / 2
     assert (both["minutes"] == both["minutes_again"]).all()  # of the one training
     np.testing.assert_allclose(np.stack(both["p"]), np.stack(both["p_again"]), atol=1e-6)
+
+
+def test_a_student_learns_the_hidden_states_of_the_model_that_has_not_seen_the_row(
+    files, tiny_models, tmp_path, monkeypatch
+):
+    _, tree = tiny_settings(tmp_path, tiny_models, finance=False, headlines=0)
+    tree["students"]["minilm-l6-kd"]["phases"][1] |= {"loss": {"kl": 1.0, "hidden": 1.0}, "layers": [1, 2]}
+    settings = validate_section(StudySettings, tree, "params.yaml")
+    rows, cache = data.study_rows(data.read_phrasebank(files), [], settings, 0), tmp_path / "cache"
+    teachers = study.fit_teachers("minilm-l6-kd", settings, rows, 0, cache)
+    ((name, fit),) = teachers.items()
+    opened = training.openable_teacher(name, settings, fit, 0, cache)
+    assert opened.num_layers == 4 and sorted(set(fit.fold)) == [-1, 0, 1]
+    for fold in (0, 1):  # the labels of a fold's rows are those of the model that is opened for it
+        predicted = opened.open_fold(fold).predict(rows["text"][fit.fold == fold].tolist())
+        np.testing.assert_allclose(predicted, fit.probabilities[fit.fold == fold], atol=1e-6)
+    first = opened.open_fold(0).predict(rows["text"].tolist())
+    np.testing.assert_allclose(opened.open_fold(-1).predict(rows["text"].tolist()), first, atol=1e-6)
+    assert np.abs(opened.open_fold(1).predict(rows["text"].tolist()) - first).max() > 1e-6
+
+    folds = []
+
+    def open_and_list(fold):
+        folds.append(fold)
+        return opened.open_fold(fold)
+
+    listed = dataclasses.replace(opened, open_fold=open_and_list)
+    monkeypatch.setattr(study, "openable_teacher", lambda *_: listed)
+    predictions, _ = study.train_student("minilm-l6-kd", settings, rows, teachers, 0, cache)
+    assert sorted(set(folds)) == [0, 1]
+    (history,) = cache.glob("*/phases/phase-2/history.csv")
+    assert (pd.read_csv(history)["hidden"] > 0).all()
+    assert set(predictions["split"]) == {"untrained", "validation", "test"}
 
 
 def test_the_command_trains_and_leaves_the_committed_copy_alone(files, tiny_models, tmp_path):

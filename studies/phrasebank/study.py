@@ -13,7 +13,15 @@ from distillery import metrics
 from studies.phrasebank.data import ROOT, SUBSETS, is_far, read_corpus, sentiment_task, study_rows
 from studies.phrasebank.results import EvaluatedModel
 from studies.phrasebank.settings import StudySettings
-from studies.phrasebank.training import Cost, cross_fit, predict_with_run, stack_probabilities, train
+from studies.phrasebank.training import (
+    Cost,
+    CrossFit,
+    cross_fit,
+    openable_teacher,
+    predict_with_run,
+    stack_probabilities,
+    train,
+)
 
 CACHE = ROOT / ".cache" / "phrasebank"
 
@@ -38,25 +46,28 @@ def print_scores(title: str, rows: pd.DataFrame, p: np.ndarray) -> None:
     print(f"{title}: {', '.join(parts)}", flush=True)
 
 
-def label_rows(
-    name: str, settings: StudySettings, rows: pd.DataFrame, seed: int, cache: Path
-) -> Iterator[tuple[str, np.ndarray, Cost]]:
-    """The teachers of student `name`, each with its probabilities for all `rows` and its cost."""
+def fit_teachers(name: str, settings: StudySettings, rows: pd.DataFrame, seed: int, cache: Path) -> dict[str, CrossFit]:
+    """The teachers of student `name`, each with its labels for all `rows`."""
     phases = settings.students[name].phases
-    for teacher in dict.fromkeys(teacher for phase in phases for teacher in phase.teachers):
-        yield teacher, *cross_fit(teacher, settings, rows, seed, cache)
+    teachers = dict.fromkeys(teacher for phase in phases for teacher in phase.teachers)
+    return {teacher: cross_fit(teacher, settings, rows, seed, cache) for teacher in teachers}
 
 
-def train_labelled(
-    name: str, settings: StudySettings, rows: pd.DataFrame, seed: int, cache: Path
+def train_student(
+    name: str, settings: StudySettings, rows: pd.DataFrame, teachers: dict[str, CrossFit], seed: int, cache: Path
 ) -> tuple[pd.DataFrame, Cost]:
-    """Train student `name` on `rows` that hold the probabilities of its teachers; see :func:`training.train`."""
-    spec, splits = settings.students[name], split_rows(rows)
-    unanimous = splits["train"][splits["train"]["allagree"]]
-    frame = pd.concat([rows, unanimous.assign(split_ref="allagree/train")], ignore_index=True)
+    """Train student `name` on `rows` with the labels of its `teachers`; see :func:`training.train`."""
+    spec, splits, opened = settings.students[name], split_rows(rows), {}
+    labelled = rows.assign(**{f"probabilities_{teacher}": list(fit.probabilities) for teacher, fit in teachers.items()})
+    if any(phase.needs_hidden_states for phase in spec.phases):
+        labelled = labelled.assign(**{f"fold_{teacher}": fit.fold for teacher, fit in teachers.items()})
+        opened = {teacher: openable_teacher(teacher, settings, fit, seed, cache) for teacher, fit in teachers.items()}
+    train_rows = split_rows(labelled)["train"]
+    unanimous = train_rows[train_rows["allagree"]].assign(split_ref="allagree/train")
+    frame = pd.concat([labelled, unanimous], ignore_index=True)
     held_out = {split: splits[split] for split in ("validation", "test")}
     title, model = f"seed {seed}, {name}", settings.models[spec.model]
-    return train(spec, model, frame, held_out, seed=seed, cache=cache, title=title)
+    return train(spec, model, frame, held_out, seed=seed, cache=cache, title=title, teachers=opened)
 
 
 def split_rows(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -68,14 +79,14 @@ def evaluate_student(
     name: str, settings: StudySettings, rows: pd.DataFrame, seed: int, cache: Path
 ) -> Iterator[EvaluatedModel]:
     """Train student `name` of a seed, and its teachers. rows: see :func:`study_rows`."""
-    spec, splits, frame = settings.students[name], split_rows(rows), rows
-    test = splits["test"]
-    for teacher, p, cost in label_rows(name, settings, rows, seed, cache):
+    spec, splits = settings.students[name], split_rows(rows)
+    test, teachers = splits["test"], fit_teachers(name, settings, rows, seed, cache)
+    for teacher, fit in teachers.items():
+        p = fit.probabilities
         for split in ("train", "validation"):
             print_scores(f"seed {seed}, {teacher}, {split}", splits[split], p[splits[split].index])
-        yield EvaluatedModel(teacher, "teacher", seed, with_predictions(test, p[test.index]), cost)
-        frame = frame.assign(**{f"probabilities_{teacher}": list(p)})
-    predictions, cost = train_labelled(name, settings, frame, seed, cache)
+        yield EvaluatedModel(teacher, "teacher", seed, with_predictions(test, p[test.index]), fit.cost)
+    predictions, cost = train_student(name, settings, rows, teachers, seed, cache)
     title = f"seed {seed}, {name}, validation"
     print_scores(title, splits["validation"], stack_probabilities(predictions, "validation"))
     role = "student" if any(phase.teachers for phase in spec.phases) else "control"

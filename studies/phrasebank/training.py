@@ -17,11 +17,14 @@ from distillery.config.schema import ModelConfig, StudentConfig
 from distillery.errors import UserError
 from distillery.files import atomic_write, write_json
 from distillery.models.fetch import fetch_model
-from distillery.models.layers import count_parameters
+from distillery.models.label_model import LabelModel
+from distillery.models.layers import count_layers, count_parameters
 from distillery.models.predictions import predict_splits
 from distillery.teachers.finetune import assign_folds
+from distillery.training.openable_teachers import OpenableTeacher
 from distillery.training.run import run_key, train_phases
 from distillery.training.student import build_student, load_student
+from distillery.training.weights import load_weights
 from studies.phrasebank.data import ROOT, sentiment_task
 from studies.phrasebank.settings import StudySettings
 
@@ -34,6 +37,20 @@ class Cost:
     parameters: int | None
     minutes: float | None
     commit: str
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """A teacher that is the mean of its folds' models, each tuned on the training rows of the other folds.
+
+    probabilities: [rows, labels]; a training row is labelled by the one model that has not seen it. fold: [rows], the
+    fold of a training row, -1 of others. folders: where each fold's model is. cost: of all of them.
+    """
+
+    probabilities: np.ndarray
+    fold: pd.Series
+    folders: list[Path]
+    cost: Cost
 
 
 def stack_probabilities(predictions: pd.DataFrame, split: str) -> np.ndarray:
@@ -50,17 +67,17 @@ def train(
     seed: int,
     cache: Path,
     title: str,
+    teachers: dict[str, OpenableTeacher] | None = None,
 ) -> tuple[pd.DataFrame, Cost]:
     """The predictions of a student for the rows of each of `splits`, and its cost; read from `cache` if they are there.
 
     rows: as of :func:`distillery.training.rows.phase_rows`. splits: name -> rows (id, text, label), `validation` and
     `test` among them. Other splits change nothing in the training: a finished model predicts new ones without it.
+    teachers: those whose hidden states the student learns.
     Returns the table of :func:`predict_splits`; the split `untrained` is `test` before the first phase.
     """
-    rows = rows[rows["split_ref"].isin([ref for phase in spec.phases for ref in phase.data])]
-    settings = spec.model_dump(exclude={"control", "checkpoint_every", "folds"})
-    trained_on = [content(part) for part in (rows, splits["validation"], splits["test"])]
-    folder = cache / run_key(settings, model.model_dump(), seed, *trained_on)
+    rows = phase_data(spec, rows)
+    folder = run_folder(spec, model, rows, splits, seed=seed, cache=cache, teachers=teachers)
     files = {name: folder / f"predictions-{run_key(content(part))}.parquet" for name, part in splits.items()}
     missing = {name: splits[name] for name, path in files.items() if not path.exists()}
     if missing or not (folder / "cost.json").exists():
@@ -75,6 +92,7 @@ def train(
             seed=seed,
             validation=splits["validation"],
             test=splits["test"],
+            teachers=teachers,
             checkpoint_every=spec.checkpoint_every,
         )
         if not trained:
@@ -92,6 +110,28 @@ def train(
     return pd.concat(tables, ignore_index=True), cost
 
 
+def phase_data(spec: StudentConfig, rows: pd.DataFrame) -> pd.DataFrame:
+    """Those of `rows` that a phase of `spec` learns from."""
+    return rows[rows["split_ref"].isin([ref for phase in spec.phases for ref in phase.data])]
+
+
+def run_folder(
+    spec: StudentConfig,
+    model: ModelConfig,
+    rows: pd.DataFrame,
+    splits: dict[str, pd.DataFrame],
+    *,
+    seed: int,
+    cache: Path,
+    teachers: dict[str, OpenableTeacher] | None = None,
+) -> Path:
+    """Where :func:`train` leaves a student: a folder in `cache` named by all that decides its weights."""
+    settings = spec.model_dump(exclude={"control", "checkpoint_every", "folds"})
+    trained_on = [content(part) for part in (phase_data(spec, rows), splits["validation"], splits["test"])]
+    identities = [teacher.identity for teacher in (teachers or {}).values()]
+    return cache / run_key(settings, model.model_dump(), seed, *trained_on, *identities)
+
+
 def content(rows: pd.DataFrame) -> str:
     """What `rows` hold, for a key."""
     return rows.to_json(orient="records", double_precision=15)
@@ -103,31 +143,43 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
         table.to_parquet(scratch, index=False)
 
 
-def cross_fit(
-    name: str, settings: StudySettings, rows: pd.DataFrame, seed: int, cache: Path
-) -> tuple[np.ndarray, Cost]:
-    """The probabilities of teacher `name` for all `rows` of a seed [len(rows), labels], and its cost.
-
-    The teacher is the mean of its folds' models, each tuned on the training rows of the other folds. A training row is
-    labelled by the one model that has not seen it.
-    """
+def cross_fit(name: str, settings: StudySettings, rows: pd.DataFrame, seed: int, cache: Path) -> CrossFit:
+    """Teacher `name` of a seed, tuned once without each fold, with its labels for all `rows`."""
     spec = settings.teachers[name]
     train_rows = rows[rows["split_ref"] == "50agree/train"]
     fold = pd.Series(-1, index=rows.index)
     fold[train_rows.index] = assign_folds(train_rows, spec.folds, seed)
     splits = {ref.removeprefix("50agree/"): part for ref, part in rows.groupby("split_ref") if ref != "50agree/train"}
-    probabilities, costs = np.zeros((len(rows), len(sentiment_task().names))), []
+    probabilities, costs, folders = np.zeros((len(rows), len(sentiment_task().names))), [], []
     for k in range(spec.folds):
         all_splits = {"held out": rows[fold == k]} | splits
-        model, title = settings.models[spec.model], f"seed {seed}, {name} without fold {k}"
-        predictions, cost = train(spec, model, rows[fold != k], all_splits, seed=seed, cache=cache, title=title)
+        trained = (spec, settings.models[spec.model], rows[fold != k], all_splits)
+        title = f"seed {seed}, {name} without fold {k}"
+        predictions, cost = train(*trained, seed=seed, cache=cache, title=title)
         for split, part in all_splits.items():
             share = 1 if split == "held out" else spec.folds
             probabilities[part.index] += stack_probabilities(predictions, split) / share
         costs.append(cost)
+        folders.append(run_folder(*trained, seed=seed, cache=cache))
     minutes = None if any(cost.minutes is None for cost in costs) else sum(cost.minutes for cost in costs)
     commits = " ".join(dict.fromkeys(cost.commit for cost in costs))
-    return probabilities, Cost(sum(cost.parameters for cost in costs), minutes, commits)
+    return CrossFit(probabilities, fold, folders, Cost(sum(cost.parameters for cost in costs), minutes, commits))
+
+
+def openable_teacher(name: str, settings: StudySettings, fitted: CrossFit, seed: int, cache: Path) -> OpenableTeacher:
+    """Teacher `name`, for its hidden states. A row that is in no fold has those of the first fold's model."""
+    spec = settings.teachers[name]
+    source = fetch_model(spec.model, settings.models[spec.model])
+
+    def open_fold(fold: int) -> LabelModel:
+        teacher = build_student(spec, source, sentiment_task(), seed)
+        weights = fitted.folders[max(fold, 0)] / f"phases/phase-{len(spec.phases)}/weights.safetensors"
+        load_weights(teacher.model, weights)
+        return teacher
+
+    return OpenableTeacher(
+        open_fold, [folder.name for folder in fitted.folders], count_layers(source), cache / "outputs"
+    )
 
 
 def predict_with_run(run: str, rows: pd.DataFrame) -> tuple[pd.DataFrame, Cost]:
