@@ -258,7 +258,9 @@ def test_a_student_learns_the_hidden_states_of_the_model_that_has_not_seen_the_r
     files, tiny_models, tmp_path, monkeypatch
 ):
     _, tree = tiny_settings(tmp_path, tiny_models, finance=False, headlines=0)
-    tree["students"]["minilm-l6-kd"]["phases"][1] |= {"loss": {"kl": 1.0, "hidden": 1.0}, "layers": [1, 2]}
+    phases = tree["students"]["minilm-l6-kd"]["phases"]
+    phases[0] |= {"early_stopping": {"metric": "agreement"}}  # needs the teacher's labels of validation rows
+    phases[1] |= {"loss": {"kl": 1.0, "hidden": 1.0}, "layers": [1, 2]}
     settings = validate_section(StudySettings, tree, "params.yaml")
     rows, cache = data.study_rows(data.read_phrasebank(files), [], settings, 0), tmp_path / "cache"
     teachers = study.fit_teachers("minilm-l6-kd", settings, rows, 0, cache)

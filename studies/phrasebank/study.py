@@ -57,13 +57,13 @@ def train_student(
     name: str, settings: StudySettings, rows: pd.DataFrame, teachers: dict[str, CrossFit], seed: int, cache: Path
 ) -> tuple[pd.DataFrame, Cost]:
     """Train student `name` on `rows` with the labels of its `teachers`; see :func:`training.train`."""
-    spec, splits, opened = settings.students[name], split_rows(rows), {}
+    spec, opened = settings.students[name], {}
     labelled = rows.assign(**{f"probabilities_{teacher}": list(fit.probabilities) for teacher, fit in teachers.items()})
     if any(phase.needs_hidden_states for phase in spec.phases):
         labelled = labelled.assign(**{f"fold_{teacher}": fit.fold for teacher, fit in teachers.items()})
         opened = {teacher: openable_teacher(teacher, settings, fit, seed, cache) for teacher, fit in teachers.items()}
-    train_rows = split_rows(labelled)["train"]
-    unanimous = train_rows[train_rows["allagree"]].assign(split_ref="allagree/train")
+    splits = split_rows(labelled)
+    unanimous = splits["train"][splits["train"]["allagree"]].assign(split_ref="allagree/train")
     frame = pd.concat([labelled, unanimous], ignore_index=True)
     held_out = {split: splits[split] for split in ("validation", "test")}
     title, model = f"seed {seed}, {name}", settings.models[spec.model]
