@@ -27,7 +27,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import textwrap
 import time
@@ -35,6 +34,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from zipfile import ZipFile
 
 import pandas as pd
 import torch
@@ -67,11 +67,12 @@ def stage_names(folder: Path) -> list[str]:
 @contextmanager
 def unpacked(root: Path, revision: str, finished: Path) -> Iterator[Path]:
     """A temporary folder with the commit `revision` of `root` and the results of the run in `finished`."""
-    archive = subprocess.run(["git", "-C", str(root), "archive", revision], capture_output=True, check=True).stdout
+    command = ["git", "-C", str(root), "archive", "--format=zip", revision]  # tarfile's filters are not in every 3.11
+    archive = subprocess.run(command, capture_output=True, check=True).stdout
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        with tarfile.open(fileobj=BytesIO(archive)) as opened:
-            opened.extractall(folder, filter="data")
+        with ZipFile(BytesIO(archive)) as opened:
+            opened.extractall(folder)
         for name in RESULTS:
             if not (finished / name).exists():
                 raise UserError(f"--run {finished}: no {name}; give the folder of a finished run (`dvc repro`)")
