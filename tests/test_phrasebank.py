@@ -318,7 +318,7 @@ def test_a_killed_training_continues_and_has_no_minutes(files, tiny_models, tmp_
     spec = settings.students["minilm-l6-gold"]
     spec = spec.model_copy(update={"phases": [spec.phases[0]] * 2})
     arguments = (spec, settings.models["minilm-l6"], rows, splits)
-    whole, cost = training.train(*arguments, seed=0, cache=tmp_path / "whole", title="whole")
+    whole, cost, _ = training.train(*arguments, seed=0, cache=tmp_path / "whole", title="whole")
     assert cost.minutes is not None and set(whole["split"]) == {"untrained", "validation", "test"}
 
     def fail(*_):
@@ -328,7 +328,7 @@ def test_a_killed_training_continues_and_has_no_minutes(files, tiny_models, tmp_
         patch.setattr(training, "write_json", fail)
         training.train(*arguments, seed=0, cache=tmp_path / "killed", title="killed")
     monkeypatch.setattr("distillery.training.run.train_phase", None)  # its phases are finished
-    continued, cost = training.train(*arguments, seed=0, cache=tmp_path / "killed", title="killed")
+    continued, cost, _ = training.train(*arguments, seed=0, cache=tmp_path / "killed", title="killed")
     assert cost.minutes is None
     assert np.array_equal(np.stack(whole["probabilities"]), np.stack(continued["probabilities"]))
 

@@ -67,7 +67,8 @@ def train_student(
     frame = pd.concat([labelled, unanimous], ignore_index=True)
     held_out = {split: splits[split] for split in ("validation", "test")}
     title, model = f"seed {seed}, {name}", settings.models[spec.model]
-    return train(spec, model, frame, held_out, seed=seed, cache=cache, title=title, teachers=opened)
+    predictions, cost, _ = train(spec, model, frame, held_out, seed=seed, cache=cache, title=title, teachers=opened)
+    return predictions, cost
 
 
 def split_rows(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -113,7 +114,7 @@ def evaluate_transfer(settings: StudySettings, phrasebank: pd.DataFrame, cache: 
         print(f"{name}: {far.sum()} of {len(far)} rows of the corpus, the others are near-duplicates", flush=True)
         rows, splits = corpus[far].assign(split_ref="finance/train"), {"validation": test.head(1), "test": test}
         model = settings.models[spec.model]
-        predictions, cost = train(spec, model, rows, splits, seed=0, cache=cache, title=name)
+        predictions, cost, _ = train(spec, model, rows, splits, seed=0, cache=cache, title=name)
         predicted = with_predictions(test, stack_probabilities(predictions, "test"))
         yield EvaluatedModel(name, "transfer", 0, predicted, cost)
     for run in settings.transfer_runs:

@@ -68,16 +68,20 @@ def train(
     cache: Path,
     title: str,
     teachers: dict[str, OpenableTeacher] | None = None,
-) -> tuple[pd.DataFrame, Cost]:
-    """The predictions of a student for the rows of each of `splits`, and its cost; read from `cache` if they are there.
+) -> tuple[pd.DataFrame, Cost, Path]:
+    """The predictions of a student for the rows of each of `splits`, its cost and folder; read from `cache` if there.
 
     rows: as of :func:`distillery.training.rows.phase_rows`. splits: name -> rows (id, text, label), `validation` and
     `test` among them. Other splits change nothing in the training: a finished model predicts new ones without it.
     teachers: those whose hidden states the student learns.
-    Returns the table of :func:`predict_splits`; the split `untrained` is `test` before the first phase.
+    Returns the table of :func:`predict_splits`; the split `untrained` is `test` before the first phase. The folder, in
+    `cache`, is named by all that decides the weights, and holds those of the last phase.
     """
-    rows = phase_data(spec, rows)
-    folder = run_folder(spec, model, rows, splits, seed=seed, cache=cache, teachers=teachers)
+    rows = rows[rows["split_ref"].isin([ref for phase in spec.phases for ref in phase.data])]
+    settings = spec.model_dump(exclude={"control", "checkpoint_every", "folds"})
+    trained_on = [content(part) for part in (rows, splits["validation"], splits["test"])]
+    identities = [teacher.identity for teacher in (teachers or {}).values()]
+    folder = cache / run_key(settings, model.model_dump(), seed, *trained_on, *identities)
     files = {name: folder / f"predictions-{run_key(content(part))}.parquet" for name, part in splits.items()}
     missing = {name: splits[name] for name, path in files.items() if not path.exists()}
     if missing or not (folder / "cost.json").exists():
@@ -107,29 +111,7 @@ def train(
     cost = Cost(**json.loads((folder / "cost.json").read_text(encoding="utf-8")))
     tables = [pd.read_parquet(folder / "untrained.parquet").assign(split="untrained")]
     tables += [pd.read_parquet(path).assign(split=name) for name, path in files.items()]
-    return pd.concat(tables, ignore_index=True), cost
-
-
-def phase_data(spec: StudentConfig, rows: pd.DataFrame) -> pd.DataFrame:
-    """Those of `rows` that a phase of `spec` learns from."""
-    return rows[rows["split_ref"].isin([ref for phase in spec.phases for ref in phase.data])]
-
-
-def run_folder(
-    spec: StudentConfig,
-    model: ModelConfig,
-    rows: pd.DataFrame,
-    splits: dict[str, pd.DataFrame],
-    *,
-    seed: int,
-    cache: Path,
-    teachers: dict[str, OpenableTeacher] | None = None,
-) -> Path:
-    """Where :func:`train` leaves a student: a folder in `cache` named by all that decides its weights."""
-    settings = spec.model_dump(exclude={"control", "checkpoint_every", "folds"})
-    trained_on = [content(part) for part in (phase_data(spec, rows), splits["validation"], splits["test"])]
-    identities = [teacher.identity for teacher in (teachers or {}).values()]
-    return cache / run_key(settings, model.model_dump(), seed, *trained_on, *identities)
+    return pd.concat(tables, ignore_index=True), cost, folder
 
 
 def content(rows: pd.DataFrame) -> str:
@@ -153,14 +135,13 @@ def cross_fit(name: str, settings: StudySettings, rows: pd.DataFrame, seed: int,
     probabilities, costs, folders = np.zeros((len(rows), len(sentiment_task().names))), [], []
     for k in range(spec.folds):
         all_splits = {"held out": rows[fold == k]} | splits
-        trained = (spec, settings.models[spec.model], rows[fold != k], all_splits)
-        title = f"seed {seed}, {name} without fold {k}"
-        predictions, cost = train(*trained, seed=seed, cache=cache, title=title)
+        model, title = settings.models[spec.model], f"seed {seed}, {name} without fold {k}"
+        predictions, cost, folder = train(spec, model, rows[fold != k], all_splits, seed=seed, cache=cache, title=title)
         for split, part in all_splits.items():
             share = 1 if split == "held out" else spec.folds
             probabilities[part.index] += stack_probabilities(predictions, split) / share
         costs.append(cost)
-        folders.append(run_folder(*trained, seed=seed, cache=cache))
+        folders.append(folder)
     minutes = None if any(cost.minutes is None for cost in costs) else sum(cost.minutes for cost in costs)
     commits = " ".join(dict.fromkeys(cost.commit for cost in costs))
     return CrossFit(probabilities, fold, folders, Cost(sum(cost.parameters for cost in costs), minutes, commits))
