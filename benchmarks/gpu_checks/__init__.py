@@ -57,6 +57,7 @@ CHECKS = [
     Check("on-policy: generate and train", "students", "on_policy"),
     Check("sampling with top_p", "methods", "nucleus_sampling"),
     Check("token trees against the plain forward pass", "methods", "forward_methods"),
+    Check("recorded passes against plain ones", "methods", "recorded_steps"),
     Check("gradient checkpointing", "students", "gradient_checkpointing"),
     Check("deterministic algorithms by architecture", "methods", "deterministic_architectures"),
     Check("a teacher in int8", "methods", "int8_teacher"),

@@ -19,14 +19,17 @@ from distillery.models import forward_check, precision
 from distillery.models.devices import default_device
 from distillery.models.generation import end_tokens
 from distillery.models.int8 import Int8Linear
+from distillery.models.packed.hidden import completion_hidden_states
+from distillery.models.packed.recorded_passes import RecordedPasses, recorded_passes
 from distillery.models.runtime import configure_runtime
 from distillery.training.machine import machine_name
 from distillery.training.teacher_models import load_teacher_model
 from gpu_checks import Place, use_device
-from gpu_checks.students import TASK, corpus_rows, teacher_of
+from gpu_checks.students import TASK, corpus_rows, largest_difference, teacher_of
 
 VOCABULARY = 97
 TOKENIZER = SimpleNamespace(pad_token_id=PAD, eos_token_id=END)  # all that is read of one
+LENGTHS = (9, 14, 90, 70)  # of rows: the batches of two fill sequences of two lengths
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert": SHAPE,
@@ -187,6 +190,65 @@ def deterministic_architectures(place: Place) -> str:
     figure = f"equal gradients: {equal} of {equal + len(problems)} architectures"
     assert not problems, f"{figure}; {'; '.join(problems)[:300]}"
     return figure
+
+
+def recorded_steps(place: Place) -> str:
+    """Losses and gradients of recorded passes beside plain ones, of each architecture that is scored by token trees."""
+    configure_runtime()
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(4, VOCABULARY - 4, (n,), generator=draw).tolist() for n in LENGTHS]
+    batches = [[rows[i] for i in pair] for pair in ((0, 1), (2, 3), (1, 0), (2, 1))]
+    equal, refused, problems = 0, [], []
+    for name in ARCHITECTURES if place.is_gpu else ("llama", "gpt2"):
+        for dtype in (torch.float32, torch.bfloat16):
+            title = f"{name} in {str(dtype)[6:]}"
+            try:
+                apart, reason = _recorded_beside_plain(name, place.device, dtype, batches)
+            except Exception as error:  # not a model for trees, or one that this release of transformers lacks
+                print(f"{title}: {(str(error).splitlines() or [type(error).__name__])[0]}", flush=True)
+                continue
+            if reason:
+                refused.append(name)
+                print(f"{title}: {reason}", flush=True)
+            elif apart > torch.finfo(dtype).eps ** 0.5:
+                problems.append(f"{title}: {apart:.1e} apart")
+            else:
+                equal += 1
+    print("\n".join(problems), flush=True)
+    figure = f"{equal} equal, {len(refused)} not recorded ({', '.join(dict.fromkeys(refused))})"
+    assert not problems, f"{len(problems)} differ: {problems[0]}; {figure}"
+    return figure
+
+
+def _recorded_beside_plain(
+    name: str, device: str, dtype: torch.dtype, batches: list[list[list[int]]]
+) -> tuple[float, str]:
+    """How far losses and gradients of recorded passes are from plain ones, relative; or why none are recorded."""
+    model = random_model(name, VOCABULARY).to(device).train()
+    printed = io.StringIO()
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        plain, reference = _summed_gradients(model, batches, None)
+        recorded = recorded_passes(model)
+        if recorded is None:
+            return 0.0, "nothing to record, or dropout"
+        with contextlib.redirect_stdout(printed):
+            losses, gradients = _summed_gradients(model, batches, recorded)
+    apart = float((gradients - reference).abs().max() / reference.abs().max())
+    return max(apart, largest_difference(losses, plain)), "" if recorded.usable else printed.getvalue().strip()
+
+
+def _summed_gradients(
+    model: Any, batches: list[list[list[int]]], recorded: RecordedPasses | None
+) -> tuple[list[float], torch.Tensor]:
+    """The losses of `batches`, and the gradients of all weights of the layers summed over them."""
+    model.zero_grad()
+    losses = []
+    for prompts in batches:
+        states = completion_hidden_states(model, prompts, [[[5, END], [6]]] * len(prompts), recorded=recorded)
+        loss = states.hidden[states.index].float().sigmoid()[:, ::3].mean()
+        loss.backward()
+        losses.append(loss.item())
+    return losses, torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
 
 def int8_teacher(place: Place) -> str:

@@ -18,6 +18,7 @@ from distillery.models.forward_methods import ForwardMethods
 from distillery.models.generation import end_tokens, first_line, first_paragraph, generate_batch, one_line
 from distillery.models.packed.decoding import compute_prefix_kv
 from distillery.models.packed.frozen_layers import FrozenStates
+from distillery.models.packed.recorded_passes import RecordedPasses
 from distillery.models.packed.token_tree import common_prefix
 from distillery.models.runtime import configure_runtime
 from distillery.models.scoring import (
@@ -66,7 +67,8 @@ class LabelModel:
         self.model, self.tokenizer, self.task, self.arch = model, tokenizer, task, arch
         self.prompt_style, self.few_shot, self.max_length = prompt, few_shot, max_length
         self.dtype, self.batch_size, self.windows = getattr(torch, dtype), batch_size, windows
-        self.frozen_states: FrozenStates | None = None  # for training
+        self.frozen_states: FrozenStates | None = None  # for training, as the next
+        self.recorded: RecordedPasses | None = None
         self.known_states: FrozenStates | None = None  # for prediction
         self.sharded: Any = None  # the root of its shards, where several processes hold a part of each weight
         self._methods, self._longest_row = ForwardMethods(), 0  # tokens of the longest text that was encoded
@@ -74,8 +76,8 @@ class LabelModel:
             raise UserError(f"params.yaml: a `multilabel` task needs a classifier: {arch} writes one label")
         if arch != "classifier":
             # the answers of a `qa` task are those of the rows at hand: see :meth:`set_answers`
-            names = [] if task.kind == "qa" else task.names
-            self.label_token_ids = tokenize_labels(tokenizer, [render_answer(task, name, prompt) for name in names])
+            answers = [render_answer(task, name, prompt) for name in ([] if task.kind == "qa" else task.names)]
+            self.label_token_ids = tokenize_labels(tokenizer, answers)
         elif task.kind == "qa":
             raise UserError("params.yaml: a classifier writes no answers: a `qa` task needs a model that does")
 
@@ -132,10 +134,8 @@ class LabelModel:
 
     def set_answers(self, answers: Sequence[str]) -> None:
         """Let labels be the texts `answers`: the answers to the questions of a `qa` task."""
-        self.label_token_ids = [
-            self.tokenizer(render_answer(self.task, answer, self.prompt_style), add_special_tokens=False)["input_ids"]
-            for answer in answers
-        ]
+        rendered = [render_answer(self.task, answer, self.prompt_style) for answer in answers]
+        self.label_token_ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
 
     def row_completions(self, label: int, rationale: str | None = None) -> list[Completion]:
         """The completions that a row is trained on: its answer, then the rationale if there is one."""
@@ -173,11 +173,11 @@ class LabelModel:
         tokens = [[completion for completion, _ in row] for row in scored]
         methods = self.forward_methods(ids, max(len(completion) for row in tokens for completion in row))
         with self.autocast():
-            if self.arch == "causal":
-                frozen = self.frozen_states if torch.is_grad_enabled() else self.known_states
-                token_logits = causal_token_logits(self.model, ids, tokens, layers, prefix_kv, methods, frozen)
-            else:
+            if self.arch == "seq2seq":
                 token_logits = seq2seq_token_logits(self.model, self.tokenizer, ids, tokens, layers)
+            else:
+                computed = (self.frozen_states, self.recorded) if torch.is_grad_enabled() else (self.known_states,)
+                token_logits = causal_token_logits(self.model, ids, tokens, layers, prefix_kv, methods, *computed)
         return completion_output(token_logits, scored, len(labels) if label_space else None, bool(completions))
 
     @torch.no_grad()
@@ -278,8 +278,8 @@ class LabelModel:
             return [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text in prompts]
 
         clean = first_paragraph if style == "plain" else one_line
-        settings = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        settings |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        settings |= {"seed": seed, "batch_size": batch_size}
         return self._generate_texts(encode, len(conversations), clean, cached, on_batch, **settings)
 
     def _generate_texts(
@@ -322,16 +322,15 @@ class LabelModel:
         wanted: Sequence[bool] | None = None,
         on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
     ) -> list[list[int]]:
-        """The tokens that the model generates after each prompt, up to and with its end token; greedy when
-        `temperature` is 0. The tokens that all prompts begin with are computed once; torch's random state is left as
-        it was.
+        """The tokens generated after each prompt, up to and with its end token; greedy when `temperature` is 0.
 
-        wanted: a batch without a wanted row is left out. on_batch: called with the rows and tokens of each batch.
+        The tokens that all prompts begin with are computed once; torch's random state is left as it was. wanted: a
+        batch without a wanted row is left out. on_batch: called with the rows and tokens of each batch.
         """
-        training = self.model.training
+        training, completions = self.model.training, [[] for _ in ids]
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        settings |= end_tokens(self.model, self.tokenizer)
         self.model.eval()
-        completions, settings = [[] for _ in ids], end_tokens(self.model, self.tokenizer)
-        settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         # weights that are being trained lie in float32 whatever the precision of the products
         wide = any(weight.dtype == torch.float32 for weight in self.model.parameters())
         methods = self.forward_methods(ids, max_new_tokens)

@@ -16,6 +16,7 @@ from distillery.models.head import output_logits
 from distillery.models.last_layer import classify
 from distillery.models.packed.frozen_layers import FrozenStates
 from distillery.models.packed.hidden import completion_hidden_states, layer_states
+from distillery.models.packed.recorded_passes import RecordedPasses
 
 
 @dataclass
@@ -92,16 +93,17 @@ def causal_token_logits(
     prefix_kv: Any,
     methods: ForwardMethods,
     frozen: FrozenStates | None = None,
+    recorded: RecordedPasses | None = None,
 ) -> TokenLogits:
     """Logits of a causal model for `completions` [rows][completions][tokens] after the prompts `ids`.
 
     methods: how to compute them; see :func:`distillery.models.forward_check.check_forward`.
-    frozen: states of the frozen lower layers; see :func:`completion_hidden_states`.
+    frozen, recorded: states of the frozen lower layers and recorded passes; see :func:`completion_hidden_states`.
     """
     if methods.scoring == "plain":
         return plain_token_logits(model, ids, completions, layers)
-    packed = methods.scoring == "packed"
-    states = completion_hidden_states(model, ids, completions, layers, prefix_kv, packed=packed, frozen=frozen)
+    options = {"packed": methods.scoring == "packed", "frozen": frozen, "recorded": recorded}
+    states = completion_hidden_states(model, ids, completions, layers, prefix_kv, **options)
     return TokenLogits(output_logits(model, states.hidden, methods.direct_head).float(), *states[1:])
 
 

@@ -104,7 +104,7 @@ def train_phase(
             del student.model.projections
         if student.sharded is None:
             restore_full_embedding(student.model)
-        student.frozen_states = None
+        student.frozen_states = student.recorded = None
     restore_sharded_embedding(student)  # after a failure the other processes would not take part
     return _history(trainer.state.log_history)
 

@@ -20,6 +20,7 @@ from distillery.models.fast_cpu import train_used_embeddings, use_bit_dropout
 from distillery.models.label_model import Completion, LabelModel
 from distillery.models.memory import release_free_memory
 from distillery.models.packed.frozen_layers import SharedStates, compute_frozen_states
+from distillery.models.packed.recorded_passes import recorded_passes
 from distillery.models.scoring import scored_completions
 from distillery.training.checkpoints import CheckpointsMixin
 from distillery.training.completions import PhaseCompletions, StepCounts
@@ -87,6 +88,8 @@ class PhaseTrainerMixin(CheckpointsMixin, SharedStepsMixin):
         repeats = count_optimizer_steps(len(rows), phase) * phase.accumulate * phase.batch_size > len(rows)
         if student.arch == "causal" and repeats and not phase.on_policy and not self.signals.student_layers:
             predict_in_step(student, lambda: self._compute_frozen_states(shared))
+        if student.arch == "causal" and student.sharded is None and process_count() == 1:
+            student.recorded = recorded_passes(self.model, student.frozen_states)
 
     def _compute_frozen_states(self, shared: SharedStates | None) -> None:
         """Compute once what the student's frozen lower layers, if it has any, give for all rows of the phase."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from distillery.models.last_layer import read_last_layer_at
 from distillery.models.layers import transformer_body
 from distillery.models.packed.attention import attend_by_tree, supports_token_trees
 from distillery.models.packed.frozen_layers import FrozenStates, above_frozen_layers
-from distillery.models.packed.token_tree import TokenTree, pack_token_tree
+from distillery.models.packed.recorded_passes import TOKENS_MULTIPLE, RecordedPasses
+from distillery.models.packed.token_tree import LENGTH_MULTIPLES, TokenTree, pack_token_tree
 
 
 class CompletionStates(NamedTuple):
@@ -40,6 +42,7 @@ def completion_hidden_states(
     *,
     packed: bool = True,
     frozen: FrozenStates | None = None,
+    recorded: RecordedPasses | None = None,
 ) -> CompletionStates:
     """Hidden states of a causal `model` where the tokens of `completions` [rows][completions][tokens] are predicted.
 
@@ -47,33 +50,51 @@ def completion_hidden_states(
     layers: of which to return the prompts' states (0 the embeddings). prefix_kv: see :func:`compute_prefix_kv`.
     packed: whether rows are token trees, where the model takes them; else a padded batch.
     frozen: states of the frozen lower layers, see :func:`above_frozen_layers`; not with `layers`.
+    recorded: passes of the layers as CUDA graphs, taken where they can be; not with `layers`, nor without gradients.
     Raises ValueError where a layer mixes tokens in another way than trees know.
     """
     body, device = transformer_body(model), next(model.parameters()).device
     options = {"use_cache": False, "output_hidden_states": bool(layers)}
-    tree, trees = pack_token_tree(prompts, completions, prefix_kv), packed and supports_token_trees(model)
+    multiple = TOKENS_MULTIPLE if recorded and recorded.usable else LENGTH_MULTIPLES[1]
+    tree = pack_token_tree(prompts, completions, prefix_kv, multiple)
+    trees = packed and supports_token_trees(model)
     inputs, positions = ({}, tree.logit_positions) if trees else _pad_rows(prompts, completions, device)
     distinct, index = torch.unique(positions, return_inverse=True)  # of numbers that the CPU has
     distinct, tree = distinct.to(device), tree.to(device)
-    last_layer = read_last_layer_at(body, distinct)
-    if trees:
-        lower = above_frozen_layers(body, None if layers else frozen, tree, prompts, completions)
-        with attend_by_tree(tree, body.config), last_layer, lower as depth:
-            outputs = body(input_ids=tree.input_ids, position_ids=tree.position_ids, **options)
-        if tree.attended < depth:
-            raise ValueError(f"only {tree.attended} of its {depth} layers are attention")
-        if outputs.last_hidden_state.requires_grad and body.is_activation_checkpointing:
-            _attend_by_tree_in_backward(outputs.last_hidden_state, tree, body.config)
-    else:
-        with last_layer:
+    outputs = last_hidden = None
+    if trees and recorded and not layers and recorded.takes(tree):
+        last_hidden = recorded.run(tree, frozen.pack(tree, prompts, completions) if frozen else None)
+    elif not trees:
+        with read_last_layer_at(body, distinct):
             outputs = body(**inputs, **options)
+    if last_hidden is None:
+        if trees:
+            lower = above_frozen_layers(body, None if layers else frozen, tree, prompts, completions)
+            outputs = _run_tree(body, tree, distinct, lower, options)
+        last_hidden = outputs.last_hidden_state
     prompt_states = None
     if layers:
         tokens_per_row = [sum(map(len, row)) for row in completions]
         first = positions[torch.tensor([0, *tokens_per_row[:-1]]).cumsum(0)].to(device)
         prompt_states = torch.stack([x.flatten(0, 1)[first] for x in layer_states(outputs, layers)], 1)
-    hidden = outputs.last_hidden_state.flatten(0, 1)[distinct]
+    hidden = last_hidden.flatten(0, 1)[distinct]
     return CompletionStates(hidden, index.to(device), tree.target_ids, tree.completion_index, prompt_states)
+
+
+def _run_tree(
+    body: nn.Module, tree: TokenTree, positions: Tensor, lower: AbstractContextManager[int], options: dict[str, Any]
+) -> Any:
+    """The outputs of `body` for the tokens of `tree`, at `positions` alone in its last layer.
+
+    lower: the context in which frozen layers are left out; it gives the number of those that run.
+    """
+    with attend_by_tree(tree, body.config), read_last_layer_at(body, positions), lower as depth:
+        outputs = body(input_ids=tree.input_ids, position_ids=tree.position_ids, **options)
+    if tree.attended < depth:
+        raise ValueError(f"only {tree.attended} of its {depth} layers are attention")
+    if outputs.last_hidden_state.requires_grad and body.is_activation_checkpointing:
+        _attend_by_tree_in_backward(outputs.last_hidden_state, tree, body.config)
+    return outputs
 
 
 def layer_states(outputs: Any, layers: Sequence[int]) -> list[Tensor]:

@@ -113,11 +113,12 @@ def pack_token_tree(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[Sequence[int]]],
     prefix_kv: list[tuple[Tensor, Tensor]] | None = None,
+    length_multiple: int = LENGTH_MULTIPLES[1],
 ) -> TokenTree:
     """Rows (`prompts` [rows][tokens]) with their completions ([rows][completions][tokens]) as token trees.
 
     The last token of a completion is only predicted, never fed; so labels of one token cost nothing.
-    prefix_kv: see :class:`TokenTree`; all prompts begin with its P tokens.
+    prefix_kv: see :class:`TokenTree`; all prompts begin with its P tokens. length_multiple: T is one of these.
     """
     prefix_length = common_prefix(prompts) if prefix_kv is None else prefix_kv[0][0].shape[1]
     fed_prefix = prefix_length if prefix_kv is None else 0
@@ -140,7 +141,7 @@ def pack_token_tree(
             n_completions += 1
         row.length = len(ids) - row.start
         layouts.append(row)
-    padding = [0] * (-len(ids) % LENGTH_MULTIPLES[1])
+    padding = [0] * (-len(ids) % length_multiple)
     return TokenTree(
         prefix_length,
         torch.tensor([ids + padding]),
