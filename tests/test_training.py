@@ -1079,6 +1079,20 @@ def test_a_killed_training_ends_like_an_unbroken_one(tiny_models, tmp_path, arch
     assert history["ce"].isna().tolist() == [True] * first + [False] * 4 and history["loss"].nunique() == first + 4
 
 
+@pytest.mark.parametrize("kind", ["classifier", "causal"])
+def test_a_phase_that_was_killed_after_its_last_step_takes_no_further_one(tiny_models, tmp_path, kind):
+    """`Trainer` would: it looks at the number of steps only after the first one."""
+    spec = phase({"ce": 1.0}, steps=5, batch_size=4, schedule="constant", warmup=0.0, learning_rate=1e-2)
+    settings = {"classifier": {"dropout": True}, "causal": {"adapter": {"kind": "lora", "r": 2}, "prompt": "plain"}}
+    students = [learner(tiny_models, kind, **settings[kind]) for _ in range(2)]
+    histories = [trained(student, toy(12), spec, tmp_path, checkpoint_every=3) for student in students]
+    assert histories[0]["step"].tolist() == [1, 2, 3, 4, 5]
+    pd.testing.assert_frame_equal(*histories)
+    weights = [student.model.state_dict() for student in students]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-5"]
+
+
 def test_a_half_written_checkpoint_is_left_out(tiny_models, tmp_path):
     spec = phase({"ce": 1.0}, steps=8, batch_size=4)
     frame, weights = toy(12), []

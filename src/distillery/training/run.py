@@ -28,7 +28,7 @@ from distillery.training.rows import TrainingRows, label_targets, phase_rows, te
 from distillery.training.served_teacher import ServedTeacher, rows_with_tokens
 from distillery.training.sharding import restore_sharded_embedding
 from distillery.training.shared_predictions import predict_together
-from distillery.training.stopping import end_sentence, had_stopped, plan_sentence
+from distillery.training.stopping import end_sentence, had_ended, plan_sentence
 from distillery.training.tracking import Tracking
 from distillery.training.trainers import build_trainer
 from distillery.training.weights import load_weights, save_weights
@@ -126,18 +126,18 @@ def _history(log: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _train_or_restore(trainer: Any, checkpoint: str | None, title: str) -> None:
-    """Train on from `checkpoint` (None: from the start), or only load its weights where that run had stopped.
+    """Train on from `checkpoint` (None: from the start), or only load its weights where that run had ended.
 
     Prints what early stopping will watch, and when it ended the training.
     """
     phase, stopping, steps = trainer.phase, trainer.phase.stopping, trainer.args.max_steps
     if stopping:
         print(f"{title}: {plan_sentence(len(trainer.rows), len(trainer.validation), phase)}", flush=True)
-    if had_stopped(checkpoint, stopping):
+    if had_ended(checkpoint, stopping, steps):
         trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if trainer.state.best_model_checkpoint:
+        if stopping and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
-        else:  # no score was a number
+        else:  # or no score was a number
             trainer._load_from_checkpoint(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=checkpoint)

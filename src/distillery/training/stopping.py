@@ -80,12 +80,16 @@ class PatienceCallback(TrainerCallback):
             control.should_training_stop = True
 
 
-def had_stopped(checkpoint: str | None, stopping: EarlyStoppingConfig | None) -> bool:
-    """Whether the run that wrote `checkpoint` was killed after early stopping had ended it."""
-    if checkpoint is None or stopping is None:
+def had_ended(checkpoint: str | None, stopping: EarlyStoppingConfig | None, steps: int) -> bool:
+    """Whether the run that wrote `checkpoint` was killed after its last one of `steps`, or after early stopping.
+
+    `Trainer` would take one more step: it looks for the end after a step only.
+    """
+    if checkpoint is None:
         return False
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    return is_out_of_patience(state["log_history"], stopping)
+    is_out = stopping is not None and is_out_of_patience(state["log_history"], stopping)
+    return is_out or state["global_step"] >= steps
 
 
 def plan_sentence(rows: int, validation: int, phase: PhaseConfig) -> str:
