@@ -290,24 +290,32 @@ CARD = "src/distillery/report/templates/model_card.md.jinja"
 
 # what is changed, how, and the stages that run again (strip runs always; teacher-inputs and inputs take a second)
 CHANGES: dict[str, tuple[Change, list[str]]] = {
-    "nothing": (lambda repo: None, []),
-    "where trainings are tracked": (setting("tracking", value=["tensorboard", "mlflow"]), []),
+    # each of these changes shows by itself: what reruns a stage reruns it whatever the others do
+    "nothing that a result hangs on": (
+        both(
+            setting("tracking", value=["tensorboard", "mlflow"]),
+            setting("compute", value={"processes": 2}),
+            # of the API client, which only a teacher of its kind runs
+            replacing("src/distillery/teachers/api/client.py", "MAX_EMPTY_ANSWERS = 3", "MAX_EMPTY_ANSWERS = 4"),
+            lambda repo: prose_everywhere(repo),
+        ),
+        [],
+    ),
     "an option of the evaluation, and notebooks run and saved in Jupyter": (
         both(setting("evaluate", "bootstrap", value=200), saved_by_jupyter),
         ["evaluate"],
-    ),
-    "a student's learning rate": (
-        setting(*FIRST_PHASE, "learning_rate", value=2.0e-3),
-        ["inputs", "distill@tiny-kd-0", "evaluate"],
     ),
     "a student's control, and a default spelt out": (
         both(setting("students", "tiny-kd", "control", value=None), setting(*FIRST_PHASE, "schedule", value="linear")),
         ["inputs", "evaluate"],
     ),
-    "on how many processes a student trains": (setting("compute", value={"processes": 2}), []),
-    "a student more, another less": (
-        both(setting("students", "new.one", value=NEW_STUDENT), setting("students", "half-gkd", value=None)),
-        ["inputs", "distill@new.one-0", "evaluate"],
+    "a student's learning rate, a student more, another less": (
+        both(
+            setting(*FIRST_PHASE, "learning_rate", value=2.0e-3),
+            setting("students", "new.one", value=NEW_STUDENT),
+            setting("students", "half-gkd", value=None),
+        ),
+        ["inputs", "distill@tiny-kd-0", "distill@new.one-0", "evaluate"],
     ),
     "a seed more": (
         setting("seeds", value=[0, 1]),
@@ -370,14 +378,9 @@ CHANGES: dict[str, tuple[Change, list[str]]] = {
         replacing("src/distillery/losses/divergences.py", "IGNORE_INDEX = -100", "IGNORE_INDEX = -101"),
         ["teach@lm", "teach@encoder", *DISTILL],
     ),
-    "a comment and a docstring in every module": (lambda repo: prose_everywhere(repo), []),
     "the model card's template": (
         replacing(CARD, "## Use", "## How to use it"),
         ["evaluate"],
-    ),
-    "the code of the API client, which only a teacher of its kind runs": (
-        replacing("src/distillery/teachers/api/client.py", "MAX_EMPTY_ANSWERS = 3", "MAX_EMPTY_ANSWERS = 4"),
-        [],
     ),
 }
 
