@@ -61,16 +61,17 @@ def completion_hidden_states(
     inputs, positions = ({}, tree.logit_positions) if trees else _pad_rows(prompts, completions, device)
     distinct, index = torch.unique(positions, return_inverse=True)  # of numbers that the CPU has
     distinct, tree = distinct.to(device), tree.to(device)
-    outputs = last_hidden = None
+    outputs: Any = None
+    last_hidden = None
     if trees and recorded and not layers and recorded.takes(tree):
         last_hidden = recorded.run(tree, frozen.pack(tree, prompts, completions) if frozen else None)
-    elif not trees:
-        with read_last_layer_at(body, distinct):
-            outputs = body(**inputs, **options)
     if last_hidden is None:
         if trees:
             lower = above_frozen_layers(body, None if layers else frozen, tree, prompts, completions)
             outputs = _run_tree(body, tree, distinct, lower, options)
+        else:
+            with read_last_layer_at(body, distinct):
+                outputs = body(**inputs, **options)
         last_hidden = outputs.last_hidden_state
     prompt_states = None
     if layers:
