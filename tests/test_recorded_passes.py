@@ -6,16 +6,24 @@ replayed graph does; what surrounds the graphs is the same.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from distillery.config.schema import LoraSettings
+import tiny
+from distillery.config.schema import LoraSettings, PhaseConfig, StudentConfig
 from distillery.models.layers import transformer_body
 from distillery.models.packed import attention, frozen_layers, recorded_passes
 from distillery.models.packed.hidden import completion_hidden_states
-from distillery.training.student import attach_adapters
+from distillery.tasks.schema import load_task
+from distillery.training import trainers
+from distillery.training.rows import TrainingRows
+from distillery.training.run import train_phase
+from distillery.training.student import attach_adapters, build_student
 from tiny import END, causal_config
+
+TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
 
 ROWS = [
     ([[1, 2, 9, 4], [1, 2, 7]], [[[5, END]], [[6, 8, END]]]),
@@ -45,9 +53,9 @@ def recording(monkeypatch) -> None:
     monkeypatch.setattr(recorded_passes, "on_side_stream", lambda compute: compute())
 
 
-def student(kind: str = "qwen2", adapted: bool = True) -> torch.nn.Module:
+def student(adapted: bool = True) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(causal_config(kind)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(causal_config("qwen2")).eval()
     model = attach_adapters(model, LoraSettings(r=4), "causal", 0) if adapted else model
     with torch.no_grad():
         for weight in model.parameters():  # adapters, too, which begin at zero
@@ -107,19 +115,41 @@ def test_a_pass_begins_at_the_states_of_frozen_layers(recording):
     depth = len(body.layers) // 2
     for layer in body.layers[:depth]:
         layer.requires_grad_(False)
-    prompts, completions = ROWS[1]
+    prompts, completions = (sum(parts, []) for parts in zip(ROWS[0], ROWS[1], strict=True))
     scored = [[(tokens, 0) for tokens in row] for row in completions]
     frozen = frozen_layers.compute_frozen_states(model, prompts, scored)
     assert frozen.depth == depth
     recorded = recorded_passes.recorded_passes(model, frozen)
-    plain, expected = gradients(model, [ROWS[1]])
+    plain, expected = gradients(model, ROWS[:2])
     calls: list[int] = []
     body.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    losses, summed = gradients(model, [ROWS[1], ROWS[1]], recorded, frozen)
+    losses, summed = gradients(model, ROWS[:2], recorded, frozen)
     assert not calls, "the frozen layers ran"
-    assert losses == pytest.approx(2 * plain, rel=1e-4)
+    assert len(recorded._passes) == 1 and losses == pytest.approx(plain, rel=1e-4)
     for weight, reference in zip(summed, expected, strict=True):
-        torch.testing.assert_close(weight, 2 * reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))
+        torch.testing.assert_close(weight, reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_takes_recorded_steps_and_forgets_them(recording, monkeypatch, tiny_models, tmp_path, accumulate):
+    spec = StudentConfig(model="m", arch="causal", prompt="plain", phases=[], adapter={"kind": "lora", "r": 4})
+    rows = TrainingRows(tiny.texts()[:8], np.arange(8) % 3)
+    common = {"data": ["a/train"], "loss": {"ce": 1.0}, "learning_rate": 1e-2, "steps": 4, "batch_size": 2}
+    phase = PhaseConfig(**common, accumulate=accumulate)
+
+    def losses_of_training(name: str) -> list[float]:
+        model = build_student(spec, tiny_models / "tiny-llama", TASK, 0)
+        history = train_phase(model, rows, phase, folder=tmp_path / name, seed=0)
+        assert model.recorded is None
+        return history["loss"].tolist()
+
+    monkeypatch.setattr(trainers, "LOG_EVERY", 1)
+    calls: list[int] = []
+    monkeypatch.setattr(recorded_passes, "capture", lambda *given: calls.append(1) or rerun(*given))
+    recorded = losses_of_training("recorded")
+    assert len(calls) >= 2, "a forward and a backward pass"
+    monkeypatch.setattr(recorded_passes, "RECORDING_DEVICES", ())
+    assert recorded == pytest.approx(losses_of_training("plain"), rel=1e-4)
 
 
 def test_nothing_is_recorded_without_gradients_or_for_long_sequences(recording, monkeypatch):
