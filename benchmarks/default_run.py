@@ -16,8 +16,7 @@ with every call run, and prints the difference.
 
 Each counted stage is a line of `default_run.csv` beside this file, under the commit of its code: a stopped benchmark
 goes on. `before` needs a run whose teachers have folds; `--commits after` takes its lines as they are. At the end: the
-speed of a matrix product on this machine in both precisions, and the seconds of a `dvc repro`
-that finds nothing to do.
+speed of a matrix product on this machine in both precisions, and the seconds of a `dvc repro` that finds nothing to do.
 """
 
 from __future__ import annotations
