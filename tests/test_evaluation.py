@@ -13,8 +13,8 @@ import pytest
 from sklearn import metrics as sk
 
 from distillery import metrics
-from distillery.config.load import load_params
-from distillery.config.schema import Params, PublishedScores
+from distillery.config.load import load_params, validate_section
+from distillery.config.schema import Params, PublishedScores, TeacherConfig
 from distillery.data.storage import read_split, read_task
 from distillery.errors import UserError
 from distillery.evaluation import speed
@@ -667,3 +667,24 @@ def test_each_test_row_is_paraphrased_once_however_many_training_paraphrases_the
         assert store.execute("SELECT COUNT(*) FROM answers").fetchone() == (4,)
     free = replace(results, tasks={"demo": Task(kind="qa", prompt={"instruction": "Answer.", "template": "{text}"})})
     assert paraphrase_test_rows(tmp_path, free).empty
+
+
+def test_paraphrases_of_test_rows_may_be_in_a_file(tmp_path, real_models):
+    params, task = real_models
+    results = gather_results(tmp_path, params)
+    first, second, *_ = results.tests["demo"].itertuples()
+    texts = {first.id: f"{first.text} So it is.", second.id: ""}  # of the others the file has none
+    lines = [json.dumps({"id": f"{i}#0", "label": task.names[0], "paraphrase": text}) for i, text in texts.items()]
+    (tmp_path / "written.jsonl").write_text("\n".join(lines))
+    columns = {"id": "id", "text": None, "label": "label", "paraphrase": "paraphrase"}
+    writer = {"kind": "answers", "answers": {"files": ["written.jsonl"], "columns": columns}}
+    evaluate = params.evaluate.model_copy(update={"paraphrased_rows": len(results.tests["demo"])})
+    changed = params.model_copy(
+        update={
+            "teachers": params.teachers | {"writer": validate_section(TeacherConfig, writer, "x")},
+            "augment": params.augment.model_copy(update={"teacher": "writer"}),
+            "evaluate": evaluate,
+        }
+    )
+    table = paraphrase_test_rows(tmp_path, replace(results, params=changed))
+    assert table[["id", "new"]].values.tolist() == [[first.id, texts[first.id]]]

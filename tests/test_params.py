@@ -466,6 +466,18 @@ def test_an_instruction_for_paraphrases_that_are_in_files(folder):
         load(folder, raw)
 
 
+def test_who_can_paraphrase_test_rows(folder):
+    raw = changed("evaluate.paraphrased_rows", 4)
+    load(folder, raw)  # `llm` is a language model
+    columns = {"id": "i", "text": None, "label": "l"}
+    raw["teachers"]["llm"] = {"kind": "answers", "data": ["news"], "answers": {"files": ["a.csv"], "columns": columns}}
+    raw["augment"]["per_row"] = 0
+    with pytest.raises(UserError, match=r"evaluate.paraphrased_rows: `llm` \(augment.teacher\) cannot write"):
+        load(folder, raw)
+    columns["paraphrase"] = "p"
+    load(folder, raw)
+
+
 def test_what_cannot_be_cut_into_shards(folder):
     raw = changed("compute", {"strategy": "fsdp"})
     with pytest.raises(

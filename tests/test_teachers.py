@@ -912,6 +912,21 @@ def test_answers_that_miss_a_column_or_a_text_are_named(tmp_path):
         read_answer_files(validate_section(AnswerFilesConfig, spec, "x"), TASK, tmp_path)
 
 
+@pytest.mark.parametrize("column", ["explanation", "paraphrase"])
+def test_explanations_and_paraphrases_may_be_in_one_file_of_several(tmp_path, column):
+    (tmp_path / "labels.jsonl").write_text('{"id": "a", "label": "positive"}\n{"id": "b", "label": "neutral"}\n')
+    (tmp_path / "texts.jsonl").write_text(
+        '{"id": "b#0", "label": "neutral"}\n{"id": "c#0", "label": "x", "why": "So."}'
+    )
+    spec = {"files": ["labels.jsonl", "texts.jsonl"], "columns": {"id": "id", "text": None, "label": "label"}}
+    spec["columns"][column] = "why"
+    answers = read_answer_files(validate_section(AnswerFilesConfig, spec, "x"), TASK, tmp_path)
+    assert answers[column].tolist() == ["", "", "", "So."]
+    spec["columns"][column] = "wyh"
+    with pytest.raises(UserError, match="^labels.jsonl, texts.jsonl: no column `wyh`; there are: id, label, why$"):
+        read_answer_files(validate_section(AnswerFilesConfig, spec, "x"), TASK, tmp_path)
+
+
 # ------------------------------------------------------------------------------- several teachers
 
 

@@ -291,7 +291,8 @@ def _check_evaluation(params: Params, file: str) -> None:
     evaluate, search, writer = params.evaluate, params.search, params.augment.teacher
     if evaluate.paraphrased_rows:
         _check_known(f"{file}: augment.teacher", writer, params.teachers, "teacher")
-        if params.teachers[writer].kind != "lm":
+        spec = params.teachers[writer]
+        if spec.kind != "lm" and not (spec.answers and spec.answers.columns.paraphrase):
             raise UserError(f"{file}: evaluate.paraphrased_rows: `{writer}` (augment.teacher) cannot write")
     for name, sources in evaluate.pretrained_on.items():
         models = [*params.models, *params.teachers]

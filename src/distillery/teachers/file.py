@@ -34,7 +34,7 @@ def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.Dat
     Returns at (file and line), key (id, or the text as :func:`normalize_text` returns it), label (None if it cannot be
     read), probabilities (of all labels, or None), explanation, paraphrase (empty if there is none), status: `kept`,
     `repeats the answer before`, or `cannot be read`. Raises UserError naming the file, and the line or the column, when
-    something is missing there, and for probabilities that are none.
+    something is missing there, for explanations or paraphrases that no file has, and for probabilities that are none.
     """
     columns, answers = spec.columns, []
     key_column = columns.id or columns.text
@@ -48,12 +48,13 @@ def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.Dat
             f"params.yaml: teachers: answers.columns.probabilities names {', '.join(columns.probabilities)}; "
             f"the labels are {', '.join(task.names)}"
         )
+    present: dict[str, None] = {}  # the columns of all files, in their order
     for file in spec.files:
-        names = [*columns.names, *([columns.paraphrase] if columns.paraphrase else [])]
-        records, previous = open_paths(read_rows(file, base), names), None
+        records, previous = open_paths(read_rows(file, base), [*columns.names, *columns.optional_names]), None
         for column in columns.names:
             if column not in records.rows[0]:
                 raise UserError(f"{file}: no column `{column}`; there are: {', '.join(records.rows[0])}")
+        present |= dict.fromkeys(column for row in records.rows for column in row)
         read_label = _label_function(spec, task, records)
         for i, row in enumerate(records.rows):
             key = row.get(key_column)
@@ -75,6 +76,9 @@ def read_answer_files(spec: AnswerFilesConfig, task: Task, base: Path) -> pd.Dat
             paraphrase = str(row.get(columns.paraphrase) or "").strip() if columns.paraphrase else ""
             key = normalize_text(str(key))
             answers.append((records.at(i), key, label, probabilities, explanation, paraphrase, status))
+    for column in columns.optional_names:
+        if column not in present:
+            raise UserError(f"{', '.join(spec.files)}: no column `{column}`; there are: {', '.join(present)}")
     names = ["at", "key", "label", "probabilities", "explanation", "paraphrase", "status"]
     return pd.DataFrame(answers, columns=names)
 

@@ -217,7 +217,7 @@ class AnswerColumns(Section):
     probabilities: dict[str, str] | None = None
     """For each label of the task the column that holds its probability; or `label` or `answer`."""
     explanation: str | None = None
-    """The explanation of the label."""
+    """The explanation of the label. Not every line or file has one."""
     paraphrase: str | None = None
     """A paraphrase of the row `<id>`, in a line with the id `<id>#<n>` (n from 0). Not every line or file has one."""
     answer: str | None = None
@@ -236,8 +236,13 @@ class AnswerColumns(Section):
     @property
     def names(self) -> list[str]:
         """Every column that each file must have."""
-        columns = [self.id, self.text, self.label, *(self.probabilities or {}).values(), self.explanation, self.answer]
+        columns = [self.id, self.text, self.label, *(self.probabilities or {}).values(), self.answer]
         return [column for column in columns if column is not None]
+
+    @property
+    def optional_names(self) -> list[str]:
+        """Every column that one of the files must have."""
+        return [column for column in (self.explanation, self.paraphrase) if column is not None]
 
 
 class AnswerFilesConfig(Section):
