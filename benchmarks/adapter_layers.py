@@ -2,11 +2,11 @@
 
     PYTHONPATH=src python benchmarks/adapter_layers.py [--adapters all last-15 ...] [--seeds 3] [--teacher smollm2]
 
-The teacher of `params.yaml` is fine-tuned on its gold rows as the default run does it, with adapters in all layers or
-in the last N alone (`last-N/all-linear`: on every linear layer of these). Each finished run is a line of
-`adapter_layers.csv` beside this file: a stopped benchmark goes on. Prints for each choice seconds and operations of a
-training run, accuracy on the validation rows (on which the choice is made), and on the test rows the difference from
-adapters in all layers: same seeds, same rows, 95 % interval over groups of rows.
+SmolLM2, or a teacher of `params.yaml`, is fine-tuned on gold rows, with adapters in all layers or in the last N alone
+(`last-N/all-linear`: on every linear layer of these). Each finished run is a line of `adapter_layers.csv` beside this
+file: a stopped benchmark goes on. Prints for each choice seconds and operations of a training run, accuracy on the
+validation rows (on which the choice is made), and on the test rows the difference from adapters in all layers: same
+seeds, same rows, 95 % interval over groups of rows.
 The kept operations were counted without those of attention on a CPU, which the counter knows since.
 """
 
@@ -22,9 +22,11 @@ import numpy as np
 import pandas as pd
 from keep import commit
 from operations import count_operations
+from smollm2 import TUNED_TEACHER
 
 from distillery import metrics
 from distillery.config.load import load_params
+from distillery.config.schema import TeacherConfig
 from distillery.data.prepare import prepare_source
 from distillery.files import atomic_write, repository_root
 from distillery.tasks.schema import load_task
@@ -34,10 +36,15 @@ CHOICES = ["all", "last-20", "last-15", "last-10", "last-6"]
 COLUMNS = ["teacher", "adapters", "seed", "seconds", "tflop", "validation", "test_right", "commit"]
 
 
+def teacher_config(name: str) -> TeacherConfig:
+    """The teacher `name` of params.yaml, or SmolLM2 tuned on the gold rows."""
+    teachers = load_params().teachers | {"smollm2": TeacherConfig.model_validate(TUNED_TEACHER)}
+    return teachers[name]
+
+
 def run(name: str, adapters: str, seed: int, root: Path) -> dict:
     """Fine-tune teacher `name` once and score it."""
-    params = load_params()
-    spec = params.teachers[name]
+    params, spec = load_params(), teacher_config(name)
     layers, _, targets = adapters.partition("/")
     lora = spec.finetune.lora.model_copy(update={"layers": layers} | ({"targets": targets} if targets else {}))
     spec = spec.model_copy(update={"seed": seed, "finetune": spec.finetune.model_copy(update={"lora": lora})})
@@ -103,7 +110,7 @@ def main() -> None:
                 table = pd.concat([table, pd.DataFrame([record], columns=COLUMNS)], ignore_index=True)
                 with atomic_write(path) as scratch:
                     table.to_csv(scratch, index=False)
-    source = load_params().teachers[settings.teacher].finetune.on.partition("/")[0]
+    source = teacher_config(settings.teacher).finetune.on.partition("/")[0]
     spec = load_params().data[source]
     prepared = prepare_source(source, spec, load_task(spec.task, root / "tasks"), root)
     table = table[table["teacher"] == settings.teacher]

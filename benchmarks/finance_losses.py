@@ -2,11 +2,12 @@
 
     PYTHONPATH=src python benchmarks/finance_losses.py [seeds, 3 by default] [how the names of students begin]
 
-Needs the teachers of a finished `dvc repro`. Every student here is one of the default experiment's with another loss:
-the 3-layer MiniLM (17 M, 360 optimizer steps of 16 rows) or SmolLM2's first 15 layers (81 M, LoRA, 120 steps of 8
-rows), on the same rows unless its name states otherwise. Scored on the test rows; each is compared with its control by
-a bootstrap over groups and seeds, paired by rows. Finished runs are kept in `.cache/finance_losses/`; a killed one
-continues. Writes `benchmarks/finance_losses.csv`, where rows of other students stay.
+Needs the teachers smollm2 and minilm-l6 of a finished `dvc repro` (recipes/finance-full.yaml in place of params.yaml
+has them). Every student is the 3-layer MiniLM (17 M, 360 optimizer steps of 16 rows) or SmolLM2's first 15 layers (81
+M, LoRA, 120 steps of 8 rows), on the same rows unless its name states otherwise. Scored on the test rows; each is
+compared with its control by a bootstrap over groups and seeds, paired by rows. Finished runs are kept in
+`.cache/finance_losses/`; a killed one continues. Writes `benchmarks/finance_losses.csv`, where rows of other students
+stay.
 """
 
 from __future__ import annotations

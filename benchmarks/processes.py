@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from half_student import HALF_STUDENT
+from smollm2 import HALF_STUDENT
 from transformers import TrainerCallback
 
 from distillery.config.load import load_params

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from half_student import HALF_STUDENT
+from smollm2 import HALF_STUDENT
 from torch import Tensor
 
 from distillery import losses

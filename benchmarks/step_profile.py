@@ -27,14 +27,14 @@ from typing import Any
 import pandas as pd
 import torch
 from default_run import product_speed, seconds
-from half_student import HALF_STUDENT
 from operations import count_operations
 from peft.tuners.lora.layer import LoraLayer
+from smollm2 import HALF_STUDENT, TUNED_TEACHER
 from torch.profiler import ProfilerActivity, profile
 
 from distillery import losses
 from distillery.config.load import load_params
-from distillery.config.schema import StudentConfig
+from distillery.config.schema import StudentConfig, TeacherConfig
 from distillery.files import repository_root
 from distillery.models.fast_cpu import train_used_embeddings, use_bit_dropout
 from distillery.models.fetch import fetch_model
@@ -133,10 +133,9 @@ class TrainerStep:
 
 
 def profile_teacher(rows: pd.DataFrame, batches: Batches, task: Task, rounds: int) -> None:
-    """A step of the teacher of params.yaml that is a language model."""
-    params = load_params()
-    name = next(name for name, spec in params.teachers.items() if spec.kind == "lm")
-    spec, faster = params.teachers[name], resolve_dtype("auto", "training")
+    """A step of SmolLM2 as a teacher that is tuned."""
+    params, name = load_params(), "smollm2"
+    spec, faster = TeacherConfig.model_validate(TUNED_TEACHER), resolve_dtype("auto", "training")
     steps = {}
     for dtype in sorted(DTYPES, key=lambda dtype: dtype != faster):
         fixed = spec.model_copy(update={"dtype": dtype})
