@@ -1,14 +1,10 @@
 """What does a language model write from a task file alone: how much of it can be used, and how alike are the texts?
 
     PYTHONPATH=src python benchmarks/written_texts.py [data/texts/finance-qwen.json] [data/corpora/finance.jsonl]
-    PYTHONPATH=src python benchmarks/written_texts.py paraphrases data/answers/<name>.jsonl [data/corpora/finance.jsonl]
 
 The first file is the origin that `distillery texts` writes, with the texts beside it; the second has real texts of the
 same task. Printed are how many texts each filter left, by label, and why the others went; how many n-grams differ, and
 in as many real texts; how near the nearest real text of each is; and ten samples.
-
-Of the paraphrases that `distillery answers` keeps it prints how many pass each filter of `augment.keep`, how many keep
-numbers and directions, and how far the model's label distribution moves from text to paraphrase.
 """
 
 from __future__ import annotations
@@ -21,13 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from distillery.config.schema import ParaphraseFilter
 from distillery.data.near_duplicates import has_near_duplicate, nearest_texts
 from distillery.data.readers import read_rows
 from distillery.files import repository_root
-from distillery.tasks.schema import Task, load_task
-from distillery.teachers.directions import directions, numbers
-from distillery.teachers.paraphrases import rejection_reason
 from distillery.teachers.text_requests import TextRequest
 
 SAMPLES, SEED = 10, 0
@@ -60,50 +52,6 @@ def likeness_table(written: Sequence[str], real: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(lines).T
 
 
-def paraphrase_table(answers: pd.DataFrame, texts: dict[str, str], task: Task) -> pd.DataFrame:
-    """A row for each paraphrase: source_text, text, reason (`kept`, or why not), whether numbers and directions are
-    those of its text, variation (total variation of the model's label distributions), same_label.
-
-    answers: id, paraphrase, probabilities {label: p} of texts and paraphrases. texts: by id.
-    """
-    own = {row["id"]: list(row["probabilities"].values()) for row in answers.to_dict("records")}
-    directions_of, lines = task.perturbations.directions, []
-    for row in answers[answers["paraphrase"].notna()].to_dict("records"):
-        source_id, text = row["id"].rpartition("#")[0], row["paraphrase"]
-        source, before, after = texts[source_id], np.array(own[source_id]), np.array(own[row["id"]])
-        same_label = before.argmax() == after.argmax()
-        reason = rejection_reason(source, text, keep=ParaphraseFilter(), perturbations=task.perturbations)
-        lines.append(
-            {
-                "source_text": source,
-                "text": text,
-                "reason": "label changed" if reason == "kept" and not same_label else reason,
-                "numbers": numbers(source) == numbers(text),
-                "directions": directions(source, directions_of) == directions(text, directions_of),
-                "variation": float(np.abs(before - after).sum() / 2),
-                "same_label": bool(same_label),
-            }
-        )
-    return pd.DataFrame(lines)
-
-
-def report_paraphrases(answer_file: str, real_file: str = "data/corpora/finance.jsonl") -> None:
-    """Print what became of the paraphrases in `answer_file`, which are those of rows in `real_file`."""
-    root = repository_root()
-    answers = pd.DataFrame(read_rows(answer_file, root).rows)
-    texts = {str(row["id"]): str(row["text"]) for row in read_rows(real_file, root).rows}
-    table = paraphrase_table(answers, texts, load_task("finance-sentiment"))
-    print(f"{answer_file}: {len(table)} paraphrases")
-    print(table["reason"].value_counts().to_string())
-    for name, part in (("all", table), ("kept", table[table["reason"] == "kept"])):
-        shares = part[["numbers", "directions", "same_label"]].mean()
-        print(f"\n{name}: numbers kept {shares['numbers']:.1%}, directions kept {shares['directions']:.1%}")
-        print(f"same label {shares['same_label']:.1%}, mean total variation {part['variation'].mean():.3f}")
-    print(f"\n{min(SAMPLES, len(table))} samples, drawn at random:")
-    for row in table.iloc[np.random.default_rng(SEED).permutation(len(table))[:SAMPLES]].to_dict("records"):
-        print(f"[{row['reason']}] {row['source_text']} -> {row['text']}")
-
-
 def main(origin_file: str = "data/texts/finance-qwen.json", real_file: str = "data/corpora/finance.jsonl") -> None:
     root = repository_root()
     origin = json.loads((root / origin_file).read_text(encoding="utf-8"))
@@ -128,7 +76,4 @@ def main(origin_file: str = "data/texts/finance-qwen.json", real_file: str = "da
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["paraphrases"]:
-        report_paraphrases(*sys.argv[2:])
-    else:
-        main(*sys.argv[1:])
+    main(*sys.argv[1:])
