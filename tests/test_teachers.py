@@ -912,6 +912,17 @@ def test_answers_that_miss_a_column_or_a_text_are_named(tmp_path):
         read_answer_files(validate_section(AnswerFilesConfig, spec, "x"), TASK, tmp_path)
 
 
+def test_the_explanation_of_a_label_may_stand_in_its_second_answer(tmp_path):
+    answers = [("neutral", ""), ("positive", "Up."), ("neutral", "Flat. And more."), ("neutral", "Later.")]
+    lines = [json.dumps({"id": "a", "label": label, "why": why}) for label, why in answers]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    columns = {"id": "id", "text": None, "label": "label", "explanation": "why"}
+    spec = validate_section(AnswerFilesConfig, {"files": ["a.jsonl"], "columns": columns}, "x")
+    teacher = FileTeacher(read_answer_files(spec, TASK, tmp_path), TASK, by="id")
+    rows = pd.DataFrame({"id": ["a"] * 3 + ["b"], "text": ""})
+    assert teacher.explanations(rows, ["neutral", "positive", "negative", "neutral"]) == ["Flat.", "Up.", None, None]
+
+
 @pytest.mark.parametrize("column", ["explanation", "paraphrase"])
 def test_explanations_and_paraphrases_may_be_in_one_file_of_several(tmp_path, column):
     (tmp_path / "labels.jsonl").write_text('{"id": "a", "label": "positive"}\n{"id": "b", "label": "neutral"}\n')

@@ -168,12 +168,16 @@ class FileTeacher:
         return calibrated(shares, self.calibration)
 
     def explanations(self, rows: pd.DataFrame, labels: Sequence[str]) -> list[str | None]:
-        """The first sentence of its explanation of each label, one label per row; None where it gave another label."""
+        """The first sentence of its explanation of each label, one label per row; None where it gave another label.
+
+        Of several answers with that label the first that has an explanation counts.
+        """
         sentences = []
         for key, label in zip(self.keys(rows), labels, strict=True):
             answers = self.answers_by_key.get(key)
-            given = [] if answers is None else answers["explanation"][answers["label"] == label].tolist()
-            sentences.append(first_sentence(" ".join(given[0].split())) or None if given else None)
+            texts = [] if answers is None else answers["explanation"][answers["label"] == label]
+            explanation = next(filter(None, texts), "")
+            sentences.append(first_sentence(" ".join(explanation.split())) or None)
         return sentences
 
     def paraphrases(self, rows: pd.DataFrame, sample: int) -> list[str]:
