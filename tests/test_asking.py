@@ -19,7 +19,7 @@ from distillery.tasks.schema import load_task
 from distillery.teachers import asking, cache
 from distillery.teachers.asking import AnswerRequest, open_requested, read_columns, read_request, write_answers
 from distillery.teachers.file import FileTeacher, read_answer_files
-from tiny import ROOT
+from tiny import ROOT, load_benchmark
 
 FILE = "data/answers/mine.yaml"
 LABELS = ["positive", "neutral", "negative"]
@@ -253,3 +253,23 @@ def test_kept_answers_are_those_of_their_model(path):
     probabilities = open_requested(ROOT, request).predict(texts[::step])
     kept = [list(answers[row_id].values()) for row_id in ids[::step]]
     assert np.allclose(probabilities, kept, atol=0.1)
+
+
+def test_how_far_a_paraphrase_moves_the_model():
+    """`benchmarks/paraphrases.py` on three paraphrases: one is fine, one has another number, one another label."""
+    texts = {"a": "Sales of the mill rose to EUR 5 mn.", "b": "The board will meet on 4 May in Turku."}
+    records = [
+        {"id": "a", "probabilities": {"positive": 0.7, "neutral": 0.2, "negative": 0.1}},
+        {"id": "b", "probabilities": {"positive": 0.3, "neutral": 0.6, "negative": 0.1}},
+        {"id": "a#0", "probabilities": {"positive": 0.6, "neutral": 0.3, "negative": 0.1}},
+        {"id": "a#1", "probabilities": {"positive": 0.7, "neutral": 0.1, "negative": 0.2}},
+        {"id": "b#0", "probabilities": {"positive": 0.5, "neutral": 0.4, "negative": 0.1}},
+    ]
+    reworded = [None, None, "The mill's sales went up, to EUR 5 mn.", "The mill sold more than EUR 6 mn, a rise.",
+                "On 4 May, Turku will host a meeting of directors."]  # fmt: skip
+    answers = pd.DataFrame(records).assign(paraphrase=reworded)
+    table = load_benchmark("paraphrases").paraphrase_table(answers, texts, load_task("finance-sentiment"))
+    assert table["source_text"].tolist() == [texts["a"], texts["a"], texts["b"]]
+    assert table["reason"].tolist() == ["kept", "numbers changed", "label changed"]
+    assert table["variation"].tolist() == pytest.approx([0.1, 0.1, 0.2])
+    assert table["numbers"].tolist() == [True, False, True] and table["same_label"].tolist() == [True, True, False]
