@@ -654,6 +654,19 @@ def test_measurements_of_real_models(tmp_path, real_models, monkeypatch):
         assert table.loc[("names", name), "consistency"] == (before == after).mean()
 
 
+def test_no_large_model_is_loaded_twice_to_measure_memory(tmp_path, real_models, monkeypatch):
+    """What stays loaded beside the measured models is the smallest of each architecture."""
+    params, _ = real_models
+    results = gather_results(tmp_path, params)
+    sizes = {"tiny-kd": 5, "tiny-gold": 5, "other": 9, "big": 100}
+    models = [replace(result, parameters=sizes.get(result.name)) for result in results.models]
+    loaded, load = [], speed._load_model
+    monkeypatch.setattr(speed, "_load_model", lambda *args: loaded.append(args[-1].name) or load(*args))
+    monkeypatch.setattr(speed, "peak_memory", lambda work: loaded.append("measured") or (work(), 7.0))
+    measure_models(tmp_path, replace(results, models=sorted(models, key=lambda result: -(result.parameters or 0))))
+    assert loaded[: loaded.index("measured")] == ["tiny-kd", "big"]  # a classifier, and the only causal model
+
+
 def test_each_test_row_is_paraphrased_once_however_many_training_paraphrases_there_are(tmp_path, real_models):
     params, _ = real_models
     results, tables = gather_results(tmp_path, params), []

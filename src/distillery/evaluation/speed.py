@@ -125,7 +125,8 @@ def measure_models(root: Path, results: Results) -> Measurements:
         probability_function(model)(rows[:WARM_UP_ROWS])
         return model
 
-    first = load_and_predict(measured[0])  # stays loaded: the first use of libraries takes memory, too
+    # these stay loaded while memory is measured: the first use of libraries takes memory, too
+    first = [load_and_predict(result) for result in _smallest_of_each_architecture(params, measured)]
     shapes = {result.name: _shape(params, result) for result in measured}
     models, memory, names = {}, {}, {}
     for result in measured:
@@ -154,6 +155,15 @@ def _models_to_run(results: Results) -> list[ModelResult]:
     local = {name for name, spec in results.params.teachers.items() if spec.model is not None}
     tested = [m for m in results.models if m.source == results.headline.source and m.role in TRAINED_ROLES]
     return [m for m in tested if m.role != "teacher" or m.key in local]
+
+
+def _smallest_of_each_architecture(params: Params, models: list[ModelResult]) -> list[ModelResult]:
+    smallest: dict[str, ModelResult] = {}
+    for result in sorted(models, key=lambda result: result.parameters or float("inf")):
+        sections, key = (params.teachers, "kind") if result.role == "teacher" else (params.students, "arch")
+        architecture = getattr(sections[result.key], key)
+        smallest.setdefault({"lm": "causal"}.get(architecture, architecture), result)
+    return list(smallest.values())
 
 
 def _load_model(root: Path, params: Params, task: Task, result: ModelResult) -> LabelModel | LocalTeacher:
