@@ -466,7 +466,7 @@ def test_an_instruction_for_paraphrases_that_are_in_files(folder):
         load(folder, raw)
 
 
-def test_who_can_paraphrase_test_rows(folder):
+def test_which_teachers_paraphrase_test_rows(folder):
     raw = changed("evaluate.paraphrased_rows", 4)
     load(folder, raw)  # `llm` is a language model
     columns = {"id": "i", "text": None, "label": "l"}

@@ -1,5 +1,6 @@
 """The schema of `params.yaml`: everything a user changes is a key here."""
 
+from distillery.config.schema.answers import AnswerColumns, AnswerFilesConfig
 from distillery.config.schema.augment import AugmentConfig, ParaphraseFilter
 from distillery.config.schema.base import (
     DIVERGENCES,
@@ -45,8 +46,6 @@ from distillery.config.schema.students import (
 )
 from distillery.config.schema.teachers import (
     API_KEYS_WITHOUT_EFFECT,
-    AnswerColumns,
-    AnswerFilesConfig,
     ApiConfig,
     ApiPrice,
     EndpointConfig,
