@@ -524,6 +524,22 @@ def test_rationales_are_for_the_gold_label_and_the_same_each_time(experiment):
     pd.testing.assert_frame_equal(explained, add_rationales(root, "lm", params, TASK, shuffled, signals))
 
 
+def test_explanations_from_files_are_for_the_gold_label_too(experiment):
+    """A reason for the wrong label of a gold row is none for the row; in the pool the teacher's label counts."""
+    root, params = experiment
+    rows = gold_rows(4).assign(split=["train", "train", "pool", "validation"])
+    rows["label"] = ["positive", "negative", None, "positive"]
+    lines = [{"id": i, "label": "positive", "why": f"Since {n}."} for n, i in enumerate(rows["id"])]
+    (root / "explained.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    columns = {"id": "id", "text": None, "label": "label", "explanation": "why"}
+    raw = {"kind": "answers", "answers": {"files": ["explained.jsonl"], "columns": columns}}
+    params = params.model_copy(update={"teachers": {"kept": validate_section(TeacherConfig, raw, "x")}})
+    signals = signal_table(rows, np.tile([1.0, 0.0, 0.0], (4, 1)), LABELS, -1)
+    explained = add_rationales(root, "kept", params, TASK, rows, signals)
+    assert explained["rationale"].tolist() == ["Since 0.", None, "Since 2.", None]
+    assert explained["contradicts"].tolist() == [False, None, False, None]
+
+
 def test_an_unreadable_answer_gets_no_rationale(experiment):
     root, params = experiment
     rows = gold_rows(6).assign(split="pool", label=None)

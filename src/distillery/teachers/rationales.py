@@ -23,8 +23,8 @@ def add_rationales(
     """`signals` with rationales for a sample of training and pool rows, and whether each contradicts its label.
 
     The rationale is for the gold label of a training row and for the teacher's label of a pool row. A teacher of
-    `kind: answers` brings its own explanations, for all of these rows. With `api.labels: explained` a rationale is what
-    followed the label in the teacher's answer; where that is another label, there is none.
+    `kind: answers` brings its own explanations, for all of these rows, and with `api.labels: explained` a rationale is
+    what followed the label in the teacher's answer: where that is another label, there is none.
 
     rows: source, split, id, text, gold label of all rows of `signals`, in any order; further rows are ignored.
     """
@@ -32,11 +32,11 @@ def add_rationales(
     gold = rows[[*KEYS, "text", "label"]].rename(columns={"label": "gold"})
     rows = signals[[*KEYS, "label"]].merge(gold, on=KEYS, how="left", validate="1:1")
     trainable = rows[rows["split"].isin(["train", "pool"])]
+    explained = trainable["label"].where(trainable["split"] == "pool", trainable["gold"])
     if spec.kind == "answers":
         teacher = open_file_teacher(root, name, params, task)
-        signals.loc[trainable.index, "rationale"] = teacher.explanations(trainable, trainable["label"].tolist())
-        return _flag_contradictions(task, signals, signals["label"].tolist())
-    explained = trainable["label"].where(trainable["split"] == "pool", trainable["gold"])
+        signals.loc[trainable.index, "rationale"] = teacher.explanations(trainable, explained.tolist())
+        return _flag_contradictions(task, signals, [explained.get(i) for i in signals.index])
     sample = np.random.default_rng(spec.seed).permutation(trainable.index)[: spec.rationales]
     sample = [i for i in sample if isinstance(explained[i], str)]  # an unreadable answer has no reason
     teacher = open_teacher(root, name, params, task)
