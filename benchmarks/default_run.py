@@ -145,6 +145,7 @@ def report(table: pd.DataFrame, revisions: dict[str, str]) -> None:
                 )
     counted_twice = set.intersection(*(set(lines["stage"]) for lines in totals.values()))
     line("the stages with both", **{key: lines[lines["stage"].isin(counted_twice)] for key, lines in totals.items()})
+    line("all stages of each", **totals)
     for (revision, stage), lines in table[table["full"].astype(bool)].groupby(["commit", "stage"]):
         whole = lines[KINDS].to_numpy().sum()
         estimate = sampled[(sampled["commit"] == revision) & (sampled["stage"] == stage)]["total"].sum()
