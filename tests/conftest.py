@@ -45,8 +45,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what the imports made out of every later search for garbage: that search takes 0.3 s, and each training and
-    each load of a model starts one."""
+    leave_out_of_later_searches()
+
+
+def pytest_runtest_teardown() -> None:
+    leave_out_of_later_searches()
+
+
+def leave_out_of_later_searches() -> None:
+    """Leave what is in memory out of every later search for garbage.
+
+    A search through all modules takes 0.3 s, and each training and each load of a model starts one.
+    """
     gc.collect()
     gc.freeze()
 
