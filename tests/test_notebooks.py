@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ from distillery.config.load import load_params
 from distillery.config.schema import SPLITS
 from distillery.files import read_yaml
 from distillery.pipeline.inputs import write_student_inputs
+from forked import preloaded_python
 
 LABELS = ["positive", "neutral", "negative"]
 
@@ -30,7 +32,8 @@ LABELS = ["positive", "neutral", "negative"]
 
 def dvc(repo: Path, *arguments: str) -> list[str]:
     """Run `dvc`; the stages that ran. Fails with what it printed when it fails."""
-    done = subprocess.run(["dvc", *arguments], cwd=repo, capture_output=True, text=True, timeout=600)
+    environment = os.environ | preloaded_python(repo)
+    done = subprocess.run(["dvc", *arguments], cwd=repo, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return re.findall(r"^Running stage '(.*)':", done.stdout, flags=re.M)
 
@@ -68,6 +71,7 @@ def ran(tiny_models, tmp_path_factory) -> Path:
         student["checkpoint_every"], student["phases"][0]["steps"] = 10, 120
 
     edit(repo, longer)
+    dvc(repo, "repro", "inputs")
     killed_while_it_distils(repo)
     assert not (repo / "runs/tiny-kd-0/metrics.json").exists()
     assert not (repo / "reports/notebooks/04_distill-tiny-kd-0.ipynb").exists()

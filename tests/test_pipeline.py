@@ -26,6 +26,7 @@ from distillery.pipeline.inputs import StageTables, _agreeing_rationales, studen
 from distillery.pipeline.run_notebook import notebook_parameters
 from distillery.pipeline.strip import notebook_code, stage_modules, strip_notebook
 from distillery.tasks.schema import Task, load_task
+from forked import preloaded_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src/distillery"
@@ -166,7 +167,8 @@ def test_every_selector_in_dvc_yaml_is_a_parameter_of_its_notebook(notebook):
 
 def dvc(repo: Path, *arguments: str) -> str:
     """What `dvc` prints. Fails with it when dvc fails."""
-    done = subprocess.run(["dvc", *arguments], cwd=repo, capture_output=True, text=True, timeout=300)
+    environment = os.environ | preloaded_python(repo, runs_kernels=False)
+    done = subprocess.run(["dvc", *arguments], cwd=repo, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
