@@ -1,0 +1,66 @@
+"""Is one teacher of a run better than the others? Paired, on its test rows.
+
+    PYTHONPATH=src python benchmarks/teacher_pairs.py FOLDER [the teacher that the others are compared with]
+
+FOLDER is that of a finished run, such as `.cache/recipes/qwen-gkd-tuned`. Without a second argument, every teacher is
+compared with the first one of its params.yaml.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from distillery.config.load import load_params
+from distillery.data.storage import read_task
+from distillery.errors import UserError
+from distillery.files import Paths
+from distillery.metrics import mean_scores
+from distillery.metrics.significance import paired_difference
+
+
+def predicted_labels(root: Path, teacher: str, source: str) -> pd.Series:
+    """Row id -> the label that `teacher` predicts, for the test rows of `source`."""
+    signals = pd.read_parquet(Paths(root).teacher(teacher) / "signals.parquet")
+    signals = signals[(signals["source"] == source) & (signals["split"] == "test")]
+    return signals.set_index("id")["label"]
+
+
+def compare(test: pd.DataFrame, predictions: dict[str, pd.Series], baseline: str, names: Sequence[str]) -> pd.DataFrame:
+    """A line for each teacher: its scores on `test` (id, label, group), and its paired gain over `baseline`."""
+    lines, labels = [], test["label"].tolist()
+    predicted = {teacher: of_row.loc[test["id"]].tolist() for teacher, of_row in predictions.items()}
+    for teacher, own in predicted.items():
+        scores = mean_scores(labels, own, names)
+        line = {"teacher": teacher, "accuracy": f"{scores['accuracy']:.1%}", "macro-F1": f"{scores['macro_f1']:.1%}"}
+        for score in ("accuracy", "macro_f1"):
+            gain = paired_difference(labels, own, predicted[baseline], names, test["group"])[score]
+            mean, low, high = (100 * gain[key] for key in ("mean", "low", "high"))
+            line[f"gain in {score.replace('_f1', '-F1')}"] = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def main(folder: str, baseline: str = "") -> None:
+    root = Path(folder)
+    params = load_params(root / "params.yaml")
+    baseline = baseline or next(iter(params.teachers))
+    if baseline not in params.teachers:
+        raise UserError(f"{folder}: no teacher `{baseline}`; there are: {', '.join(params.teachers)}")
+    for source in params.data:
+        processed = Paths(root).processed(source)
+        test, task = pd.read_parquet(processed / "test.parquet"), read_task(processed)
+        teachers = [teacher for teacher in params.teachers if source in params.teacher_sources(teacher)]
+        predictions = {teacher: predicted_labels(root, teacher, source) for teacher in teachers}
+        print(f"{source}: {len(test)} test rows; gains over {baseline} in points, with 95 % intervals\n")
+        print(compare(test, predictions, baseline, task.names).to_string(index=False))
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}")
