@@ -54,6 +54,9 @@ def main(folder: str, baseline: str = "") -> None:
         processed = Paths(root).processed(source)
         test, task = pd.read_parquet(processed / "test.parquet"), read_task(processed)
         teachers = [teacher for teacher in params.teachers if source in params.teacher_sources(teacher)]
+        if baseline not in teachers:
+            print(f"{source}: {baseline} does not label it\n")
+            continue
         predictions = {teacher: predicted_labels(root, teacher, source) for teacher in teachers}
         print(f"{source}: {len(test)} test rows; gains over {baseline} in points, with 95 % intervals\n")
         print(compare(test, predictions, baseline, task.names).to_string(index=False))

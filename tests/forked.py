@@ -40,7 +40,7 @@ def stage_environment() -> dict[str, str]:
 
 
 PRELOADED = Path(__file__).parent / "preloaded"
-# a copy of a process that has loaded less starts sooner
+# two servers: the more a process has loaded, the slower it forks, and DVC needs no torch
 PROGRAMS = ("dvc.cli", "dvc.commands.repro", "dvc.repo.reproduce", "dvc.output", "papermill", "pyarrow.parquet")
 PROGRAMS += ("distillery.pipeline.run_notebook", "distillery.pipeline.strip", "distillery.pipeline.inputs")
 KERNELS = ("ipykernel.kernelapp", "distillery.training.run", "distillery.report.page")
@@ -48,33 +48,48 @@ KERNELS = ("ipykernel.kernelapp", "distillery.training.run", "distillery.report.
 
 @cache
 def _start_server(*modules: str) -> str:
-    """The socket of a process that runs programs of Python in copies of itself; see tests/preloaded/server.py."""
+    """The socket of a process that runs Python programs in forks of itself; see tests/preloaded/server.py."""
     folder = tempfile.mkdtemp()
     address = f"{folder}/server"
     paths = [str(PRELOADED.parents[1] / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | stage_environment() | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(PRELOADED / "server.py"), address, *modules]
-    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    # in a session of its own, an interrupt of the tests reaches it as the end of its standard input
+    server = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
     while not os.path.exists(address):
         assert server.poll() is None, "the process that loads the packages ended early"
         time.sleep(0.01)
 
     def stop() -> None:
         server.stdin.close()
-        server.wait()
+        try:
+            server.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            server.kill()
         shutil.rmtree(folder)
 
     atexit.register(stop)
     return address
 
 
-def preloaded_python(repo: Path, runs_kernels: bool = True) -> dict[str, str]:
-    """Variables with which `dvc`, stages and kernels of the experiment in `repo` need not load their packages.
+@cache
+def _can_watch_processes() -> bool:
+    """Whether the system has the descriptors of processes that tests/preloaded/server.py waits for: Linux alone."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True
 
-    Not for a program that shall be killed, or that reads other variables of Python or of a library than a stage does.
-    Where the system lacks what tests/preloaded/server.py needs, they run as they are.
+
+def preloaded_python(repo: Path, runs_kernels: bool = True) -> dict[str, str]:
+    """Variables with which `dvc`, stages and kernels of the experiment in `repo` run in forks of a preloaded process.
+
+    Do not use them where a test kills a process, sets limits or changes a variable that Python or a library reads at
+    its start: a fork has those of its server. Where forks cannot be watched, there are no variables.
     """
-    if not hasattr(os, "pidfd_open"):
+    if not _can_watch_processes():
         return {}
     if not (repo / "src/sitecustomize.py").exists():
         shutil.copy(PRELOADED / "sitecustomize.py", repo / "src")

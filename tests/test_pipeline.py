@@ -22,6 +22,7 @@ import tiny
 from distillery import fingerprint
 from distillery.config.schema import Params, StudentConfig, TeacherConfig
 from distillery.files import read_yaml
+from distillery.pipeline.environment import ENVIRONMENT
 from distillery.pipeline.inputs import StageTables, _agreeing_rationales, student_rows
 from distillery.pipeline.run_notebook import notebook_parameters
 from distillery.pipeline.strip import notebook_code, stage_modules, strip_notebook
@@ -69,7 +70,7 @@ def code_of(notebook: str) -> str:
 
 
 def test_a_stage_depends_on_what_python_itself_imports_for_it():
-    """Against `sys.modules` after the imports were run."""
+    """Against `sys.modules` after the imports were run, which print nothing."""
     found = stages({"lm": "lm"})
     entries = {name: imports_of(code_of(name)) for name in NOTEBOOKS} | {"inputs": "import distillery.pipeline.inputs"}
     done = subprocess.run(
@@ -79,8 +80,9 @@ def test_a_stage_depends_on_what_python_itself_imports_for_it():
         text=True,
         check=True,
         cwd=ROOT,
-        env=os.environ | PATHS,
+        env=ENVIRONMENT | os.environ | PATHS,
     )
+    assert not done.stderr  # it would stand in the notebooks
     loaded = [json.loads(line) for line in re.findall(r"^modules (.*)", done.stdout, flags=re.M)]
     for name, modules in zip(entries, loaded, strict=True):
         listed = {"02_teach": "02_teach-lm", "inputs": "inputs-teachers"}.get(name, name)

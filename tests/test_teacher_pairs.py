@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pandas as pd
 import pytest
 
 import tiny
 from distillery.errors import UserError
+from distillery.files import read_yaml
 from distillery.tasks.schema import load_task
 
 NAMES = ["positive", "neutral", "negative"]
@@ -44,6 +48,17 @@ def test_gains_are_those_on_the_same_rows(teacher_pairs, run, capsys):
     assert (second[:2], second[3]) == (["encoder", "80.0%"], "+30.0")
     teacher_pairs.main(str(run), "encoder")
     assert "-30.0 (" in capsys.readouterr().out
+
+
+def test_a_source_that_the_teacher_does_not_label_is_left_out(teacher_pairs, run, capsys):
+    params = read_yaml(run / "params.yaml")
+    params["data"]["other"] = params["data"]["finance"]
+    for teacher in params["teachers"].values():
+        teacher["data"] = ["finance"]
+    (run / "params.yaml").write_text(json.dumps(params))
+    shutil.copytree(run / "data/processed/finance", run / "data/processed/other")
+    teacher_pairs.main(str(run))
+    assert capsys.readouterr().out.endswith("other: lm does not label it\n\n")
 
 
 def test_an_unknown_teacher_ends_in_one_line(teacher_pairs, run):

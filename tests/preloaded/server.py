@@ -1,4 +1,4 @@
-"""A process that has loaded the packages of this project, and runs programs of Python in copies of itself.
+"""A process that has loaded packages, and runs Python programs in forks of itself.
 
 `python server.py SOCKET MODULE ...` loads these modules and serves at SOCKET until its standard input ends. The file
 sitecustomize.py beside this one sends it the programs.
@@ -14,13 +14,40 @@ import json
 import os
 import runpy
 import selectors
-import signal
 import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+import psutil
+
+
+@dataclass(eq=False)
+class Fork:
+    """A running program. ended: a descriptor that can be read when it has ended. client: of the Python that waits."""
+
+    pid: int
+    ended: int
+    client: socket.socket
+
+    def kill(self) -> None:
+        """End it with all that it started: the clients among these have forks of their own, which end with them."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            for each in [*process.children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+
+    def send_status(self) -> None:
+        """Tell its client how it ended."""
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        with contextlib.suppress(OSError):
+            self.client.sendall(status.to_bytes(4, "big", signed=True))
+        self.client.close()
+        os.close(self.ended)
 
 
 def preload(names: list[str]) -> None:
@@ -30,55 +57,70 @@ def preload(names: list[str]) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "distillery"]:
         del sys.modules[name]
     gc.collect()
-    gc.freeze()  # a search for garbage in a copy leaves these out
+    gc.freeze()  # the garbage collector of a fork skips these
 
 
-def serve(listener: socket.socket) -> dict | None:
-    """Run the programs that are asked for, until standard input ends: then None, and in each copy its program."""
-    waiting = selectors.DefaultSelector()
-    waiting.register(listener, selectors.EVENT_READ, None)
-    waiting.register(sys.stdin.fileno(), selectors.EVENT_READ, None)
-    processes: dict[int, tuple[int, socket.socket]] = {}  # by the descriptor of the process
-    while True:
-        for key, _ in waiting.select():
-            if key.fileobj is listener:
-                connection, _ = listener.accept()
-                program, streams = receive_program(connection)
-                if not (pid := os.fork()):
-                    for i, stream in enumerate(streams):
-                        os.dup2(stream, i)
-                    for opened in (waiting, listener, connection):
-                        opened.close()
-                    return program
-                ended = os.pidfd_open(pid)
-                processes[ended] = pid, connection
-                waiting.register(ended, selectors.EVENT_READ, ended)
-                waiting.register(connection, selectors.EVENT_READ, ended)
-                for stream in streams:
-                    os.close(stream)
-            elif key.data is None:
-                for pid, _ in processes.values():
-                    os.kill(pid, signal.SIGKILL)
-                return None
-            elif key.data in processes:
-                pid, connection = processes.pop(key.data)
-                waiting.unregister(connection)
-                waiting.unregister(key.data)
-                if key.fileobj is connection:  # the Python that waited has ended
-                    os.kill(pid, signal.SIGKILL)
-                status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                with contextlib.suppress(OSError):
-                    connection.sendall(status.to_bytes(4, "big", signed=True))
-                connection.close()
-                os.close(key.data)
+class Server:
+    """Forks for each program that a client sends to `listener`, and tells the client how it ended."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener, self.forks = listener, set()
+        self.selector = selectors.DefaultSelector()
+        for each in (listener, sys.stdin):
+            self.selector.register(each, selectors.EVENT_READ)
+
+    def serve(self) -> dict | None:
+        """Serve until standard input ends. Returns None then, and in a fork its program."""
+        while True:
+            for key, _ in self.selector.select():
+                if key.fileobj is sys.stdin:
+                    for fork in self.forks:
+                        fork.kill()
+                    return None
+                if key.fileobj is self.listener:
+                    if program := self.fork():
+                        return program
+                elif key.data in self.forks:
+                    self.finish(key.data, client_was_killed=key.fileobj is key.data.client)
+
+    def fork(self) -> dict | None:
+        """Fork for the next client. Returns its program in the fork, None in this process."""
+        client, _ = self.listener.accept()
+        program, streams = receive_program(client)
+        pid = os.fork() if program else None
+        if pid == 0:
+            for i, stream in enumerate(streams):
+                os.dup2(stream, i)
+            for opened in (self.selector, self.listener, client):
+                opened.close()
+            return program
+        for stream in streams:
+            os.close(stream)
+        if pid:
+            self.forks.add(fork := Fork(pid, os.pidfd_open(pid), client))
+            for each in (fork.ended, client):
+                self.selector.register(each, selectors.EVENT_READ, fork)
+        return None
+
+    def finish(self, fork: Fork, client_was_killed: bool) -> None:
+        """Forget a fork that has ended or shall end."""
+        self.forks.remove(fork)
+        for each in (fork.ended, fork.client):
+            self.selector.unregister(each)
+        if client_was_killed:
+            fork.kill()
+        fork.send_status()
 
 
-def receive_program(connection: socket.socket) -> tuple[dict, list[int]]:
-    """The program to run, and the three standard streams of the Python that asks."""
-    size, streams, _, _ = socket.recv_fds(connection, 4, 3)
+def receive_program(client: socket.socket) -> tuple[dict | None, list[int]]:
+    """The program to run, None if `client` ended before it was sent, and the client's three standard streams."""
+    size, streams, _, _ = socket.recv_fds(client, 4, 3)
     message = bytearray()
-    while len(message) < int.from_bytes(size, "big"):
-        message += connection.recv(1 << 20)
+    while len(message) < int.from_bytes(size, "big") and (part := client.recv(1 << 20)):
+        message += part
+    if not message or len(message) < int.from_bytes(size, "big"):
+        client.close()
+        return None, streams
     return json.loads(message), streams
 
 
@@ -101,8 +143,8 @@ def run(arguments: list[str], folder: str, environment: dict[str, str], paths: l
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def end_process(function: Callable, **arguments: Any) -> None:
-    """End as a Python that has run `function`, without the seconds that taking all modules apart would take."""
+def exit_after(function: Callable, **arguments: Any) -> None:
+    """Call `function` and exit as Python does, without the seconds that it takes to destroy all modules."""
     status = 0
     try:
         function(**arguments)
@@ -127,9 +169,9 @@ def main() -> None:
         listener.bind(sys.argv[1])
         listener.listen(64)
         preload(sys.argv[2:])
-        program = serve(listener)
+        program = Server(listener).serve()
     if program:
-        end_process(run, **program, paths=installed)
+        exit_after(run, **program, paths=installed)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Every Python that finds this file on its path asks the process of tests/preloaded/server.py to run in its place.
+"""A Python that starts with this file on its path lets tests/preloaded/server.py run its program in a fork.
 
-That process has loaded what takes seconds to load (torch, transformers, DVC), and runs the program in a copy of itself.
-The Python that started waits for its end, and ends in the same way. If it is killed, the copy is killed, too.
+The server has loaded what takes seconds to load (torch, transformers, DVC). This Python waits for the fork, and ends
+with its status. If this Python is killed, the server kills the fork.
 """
 
 import json
@@ -10,23 +10,27 @@ import socket
 import sys
 
 
-def run_in_a_copy(server: str) -> None:
-    """Let the process at the socket `server` run this program, and end as it ended."""
+def run_in_fork(server: str) -> None:
+    """Let the server at the socket `server` run this program, and exit with its status."""
     program = {"arguments": sys.orig_argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}
+    message = json.dumps(program).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(server)
-        message = json.dumps(program).encode()
         socket.send_fds(connection, [len(message).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(message)
-        status = int.from_bytes(connection.recv(4), "big", signed=True)
+        answer = connection.recv(4)
+    if len(answer) < 4:  # after an exception here, Python would run the program itself, from the start
+        print("the preloaded process ended early", file=sys.stderr, flush=True)
+        os._exit(70)
+    status = int.from_bytes(answer, "big", signed=True)
     if status < 0:  # ended by this signal
         os.kill(os.getpid(), -status)
     os._exit(status)
 
 
-# what is started with more than the three standard streams runs as it is
+# only these: a program that inherits more than the three standard streams would lose them
 PROGRAMS = [["-m", "distillery"], ["-m", "dvc"]]
 if sys.orig_argv[1:3] == ["-m", "ipykernel_launcher"] and "PRELOADED_KERNELS" in os.environ:
-    run_in_a_copy(os.environ["PRELOADED_KERNELS"])
+    run_in_fork(os.environ["PRELOADED_KERNELS"])
 elif "PRELOADED_PROGRAMS" in os.environ and (sys.orig_argv[1:3] in PROGRAMS or sys.orig_argv[1].endswith("/bin/dvc")):
-    run_in_a_copy(os.environ["PRELOADED_PROGRAMS"])
+    run_in_fork(os.environ["PRELOADED_PROGRAMS"])
