@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -219,7 +220,7 @@ def built(tiny_models, tmp_path_factory) -> Path:
     """An experiment whose teachers are about to be tuned, and its student `tiny-gold` trained, by two processes."""
     repo = tiny.experiment(tmp_path_factory.mktemp("together") / "repo", tiny_models)
     text = (repo / "params.yaml").read_text(encoding="utf-8")
-    text = text.replace("  tiny-gold:\n", "  tiny-gold:\n    checkpoint_every: 3\n").replace("steps: 6", "steps: 15")
+    text = text.replace("  tiny-gold:\n", "  tiny-gold:\n    checkpoint_every: 3\n").replace("steps: 6", "steps: 30")
     (repo / "params.yaml").write_text(f"{text}\ncompute: {{processes: 2}}\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(repo)
@@ -242,13 +243,22 @@ def repo(built, monkeypatch) -> Path:
 
 def kill_at_a_checkpoint(folder: Path, rank: int) -> None:
     """SIGKILL the process of this `rank` as soon as `folder` holds a whole checkpoint."""
-    end = time.monotonic() + PATIENCE
-    while not list(folder.glob("checkpoints-1/checkpoint-*/trainer_state.json")):
+    end, processes = time.monotonic() + PATIENCE, []
+    while not processes or not list(folder.glob("checkpoints-1/checkpoint-*/trainer_state.json")):
         assert time.monotonic() < end
+        processes = processes or find_processes(rank)
         time.sleep(0.001)
-    processes = [process for process in psutil.Process().children(recursive=True) if process.is_running()]
-    (killed,) = [process for process in processes if process.environ().get("RANK") == str(rank)]
+    (killed,) = processes
     killed.kill()
+
+
+def find_processes(rank: int) -> list[psutil.Process]:
+    """The processes of this `rank` that this process has started."""
+    of_rank = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended, or has not read its environment yet
+            of_rank += [process] if process.environ().get("RANK") == str(rank) else []
+    return of_rank
 
 
 def go_on_and_begin_anew(repo: Path) -> None:
