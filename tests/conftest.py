@@ -25,16 +25,8 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get(
 LONGEST_FILES = [
     f"test_{name}.py"
     for name in (
-        "pipeline",
-        "notebooks",
-        "training",
-        "errors",
-        "api",
-        "stage",
-        "lessons",
-        "smoke_tasks",
-        "multilabel_stages",
-        "phrasebank",
+        *("pipeline", "errors", "notebooks", "processes", "api", "training", "stage", "evaluation", "hub_recipes"),
+        *("report", "smoke_tasks", "reopen", "lessons", "phrasebank", "sharding", "onnx", "served_tokens", "readme"),
     )
 ]
 
