@@ -9,8 +9,8 @@ UV := 0.13.9# what `make lock` resolves with
 # Tests that run stages, DVC or a browser: minutes each. `make unit` leaves them out.
 PIPELINE_TESTS := $(addprefix tests/test_,stage.py pipeline.py smoke_tasks.py errors.py readme.py recipe.py search.py \
   notebooks.py report.py finished_teacher.py)
-# One thread of torch in each process; tests/conftest.py says how many processes there are, and orders the files
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+# A process for each core, four at most for memory's sake, and in each one thread of torch; tests/conftest.py orders the files
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Stages run `python -m distillery run ...`: the environment's own python must be the first that their shell finds.
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -20,11 +20,6 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DVC_NO_A
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than cores, for tests wait for servers and for programs that start; four at most for memory."""
-    return min(4, (os.cpu_count() or 1) + 1)
-
-
 # The files that take longest, the longest first. Each process of `make test` runs whole files: one of these that starts
 # last runs on alone.
 LONGEST_FILES = [
