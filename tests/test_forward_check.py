@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from functools import cache
 
 import pytest
@@ -278,3 +279,10 @@ def test_an_encoder_decoder_gives_what_its_plain_forward_pass_gives():
                 tokens.append(int(logprobs(row, tokens)[-1].argmax()))
             expected.append(tokens)
     assert model.generate_tokens(ROWS, max_new_tokens=5) == expected
+
+
+def test_the_table_of_architectures_shows_what_the_check_prevents():
+    table_row = runpy.run_path(str(tiny.ROOT / "benchmarks/architectures.py"))["table_row"]
+    name, _, _, _, unchecked, checked, greedy, reason = table_row("lfm2")
+    assert (name, greedy, reason) == ("lfm2", "4 of 4", "not packed: only 1 of its 2 layers are attention")
+    assert float(unchecked) > 1 and float(checked) < 1e-5  # nats
