@@ -1,9 +1,9 @@
 """Is one teacher of a run better than the others? Paired, on its test rows.
 
-    PYTHONPATH=src python benchmarks/teacher_pairs.py FOLDER [the teacher that the others are compared with]
+    PYTHONPATH=src python benchmarks/teacher_pairs.py FOLDER [TEACHER ...]
 
-FOLDER is that of a finished run, such as `.cache/recipes/qwen-gkd-tuned`. Without a second argument, every teacher is
-compared with the first one of its params.yaml.
+FOLDER is that of a finished run, such as `.cache/recipes/qwen-gkd-tuned`. All teachers are compared with each TEACHER;
+without one, with the first of its params.yaml.
 """
 
 from __future__ import annotations
@@ -44,22 +44,23 @@ def compare(test: pd.DataFrame, predictions: dict[str, pd.Series], baseline: str
     return pd.DataFrame(lines)
 
 
-def main(folder: str, baseline: str = "") -> None:
+def main(folder: str, *baselines: str) -> None:
     root = Path(folder)
     params = load_params(root / "params.yaml")
-    baseline = baseline or next(iter(params.teachers))
-    if baseline not in params.teachers:
-        raise UserError(f"{folder}: no teacher `{baseline}`; there are: {', '.join(params.teachers)}")
+    for baseline in baselines:
+        if baseline not in params.teachers:
+            raise UserError(f"{folder}: no teacher `{baseline}`; there are: {', '.join(params.teachers)}")
     for source in params.data:
         processed = Paths(root).processed(source)
         test, task = pd.read_parquet(processed / "test.parquet"), read_task(processed)
         teachers = [teacher for teacher in params.teachers if source in params.teacher_sources(teacher)]
-        if baseline not in teachers:
-            print(f"{source}: {baseline} does not label it\n")
-            continue
         predictions = {teacher: predicted_labels(root, teacher, source) for teacher in teachers}
-        print(f"{source}: {len(test)} test rows; gains over {baseline} in points, with 95 % intervals\n")
-        print(compare(test, predictions, baseline, task.names).to_string(index=False))
+        for baseline in baselines or list(params.teachers)[:1]:
+            if baseline not in teachers:
+                print(f"{source}: {baseline} does not label it\n")
+                continue
+            print(f"{source}: {len(test)} test rows; gains over {baseline} in points, with 95 % intervals\n")
+            print(compare(test, predictions, baseline, task.names).to_string(index=False) + "\n")
 
 
 if __name__ == "__main__":
