@@ -4,6 +4,7 @@ The server has loaded what takes seconds to load (torch, transformers, DVC). Thi
 with its status. If this Python is killed, the server kills the fork.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -14,7 +15,8 @@ def run_in_fork(server: str) -> None:
     """Let the server at the socket `server` run this program, and exit with its status."""
     program = {"arguments": sys.orig_argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}
     message = json.dumps(program).encode()
-    with socket.socket(socket.AF_UNIX) as connection:
+    answer = b""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
         connection.connect(server)
         socket.send_fds(connection, [len(message).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(message)
@@ -29,8 +31,9 @@ def run_in_fork(server: str) -> None:
 
 
 # only these: a program that inherits more than the three standard streams would lose them
-PROGRAMS = [["-m", "distillery"], ["-m", "dvc"]]
 if sys.orig_argv[1:3] == ["-m", "ipykernel_launcher"] and "PRELOADED_KERNELS" in os.environ:
     run_in_fork(os.environ["PRELOADED_KERNELS"])
-elif "PRELOADED_PROGRAMS" in os.environ and (sys.orig_argv[1:3] in PROGRAMS or sys.orig_argv[1].endswith("/bin/dvc")):
+elif "PRELOADED_PROGRAMS" in os.environ and (
+    sys.orig_argv[1:3] == ["-m", "distillery"] or sys.orig_argv[1].endswith("/bin/dvc")
+):
     run_in_fork(os.environ["PRELOADED_PROGRAMS"])
