@@ -256,7 +256,7 @@ def find_processes(rank: int) -> list[psutil.Process]:
     """The processes of this `rank` that this process has started."""
     of_rank = []
     for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has ended, or has not read its environment yet
+        with contextlib.suppress(psutil.Error):  # it has ended
             of_rank += [process] if process.environ().get("RANK") == str(rank) else []
     return of_rank
 
