@@ -41,7 +41,7 @@ def start(tmp_path) -> Start:
 def test_a_program_prints_and_exits_in_a_fork(start, tmp_path):
     code = """if 1:
         import os, sys
-        print("dvc" in sys.modules, sys.argv[1:], os.getcwd())
+        print("papermill" in sys.modules, sys.argv[1:], os.getcwd())
         print("wrong", file=sys.stderr)
         sys.exit(3)
     """
