@@ -66,7 +66,7 @@ def test_it_ends_with_the_status_of_its_program(start, code, status, line):
 
 
 def test_a_killed_program_takes_along_what_it_started(start):
-    process = start("import subprocess\nprint(subprocess.Popen(['sleep', '600']).pid, flush=True)\ninput()")
+    process = start("import subprocess as s\np = s.Popen(['sleep', '99'])\nprint(p.pid, flush=True)\np.wait()")
     sleeper = psutil.Process(int(process.stdout.readline()))
     process.kill()
     process.wait()
