@@ -1,8 +1,9 @@
 """A real llama-server as a teacher: how near are its labels and tokens to the same GGUF loaded here?
 
-    PYTHONPATH=src python benchmarks/served_teacher.py LLAMA_SERVER MODEL.gguf [rows of each label, 12 by default]
+    PYTHONPATH=src python benchmarks/served_teacher.py LLAMA_SERVER [--model MODEL.gguf] [--rows 12]
 
-docs/api-teachers.md shows how to build `llama-server`. It answers on this machine with one thread, for rows of the
+docs/api-teachers.md shows how to build `llama-server`. Without `--model` it gets Qwen2.5-Coder-0.5B-Instruct, whose
+pieces are downloaded as the recipe qwen-gkd names them. It answers on this machine with one thread, for rows of the
 finance corpus: one request a row gives the probabilities of the labels and the 20 likeliest tokens at each token of
 its answer. The same file, loaded by this package (weights in bfloat16, products in float32), then scores the same
 labels and the same tokens with the whole distribution. So the difference between the two computations, and what the 20
@@ -11,14 +12,14 @@ tokens leave out, are both measured. The student of the KL is the same model wit
 
 from __future__ import annotations
 
-import os
+import argparse
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +30,15 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from distillery import losses  # noqa: E402
 from distillery.config.load import validate_section  # noqa: E402
-from distillery.config.schema import ApiConfig  # noqa: E402
+from distillery.config.schema import ApiConfig, ModelConfig  # noqa: E402
 from distillery.data.readers import read_rows  # noqa: E402
 from distillery.errors import UserError  # noqa: E402
 from distillery.models.fetch import _convert_gguf  # noqa: E402
 from distillery.models.label_model import LabelModel  # noqa: E402
 from distillery.models.load import load_model, load_tokenizer  # noqa: E402
+from distillery.models.pieces import joined_pieces  # noqa: E402
 from distillery.models.token_strings import TokenStrings  # noqa: E402
+from distillery.pipeline.recipe import load_recipe  # noqa: E402
 from distillery.tasks.schema import load_task  # noqa: E402
 from distillery.teachers.api.client import Endpoint  # noqa: E402
 from distillery.teachers.api.teacher import ApiTeacher  # noqa: E402
@@ -48,11 +51,11 @@ TASK = load_task("finance-prompted", ROOT / "tasks")
 
 
 @contextmanager
-def llama_server(program: str, model: str) -> Iterator[str]:
+def llama_server(program: Path, model: Path) -> Iterator[str]:
     """Run `program` with `model` until the end of the block; gives its address."""
     port = free_port()
     command = [program, "-m", model, "--host", "127.0.0.1", "--port", str(port), "-t", "1", "-tb", "1", "-np", "1"]
-    server = subprocess.Popen([*command, "-c", "4096"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen([*map(str, command), "-c", "4096"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(300):
             try:
@@ -93,14 +96,15 @@ def open_gguf(file: Path, scratch: Path) -> LabelModel:
     return LabelModel(model, tokenizer, TASK, "causal", few_shot=FEW_SHOT, max_length=4096, batch_size=6)
 
 
-def print_labels(served: np.ndarray, known: np.ndarray, gold: np.ndarray) -> None:
+def print_labels(served: np.ndarray, local: np.ndarray, labels: np.ndarray) -> None:
+    """Compare the label probabilities of the server with those computed here; `labels` are indices of gold labels."""
     read = ~np.isnan(served).any(1)
-    same = (served[read].argmax(1) == known[read].argmax(1)).mean()
-    gap = np.abs(served[read] - known[read])
+    same = (served[read].argmax(1) == local[read].argmax(1)).mean()
+    gap = np.abs(served[read] - local[read])
     print(f"label probabilities: {read.sum()} of {len(read)} rows read, {same:.1%} with the same likeliest label")
     print(f"  difference of probabilities: mean {gap.mean():.4f}, largest {gap.max():.4f}")
-    right = [(one[read].argmax(1) == gold[read]).mean() for one in (served, known)]
-    print(f"  right: {right[0]:.1%} served, {right[1]:.1%} here")
+    accuracy = [(probabilities[read].argmax(1) == labels[read]).mean() for probabilities in (served, local)]
+    print(f"  accuracy: {accuracy[0]:.1%} served, {accuracy[1]:.1%} here")
 
 
 def score_here(model: LabelModel, texts: list[str], answers: list[MappedTokens]) -> tuple[np.ndarray, list, list]:
@@ -121,16 +125,16 @@ def print_tokens(answers: list[MappedTokens], teachers: list, students: list) ->
     """Compare the served log-probabilities with the whole distribution at the same tokens."""
     gaps, tails, lost, same = [], [], 0.0, 0
     for answer, scores in zip(answers, teachers, strict=True):
-        for known, returned, share in zip(scores, answer.alternatives, answer.lost, strict=True):
+        for whole, returned, share in zip(scores, answer.alternatives, answer.lost, strict=True):
             ids = list(returned)
-            gaps.append((known[ids].numpy(), np.array([returned[i] for i in ids])))
-            tails.append((1 - sum(np.exp(p) for p in returned.values()), 1 - known.exp().topk(TOP).values.sum().item()))
-            lost, same = lost + share, same + (known.argmax().item() == max(returned, key=returned.get))
-    known, served = (np.concatenate([pair[i] for pair in gaps]) for i in (0, 1))
+            gaps.append((whole[ids].numpy(), np.array([returned[i] for i in ids])))
+            tails.append((1 - sum(np.exp(p) for p in returned.values()), 1 - whole.exp().topk(TOP).values.sum().item()))
+            lost, same = lost + share, same + (whole.argmax().item() == max(returned, key=returned.get))
+    local, served = (np.concatenate([pair[i] for pair in gaps]) for i in (0, 1))
     print(f"tokens: {len(tails)} in {len(answers)} answers; likeliest token the same at {same / len(tails):.1%}")
     for bound in (0.01, 0.0001, 0.0):
         among = np.exp(served) >= bound
-        gap, shares = np.abs(known - served)[among], np.abs(np.exp(known) - np.exp(served))[among]
+        gap, shares = np.abs(local - served)[among], np.abs(np.exp(local) - np.exp(served))[among]
         print(
             f"  difference of log-probabilities, tokens of {bound:g} and more ({among.sum()}): mean {gap.mean():.4f}, "
             f"largest {gap.max():.4f}; of probabilities: largest {shares.max():.4f}"
@@ -160,20 +164,31 @@ def pick_rows(each: int) -> tuple[list[str], np.ndarray]:
     return [row["text"] for row in picked], np.array([TASK.names.index(row["label"]) for row in picked])
 
 
-def main(program: str, file: str, each: int = 12) -> None:
-    texts, gold = pick_rows(each)
-    n = len(texts)
+def download_gguf(scratch: Path) -> AbstractContextManager[Path]:
+    """The GGUF file of the 0.5B for a block; it is gone afterwards."""
+    spec = load_recipe(ROOT, "qwen-gkd", "small")["models"]["qwen-0.5b"]
+    return joined_pieces("qwen-0.5b", validate_section(ModelConfig, spec, "recipe"), scratch / "qwen-0.5b")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("program", metavar="LLAMA_SERVER", type=Path)
+    parser.add_argument("--model", type=Path, help="a GGUF file; by default that of Qwen2.5-Coder-0.5B-Instruct")
+    parser.add_argument("--rows", type=int, default=12, help="rows of each label")
+    settings = parser.parse_args(arguments)
+    texts, labels = pick_rows(settings.rows)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        with llama_server(os.path.abspath(program), os.path.abspath(file)) as url:
-            served, answers, seconds = ask(url, scratch, texts)
-        print(f"llama-server, 1 thread: {n / seconds:.2f} rows/s")
-        model = open_gguf(Path(file).resolve(), scratch)
+        with nullcontext(settings.model) if settings.model else download_gguf(scratch) as file:
+            with llama_server(settings.program.resolve(), file.resolve()) as url:
+                served, answers, seconds = ask(url, scratch, texts)
+            print(f"llama-server, 1 thread: {len(texts) / seconds:.2f} rows/s")
+            model = open_gguf(file.resolve(), scratch)
         mapped = [map_tokens(answer, TokenStrings(model.tokenizer)) for answer in answers]
-        known, *scores = score_here(model, texts, mapped)
-        print_labels(served, known, gold)
+        local, *scores = score_here(model, texts, mapped)
+        print_labels(served, local, labels)
         print_tokens(mapped, *scores)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    main()
