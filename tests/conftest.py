@@ -68,3 +68,11 @@ def tiny_models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     tiny.build_models(folder)
     return folder
+
+
+@pytest.fixture
+def without_figures(monkeypatch) -> None:
+    """Reports that are written get empty figures: to draw them takes longer than all the rest."""
+    from distillery.report import page
+
+    monkeypatch.setattr(page, "figure_svg", lambda figure: "<svg></svg>")

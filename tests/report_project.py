@@ -25,7 +25,9 @@ LABELS = ["up", "flat", "down"]
 TASK = "kind: classification\nlabels: {up: it rises, flat: it stays, down: it falls}\n"
 TASK += "perturbations: {names: {invented: [Veltora], tickers: '\\$[A-Z]+'}}\n"
 WORDS = [
-    a + b for a in ("pro", "ship", "order", "paper", "loan", "steel") for b in ("fit", "ment", "yard", "ing", "ers")
+    a + b
+    for a in ("pro", "ship", "order", "paper", "loan", "steel", "grain", "copper", "bank", "rail", "tax", "crude")
+    for b in ("fit", "ment", "yard", "ing", "ers", "line", "hold", "works", "man", "age")
 ]
 ACCURACY = {"tiny-kd": 0.75, "tiny-gold": 0.55, "other": 0.7, "big": 0.9, "untrained": 0.33}
 SPEEDS = {"tiny-kd": 500.0, "tiny-gold": 500.0, "other": 100.0, "big": 40.0}
@@ -144,19 +146,20 @@ def invented_measurements(results, speeds=SPEEDS) -> Measurements:
     return Measurements(timing, *measure_robustness(results, {"tiny-kd": predict, "big": predict}))
 
 
-def evaluate(root, params, speeds=None):
-    """Evaluate and write the report: the results, and the leaderboard indexed by model."""
+def evaluate(root, params, speeds=None, report=False):
+    """The results, and the leaderboard indexed by model. report: whether to write the report too."""
     results = gather_results(root, params)
     measured = invented_measurements(results, speeds) if speeds else Measurements()
     board = leaderboard(results, measured.timing)
-    write_report(root, results, board, measured, slice_scores(results))
+    if report:
+        write_report(root, results, board, measured, slice_scores(results))
     return results, board.set_index("model")
 
 
 def finished_project(root):
     """Root, params, results and leaderboard of the default experiment."""
     params = write_project(root)
-    return root, params, *evaluate(root, params, SPEEDS)
+    return root, params, *evaluate(root, params, SPEEDS, report=True)
 
 
 def qa_project(root, answers: int = 1, **columns) -> Params:

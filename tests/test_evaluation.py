@@ -92,19 +92,21 @@ def test_a_score_that_a_model_does_not_have_is_not_in_the_summary(finished):
     assert summarize(results, mixed)["micro_f1"] == {name: 0.5}
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_memory_of_a_gpu_is_in_the_leaderboard_where_there_was_one(tmp_path):
     params = write_project(tmp_path, experiment())
-    _, board = evaluate(tmp_path, params)
+    _, board = evaluate(tmp_path, params, report=True)
     page = tmp_path / "reports/index.html"
     assert not {"gpu_memory_mb", "training_gpu_mb"} & {*board} and "GPU memory" not in page.read_text()
     for seed, peak in ((0, 500), (1, 700)):
         path = tmp_path / f"runs/tiny-kd-{seed}/timing.json"
         write_file(path, json.dumps(json.loads(path.read_text()) | {"peak_gpu_memory_mb": peak}))
-    _, board = evaluate(tmp_path, params)
+    _, board = evaluate(tmp_path, params, report=True)
     assert board.loc["tiny-kd", "training_gpu_mb"] == 700 and board["training_gpu_mb"].count() == 1
     assert "GPU memory, training" in page.read_text() and "700 MB" in page.read_text()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_predictions_are_priced_where_measure_and_price_are_known(tmp_path):
     """Of local models by an hour of the machine, of an endpoint by the tokens that a row took; nothing is invented."""
     spec = experiment(seeds=[0])
@@ -112,12 +114,12 @@ def test_predictions_are_priced_where_measure_and_price_are_known(tmp_path):
     spec["teachers"]["far"] = {"kind": "api", "api": api}
     root, page = tmp_path, tmp_path / "reports/index.html"
     params = write_project(root, spec, accuracy={"far": 0.8})
-    _, board = evaluate(root, params, SPEEDS)
+    _, board = evaluate(root, params, SPEEDS, report=True)
     assert "dollars_per_1000_rows" not in board and "$" not in page.read_text().split('id="cost"')[1].split("Checks")[0]
     facts = root / "data/teacher/far/metrics.json"
     facts.write_text(json.dumps({"tokens_per_row": {"input": 200.0, "output": 3.0}}))
     evaluate_config = params.evaluate.model_copy(update={"machine_price_per_hour": 0.36})
-    _, board = evaluate(root, params.model_copy(update={"evaluate": evaluate_config}), SPEEDS)
+    _, board = evaluate(root, params.model_copy(update={"evaluate": evaluate_config}), SPEEDS, report=True)
     dollars = board["dollars_per_1000_rows"]
     assert dollars["tiny-kd"] == pytest.approx(1000 / 500 / 3600 * 0.36)
     assert dollars["big"] == pytest.approx(1000 / 40 / 3600 * 0.36)
@@ -131,7 +133,7 @@ def test_predictions_are_priced_where_measure_and_price_are_known(tmp_path):
     assert cells["tiny-kd"][1:] == ["2.0 s", "33 min 20 s", "$0.00020", "$0.20"]
     assert cells["far"][1:] == ["–", "–", "$0.23", "$230.00"]
     facts.write_text("{}")  # no count of tokens: no price
-    _, board = evaluate(root, params, SPEEDS)
+    _, board = evaluate(root, params, SPEEDS, report=True)
     assert "dollars_per_1000_rows" not in board
 
 
@@ -234,6 +236,7 @@ def test_a_missing_or_stale_run_is_an_error_of_one_line(tmp_path):
         gather_results(tmp_path, params)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_published_scores_beside_those_of_the_run(finished, tmp_path):
     published = [
         {
@@ -247,7 +250,7 @@ def test_published_scores_beside_those_of_the_run(finished, tmp_path):
     ]
     recipe = {"source": "a paper & its code.", "published": published, "differences": {"data.demo": "other <rows>"}}
     params = write_project(tmp_path, experiment(recipe=recipe))
-    _, board = evaluate(tmp_path, params)
+    _, board = evaluate(tmp_path, params, report=True)
     table = pd.read_csv(tmp_path / "reports/plots/published.csv")
     assert table["published"].tolist() == [0.9, 0.8, 0.7]
     assert table["split"].tolist() == ["test", "test", "not given"]
@@ -386,11 +389,12 @@ def write_metadata(tmp_path, scores: dict[str, float]) -> None:
     write_file(tmp_path / "data/teacher/big/metrics.json", metadata)
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize(("test", "passed"), [(0.97, False), (0.75, True)])
 def test_a_teacher_scored_on_its_training_rows_shows_by_its_scores(tmp_path, test, passed):
     """Whatever the files record of the rows that it was fine-tuned on."""
     params = finetuned_project(tmp_path, memorised=0.98, train=0.66, test=test)
-    results, _ = evaluate(tmp_path, params)
+    results, _ = evaluate(tmp_path, params, report=True)
     (check,) = [c for c in results.checks if c.kind == "contamination"]
     assert check.passed == passed and check.models == ("big",)
     assert ("has seen them" in check.text) != passed and "98 % of the rows it was fine-tuned on" in check.text
@@ -523,6 +527,7 @@ def test_random_rows_with_the_prediction_of_every_trained_model(finished):
     assert rows["other"].tolist() == predictions.loc[test["id"]].tolist()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_an_unreadable_answer_is_wrong_and_shown_as_unreadable(tmp_path):
     params = write_project(tmp_path, accuracy={"big": 1.0})
     path = tmp_path / "data/teacher/big/signals.parquet"
@@ -530,7 +535,7 @@ def test_an_unreadable_answer_is_wrong_and_shown_as_unreadable(tmp_path):
     unreadable = rows.index[rows["split"] == "test"][:30]
     rows.loc[unreadable, "label"] = None
     rows.to_parquet(path)
-    results, board = evaluate(tmp_path, params)
+    results, board = evaluate(tmp_path, params, report=True)
     assert board.loc["big", "accuracy"] == pytest.approx(1 - 30 / len(results.tests["demo"]))
     shown = disagreements(results).set_index("id").loc[rows.loc[unreadable, "id"]]
     assert set(shown["teacher_prediction"]) == {UNPARSABLE} and shown["differs"].all()

@@ -253,6 +253,7 @@ def test_facts_are_those_of_the_leaderboard(finished):
     assert f"the untrained student on {100 * board.loc['tiny-kd, untrained', 'accuracy']:.1f} %" in text
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_differences_from_the_control_count_phases_from_1(finished, tmp_path):
     _, _, results, board = finished
     differences = ["number of phases: 2 and 1", "steps: 8 and 4"]
@@ -261,7 +262,7 @@ def test_differences_from_the_control_count_phases_from_1(finished, tmp_path):
     student = spec["students"]["tiny-kd"]
     student["phases"] = [student["phases"][0] | {"data": ["demo/pool", "demo/train"], "learning_rate": 0.002}]
     student["max_length"] = 64
-    results, board = evaluate(tmp_path, write_project(tmp_path, spec))
+    results, board = evaluate(tmp_path, write_project(tmp_path, spec), report=True)
     differences = [
         "training rows: demo/pool + demo/train for the student, demo/train for its control",
         "max_length: 64 and 256",
@@ -280,10 +281,11 @@ def test_a_headline_that_is_a_control_has_no_teacher(tmp_path):
     assert "tiny-gold names no control" in text and "was trained without a teacher" in text
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_alerts_are_in_the_report_the_most_severe_first(tmp_path, finished):
     """Where the task has severities: as many as predictions of its labels, with text, label and severity."""
     task = TASK + "severity: {down: 1.0, flat: 0.25}\n"
-    results, _ = evaluate(tmp_path, write_project(tmp_path, experiment(seeds=[0]), task=task))
+    results, _ = evaluate(tmp_path, write_project(tmp_path, experiment(seeds=[0]), task=task), report=True)
     html = unescape((tmp_path / "reports/index.html").read_text(encoding="utf-8"))
     predicted = pd.Series(results.headline.predictions[0]).value_counts()
     by_label = ", ".join(f"{n} {label}" for label, n in predicted.drop("up").sort_values(ascending=False).items())
@@ -297,6 +299,7 @@ def test_alerts_are_in_the_report_the_most_severe_first(tmp_path, finished):
     assert 'id="alerts"' not in (finished[0] / "reports/index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_report_counts_what_a_filter_leaves_of_each_theme(tmp_path, finished):
     spec, rng = experiment(seeds=[0]), np.random.default_rng(0)
     keywords = {"keywords": [WORDS[0]], "expand_keywords": 2}
@@ -304,7 +307,7 @@ def test_the_report_counts_what_a_filter_leaves_of_each_theme(tmp_path, finished
     corpus = [row | {"theme": "ab"[i % 2], "language": "en"} for i, row in enumerate(invented_corpus(rng))]
     for row in corpus[:400]:
         row["text"] += f" {WORDS[0]} <b>"
-    results, _ = evaluate(tmp_path, write_project(tmp_path, spec, corpus=corpus))
+    results, _ = evaluate(tmp_path, write_project(tmp_path, spec, corpus=corpus), report=True)
     themes = results.audits["demo"]["filter"]["themes"]
     assert [row["rows"] for row in themes] == [300, 300, 600] and 400 <= themes[2]["left"] < 600
     html = (tmp_path / "reports/index.html").read_text(encoding="utf-8")
@@ -319,6 +322,7 @@ def test_the_report_counts_what_a_filter_leaves_of_each_theme(tmp_path, finished
     assert "Filter:" not in (finished[0] / "reports/index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_report_counts_the_rows_that_the_teachers_are_sure_of(tmp_path):
     """By hand: of the pool's first 40 rows every fourth is unsure; alike phases of two students are counted once."""
     spec = experiment(seeds=[0])
@@ -350,7 +354,7 @@ def test_the_report_counts_the_rows_that_the_teachers_are_sure_of(tmp_path):
         {"part": "theme", "value": "b", "rows": 40 - int(of_a.sum()), "left": 30 - left_of_a},
         {"part": "language", "value": "en", "rows": 40, "left": 30},
     ]
-    results, board = evaluate(tmp_path, params)
+    results, board = evaluate(tmp_path, params, report=True)
     results.audits["demo"]["filter"] |= {"added_keywords": ["<b>", "river"], "similarities": [0.91, 0.5]}
     write_report(tmp_path, results, board.reset_index(), Measurements(), slice_scores(results))
     html = (tmp_path / "reports/index.html").read_text(encoding="utf-8")
@@ -411,12 +415,12 @@ def test_metrics_are_the_same_bytes_on_a_second_run(finished):
     root, params, _, _ = finished
     names = ["metrics.json", "leaderboard.csv", "index.html", *(f"figures/{n}.svg" for n in ("cost", "confusion"))]
     before = [(root / "reports" / name).read_bytes() for name in names]
-    evaluate(root, params, SPEEDS)
+    evaluate(root, params, SPEEDS, report=True)
     assert [(root / "reports" / name).read_bytes() for name in names] == before
-    evaluate(root, params, {name: 2 * speed for name, speed in SPEEDS.items()})
+    evaluate(root, params, {name: 2 * speed for name, speed in SPEEDS.items()}, report=True)
     assert (root / "reports/metrics.json").read_bytes() == before[0]
     assert (root / "reports/leaderboard.csv").read_bytes() != before[1]
-    evaluate(root, params, SPEEDS)
+    evaluate(root, params, SPEEDS, report=True)
 
 
 def test_files_for_dvc(finished):
@@ -475,6 +479,7 @@ def test_the_page_has_the_shares_of_the_teacher_beside_the_counts(finished):
     assert "parameters" not in cost_shares(results, board.reset_index())[teacher]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_memory_of_a_training_is_a_share_of_its_controls(tmp_path):
     """700 of 14,000 MB on the GPU, 901 of 4,505 of the process; no share where one side was not measured."""
     params, page = write_project(tmp_path, experiment()), tmp_path / "reports/index.html"
@@ -483,7 +488,7 @@ def test_the_memory_of_a_training_is_a_share_of_its_controls(tmp_path):
         for seed in (0, 1):
             path = tmp_path / f"runs/{name}-{seed}/timing.json"
             write_file(path, json.dumps(json.loads(path.read_text()) | record))
-    results, board = evaluate(tmp_path, params)
+    results, board = evaluate(tmp_path, params, report=True)
     shares = cost_shares(results, board.reset_index())
     assert shares["tiny-kd"]["training_mb"] == pytest.approx(0.2) and "training_gpu_mb" not in shares["tiny-kd"]
     assert "<small>20.0 % of tiny-gold's</small>" in unescape(page.read_text())
@@ -491,11 +496,12 @@ def test_the_memory_of_a_training_is_a_share_of_its_controls(tmp_path):
     for seed in (0, 1):
         path = tmp_path / f"runs/tiny-gold-{seed}/timing.json"
         write_file(path, json.dumps(json.loads(path.read_text()) | {"peak_gpu_memory_mb": 14_000}))
-    results, board = evaluate(tmp_path, params)
+    results, board = evaluate(tmp_path, params, report=True)
     assert cost_shares(results, board.reset_index())["tiny-kd"]["training_gpu_mb"] == pytest.approx(0.05)
     assert "700 MB<small>5.0 % of tiny-gold" in page.read_text()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_checks_are_on_the_page(finished, tmp_path):
     """Failed ones of the headline, its control and its teacher also above everything else."""
     root, _, _, _ = finished
@@ -506,7 +512,7 @@ def test_the_checks_are_on_the_page(finished, tmp_path):
         path = tmp_path / f"runs/{name}-0/predictions.parquet"
         rows = pd.read_parquet(path)
         rows.assign(prediction=rows["prediction"].replace("down", "flat")).to_parquet(path)
-    evaluate(tmp_path, params)
+    evaluate(tmp_path, params, report=True)
     html = unescape((tmp_path / "reports/index.html").read_text(encoding="utf-8"))
     top = html[: html.index('class="tiles"')]
     assert '<b>Shortcut.</b> tiny-gold never predicts "down" (' in top and "other never" not in top
@@ -604,7 +610,7 @@ def test_everything_is_escaped(tmp_path):
     params = write_project(tmp_path, spec, corpus=corpus, task=task)
     signals = tmp_path / "data/teacher/big/signals.parquet"
     pd.read_parquet(signals).assign(rationale=EVIL).to_parquet(signals)
-    evaluate(tmp_path, params)
+    evaluate(tmp_path, params, report=True)
     html = (tmp_path / "reports/index.html").read_text(encoding="utf-8")
     page = Page(html)
     assert not page.wrong and not page.open
@@ -613,11 +619,12 @@ def test_everything_is_escaped(tmp_path):
     assert sum("alert('pwned')" in text for text in page.texts) > 50  # shown as text
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_one_seed_no_teacher_no_control_no_augmentation(tmp_path):
     spec = experiment(seeds=[3], teachers={}, augment={"source": "demo", "teacher": "none", "per_row": 0})
     spec["students"] = {"alone": spec["students"]["tiny-gold"]}
     spec["evaluate"]["headline"] = "alone"
-    results, board = evaluate(tmp_path, write_project(tmp_path, spec, accuracy={"alone": 0.2}))
+    results, board = evaluate(tmp_path, write_project(tmp_path, spec, accuracy={"alone": 0.2}), report=True)
     result = describe_result(results, board.reset_index())
     assert result["title"] == "alone: no control to compare it with; trained without a teacher"
     text = " ".join(result["sentences"])
@@ -629,9 +636,10 @@ def test_one_seed_no_teacher_no_control_no_augmentation(tmp_path):
     assert set(disagreements(results)["kind"]) == {"right", "wrong"}
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_page_shows_the_answers_where_they_are_free(tmp_path):
     params = qa_project(tmp_path, answers=2, token_f1=0.5, token_precision=0.4, token_recall=0.6)
-    results, board = evaluate(tmp_path, params)
+    results, board = evaluate(tmp_path, params, report=True)
     text = " ".join(describe_result(results, board.reset_index())["sentences"])
     assert " of 100 test questions" in text and "For comparison, the untrained student is right on" in text
     html = (tmp_path / "reports/index.html").read_text()
@@ -658,7 +666,7 @@ def test_long_texts_and_many_rows_keep_the_page_small(tmp_path):
     spec = experiment(seeds=[0])
     spec["data"]["demo"]["split"] = {"train": 0.05, "pool": 0.05, "validation": 0.05, "test": 0.85}
     spec["data"]["demo"]["near_duplicate"] = 1.0
-    evaluate(tmp_path, write_project(tmp_path, spec, corpus=corpus))
+    evaluate(tmp_path, write_project(tmp_path, spec, corpus=corpus), report=True)
     html = (tmp_path / "reports/index.html").read_bytes()
     assert len(html) < 3_000_000 and html.count(b'<article class="row"') == MAX_BROWSER_ROWS
     assert b"further rows are left out" in html
