@@ -86,8 +86,9 @@ def _can_watch_processes() -> bool:
 def preloaded_python(repo: Path, runs_kernels: bool = True) -> dict[str, str]:
     """Variables with which `dvc`, stages and kernels of the experiment in `repo` run in forks of a preloaded process.
 
-    Do not use them where a test kills a process, sets limits or changes a variable that Python or a library reads at
-    its start: a fork has those of its server. Where forks cannot be watched, there are no variables.
+    Do not use them where a test kills a process or changes a variable that Python or a library reads at its start: a
+    fork has those of its server. Of the limits, it has that on the size of files. Where forks cannot be watched, there
+    are no variables.
     """
     if not _can_watch_processes():
         return {}

@@ -7,6 +7,7 @@ papermill and a process for each stage have their tests in tests/test_notebooks.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import traceback
@@ -174,6 +175,8 @@ def execute_all(repo: Path) -> Counts:
 
 def attempt_all(attempts: list[Attempt]) -> list[str]:
     """See :func:`users_mistakes`."""
+    from huggingface_hub import constants
+
     from distillery.errors import UserError
 
     messages = []
@@ -181,6 +184,7 @@ def attempt_all(attempts: list[Attempt]) -> list[str]:
         os.chdir(attempt.repo)
         before = os.environ.copy()
         os.environ |= attempt.env
+        importlib.reload(constants)  # it reads the environment when it is imported
         try:
             run_stage(attempt.notebook, attempt.selectors)
             messages.append("")

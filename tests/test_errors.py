@@ -32,6 +32,7 @@ from ruamel.yaml import YAML
 import stages
 import tiny
 from distillery.tasks.schema import load_task
+from forked import preloaded_python
 
 STRIP = ("-m", "distillery", "strip")
 DATA = ("-m", "distillery", "run", "01_data", "-p", "source", "finance")
@@ -57,11 +58,12 @@ class Case:
     line: str
     env: dict[str, str] = field(default_factory=dict)
     disk: tuple[str, str] | None = None  # a folder that lies on a disk of its own, and that disk's size
+    opens_models: bool = False
 
     @property
     def notebook_is_enough(self) -> bool:
-        """Whether the notebook without its stage shows the mistake: not a full disk, nor what is read at the start."""
-        return self.command in (DATA, TEACH) and not self.disk and "HF_ENDPOINT" not in self.env
+        """Whether the notebook without its stage shows the mistake: not a full disk."""
+        return self.command in (DATA, TEACH) and not self.disk
 
     def __str__(self) -> str:
         return re.sub(r"\W+", "-", self.done).strip("-")
@@ -72,14 +74,15 @@ def pattern(text: str) -> str:
     return re.escape(text).replace("…", ".*")
 
 
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"} | more
+def environment(repo: Path, **more: str) -> dict[str, str]:
+    own = {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+    return os.environ | own | preloaded_python(repo) | more
 
 
 def ready(repo: Path, *commands: tuple[str, ...]) -> None:
     """Run the stages that stand before the mistake."""
     for command in commands:
-        subprocess.run([sys.executable, *command], cwd=repo, env=environment(), check=True, capture_output=True)
+        subprocess.run([sys.executable, *command], cwd=repo, env=environment(repo), check=True, capture_output=True)
 
 
 # ------------------------------------------------------------------------------- what users do
@@ -380,12 +383,14 @@ CASES = [
         setting("students/tiny-kd/max_length", 1024),
         STRIP,
         pattern("params.yaml: students.tiny-kd.max_length: 1024 tokens are too many: the model reads 512 at most"),
+        opens_models=True,
     ),
     Case(
         "longer texts than a teacher reads",
         setting("teachers/encoder/max_length", 1024),
         STRIP,
         pattern("params.yaml: teachers.encoder.max_length: 1024 tokens are too many: the model reads 512 at most"),
+        opens_models=True,
     ),
     Case(
         "long texts in windows for a model that writes",
@@ -585,9 +590,10 @@ def run(case: Case, base: Path, folder: Path) -> Ended:
         (repo / "left").mkdir()
         disk.with_name(disk.name + ".before").mkdir()
         command = on_small_disk(command, disk, case.disk[1])
-    with empty_hub() as url:
-        env = environment(**{name: url if value == "HUB" else value for name, value in case.env.items()})
-        done = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=300)
+    env = environment(repo, **case.env)
+    if case.opens_models and "PRELOADED_KERNELS" in env:
+        env["PRELOADED_PROGRAMS"] = env["PRELOADED_KERNELS"]  # this one has loaded torch
+    done = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=300)
     if case.disk and can_mount():
         shutil.copytree(repo / "left", disk, dirs_exist_ok=True)
     return Ended(done.returncode, done.stdout, done.stderr, before, outputs(repo))
@@ -596,13 +602,15 @@ def run(case: Case, base: Path, folder: Path) -> Ended:
 def run_notebooks(cases: list[Case], base: Path, folder: Path) -> dict[str, Ended]:
     """Make each mistake in a copy of the experiment `base`, run the notebook of its command, and look around."""
     attempts, before = [], []
-    for case in cases:
-        repo = shutil.copytree(base, folder / str(case), symlinks=True)
-        case.change(repo)
-        before.append(outputs(repo))
-        _, _, _, notebook, _, selector, value = case.command
-        attempts.append(stages.Attempt(repo, notebook, {selector: value}, case.env | {"NO_PROXY": "127.0.0.1"}))
-    ended = zip(cases, attempts, before, stages.users_mistakes(attempts), strict=True)
+    with empty_hub() as url:
+        for case in cases:
+            repo = shutil.copytree(base, folder / str(case), symlinks=True)
+            case.change(repo)
+            before.append(outputs(repo))
+            _, _, _, notebook, _, selector, value = case.command
+            env = {name: url if value == "HUB" else value for name, value in case.env.items()}
+            attempts.append(stages.Attempt(repo, notebook, {selector: value}, env | {"NO_PROXY": "127.0.0.1"}))
+        ended = zip(cases, attempts, before, stages.users_mistakes(attempts), strict=True)
     return {
         str(case): Ended(int(bool(line)), "", f"error: {line}\n", old, outputs(attempt.repo))
         for case, attempt, old, line in ended

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 import forked
+from test_errors import can_mount
 
 Start = Callable[..., subprocess.Popen]
 
@@ -29,9 +30,9 @@ def start(tmp_path) -> Start:
     if "PRELOADED_PROGRAMS" not in environment:
         pytest.skip("needs descriptors of processes, which Linux has")
 
-    def start(code: str, *arguments: str) -> subprocess.Popen:
+    def start(code: str, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
         (package / "__main__.py").write_text(code)
-        command = [sys.executable, "-m", "distillery", *arguments]
+        command = [*launcher, sys.executable, "-m", "distillery", *arguments]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=tmp_path, env=environment, **streams)
 
@@ -63,6 +64,24 @@ def test_it_ends_with_the_status_of_its_program(start, code, status, line):
     process = start(code)
     assert process.communicate(timeout=60)[1].strip().endswith(line)
     assert process.returncode == status
+
+
+def test_a_program_writes_files_as_large_as_its_client_may(start):
+    code = "import resource; print(resource.getrlimit(resource.RLIMIT_FSIZE)[0])"
+    process = start(code, launcher=("bash", "-c", 'ulimit -f 8; exec "$@"', "bash"))
+    assert process.communicate(timeout=60)[0] == f"{8 * 1024}\n"
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs a system that lets a user mount disks")
+def test_a_program_sees_the_disks_of_its_client(start, tmp_path):
+    (tmp_path / "disk").mkdir()
+    script = 'mount -t tmpfs -o size=16k none disk; "$@"'
+    process = start(
+        "import pathlib; pathlib.Path('disk/file').write_text('x' * 20000)",
+        launcher=("unshare", "-rm", "sh", "-c", script, "sh"),
+    )
+    assert "No space left on device" in process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and not list((tmp_path / "disk").iterdir())
 
 
 def test_a_killed_program_takes_along_what_it_started(start):
