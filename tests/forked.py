@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
+import fcntl
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+import psutil
 import pytest
 
 from distillery.pipeline.environment import ENVIRONMENT
@@ -39,38 +39,34 @@ def stage_environment() -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()} | shown
 
 
-PRELOADED = Path(__file__).parent / "preloaded"
+ROOT = Path(__file__).resolve().parents[1]
+PRELOADED = ROOT / "tests/preloaded"
 # two servers: the more a process has loaded, the slower it forks, and DVC needs no torch
-PROGRAMS = ("dvc.cli", "dvc.commands.repro", "dvc.repo.reproduce", "dvc.output", "papermill", "pyarrow.parquet")
-PROGRAMS += ("distillery.pipeline.run_notebook", "distillery.pipeline.strip", "distillery.pipeline.inputs")
-KERNELS = ("ipykernel.kernelapp", "distillery.training.run", "distillery.report.page")
+DVC = ("dvc.cli", "dvc.commands.repro", "dvc.repo.reproduce", "dvc.output", "papermill", "pyarrow.parquet")
+DVC += ("distillery.pipeline.run_notebook", "distillery.pipeline.strip", "distillery.pipeline.inputs")
+DVC += ("pip._internal.cli.main", "pip._internal.commands.download")
+TORCH = ("ipykernel.kernelapp", "distillery.training.run", "distillery.report.page")
+TORCH += ("torch.distributed.run", "accelerate.commands.launch")
 
 
 @cache
 def _start_server(*modules: str) -> str:
-    """The socket of a process that runs Python programs in forks of itself; see tests/preloaded/server.py."""
-    folder = tempfile.mkdtemp()
-    address = f"{folder}/server"
-    paths = [str(PRELOADED.parents[1] / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | stage_environment() | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(PRELOADED / "server.py"), address, *modules]
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    # in a session of its own, an interrupt of the tests reaches it as the end of its standard input
-    server = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-    while not os.path.exists(address):
-        assert server.poll() is None, "the process that loads the packages ended early"
-        time.sleep(0.01)
+    """The socket of a process that runs Python programs in forks of itself; see tests/preloaded/server.py.
 
-    def stop() -> None:
-        server.stdin.close()
-        try:
-            server.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-        shutil.rmtree(folder)
-
-    atexit.register(stop)
-    return address
+    The processes of a test run share it, and it ends with the run.
+    """
+    run = psutil.Process(os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid())
+    folder = Path(tempfile.gettempdir()) / f"preloaded-{run.pid}-{run.create_time():.0f}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    address, path = folder / modules[0], [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | stage_environment() | {"PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, str(PRELOADED / "server.py"), str(address), str(run.pid), *modules]
+    with (folder / f"{modules[0]}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not address.exists():
+            # in a session of its own, an interrupt of the tests reaches it as the end of the run
+            subprocess.run(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, check=True)
+    return str(address)
 
 
 @cache
@@ -83,18 +79,24 @@ def _can_watch_processes() -> bool:
     return True
 
 
-def preloaded_python(repo: Path, runs_kernels: bool = True) -> dict[str, str]:
-    """Variables with which `dvc`, stages and kernels of the experiment in `repo` run in forks of a preloaded process.
+def preloaded_python(repo: Path | None = None, with_torch: bool = True) -> dict[str, str]:
+    """Variables with which `dvc`, pip, stages, kernels and launchers run in forks of a preloaded process.
 
-    Do not use them where a test kills a process or changes a variable that Python or a library reads at its start: a
-    fork has those of its server. Of the limits, it has that on the size of files. Where forks cannot be watched, there
-    are no variables.
+    repo: the folder of an experiment, whose package they import; without it, they import that of this folder.
+    with_torch: whether kernels and launchers are among them. Do not use them where a test kills a process or changes a
+    variable that Python or a library reads at its start: a fork has those of its server. Of the limits, it has that on
+    the size of files. Where forks cannot be watched, PYTHONPATH is the only variable.
     """
+    paths = [repo / "src"] if repo else [ROOT / "src", PRELOADED]
+    variables = {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     if not _can_watch_processes():
-        return {}
-    if not (repo / "src/sitecustomize.py").exists():
+        return variables
+    if repo:
         shutil.copy(PRELOADED / "sitecustomize.py", repo / "src")
-        with (repo / ".git/info/exclude").open("a") as ignored:
-            ignored.write("src/sitecustomize.py\n")
-    kernels = {"PRELOADED_KERNELS": _start_server(*KERNELS)} if runs_kernels else {}
-    return {"PRELOADED_PROGRAMS": _start_server(*PROGRAMS), "PYTHONPATH": str(repo / "src")} | kernels
+        ignored = repo / ".git/info/exclude"
+        if "sitecustomize.py" not in ignored.read_text():
+            with ignored.open("a") as file:
+                file.write("src/sitecustomize.py\n")
+    if with_torch:
+        variables["PRELOADED_TORCH"] = _start_server(*TORCH)
+    return variables | {"PRELOADED_DVC": _start_server(*DVC)}

@@ -42,7 +42,7 @@ from distillery.teachers.base import open_teacher
 from distillery.teachers.cache import Answer, AnswerStore
 from distillery.teachers.rationales import add_rationales
 from distillery.teachers.signals import signal_table
-from forked import fork_context
+from forked import fork_context, preloaded_python
 from report_project import experiment
 
 TASK = load_task("finance-sentiment", tiny.ROOT / "tasks")
@@ -305,7 +305,7 @@ def test_a_stage_queries_an_endpoint_once_and_writes_the_key_nowhere(server, tmp
         tree["data"]["finance"]["limit"] = 48
         with (repo / "params.yaml").open("w", encoding="utf-8") as file:
             YAML().dump(tree, file)
-        environment = os.environ | {"PYTHONPATH": str(repo / "src")}
+        environment = os.environ | preloaded_python(repo)
 
         def run(*arguments: str) -> str:
             command = [sys.executable, "-m", *arguments]

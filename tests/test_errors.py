@@ -75,8 +75,7 @@ def pattern(text: str) -> str:
 
 
 def environment(repo: Path, **more: str) -> dict[str, str]:
-    own = {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
-    return os.environ | own | preloaded_python(repo) | more
+    return os.environ | preloaded_python(repo) | {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"} | more
 
 
 def ready(repo: Path, *commands: tuple[str, ...]) -> None:
@@ -591,8 +590,8 @@ def run(case: Case, base: Path, folder: Path) -> Ended:
         disk.with_name(disk.name + ".before").mkdir()
         command = on_small_disk(command, disk, case.disk[1])
     env = environment(repo, **case.env)
-    if case.opens_models and "PRELOADED_KERNELS" in env:
-        env["PRELOADED_PROGRAMS"] = env["PRELOADED_KERNELS"]  # this one has loaded torch
+    if case.opens_models and "PRELOADED_TORCH" in env:
+        env["PRELOADED_DVC"] = env["PRELOADED_TORCH"]  # this one has loaded torch
     done = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=300)
     if case.disk and can_mount():
         shutil.copytree(repo / "left", disk, dirs_exist_ok=True)
@@ -609,7 +608,8 @@ def run_notebooks(cases: list[Case], base: Path, folder: Path) -> dict[str, Ende
             before.append(outputs(repo))
             _, _, _, notebook, _, selector, value = case.command
             env = {name: url if value == "HUB" else value for name, value in case.env.items()}
-            attempts.append(stages.Attempt(repo, notebook, {selector: value}, env | {"NO_PROXY": "127.0.0.1"}))
+            env |= preloaded_python(with_torch=False) | {"NO_PROXY": "127.0.0.1"}
+            attempts.append(stages.Attempt(repo, notebook, {selector: value}, env))
         ended = zip(cases, attempts, before, stages.users_mistakes(attempts), strict=True)
     return {
         str(case): Ended(int(bool(line)), "", f"error: {line}\n", old, outputs(attempt.repo))

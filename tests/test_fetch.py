@@ -19,6 +19,7 @@ from distillery.models.fetch import fetch_model
 from distillery.models.folders import model_folder
 from distillery.models.load import load_model, load_tokenizer
 from distillery.models.pieces import append_piece
+from forked import preloaded_python
 from tiny import limit_file_size
 from tiny_gguf import write_tiny_gguf
 
@@ -51,6 +52,8 @@ def shelf(tmp_path, monkeypatch):
     for key, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_NO_CACHE_DIR": "1"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    for name, value in preloaded_python(with_torch=False).items():
+        monkeypatch.setenv(name, value)
     return folder
 
 

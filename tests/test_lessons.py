@@ -17,6 +17,7 @@ from distillery.pipeline.lessons import run_lessons
 from distillery.pipeline.run_notebook import execute_notebook, isolate_kernel, notebook_parameters
 from distillery.pipeline.strip import notebook_code, strip_notebook
 from distillery.pipeline.studies import run_study
+from forked import preloaded_python
 
 STAGES = sorted((tiny.ROOT / "notebooks").glob("*.ipynb"))
 LESSONS = sorted((tiny.ROOT / "notebooks/lessons").glob("*.ipynb"))
@@ -82,7 +83,8 @@ def kernel(monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
     for name in ("JUPYTER_PATH", "IPYTHONDIR"):
         monkeypatch.setenv(name, "")
-    monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT / "src"))
+    for name, value in preloaded_python().items():
+        monkeypatch.setenv(name, value)
     isolate_kernel()
 
 

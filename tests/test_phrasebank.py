@@ -23,6 +23,7 @@ from distillery.data.near_duplicates import nearest_texts
 from distillery.errors import UserError
 from distillery.files import read_yaml
 from distillery.pipeline.recipe import merge_overlay
+from forked import preloaded_python
 from studies.phrasebank import data, results, sentences, study, training
 from studies.phrasebank.settings import StudySettings, read_settings
 
@@ -297,10 +298,8 @@ def test_the_command_trains_and_leaves_the_committed_copy_alone(files, tiny_mode
         shutil.copy(tiny.ROOT / name, tmp_path / name)
     tiny_settings(tmp_path / "studies/phrasebank", tiny_models, finance=False, headlines=0)
     command = ["study", "phrasebank", "-p", "data", str(files), "-p", "train", "true", "-p", "seeds", "1"]
-    environment = os.environ | {"PYTHONPATH": str(tiny.ROOT / "src")}
-    done = subprocess.run(
-        [sys.executable, "-m", "distillery", *command], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    options = {"cwd": tmp_path, "env": os.environ | preloaded_python(), "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-m", "distillery", *command], **options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "seed 0, minilm-l6-kd: training" in done.stdout
     assert not (tmp_path / "reports").exists()

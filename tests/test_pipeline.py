@@ -169,7 +169,7 @@ def test_every_selector_in_dvc_yaml_is_a_parameter_of_its_notebook(notebook):
 
 def dvc(repo: Path, *arguments: str) -> str:
     """What `dvc` prints. Fails with it when dvc fails."""
-    environment = os.environ | preloaded_python(repo, runs_kernels=False)
+    environment = os.environ | preloaded_python(repo, with_torch=False)
     done = subprocess.run(["dvc", *arguments], cwd=repo, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

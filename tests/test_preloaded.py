@@ -26,8 +26,9 @@ def start(tmp_path) -> Start:
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (tmp_path / ".git/info").mkdir(parents=True)
-    environment = os.environ | forked.preloaded_python(tmp_path, runs_kernels=False)
-    if "PRELOADED_PROGRAMS" not in environment:
+    (tmp_path / ".git/info/exclude").touch()
+    environment = os.environ | forked.preloaded_python(tmp_path, with_torch=False)
+    if "PRELOADED_DVC" not in environment:
         pytest.skip("needs descriptors of processes, which Linux has")
 
     def start(code: str, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
@@ -96,7 +97,7 @@ def test_a_killed_program_takes_along_what_it_started(start):
 
 
 def test_a_client_that_ends_before_it_has_sent_its_program_stops_nothing(start, tmp_path):
-    address = forked.preloaded_python(tmp_path, runs_kernels=False)["PRELOADED_PROGRAMS"]
+    address = forked.preloaded_python(tmp_path, with_torch=False)["PRELOADED_DVC"]
     for sent in (b"", (1000).to_bytes(4, "big") + b"{"):
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(address)
@@ -110,7 +111,7 @@ def test_a_lost_server_is_no_success(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(lost))
         listener.listen()
-        environment = os.environ | {"PRELOADED_PROGRAMS": str(lost), "PYTHONPATH": str(forked.PRELOADED)}
+        environment = os.environ | {"PRELOADED_DVC": str(lost), "PYTHONPATH": str(forked.PRELOADED)}
         command = [sys.executable, "-m", "distillery"]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         listener.accept()[0].close()

@@ -40,14 +40,14 @@ from distillery.teachers.base import gather_rows, open_teacher
 from distillery.teachers.signals import label_rows
 from distillery.teachers.worker import label_rows_of_teacher, tune_teacher
 from distillery.training import shared_steps, trainers
-from distillery.training.launch import MISTAKE, PROCESSES, describe_failure, run_processes
+from distillery.training.launch import MISTAKE, PROCESSES, STARTED_BY, describe_failure, run_processes
 from distillery.training.processes import join_processes, process_count, process_rank
 from distillery.training.rows import phase_rows
 from distillery.training.run import train_phase, validation_rows
 from distillery.training.shared_steps import share_rows
 from distillery.training.student_inputs import StudentInputs
 from distillery.training.worker import SHARDING, run_together, train_student
-from forked import fork_context
+from forked import fork_context, preloaded_python
 from test_training import LABELS, SHORT, WORDS, learner, openable_teachers, phase, toy
 
 LORA = {"adapter": {"kind": "lora", "r": 4}}
@@ -237,6 +237,8 @@ def repo(built, monkeypatch) -> Path:
     monkeypatch.chdir(built)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, os.environ.get(name, value))
+    for name, value in preloaded_python(built).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("DISTILLERY_DTYPES", '{"training": "float32", "prediction": "float32"}')
     return built
 
@@ -253,11 +255,11 @@ def kill_at_a_checkpoint(folder: Path, rank: int) -> None:
 
 
 def find_processes(rank: int) -> list[psutil.Process]:
-    """The processes of this `rank` that this process has started."""
-    of_rank = []
-    for process in psutil.Process().children(recursive=True):
+    """The processes of this `rank` that train for this process."""
+    own, of_rank = {"RANK": str(rank), STARTED_BY: str(os.getpid())}, []
+    for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it has ended
-            of_rank += [process] if process.environ().get("RANK") == str(rank) else []
+            of_rank += [process] if own.items() <= process.environ().items() else []
     return of_rank
 
 

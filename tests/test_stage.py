@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from distillery.files import file_digest
+from forked import preloaded_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = 'student = "tiny-kd"\nseed = 0'
@@ -60,7 +61,7 @@ def run(repo: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
 
 def run_toy(repo: Path, *cells: str, given: tuple[str, ...] = ("-p", "student", "tiny-gold", "-p", "seed", "0"), **env):
     write_notebook(repo / "notebooks/04_toy.ipynb", *cells)
-    assert run(repo, "distillery", "strip").returncode == 0
+    assert run(repo, "distillery", "strip", **preloaded_python(with_torch=False)).returncode == 0
     return run(repo, "distillery", "run", "04_toy", *given, **env)
 
 

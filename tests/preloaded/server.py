@@ -1,7 +1,7 @@
 """A process that has loaded packages, and runs Python programs in forks of itself.
 
-`python server.py SOCKET MODULE ...` loads these modules and serves at SOCKET until its standard input ends. The file
-sitecustomize.py beside this one sends it the programs.
+`python server.py SOCKET PID MODULE ...` loads these modules and ends; what it leaves behind serves at SOCKET until the
+process PID has ended. The file sitecustomize.py beside this one sends it the programs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import resource
 import runpy
 import selectors
+import shutil
 import socket
 import struct
 import sys
@@ -66,17 +67,17 @@ def preload(names: list[str]) -> None:
 class Server:
     """Forks for each program that a client sends to `listener`, and tells the client how it ended."""
 
-    def __init__(self, listener: socket.socket) -> None:
-        self.listener, self.forks = listener, set()
+    def __init__(self, listener: socket.socket, owner: int) -> None:
+        self.listener, self.owner, self.forks = listener, os.pidfd_open(owner), set()
         self.selector = selectors.DefaultSelector()
-        for each in (listener, sys.stdin):
+        for each in (listener, self.owner):
             self.selector.register(each, selectors.EVENT_READ)
 
     def serve(self) -> dict | None:
-        """Serve until standard input ends. Returns None then, and in a fork its program."""
+        """Serve until the process `owner` has ended. Returns None then, and in a fork its program."""
         while True:
             for key, _ in self.selector.select():
-                if key.fileobj is sys.stdin:
+                if key.fileobj == self.owner:
                     for fork in self.forks:
                         fork.kill()
                     return None
@@ -97,6 +98,7 @@ class Server:
             share_disks(struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
             for opened in (self.selector, self.listener, client):
                 opened.close()
+            os.close(self.owner)
             return program
         for stream in streams:
             os.close(stream)
@@ -180,13 +182,16 @@ def exit_after(function: Callable, **arguments: Any) -> None:
 
 def main() -> None:
     installed = [path for path in sys.path if path not in os.environ["PYTHONPATH"].split(os.pathsep)][1:]
+    preload(sys.argv[3:])
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(sys.argv[1])
         listener.listen(64)
-        preload(sys.argv[2:])
-        program = Server(listener).serve()
+        if os.fork():  # what remains is nobody's child: some tests kill all children of their process
+            os._exit(0)
+        program = Server(listener, int(sys.argv[2])).serve()
     if program:
         exit_after(run, **program, paths=installed)
+    shutil.rmtree(os.path.dirname(sys.argv[1]), ignore_errors=True)  # the other server may do the same
 
 
 if __name__ == "__main__":
