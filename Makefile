@@ -22,7 +22,7 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help install repro recipe test lint unit coverage pipeline gpu-check lessons study answers texts serve push lab report lock clean git
+.PHONY: help install repro recipe test lint style unit coverage pipeline gpu-check lessons study answers texts serve push lab report lock clean git
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,14 +35,18 @@ repro: $(VENV)/.installed ## run every stage that is out of date, up to reports/
 	@start=$$(date +%s); $(BIN)/dvc repro && $(BIN)/python -m distillery times --since $$start
 	@$(MAKE) --no-print-directory report
 
-test: lint ## every check: style, imports, types, clean notebooks, tests
-	@$(PYTEST)
+# types are checked beside the tests, on one core of them
+test: style ## every check: style, imports, clean notebooks, types, tests
+	@mkdir -p .cache; $(BIN)/basedpyright > .cache/types.log 2>&1 & types=$$!; $(PYTEST); code=$$?; \
+	wait $$types || { cat .cache/types.log; code=1; }; exit $$code
 
-lint: $(VENV)/.installed ## the checks that take seconds
+lint: style ## the checks without tests
+	@$(BIN)/basedpyright
+
+style: $(VENV)/.installed
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/lint-imports --no-logo
-	@$(BIN)/basedpyright
 	@git ls-files -z '*.ipynb' ':!reports' | xargs -0 $(BIN)/nbstripout --verify --keep-id --extra-keys metadata.language_info.version
 
 unit: $(VENV)/.installed ## the tests that run no stage

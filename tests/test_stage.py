@@ -54,14 +54,15 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT / "src")} | more
 
 
-def run(repo: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-    options = {"capture_output": True, "text": True, "cwd": repo, "env": environment(**env), "timeout": 120}
-    return subprocess.run(command(*arguments), **options)
+def run(repo: Path, *arguments: str, forked: bool = True, **env: str) -> subprocess.CompletedProcess:
+    """Run the command in a fork of a process that has loaded its packages, or not; a kernel is always a new process."""
+    env = environment(**(preloaded_python(with_torch=False) if forked else {}), **env)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=repo, env=env, timeout=120)
 
 
 def run_toy(repo: Path, *cells: str, given: tuple[str, ...] = ("-p", "student", "tiny-gold", "-p", "seed", "0"), **env):
     write_notebook(repo / "notebooks/04_toy.ipynb", *cells)
-    assert run(repo, "distillery", "strip", **preloaded_python(with_torch=False)).returncode == 0
+    assert run(repo, "distillery", "strip").returncode == 0
     return run(repo, "distillery", "run", "04_toy", *given, **env)
 
 
@@ -89,7 +90,7 @@ def test_the_kernel_is_this_environments_own(repo, tmp_path_factory):
     (home / ".ipython/profile_default/startup").mkdir(parents=True)
     (home / ".ipython/profile_default/startup/00.py").write_text("startup = True")
     taken = {"JUPYTER_PATH": str(home / "elsewhere"), "JUPYTER_PREFER_ENV_PATH": "0", "HOME": str(home)}
-    done = run_toy(repo, "import sys; print(sys.executable, 'startup' in globals())", **taken)
+    done = run_toy(repo, "import sys; print(sys.executable, 'startup' in globals())", forked=False, **taken)
     assert (done.returncode, done.stdout) == (0, f"{sys.executable} False\n")
 
 
