@@ -35,10 +35,10 @@ repro: $(VENV)/.installed ## run every stage that is out of date, up to reports/
 	@start=$$(date +%s); $(BIN)/dvc repro && $(BIN)/python -m distillery times --since $$start
 	@$(MAKE) --no-print-directory report
 
-# types are checked beside the tests, on one core of them
+# The type checker runs in the background while pytest runs; what it prints is shown if it fails.
 test: style ## every check: style, imports, clean notebooks, types, tests
-	@mkdir -p .cache; $(BIN)/basedpyright > .cache/types.log 2>&1 & types=$$!; $(PYTEST); code=$$?; \
-	wait $$types || { cat .cache/types.log; code=1; }; exit $$code
+	@log=$$(mktemp); $(BIN)/basedpyright > $$log 2>&1 & types=$$!; trap 'kill $$types; rm -f $$log; exit 130' INT TERM; \
+	$(PYTEST); code=$$?; wait $$types || { cat $$log; test $$code -ne 0 || code=1; }; rm -f $$log; exit $$code
 
 lint: style ## the checks without tests
 	@$(BIN)/basedpyright

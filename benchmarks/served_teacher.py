@@ -176,6 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="a GGUF file; by default that of Qwen2.5-Coder-0.5B-Instruct")
     parser.add_argument("--rows", type=int, default=12, help="rows of each label")
     settings = parser.parse_args(arguments)
+    for file in filter(None, (settings.program, settings.model)):
+        if not file.exists():
+            parser.error(f"{file}: no such file")
     texts, labels = pick_rows(settings.rows)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

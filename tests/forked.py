@@ -1,4 +1,4 @@
-"""Processes of their own that need not load torch any more."""
+"""Processes that need not load torch or DVC any more: they are forks of one that has."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ def stage_environment() -> dict[str, str]:
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = ROOT / "tests/preloaded"
+START = dict(os.environ)  # before any test changes it
 # two servers: the more a process has loaded, the slower it forks, and DVC needs no torch
 DVC = ("dvc.cli", "dvc.commands.repro", "dvc.repo.reproduce", "dvc.output", "papermill", "pyarrow.parquet")
 DVC += ("distillery.pipeline.run_notebook", "distillery.pipeline.strip", "distillery.pipeline.inputs")
@@ -49,8 +51,7 @@ TORCH = ("ipykernel.kernelapp", "distillery.training.run", "distillery.report.pa
 TORCH += ("torch.distributed.run", "accelerate.commands.launch")
 
 
-@cache
-def _start_server(*modules: str) -> str:
+def _server(name: str, *modules: str) -> str:
     """The socket of a process that runs Python programs in forks of itself; see tests/preloaded/server.py.
 
     The processes of a test run share it, and it ends with the run.
@@ -58,15 +59,24 @@ def _start_server(*modules: str) -> str:
     run = psutil.Process(os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid())
     folder = Path(tempfile.gettempdir()) / f"preloaded-{run.pid}-{run.create_time():.0f}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    address, path = folder / modules[0], [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | stage_environment() | {"PYTHONPATH": os.pathsep.join(path)}
+    assert folder.lstat().st_uid == os.getuid(), f"{folder} belongs to another user"
+    address, path = folder / name, [str(ROOT / "src"), *filter(None, [START.get("PYTHONPATH")])]
+    environment = START | stage_environment() | {"PYTHONPATH": os.pathsep.join(path)}
+    environment.pop("PYTHONUNBUFFERED", None)  # an unbuffered stream cannot be buffered later
     command = [sys.executable, str(PRELOADED / "server.py"), str(address), str(run.pid), *modules]
-    with (folder / f"{modules[0]}.lock").open("w") as lock:
+    with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not address.exists():
+        if not _answers(address):
+            address.unlink(missing_ok=True)
             # in a session of its own, an interrupt of the tests reaches it as the end of the run
-            subprocess.run(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, check=True)
+            options = {"cwd": ROOT, "start_new_session": True, "stdin": subprocess.DEVNULL}
+            subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True, **options)
     return str(address)
+
+
+def _answers(address: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(address)) == 0
 
 
 @cache
@@ -87,10 +97,10 @@ def preloaded_python(repo: Path | None = None, with_torch: bool = True) -> dict[
     variable that Python or a library reads at its start: a fork has those of its server. Of the limits, it has that on
     the size of files. Where forks cannot be watched, PYTHONPATH is the only variable.
     """
-    paths = [repo / "src"] if repo else [ROOT / "src", PRELOADED]
-    variables = {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    package = (repo or ROOT) / "src"
     if not _can_watch_processes():
-        return variables
+        return {"PYTHONPATH": str(package)}
+    variables = {"PYTHONPATH": str(package) if repo else f"{package}{os.pathsep}{PRELOADED}"}
     if repo:
         shutil.copy(PRELOADED / "sitecustomize.py", repo / "src")
         ignored = repo / ".git/info/exclude"
@@ -98,5 +108,5 @@ def preloaded_python(repo: Path | None = None, with_torch: bool = True) -> dict[
             with ignored.open("a") as file:
                 file.write("src/sitecustomize.py\n")
     if with_torch:
-        variables["PRELOADED_TORCH"] = _start_server(*TORCH)
-    return variables | {"PRELOADED_DVC": _start_server(*DVC)}
+        variables["PRELOADED_TORCH"] = _server("torch", *TORCH)
+    return variables | {"PRELOADED_DVC": _server("dvc", *DVC)}

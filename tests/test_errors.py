@@ -8,7 +8,6 @@ and all in one process: what a stage makes of a mistake in its notebook is the s
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import http.server
 import json
@@ -58,7 +57,7 @@ class Case:
     line: str
     env: dict[str, str] = field(default_factory=dict)
     disk: tuple[str, str] | None = None  # a folder that lies on a disk of its own, and that disk's size
-    opens_models: bool = False
+    opens_models: bool = False  # the command loads torch
 
     @property
     def notebook_is_enough(self) -> bool:
@@ -558,18 +557,12 @@ def empty_hub() -> Iterator[str]:
         server.server_close()
 
 
-@functools.cache
-def can_mount() -> bool:
-    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "-o", "size=16k", "none", tempfile.gettempdir()]
-    return bool(shutil.which("unshare")) and not subprocess.run(command, capture_output=True).returncode
-
-
 def on_small_disk(command: list[str], folder: Path, size: str) -> list[str]:
     """`command` with `folder` on a disk of its own, which only it sees; the files left there go to `left/` at the end.
 
     Where no disk may be mounted, no file may grow beyond that size instead.
     """
-    if not can_mount():
+    if not tiny.can_mount():
         return ["bash", "-c", f'ulimit -f {int(size.removesuffix("k"))}; exec "$@"', "bash", *command]
     script = (
         'set -e; mount -t tmpfs -o size="$2" none "$1"; cp -r "$1.before/." "$1"; code=0; shift 2; "$@" || code=$?; '
@@ -589,11 +582,12 @@ def run(case: Case, base: Path, folder: Path) -> Ended:
         (repo / "left").mkdir()
         disk.with_name(disk.name + ".before").mkdir()
         command = on_small_disk(command, disk, case.disk[1])
+    assert "HUB" not in case.env.values(), "only notebooks have one"
     env = environment(repo, **case.env)
     if case.opens_models and "PRELOADED_TORCH" in env:
         env["PRELOADED_DVC"] = env["PRELOADED_TORCH"]  # this one has loaded torch
     done = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=300)
-    if case.disk and can_mount():
+    if case.disk and tiny.can_mount():
         shutil.copytree(repo / "left", disk, dirs_exist_ok=True)
     return Ended(done.returncode, done.stdout, done.stderr, before, outputs(repo))
 

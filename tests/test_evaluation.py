@@ -175,20 +175,22 @@ def test_students_that_differ_in_what_they_train_start_alike(tmp_path):
     assert student_shape(params.students["tiny-kd"]) == student_shape(params.students["tiny-gold"])
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_teacher_with_the_name_of_a_student(tmp_path):
     spec = experiment()
     spec["teachers"] = {"other": spec["teachers"]["big"]}
     spec["augment"]["teacher"] = "other"
     for name in ("tiny-kd", "other"):
         spec["students"][name]["phases"][0]["teachers"] = ["other"]
-    _, board = evaluate(tmp_path, write_project(tmp_path, spec))
+    _, board = evaluate(tmp_path, write_project(tmp_path, spec), report=True)
     assert board.index.is_unique
     assert board.loc["other", "role"] == "student" and board.loc["other, teacher", "role"] == "teacher"
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_free_answers_have_no_majority_label(tmp_path):
     """Their labels are verdicts, right or wrong: no model can always answer "right"."""
-    results, board = evaluate(tmp_path, qa_project(tmp_path))
+    results, board = evaluate(tmp_path, qa_project(tmp_path), report=True)
     assert "majority" not in set(board["role"]) and not failed_checks(results, "shortcut")
     assert board.loc["tiny-kd", "verdict"] == "no evidence" and board["difference"].notna().sum() == 1
 
@@ -453,9 +455,10 @@ def change_predictions(tmp_path, params, change) -> None:
         rows.assign(prediction=change(seed, rows)).to_parquet(path)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_student_that_always_predicts_one_label_fails_the_check(tmp_path):
     """And its verdict is no "better"."""
-    results, board = evaluate(tmp_path, predicting_the_majority(tmp_path, 1.0))
+    results, board = evaluate(tmp_path, predicting_the_majority(tmp_path, 1.0), report=True)
     (text,) = failed_checks(results, "shortcut")
     assert re.match(r'tiny-kd predicts "\w+" for 100 % of the test rows \(3\d % are\)', text)
     assert "not to read the text" in text

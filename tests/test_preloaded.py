@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import forked
-from test_errors import can_mount
+import tiny
 
 Start = Callable[..., subprocess.Popen]
 
@@ -73,8 +73,9 @@ def test_a_program_writes_files_as_large_as_its_client_may(start):
     assert process.communicate(timeout=60)[0] == f"{8 * 1024}\n"
 
 
-@pytest.mark.skipif(not can_mount(), reason="needs a system that lets a user mount disks")
 def test_a_program_sees_the_disks_of_its_client(start, tmp_path):
+    if not tiny.can_mount():
+        pytest.skip("needs a system that lets a user mount disks")
     (tmp_path / "disk").mkdir()
     script = 'mount -t tmpfs -o size=16k none disk; "$@"'
     process = start(
@@ -104,6 +105,32 @@ def test_a_client_that_ends_before_it_has_sent_its_program_stops_nothing(start, 
             client.sendall(sent)
     process = start("print('still here')")
     assert process.communicate(timeout=60)[0] == "still here\n"
+
+
+def own_server() -> str:
+    """The variable of a server that no other test uses, with nothing loaded."""
+    return f"PRELOADED_DVC={forked._server('own', 'json')}"
+
+
+def test_a_server_that_was_killed_is_replaced(start):
+    def server_of_a_program() -> psutil.Process:
+        process = start("import os; print(os.getppid())", launcher=("env", own_server()))
+        return psutil.Process(int(process.communicate(timeout=60)[0]))
+
+    server = server_of_a_program()
+    server.kill()
+    end = time.monotonic() + 30
+    while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert server_of_a_program() != server
+
+
+def test_a_program_prints_as_soon_as_it_writes_where_python_would(start):
+    for value, output in (("1", "written\n"), ("", "")):
+        launcher = ("env", own_server(), f"PYTHONUNBUFFERED={value}")
+        process = start("import os\nprint('written')\nos._exit(0)", launcher=launcher)
+        assert process.communicate(timeout=60)[0] == output
 
 
 def test_a_lost_server_is_no_success(tmp_path):

@@ -273,10 +273,11 @@ def test_differences_from_the_control_count_phases_from_1(finished, tmp_path):
     assert f"these settings of student and control differ: {'; '.join(differences)}." in html
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_headline_that_is_a_control_has_no_teacher(tmp_path):
     spec = experiment(seeds=[0])
     spec["evaluate"]["headline"] = "tiny-gold"
-    results, board = evaluate(tmp_path, write_project(tmp_path, spec))
+    results, board = evaluate(tmp_path, write_project(tmp_path, spec), report=True)
     text = " ".join(describe_result(results, board.reset_index())["sentences"])
     assert "tiny-gold names no control" in text and "was trained without a teacher" in text
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,3 +208,10 @@ def prepare_data(repo: Path) -> None:
     for name, spec in load_params(repo / "params.yaml").data.items():
         task = load_task(spec.task, repo / "tasks")
         write_source(prepare_source(name, spec, task, repo), Paths(repo).processed(name))
+
+
+@functools.cache
+def can_mount() -> bool:
+    """Whether a process of this user may mount a disk that it alone sees."""
+    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "-o", "size=16k", "none", tempfile.gettempdir()]
+    return bool(shutil.which("unshare")) and not subprocess.run(command, capture_output=True).returncode

@@ -17,6 +17,7 @@ import resource
 import runpy
 import selectors
 import shutil
+import signal
 import socket
 import struct
 import sys
@@ -27,6 +28,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
+
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 @dataclass(eq=False)
@@ -41,6 +44,7 @@ class Fork:
         """End it with all that it started: the clients among these have forks of their own, which end with them."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
+            process.suspend()  # or it could start another one meanwhile
             for each in [*process.children(recursive=True), process]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
@@ -65,24 +69,30 @@ def preload(names: list[str]) -> None:
 
 
 class Server:
-    """Forks for each program that a client sends to `listener`, and tells the client how it ended."""
+    """Forks for each program that a client sends to `listener`, and tells the client how it ended.
 
-    def __init__(self, listener: socket.socket, owner: int) -> None:
-        self.listener, self.owner, self.forks = listener, os.pidfd_open(owner), set()
+    run_ended: a descriptor that can be read when the test run has ended.
+    """
+
+    def __init__(self, listener: socket.socket, run_ended: int) -> None:
+        self.listener, self.run_ended, self.forks = listener, run_ended, set()
         self.selector = selectors.DefaultSelector()
-        for each in (listener, self.owner):
+        for each in (listener, run_ended):
             self.selector.register(each, selectors.EVENT_READ)
 
     def serve(self) -> dict | None:
-        """Serve until the process `owner` has ended. Returns None then, and in a fork its program."""
+        """Serve until the test run has ended. Returns None then, and in a fork its program."""
         while True:
             for key, _ in self.selector.select():
-                if key.fileobj == self.owner:
-                    for fork in self.forks:
-                        fork.kill()
+                if key.fileobj == self.run_ended:
                     return None
                 if key.fileobj is self.listener:
-                    if program := self.fork():
+                    try:
+                        program = self.fork()
+                    except OSError:  # too many processes or files: the client learns of it by the end of its connection
+                        traceback.print_exc()
+                        continue
+                    if program:
                         return program
                 elif key.data in self.forks:
                     self.finish(key.data, client_was_killed=key.fileobj is key.data.client)
@@ -90,23 +100,40 @@ class Server:
     def fork(self) -> dict | None:
         """Fork for the next client. Returns its program in the fork, None in this process."""
         client, _ = self.listener.accept()
-        program, streams = receive_program(client)
-        pid = os.fork() if program else None
-        if pid == 0:
-            for i, stream in enumerate(streams):
-                os.dup2(stream, i)
-            share_disks(struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
-            for opened in (self.selector, self.listener, client):
-                opened.close()
-            os.close(self.owner)
-            return program
-        for stream in streams:
-            os.close(stream)
-        if pid:
-            self.forks.add(fork := Fork(pid, os.pidfd_open(pid), client))
-            for each in (fork.ended, client):
-                self.selector.register(each, selectors.EVENT_READ, fork)
+        streams = []
+        try:
+            program, streams = receive_program(client)
+            pid = os.fork() if program else None
+            if pid == 0:
+                try:
+                    self.become_program(client, streams)
+                except OSError:
+                    traceback.print_exc()
+                    os._exit(70)
+                return program
+            if pid:
+                self.forks.add(fork := Fork(pid, os.pidfd_open(pid), client))
+                for each in (fork.ended, client):
+                    self.selector.register(each, selectors.EVENT_READ, fork)
+        except OSError:
+            client.close()
+            raise
+        finally:
+            for stream in streams:
+                os.close(stream)
         return None
+
+    def become_program(self, client: socket.socket, streams: list[int]) -> None:
+        """In a fork: take the streams of `client`, and close what belongs to the server and to other programs."""
+        os.setsid()
+        for i, stream in enumerate(streams):
+            os.dup2(stream, i)
+        pid, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        take_disks_and_limits(pid)
+        for opened in (self.selector, self.listener, client, *(fork.client for fork in self.forks)):
+            opened.close()
+        for descriptor in (self.run_ended, *(fork.ended for fork in self.forks)):
+            os.close(descriptor)
 
     def finish(self, fork: Fork, client_was_killed: bool) -> None:
         """Forget a fork that has ended or shall end."""
@@ -130,15 +157,16 @@ def receive_program(client: socket.socket) -> tuple[dict | None, list[int]]:
     return json.loads(message), streams
 
 
-def share_disks(client: int) -> None:
-    """Let this process see the file systems that the process `client` sees, and write files as large as it may."""
+def take_disks_and_limits(client: int) -> None:
+    """Join the mount namespace of the process `client`, take its limit on the size of files, end with the server."""
     resource.setrlimit(resource.RLIMIT_FSIZE, resource.prlimit(client, resource.RLIMIT_FSIZE))
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None, use_errno=True)  # `os.setns` is there from Python 3.12 on
     for kind in ("user", "mnt"):
         if os.readlink(f"/proc/{client}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"):
             with open(f"/proc/{client}/ns/{kind}") as namespace:
                 if libc.setns(namespace.fileno(), 0):
                     raise OSError(ctypes.get_errno(), f"setns: {kind}")
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the last of all: a change of namespaces takes it away
 
 
 def run(arguments: list[str], folder: str, environment: dict[str, str], paths: list[str]) -> None:
@@ -149,6 +177,8 @@ def run(arguments: list[str], folder: str, environment: dict[str, str], paths: l
     given = [os.path.abspath(path) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [*given, *paths]
     sys.orig_argv = [sys.executable, *arguments]
+    sys.stdout.reconfigure(line_buffering=arguments[0] == "-u" or bool(environment.get("PYTHONUNBUFFERED")))
+    arguments = arguments[arguments[0] == "-u" :]
     importlib.invalidate_caches()
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
@@ -182,16 +212,23 @@ def exit_after(function: Callable, **arguments: Any) -> None:
 
 def main() -> None:
     installed = [path for path in sys.path if path not in os.environ["PYTHONPATH"].split(os.pathsep)][1:]
+    run_ended, address = os.pidfd_open(int(sys.argv[2])), sys.argv[1]
     preload(sys.argv[3:])
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(sys.argv[1])
+        listener.bind(address)
         listener.listen(64)
         if os.fork():  # what remains is nobody's child: some tests kill all children of their process
             os._exit(0)
-        program = Server(listener, int(sys.argv[2])).serve()
+        server, pid, program = Server(listener, run_ended), os.getpid(), None
+        try:
+            program = server.serve()
+        finally:
+            if os.getpid() == pid:
+                for fork in server.forks:
+                    fork.kill()
+                shutil.rmtree(os.path.dirname(address), ignore_errors=True)  # another server may do the same
     if program:
         exit_after(run, **program, paths=installed)
-    shutil.rmtree(os.path.dirname(sys.argv[1]), ignore_errors=True)  # the other server may do the same
 
 
 if __name__ == "__main__":

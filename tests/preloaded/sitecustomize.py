@@ -11,9 +11,9 @@ import socket
 import sys
 
 
-def run_in_fork(server: str, arguments: list[str]) -> None:
-    """Let the server at the socket `server` run `python *arguments`, and exit with its status."""
-    program = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+def run_in_fork(server: str) -> None:
+    """Let the server at the socket `server` run this program, and exit with its status."""
+    program = {"arguments": sys.orig_argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}
     message = json.dumps(program).encode()
     answer = b""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
@@ -36,7 +36,7 @@ WITH_TORCH += ("distillery.training.worker", "distillery.teachers.worker")
 SERVERS = {"dvc": "PRELOADED_DVC", "distillery": "PRELOADED_DVC", "pip": "PRELOADED_DVC"}
 SERVERS |= dict.fromkeys(WITH_TORCH, "PRELOADED_TORCH")
 
-arguments = sys.orig_argv[2 if sys.orig_argv[1:2] == ["-u"] else 1 :]
+arguments = [argument for argument in sys.orig_argv[1:3] if argument != "-u"] + sys.orig_argv[3:]
 module = arguments[1] if arguments[:1] == ["-m"] else "dvc" if arguments and arguments[0].endswith("/bin/dvc") else ""
 if module in SERVERS and SERVERS[module] in os.environ:
-    run_in_fork(os.environ[SERVERS[module]], arguments)
+    run_in_fork(os.environ[SERVERS[module]])
