@@ -42,7 +42,7 @@ def stage_environment() -> dict[str, str]:
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = ROOT / "tests/preloaded"
-START = dict(os.environ)  # before any test changes it
+ENVIRONMENT_AT_START = dict(os.environ)  # before any test changes it
 # two servers: the more a process has loaded, the slower it forks, and DVC needs no torch
 DVC = ("dvc.cli", "dvc.commands.repro", "dvc.repo.reproduce", "dvc.output", "papermill", "pyarrow.parquet")
 DVC += ("distillery.pipeline.run_notebook", "distillery.pipeline.strip", "distillery.pipeline.inputs")
@@ -51,7 +51,7 @@ TORCH = ("ipykernel.kernelapp", "distillery.training.run", "distillery.report.pa
 TORCH += ("torch.distributed.run", "accelerate.commands.launch")
 
 
-def _server(name: str, *modules: str) -> str:
+def preloaded_server(name: str, *modules: str) -> str:
     """The socket of a process that runs Python programs in forks of itself; see tests/preloaded/server.py.
 
     The processes of a test run share it, and it ends with the run.
@@ -60,8 +60,8 @@ def _server(name: str, *modules: str) -> str:
     folder = Path(tempfile.gettempdir()) / f"preloaded-{run.pid}-{run.create_time():.0f}"
     folder.mkdir(mode=0o700, exist_ok=True)
     assert folder.lstat().st_uid == os.getuid(), f"{folder} belongs to another user"
-    address, path = folder / name, [str(ROOT / "src"), *filter(None, [START.get("PYTHONPATH")])]
-    environment = START | stage_environment() | {"PYTHONPATH": os.pathsep.join(path)}
+    address, path = folder / name, [str(ROOT / "src"), *filter(None, [ENVIRONMENT_AT_START.get("PYTHONPATH")])]
+    environment = ENVIRONMENT_AT_START | stage_environment() | {"PYTHONPATH": os.pathsep.join(path)}
     environment.pop("PYTHONUNBUFFERED", None)  # an unbuffered stream cannot be buffered later
     command = [sys.executable, str(PRELOADED / "server.py"), str(address), str(run.pid), *modules]
     with (folder / f"{name}.lock").open("w") as lock:
@@ -108,5 +108,5 @@ def preloaded_python(repo: Path | None = None, with_torch: bool = True) -> dict[
             with ignored.open("a") as file:
                 file.write("src/sitecustomize.py\n")
     if with_torch:
-        variables["PRELOADED_TORCH"] = _server("torch", *TORCH)
-    return variables | {"PRELOADED_DVC": _server("dvc", *DVC)}
+        variables["PRELOADED_TORCH"] = preloaded_server("torch", *TORCH)
+    return variables | {"PRELOADED_DVC": preloaded_server("dvc", *DVC)}

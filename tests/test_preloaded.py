@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -38,6 +39,13 @@ def start(tmp_path) -> Start:
         return subprocess.Popen(command, cwd=tmp_path, env=environment, **streams)
 
     return start
+
+
+def wait_for_the_end_of(process: psutil.Process) -> None:
+    end = time.monotonic() + 30
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_program_prints_and_exits_in_a_fork(start, tmp_path):
@@ -91,10 +99,7 @@ def test_a_killed_program_takes_along_what_it_started(start):
     sleeper = psutil.Process(int(process.stdout.readline()))
     process.kill()
     process.wait()
-    end = time.monotonic() + 30
-    while sleeper.is_running() and sleeper.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for_the_end_of(sleeper)
 
 
 def test_a_client_that_ends_before_it_has_sent_its_program_stops_nothing(start, tmp_path):
@@ -109,21 +114,32 @@ def test_a_client_that_ends_before_it_has_sent_its_program_stops_nothing(start, 
 
 def own_server() -> str:
     """The variable of a server that no other test uses, with nothing loaded."""
-    return f"PRELOADED_DVC={forked._server('own', 'json')}"
+    return f"PRELOADED_DVC={forked.preloaded_server('own', 'json')}"
 
 
-def test_a_server_that_was_killed_is_replaced(start):
-    def server_of_a_program() -> psutil.Process:
-        process = start("import os; print(os.getppid())", launcher=("env", own_server()))
-        return psutil.Process(int(process.communicate(timeout=60)[0]))
-
-    server = server_of_a_program()
+def test_a_killed_server_takes_its_programs_along_and_is_replaced(start):
+    code = "import os, time\nprint(os.getpid(), os.getppid(), flush=True)\ntime.sleep(99)"
+    process = start(code, launcher=("env", own_server()))
+    program, server = (psutil.Process(int(pid)) for pid in process.stdout.readline().split())
     server.kill()
-    end = time.monotonic() + 30
-    while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
+    wait_for_the_end_of(program)
+    assert process.wait(timeout=60) == 70
+    wait_for_the_end_of(server)
+    process = start("print('another one')", launcher=("env", own_server()))
+    assert process.communicate(timeout=60)[0] == "another one\n"
+
+
+def test_a_server_ends_with_the_run_that_started_it():
+    paths = os.pathsep.join(str(forked.ROOT / folder) for folder in ("src", "tests"))
+    environment = os.environ | {"PYTHONPATH": paths}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    code = "import forked; print(forked.preloaded_server('own', 'json'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    folder, end = Path(done.stdout.strip()).parent, time.monotonic() + 30
+    while folder.exists():
         assert time.monotonic() < end
         time.sleep(0.01)
-    assert server_of_a_program() != server
 
 
 def test_a_program_prints_as_soon_as_it_writes_where_python_would(start):

@@ -226,9 +226,9 @@ def main() -> None:
             if os.getpid() == pid:
                 for fork in server.forks:
                     fork.kill()
-                shutil.rmtree(os.path.dirname(address), ignore_errors=True)  # another server may do the same
     if program:
         exit_after(run, **program, paths=installed)
+    shutil.rmtree(os.path.dirname(address), ignore_errors=True)  # another server may do the same
 
 
 if __name__ == "__main__":
